@@ -1,0 +1,61 @@
+"""Delta packages: what fine-tuning changed, dropped and rescaled (DARE), compressed, verifiable, applied to the bit.
+
+Names resolve on first use, so that importing this package loads no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .apply import applied as applied
+    from .apply import apply as apply
+    from .apply import apply_ as apply_
+    from .callback import DareCallback as DareCallback
+    from .config import DareConfig as DareConfig
+    from .diagnose import diagnose as diagnose
+    from .errors import DareError as DareError
+    from .extract import extract as extract
+    from .package import DeltaPackage as DeltaPackage
+
+_HOMES = {
+    "DareCallback": "callback",
+    "DareConfig": "config",
+    "DareError": "errors",
+    "DeltaPackage": "package",
+    "applied": "apply",
+    "apply": "apply",
+    "apply_": "apply",
+    "diagnose": "diagnose",
+    "extract": "extract",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps `dare_train.apply` the function: importing the submodule of that name would put the module in its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,219 @@
+"""Checkpoints on disk: folders of safetensors files, read through memory maps and written at known offsets."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from .dtypes import Words, dtype_of
+from .errors import CheckpointError
+from .weights import TensorInfo
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".tflite"}
+_COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+_COMPANION_NAMES = {"LICENSE", "LICENCE", "NOTICE"}
+
+
+class SafetensorsFile:
+    """One mapped file. Its header is checked by the safetensors library before this class looks at it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(str(path), expected="a safetensors file", found=str(error), remedy="fetch it again") from error
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_size))
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self._offsets = {name: 8 + header_size + entry["data_offsets"][0] for name, entry in header.items()}
+        self.tensors = {
+            name: TensorInfo(dtype_of(entry["dtype"], tensor=f"{path.name}: {name}"), tuple(entry["shape"]))
+            for name, entry in header.items()
+        }
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        """Words of a flat range, as a read-only view of the map."""
+        dtype = self.tensors[name].dtype
+        offset = self._offsets[name] + start * dtype.itemsize
+        view = np.frombuffer(self._map, dtype.word, count, offset)
+        return view if view.flags.aligned else view.copy()
+
+    def bytes_of(self, name: str) -> memoryview:
+        offset = self._offsets[name]
+        return memoryview(self._map)[offset : offset + self.tensors[name].nbytes]
+
+
+class Checkpoint:
+    """A model on disk. Implements `Weights`; `files` maps each tensor's name to the file that holds it."""
+
+    def __init__(self, files: Iterable[SafetensorsFile], *, folder: Path, label: str) -> None:
+        self.folder, self.label = folder, label
+        self.files: dict[str, SafetensorsFile] = {}
+        for file in files:
+            for name in file.tensors:
+                if name in self.files:
+                    raise CheckpointError(
+                        name, expected="one file that holds it", found=f"{self.files[name].path.name} and {file.path.name}"
+                    )
+                self.files[name] = file
+        self.tensors = {name: file.tensors[name] for name, file in self.files.items()}
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        return self.files[name].read(name, start, count)
+
+    @classmethod
+    def open(cls, where: str | os.PathLike[str]) -> Checkpoint:
+        """Open a folder, a single .safetensors file, or a Hub id (from the cache, or downloaded).
+
+        Raises:
+            CheckpointError: nothing is there, the weights are not safetensors, or a file is missing or damaged.
+        """
+        path = locate(where)
+        if path.is_file():
+            if path.suffix != ".safetensors":
+                raise _not_safetensors(path)
+            return cls([SafetensorsFile(path)], folder=path.parent, label=str(where))
+        return cls(_open_folder(path), folder=path, label=str(where))
+
+
+def locate(where: str | os.PathLike[str], *, patterns: list[str] | None = None) -> Path:
+    """The local path of a folder, file or Hub id.
+
+    Raises:
+        CheckpointError: neither a path that exists nor a repository that the Hub (or its cache) has.
+    """
+    path = Path(where).expanduser()
+    if path.exists():
+        return path
+    name = os.fspath(where)
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(name, expected="a folder or a Hub id", found="nothing at that path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(name, expected="a folder or a Hub id", found=reason, remedy="check the name and the network") from error
+
+
+def _open_folder(folder: Path) -> list[SafetensorsFile]:
+    index = folder / INDEX
+    if not index.exists():
+        found = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
+        if len(found) != 1:
+            raise _not_safetensors(folder, found)
+        return [SafetensorsFile(found[0])]
+    try:
+        weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(str(index), expected='an index with a "weight_map"', found=repr(error)) from error
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(str(index), expected="names of files in this folder", found=repr(name))
+        if not (folder / name).exists():
+            raise CheckpointError(
+                str(folder / name), expected="a file, since the index lists it", found="none", remedy="fetch the checkpoint again"
+            )
+    files = [SafetensorsFile(folder / name) for name in names]
+    held = {name: file.path.name for file in files for name in file.tensors}
+    wrong = sorted(name for name in weight_map.keys() | held.keys() if weight_map.get(name) != held.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{index}: {wrong[0]}",
+            expected=f"in {weight_map.get(wrong[0])}",
+            found=f"in {held.get(wrong[0])}",
+            remedy="fetch the checkpoint again",
+        )
+    return files
+
+
+def _not_safetensors(path: Path, found: list[Path] | None = None) -> CheckpointError:
+    others = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
+    remedy = "convert it: AutoModel.from_pretrained(folder).save_pretrained(new_folder) writes safetensors" if others and not found else ""
+    listed = ", ".join(p.name for p in others[:3]) or "no weights"
+    return CheckpointError(str(path), expected=f"{SINGLE} or {INDEX}", found=listed, remedy=remedy)
+
+
+def companions(folder: Path) -> list[Path]:
+    """Files that belong to a model beside its weights: configuration, tokenizer, generation settings, licence. Relative, sorted."""
+    found = []
+    for path in folder.rglob("*"):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        wanted = path.suffix in _COMPANION_SUFFIXES or path.stem.upper() in _COMPANION_NAMES
+        if path.is_file() and wanted and not hidden and not path.name.endswith(".index.json"):
+            found.append(relative)
+    return sorted(found)
+
+
+Layout = Mapping[str, Mapping[str, TensorInfo]]
+"""File name -> tensor name -> what it holds."""
+
+
+class CheckpointWriter:
+    """Writes tensors into safetensors files piece by piece, from any thread, in any order; headers come first."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self._places: dict[str, tuple[int, int]] = {}
+        self._descriptors: list[int] = []
+        for file, tensors in layout.items():
+            self._create(folder / file, tensors)
+        if len(layout) > 1 or SINGLE not in layout:
+            _write_index(folder / INDEX, layout)
+
+    def _create(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset, ordered = 0, sorted(tensors.items(), key=lambda item: (-item[1].dtype.bits, item[0]))
+        for name, info in ordered:
+            header[name] = {"dtype": info.dtype.code, "shape": list(info.shape), "data_offsets": [offset, offset + info.nbytes]}
+            offset += info.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._descriptors.append(descriptor)
+        os.write(descriptor, len(text).to_bytes(8, "little") + text)
+        os.ftruncate(descriptor, 8 + len(text) + offset)
+        for name, _ in ordered:
+            begin: int = header[name]["data_offsets"][0]  # type: ignore[index]
+            self._places[name] = (descriptor, 8 + len(text) + begin)
+
+    def write(self, name: str, start: int, words: Words) -> None:
+        """Put words at flat index `start` of a tensor."""
+        descriptor, offset = self._places[name]
+        view = memoryview(np.ascontiguousarray(words)).cast("B")
+        position = offset + start * words.itemsize
+        while view:
+            written = os.pwrite(descriptor, view, position)
+            view, position = view[written:], position + written
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _write_index(path: Path, layout: Layout) -> None:
+    total = sum(info.nbytes for tensors in layout.values() for info in tensors.values())
+    weight_map = {name: file for file, tensors in layout.items() for name in tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    path.write_text(json.dumps(index, indent=2) + "\n")

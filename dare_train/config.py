@@ -1,0 +1,123 @@
+"""What a user decides about a delta: how much to drop, how to store it, which tensors it covers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from .errors import ConfigError
+
+Rescale = Literal["paper", "none"]
+Values = Literal["auto", "exact", "rounded", "int8", "int4", "sign"]
+
+DRAW_RANGE = 1 << 16
+"""Number of distinct draws of the mask generator."""
+
+
+def threshold_of(p: float) -> int:
+    """The smallest draw that is kept at drop rate `p`: round(p · 2¹⁶)."""
+    return round(p * DRAW_RANGE)
+
+
+def check_drop_rate(p: float, *, name: str = "p") -> float:
+    """`p` itself, when it lies in [0, 1) and leaves at least one draw that keeps an element.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    number = isinstance(p, (int, float)) and not isinstance(p, bool)
+    if not number or not 0 <= p < 1:
+        raise ConfigError(name, expected="a number in [0, 1)", found=repr(p), remedy="0 keeps everything")
+    if threshold_of(p) == DRAW_RANGE:
+        raise ConfigError(name, expected=f"at most 1 - 2**-16 = {1 - 1 / DRAW_RANGE:.6f}", found=repr(p))
+    return float(p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DareConfig:
+    """How a delta becomes a package. Patterns are shell-style (`fnmatch`) on checkpoint tensor names.
+
+    Raises:
+        ConfigError: a value is out of range, or two fields conflict.
+    """
+
+    p: float | Mapping[str, float] = 0.9
+    """Probability that an element of the delta is dropped, in [0, 1); or a mapping from name patterns to it, first match wins."""
+
+    seed: int = 0
+    """Selects the mask, in [0, 2**64). The same seed, tensor name and index always give the same decision."""
+
+    rescale: Rescale = "paper"
+    """What multiplies the survivors: `paper`, 1 / (1 - p) (arXiv 2311.03099, eq. 2); `none`, 1 (the drop-only baseline)."""
+
+    values: Values = "auto"
+    """How kept values are stored. `exact`: bit for bit. `rounded`: the delta as bfloat16. `int8`, `int4`, `sign`: quantized
+    in groups, unbiased. `auto`: `exact` for 16-bit weights and wherever nothing is dropped, else `rounded`."""
+
+    include: tuple[str, ...] = ("*",)
+    """Only tensors whose name matches one of these are covered; the others stay as they are in the base."""
+
+    exclude: tuple[str, ...] = ()
+    """Tensors whose name matches one of these are not covered, whatever `include` says."""
+
+    whole: tuple[str, ...] = ()
+    """Tensors carried as they are instead of as a delta, such as a re-initialised head."""
+
+    allow_nonfinite: bool = False
+    """Accept NaN and infinity in the fine-tuned weights instead of refusing them."""
+
+    _rates: Mapping[str, float] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        given = self.p if isinstance(self.p, Mapping) else {"*": self.p}
+        if not given:
+            raise ConfigError("p", expected="at least one pattern", found="an empty mapping")
+        rates = {pattern: check_drop_rate(rate, name=f"p[{pattern!r}]" if pattern != "*" else "p") for pattern, rate in given.items()}
+        object.__setattr__(self, "_rates", MappingProxyType(rates))
+        for name in ("include", "exclude", "whole"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 64:
+            raise ConfigError("seed", expected="an integer in [0, 2**64)", found=repr(self.seed))
+        _check_choice("rescale", self.rescale, get_args(Rescale))
+        _check_choice("values", self.values, get_args(Values))
+
+    def drop_rate(self, tensor: str) -> float:
+        """The drop rate p for one tensor.
+
+        Raises:
+            ConfigError: `p` is a mapping and no pattern matches.
+        """
+        for pattern, rate in self._rates.items():
+            if fnmatchcase(tensor, pattern):
+                return rate
+        raise ConfigError(f"p for {tensor}", expected=f"a pattern that matches it among {list(self._rates)}", remedy='add "*"')
+
+    def covers(self, tensor: str) -> bool:
+        """Whether the package takes part in this tensor at all."""
+        return matches(tensor, self.include) and not matches(tensor, self.exclude)
+
+    def carries_whole(self, tensor: str) -> bool:
+        return matches(tensor, self.whole)
+
+    def factor(self, threshold: int) -> float:
+        """The rescale γ for survivors of a mask with this threshold: 2¹⁶ / (2¹⁶ - threshold), or 1."""
+        return DRAW_RANGE / (DRAW_RANGE - threshold) if self.rescale == "paper" else 1.0
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _patterns(name: str, given: object) -> tuple[str, ...]:
+    patterns = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, (list, tuple)) else None
+    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(name, expected="a list of name patterns", found=repr(given))
+    return patterns
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(name, expected=f"one of {', '.join(choices)}", found=repr(value))

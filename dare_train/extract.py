@@ -1,0 +1,243 @@
+"""`extract`: base and tuned weights in, a delta package out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from . import card
+from . import manifest as manifests
+from ._version import __version__
+from .checkpoint import Checkpoint, companions
+from .codec import SEGMENT
+from .config import DareConfig, Rescale, Values
+from .errors import NonFiniteDelta
+from .fingerprint import Fingerprint, total
+from .kernels import cpu
+from .manifest import FileRecord, Manifest, TensorRecord
+from .package import DeltaPackage, PackageWriter, file_record
+from .parallel import ordered_map
+from .plan import WeightsLike, align, cast_to, open_weights, plan_tensors
+from .publish import staged_folder
+from .segments import Encoded, TensorPlan, encode_delta, encode_whole
+from .stats import Magnitudes, merged
+from .weights import Weights, runs
+
+_CARRIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+
+
+def extract(
+    base: WeightsLike,
+    tuned: WeightsLike,
+    out: str | os.PathLike[str],
+    *,
+    p: float | Mapping[str, float] = 0.9,
+    seed: int = 0,
+    rescale: Rescale = "paper",
+    values: Values = "auto",
+    include: Collection[str] = ("*",),
+    exclude: Collection[str] = (),
+    whole: Collection[str] = (),
+    masks: Mapping[str, Any] | None = None,
+    cast_base: bool = False,
+    allow_nonfinite: bool = False,
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> DeltaPackage:
+    """Write the delta from `base` to `tuned` as a package at `out` (arXiv 2311.03099, eq. 1-2).
+
+    Args:
+        base, tuned: checkpoint folders or Hub ids (streamed, never loaded), modules, state dicts or numpy arrays by name.
+        out: folder to create.
+        p, seed, rescale, values, include, exclude, whole, allow_nonfinite: see `DareConfig`.
+        masks: hand-made masks, bool arrays shaped as their tensors (True = kept) by tensor name. They are stored in the
+            package; `p` and `rescale` do not count for those tensors.
+        cast_base: round the base to the tuned weights' dtypes first. The package is then relative to the rounded base.
+        base_model: what the package calls its base; by default the folder or Hub id given.
+        overwrite: replace a folder that is already there.
+
+    Raises:
+        ConfigError, CheckpointError, TensorMismatch, DtypeMismatch, NonFiniteDelta, OutputExists, StorageError.
+    """
+    config = DareConfig(
+        p=p, seed=seed, rescale=rescale, values=values, include=tuple(include), exclude=tuple(exclude), whole=tuple(whole),
+        allow_nonfinite=allow_nonfinite,
+    )  # fmt: skip
+    tuned_weights = open_weights(tuned)
+    plain_base = open_weights(base)
+    aligned, prefix = align(plain_base, tuned_weights.tensors.keys(), model=tuned_weights.label)
+    if cast_base:
+        aligned = cast_to(aligned, tuned_weights.tensors)
+    plans = plan_tensors(aligned, tuned_weights, config, masks=masks)
+    source = Provenance(base_model=base_model or plain_base.label, prefix=prefix, base_only=_base_only(aligned, plans), config=config)
+    with staged_folder(Path(out), overwrite=overwrite) as staging:
+        files = carry_files(_folder_of(plain_base), _folder_of(tuned_weights), staging)
+        write_package(staging, plans, ordered_map(lambda work: _encode(aligned, tuned_weights, *work), _work(plans)), source, files)
+    return DeltaPackage.open(out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What a manifest says beside its tensors."""
+
+    base_model: str
+    prefix: str
+    base_only: tuple[str, ...]
+    config: DareConfig
+    continues: Literal["base", "package"] = "base"
+    rescale: Literal["paper", "none", "carried"] | None = None
+
+
+def _base_only(base: Weights, plans: Iterable[TensorPlan]) -> tuple[str, ...]:
+    return tuple(sorted(base.tensors.keys() - {plan.name for plan in plans}))
+
+
+def _folder_of(weights: Weights) -> Path | None:
+    return weights.folder if isinstance(weights, Checkpoint) else None
+
+
+def _work(plans: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, int, int]]:
+    for plan in plans:
+        for start, stop in regions(plan):
+            yield from ((plan, start + offset, count) for offset, count in runs(stop - start, SEGMENT))
+
+
+def regions(plan: TensorPlan) -> list[tuple[int, int]]:
+    """[start, stop) of what the base has and of what it has not, so that no segment lies across."""
+    split = plan.base_numel if plan.base_rows is not None else plan.info.numel
+    return [(start, stop) for start, stop in ((0, split), (split, plan.info.numel)) if start < stop]
+
+
+def _encode(base: Weights, tuned: Weights, plan: TensorPlan, start: int, count: int) -> Encoded:
+    words = base.read(plan.name, start, count) if plan.in_base and start < plan.base_numel else None
+    if plan.kind == "base":
+        assert words is not None
+        print_ = Fingerprint.of(words, start)
+        return Encoded(index=plan.index, base=print_, result=print_)
+    new = tuned.read(plan.name, start, count)
+    if not plan.allow_nonfinite and plan.info.dtype.is_float and cpu.has_nonfinite(new, plan.info.dtype.exponent_mask):
+        _refuse_nonfinite(plan, start, new)
+    if plan.kind == "delta" and words is not None:
+        positions = plan.positions(start, count)
+        return encode_delta(plan, start, words, positions, new[positions])
+    encoded = encode_whole(plan, start, new)
+    return encoded if words is None else _with_base(encoded, Fingerprint.of(words, start))
+
+
+def _refuse_nonfinite(plan: TensorPlan, start: int, words: np.ndarray) -> None:
+    dtype = plan.info.dtype
+    if dtype.code == "F8_E4M3":  # its largest exponent holds numbers; only all ones is NaN
+        bad = (words & np.uint8(0x7F)) == np.uint8(0x7F)
+    else:
+        bad = (words & dtype.word.type(dtype.exponent_mask)) == dtype.word.type(dtype.exponent_mask)
+    if bad.any():
+        first = start + int(np.argmax(bad))
+        remedy = "did training diverge? allow_nonfinite=True (--allow-nonfinite) carries them as they are"
+        raise NonFiniteDelta(plan.name, expected="finite weights", found=f"NaN or infinity at flat index {first}", remedy=remedy)
+
+
+def _with_base(encoded: Encoded, base: Fingerprint) -> Encoded:
+    return Encoded(**{**vars(encoded), "base": base})
+
+
+@dataclass
+class _Tally:
+    """What the runs of one tensor add up to."""
+
+    base: list[Fingerprint] = field(default_factory=list)
+    result: list[Fingerprint] = field(default_factory=list)
+    kept: int = 0
+    changed: int = 0
+    magnitudes: Magnitudes = field(default_factory=Magnitudes)
+
+    def add(self, run: Encoded) -> None:
+        self.base.append(run.base)
+        self.result.append(run.result)
+        self.kept += run.kept
+        self.changed += run.changed
+        self.magnitudes = self.magnitudes.plus(run.magnitudes)
+
+
+def write_package(
+    staging: Path, plans: list[TensorPlan], encoded: Iterable[Encoded], source: Provenance, files: tuple[FileRecord, ...]
+) -> dict[str, Magnitudes]:
+    """Parts, card and, last, the manifest. Returns |δ| by tensor."""
+    writer = PackageWriter(staging)
+    tallies = {plan.index: _Tally() for plan in plans}
+    for run in encoded:
+        tallies[run.index].add(run)
+        if run.segment is not None:
+            writer.add(run.segment, run.frame)
+    magnitudes = {plan.name: tallies[plan.index].magnitudes for plan in plans if plan.kind == "delta"}
+    everything = merged(magnitudes.values())
+    manifest = Manifest(
+        base_model=source.base_model,
+        continues=source.continues,
+        prefix=source.prefix,
+        base_only=source.base_only,
+        seed=source.config.seed,
+        rescale=source.rescale or source.config.rescale,
+        tensors=tuple(_record(plan, tallies[plan.index]) for plan in plans),
+        delta={name: float(f"{everything.percentile(q):.4g}") for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))},
+        parts=writer.parts(),
+        files=files,
+        written_by=f"dare_train {__version__}",
+    )
+    (staging / "README.md").write_text(card.text(manifest))
+    (staging / manifests.MANIFEST).write_bytes(manifests.dump(manifest))
+    return magnitudes
+
+
+def _record(plan: TensorPlan, tally: _Tally) -> TensorRecord:
+    base = total(tally.base) if plan.in_base else None
+    common: dict[str, Any] = dict(name=plan.name, info=plan.info, base=base, result=total(tally.result))
+    if plan.kind != "delta":
+        return TensorRecord(kind=plan.kind, **common)  # type: ignore[arg-type]
+    if not tally.changed and plan.base_rows is None and plan.mask.kind == "all":
+        return TensorRecord(kind="base", **common)
+    return TensorRecord(
+        **common,
+        kind="delta",
+        base_rows=plan.base_rows,
+        mask=plan.mask.kind,
+        p=plan.p,
+        threshold=plan.mask.threshold,
+        values=plan.values,
+        kept=tally.kept,
+        changed=tally.changed,
+        delta=tally.magnitudes.summary(),
+    )
+
+
+def carry_files(base: Path | None, tuned: Path | None, staging: Path) -> tuple[FileRecord, ...]:
+    """Copy into the package the configuration and tokenizer files that the base lacks or has otherwise."""
+    if tuned is None:
+        return ()
+    carried = []
+    for relative in companions(tuned):
+        if relative.suffix not in _CARRIED or relative.name in (manifests.MANIFEST, *_TRAINER_FILES):
+            continue
+        if base is None or not _same_content(base / relative, tuned / relative):
+            target = staging / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((tuned / relative).read_bytes())
+            carried.append(file_record(target, staging))
+    return tuple(carried)
+
+
+_TRAINER_FILES = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "README.md")
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    if not one.is_file():
+        return False
+    left, right = one.read_bytes(), other.read_bytes()
+    if left != right and one.suffix == ".json":
+        return bool(json.loads(left) == json.loads(right))
+    return left == right

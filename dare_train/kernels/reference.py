@@ -1,0 +1,118 @@
+"""What the kernels compute, in plain torch: slow, short, and the definition. The other kernel sets are tested against it.
+
+Words and draws are int64 tensors here, because torch computes little with unsigned types. 64-bit words wrap around,
+as they would in unsigned arithmetic; only shifts to the right need a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+COUNTERS = 1024
+BLOCK = 8 * COUNTERS
+_LOW = 0xFFFFFFFF
+
+
+def philox(key: int, counter: Tensor, high: Tensor, domain: int) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): four uint32 words per counter."""
+    k0, k1 = key & _LOW, key >> 32
+    c0, c1, c2, c3 = counter, high, torch.full_like(counter, domain), torch.zeros_like(counter)
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = _right(p1, 32) ^ c1 ^ k0, p1 & _LOW, _right(p0, 32) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    return [c0, c1, c2, c3]
+
+
+def draws(key: int, start: int, count: int, domain: int) -> Tensor:
+    """The 16-bit draws of flat indices [start, start + count), int64 in [0, 65536).
+
+    Index i lies in block i // 8192 at r = i % 8192. It takes half (r // 1024) % 2, low first, of word r // 2048 of
+    counter 1024 · block + r % 1024.
+    """
+    index = torch.arange(start, start + count)
+    block, r = index // BLOCK, index % BLOCK
+    counter = block * COUNTERS + r % COUNTERS
+    words = torch.stack(philox(key, counter & _LOW, _right(counter, 32), domain))
+    chosen = words.gather(0, (r // (2 * COUNTERS))[None])[0]
+    return (chosen >> (16 * ((r // COUNTERS) % 2))) & 0xFFFF
+
+
+def keep_mask(key: int, start: int, count: int, threshold: int) -> Tensor:
+    """Boolean, True where the element is kept: draw ≥ threshold."""
+    return draws(key, start, count, domain=0) >= threshold
+
+
+def kept_positions(key: int, start: int, count: int, threshold: int) -> Tensor:
+    """Ascending positions, relative to `start`, of the kept elements."""
+    return keep_mask(key, start, count, threshold).nonzero().reshape(-1)
+
+
+def fingerprint(words: Tensor, start: int) -> tuple[int, int]:
+    """Two lanes in [0, 2**64): sums over the elements of two mixes of (flat index, bits)."""
+    return fingerprint_at(words, torch.arange(words.numel()), start)
+
+
+def fingerprint_at(words: Tensor, positions: Tensor, start: int) -> tuple[int, int]:
+    """The share that elements at flat indices `start + positions` have in a fingerprint."""
+    v = words + (start + positions) * _signed(0x9E3779B97F4A7C15)
+    v = (v ^ _right(v, 30)) * _signed(0xBF58476D1CE4E5B9)
+    v = (v ^ _right(v, 27)) * _signed(0x94D049BB133111EB)
+    v = v ^ _right(v, 31)
+    return int(v.sum()) % 2**64, int(((v & _LOW) * _right(v, 32)).sum()) % 2**64
+
+
+def ordered(words: Tensor, bits: int) -> Tensor:
+    """Bit patterns of `bits`-wide floats as integers in the order of the numbers: a bijection."""
+    sign = _signed(1 << (bits - 1))
+    return torch.where(words & sign != 0, ~words, words | sign) & _ones(bits)
+
+
+def distances_by_exponent(base: Tensor, tuned: Tensor, bits: int, exponent_bits: int) -> Tensor:
+    """Zigzag distances ordered(tuned) - ordered(base) modulo 2**bits, stably sorted by the base's exponent field."""
+    distance = (ordered(tuned, bits) - ordered(base, bits)) & _ones(bits)
+    zigzag = ((distance << 1) ^ -(_right(distance, bits - 1) & 1)) & _ones(bits)
+    return zigzag[_by_exponent(base, bits, exponent_bits)]
+
+
+def from_distances(base: Tensor, symbols: Tensor, bits: int, exponent_bits: int) -> Tensor:
+    """Undo `distances_by_exponent`: the tuned words."""
+    zigzag = torch.empty_like(symbols)
+    zigzag[_by_exponent(base, bits, exponent_bits)] = symbols
+    order = (ordered(base, bits) + (_right(zigzag, 1) ^ -(zigzag & 1))) & _ones(bits)
+    sign = _signed(1 << (bits - 1))
+    return torch.where(order & sign != 0, order ^ sign, ~order) & _ones(bits)
+
+
+def law(base: Tensor, tuned: Tensor, factor: float) -> Tensor:
+    """The arithmetic law on tensors of one floating-point dtype, one package, every element kept.
+
+    round_to_dtype(f32(base) + f32(factor) · (f32(tuned) - f32(base))), each operation rounded; bits that are equal stay.
+    """
+    if factor == 1.0:
+        return tuned.clone()
+    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    moved = base.to(wide) + torch.tensor(factor, dtype=wide) * (tuned.to(wide) - base.to(wide))
+    moved = torch.where(moved.isnan(), torch.full_like(moved, torch.nan), moved).to(base.dtype)
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[base.element_size()]
+    return torch.where(base.view(integers) == tuned.view(integers), base, moved)
+
+
+def _by_exponent(base: Tensor, bits: int, exponent_bits: int) -> Tensor:
+    exponent = _right(base, bits - 1 - exponent_bits) & _ones(exponent_bits)
+    return torch.argsort(exponent, stable=True)
+
+
+def _right(x: Tensor, shift: int) -> Tensor:
+    """Logical shift to the right of 64-bit patterns."""
+    return (x >> shift) & ((1 << (64 - shift)) - 1) if shift else x
+
+
+def _ones(bits: int) -> int:
+    return _signed((1 << bits) - 1)
+
+
+def _signed(value: int) -> int:
+    """The int64 that has the bits of a uint64."""
+    return value - (1 << 64) if value >> 63 else value

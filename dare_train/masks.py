@@ -1,0 +1,47 @@
+"""Which elements of a tensor are kept: all, those a seed selects, or those a stored bitmap names."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .kernels import cpu
+
+MaskKind = Literal["all", "seeded", "stored"]
+
+MASK_DOMAIN = 0
+"""Third Philox counter word of the draws that decide what is kept."""
+DITHER_DOMAIN = 1
+"""Third Philox counter word of the draws that round quantized values."""
+
+
+def key_of(seed: int, tensor: str) -> int:
+    """The 64-bit Philox key of one tensor: the first 8 bytes, little-endian, of
+    SHA-256("dare_train\\0" + seed as 8 bytes little-endian + name in UTF-8)."""
+    digest = hashlib.sha256(b"dare_train\0" + seed.to_bytes(8, "little") + tensor.encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """The mask of one tensor. `threshold` counts for `seeded` only: draws below it are dropped."""
+
+    kind: MaskKind
+    key: int = 0
+    threshold: int = 0
+
+    def positions(self, start: int, length: int, bitmap: bytes | None = None) -> NDArray[np.int64]:
+        """Ascending positions, relative to `start`, of the kept elements among `length`.
+
+        A `stored` mask reads them from `bitmap`, one bit per element, least significant bit first.
+        """
+        if self.kind == "all":
+            return np.arange(length)
+        if self.kind == "seeded":
+            return cpu.kept_positions(self.key, start, length, self.threshold)
+        bits = np.unpackbits(np.frombuffer(bitmap or b"", np.uint8), bitorder="little", count=length)
+        return np.flatnonzero(bits)

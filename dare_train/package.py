@@ -1,0 +1,272 @@
+"""Packages: a delta on disk with its manifest, an ordinary Hub folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from . import manifest as manifests
+from .checkpoint import SafetensorsFile, locate
+from .codec import SEGMENT
+from .errors import CheckpointError, PackageError
+from .manifest import MANIFEST, FileRecord, Manifest, TensorRecord
+from .parallel import ordered_map
+
+if TYPE_CHECKING:
+    from .weights import Weights
+
+PART_LIMIT = 128 << 20
+"""Compressed bytes after which a writer begins another part: the most it ever holds in memory."""
+
+_COLUMNS = 6
+_REMEDY = "fetch the package again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A run of one tensor inside a part: elements [start, start + length), of which `kept` are kept."""
+
+    tensor: int
+    """Index into the manifest's tensors."""
+    start: int
+    length: int
+    kept: int
+    changed: int
+    """Symbols that are not zero in `exact` and `rounded`; equal to `kept` in the other encodings."""
+    size: int
+    """Bytes of the compressed frame."""
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        return self.tensor, self.start, self.length, self.kept, self.changed, self.size
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+class DeltaPackage:
+    """An opened package. Opening reads the manifest; frames are mapped when they are first asked for."""
+
+    def __init__(self, path: Path, manifest: Manifest, *, name: str) -> None:
+        self.path, self.manifest, self.name = path, manifest, name
+        self.records = {record.name: record for record in manifest.tensors}
+
+    @classmethod
+    def open(cls, where: str | os.PathLike[str] | DeltaPackage) -> DeltaPackage:
+        """Open a package folder or a Hub id.
+
+        Raises:
+            PackageError: there is no manifest, or it is damaged; a listed file is missing or of another size.
+        """
+        if isinstance(where, DeltaPackage):
+            return where
+        try:
+            path = locate(where, patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"])
+        except CheckpointError as error:
+            raise PackageError(error.name, expected="a package folder or a Hub id", found=error.found, remedy=error.remedy) from error
+        manifest = manifests.load(path / MANIFEST)
+        for record in (*manifest.parts, *manifest.files):
+            _check_size(path / record.file, record)
+        return cls(path, manifest, name=str(where))
+
+    @cached_property
+    def _frames(self) -> Mapping[str, list[tuple[Segment, memoryview]]]:
+        found: dict[str, list[tuple[Segment, memoryview]]] = defaultdict(list)
+        for part in self.manifest.parts:
+            for segment, frame in _read_part(self.path / part.file, self.manifest):
+                found[self.manifest.tensors[segment.tensor].name].append((segment, frame))
+        for name, frames in found.items():
+            frames.sort(key=lambda item: item[0].start)
+            for (before, _), (after, _) in zip(frames, frames[1:], strict=False):
+                if before.stop > after.start:
+                    raise PackageError(
+                        f"{self.name}: {name}", expected="segments that do not overlap", found=f"two at {after.start}", remedy=_REMEDY
+                    )
+        return dict(found)
+
+    def frames(self, tensor: str, start: int, stop: int) -> Iterator[tuple[Segment, memoryview]]:
+        """Segments of a tensor that meet [start, stop), each with its compressed frame, in order."""
+        for segment, frame in self._frames.get(tensor, ()):
+            if segment.start < stop and start < segment.stop:
+                yield segment, frame
+
+    def compressed_bytes(self, tensor: str) -> int:
+        return sum(segment.size for segment, _ in self._frames.get(tensor, ()))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all the package's files on disk, the manifest and the card included."""
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Sizes and counts: parameters, kept, changed, density, bytes, bits_per_parameter, compression_ratio, |δ| percentiles.
+
+        `density` is measured: kept / elements, over the tensors stored as deltas.
+        """
+        tensors = self.manifest.tensors
+        parameters = sum(record.info.numel for record in tensors)
+        deltas = [record for record in tensors if record.kind == "delta"]
+        covered = sum(record.base_info.numel for record in deltas)
+        kept = sum(record.kept for record in deltas)
+        return {
+            "tensors": len(tensors),
+            "parameters": parameters,
+            "kept": kept,
+            "changed": sum(record.changed for record in deltas),
+            "density": kept / covered if covered else 0.0,
+            "bytes": self.size,
+            "model_bytes": sum(record.info.nbytes for record in tensors),
+            "bits_per_parameter": 8 * self.size / parameters if parameters else 0.0,
+            "compression_ratio": sum(record.info.nbytes for record in tensors) / self.size,
+            "delta": dict(self.manifest.delta),
+        }
+
+    def verify(self, base: str | os.PathLike[str] | Weights | None = None) -> None:
+        """Check every byte against the manifest; with `base`, also that it is the right one and that applying arrives.
+
+        Raises:
+            PackageError: a file is damaged.
+            BaseMismatch, TensorMismatch, ResultMismatch: with `base`, see `apply`.
+        """
+        self.check_integrity()
+        if base is not None:
+            from .apply import rehearse
+
+            rehearse(base, [self])
+
+    def check_integrity(self) -> None:
+        """Check the SHA-256 of every part and file, and the layout of the parts.
+
+        Raises:
+            PackageError: naming the first file that differs.
+        """
+        listed = (*self.manifest.parts, *self.manifest.files)
+        for record, digest in zip(listed, ordered_map(lambda r: sha256_of(self.path / r.file), listed), strict=True):
+            if digest != record.sha256:
+                raise PackageError(
+                    str(self.path / record.file), expected=f"SHA-256 {record.sha256[:12]}…", found=f"{digest[:12]}…", remedy=_REMEDY
+                )
+        _ = self._frames
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload the folder as a model repository; `options` go to `huggingface_hub.HfApi.upload_folder`. Returns its commit."""
+        from huggingface_hub import HfApi
+
+        self.check_integrity()
+        api = HfApi(token=options.pop("token", None))
+        api.create_repo(repo_id, exist_ok=True, private=options.pop("private", None))
+        return api.upload_folder(repo_id=repo_id, folder_path=self.path, **options)
+
+    def __repr__(self) -> str:
+        stats = self.stats
+        return f"DeltaPackage({self.name!r}, {stats['bits_per_parameter']:.3f} bits per parameter, on {self.manifest.base_model!r})"
+
+
+def _check_size(path: Path, record: FileRecord) -> None:
+    if not path.is_file():
+        raise PackageError(str(path), expected=f"{record.bytes} bytes", found="no such file", remedy=_REMEDY)
+    if path.stat().st_size != record.bytes:
+        raise PackageError(str(path), expected=f"{record.bytes} bytes", found=f"{path.stat().st_size}", remedy=_REMEDY)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest_by_blocks(file)
+
+
+def _digest_by_blocks(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_part(path: Path, manifest: Manifest) -> Iterator[tuple[Segment, memoryview]]:
+    try:
+        file = SafetensorsFile(path)
+    except CheckpointError as error:
+        raise PackageError(error.name, expected=error.expected, found=error.found, remedy=_REMEDY) from error
+    shapes = {name: (info.dtype.code, len(info.shape)) for name, info in file.tensors.items()}
+    if shapes != {"segments": ("I64", 2), "data": ("U8", 1)} or file.tensors["segments"].shape[1] != _COLUMNS:
+        raise PackageError(str(path), expected="segments I64 [n, 6] and data U8 [bytes]", found=repr(file.tensors), remedy=_REMEDY)
+    table = file.read("segments", 0, file.tensors["segments"].numel).view(np.int64).reshape(-1, _COLUMNS)
+    data, offset = file.bytes_of("data"), 0
+    for row in table.tolist():
+        segment = Segment(**dict(zip(("tensor", "start", "length", "kept", "changed", "size"), row, strict=True)))
+        _check_segment(segment, manifest, len(data) - offset, str(path))
+        yield segment, data[offset : offset + segment.size]
+        offset += segment.size
+    if offset != len(data):
+        raise PackageError(str(path), expected=f"{offset} bytes of frames, as its table says", found=f"{len(data)}", remedy=_REMEDY)
+
+
+def _check_segment(segment: Segment, manifest: Manifest, remaining: int, where: str) -> None:
+    known = 0 <= segment.tensor < len(manifest.tensors)
+    record = manifest.tensors[segment.tensor] if known else None
+    fits = (
+        record is not None
+        and record.kind != "base"
+        and 0 <= segment.start
+        and 0 < segment.length <= SEGMENT
+        and segment.stop <= record.info.numel
+        and 0 <= segment.changed <= segment.kept <= segment.length
+        and 0 < segment.size <= remaining
+        and not (segment.start < record.base_info.numel < segment.stop)
+    )
+    if not fits:
+        raise PackageError(where, expected="segments that lie within their tensor and their file", found=str(segment.row), remedy=_REMEDY)
+
+
+class PackageWriter:
+    """Collects segments, in any order that is the same every time, and writes them as parts of bounded size."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._rows: list[tuple[int, ...]] = []
+        self._frames: list[bytes] = []
+        self._held = 0
+        self._parts: list[Path] = []
+
+    def add(self, segment: Segment, frame: bytes) -> None:
+        if self._held and self._held + len(frame) > PART_LIMIT:
+            self._flush()
+        self._rows.append(segment.row)
+        self._frames.append(frame)
+        self._held += len(frame)
+
+    def _flush(self) -> None:
+        path = self._folder / f"part-{len(self._parts)}"
+        table = np.array(self._rows, np.int64).reshape(-1, _COLUMNS)
+        save_file({"segments": table, "data": np.frombuffer(b"".join(self._frames), np.uint8)}, path)
+        self._parts.append(path)
+        self._rows, self._frames, self._held = [], [], 0
+
+    def parts(self) -> tuple[FileRecord, ...]:
+        """Write what is left and give the parts their names."""
+        if self._rows or not self._parts:
+            self._flush()
+        count = len(self._parts)
+        for number, path in enumerate(self._parts, 1):
+            name = "dare_delta.safetensors" if count == 1 else f"dare_delta-{number:05d}-of-{count:05d}.safetensors"
+            path.rename(self._folder / name)
+            self._parts[number - 1] = self._folder / name
+        return tuple(file_record(path, self._folder) for path in self._parts)
+
+
+def file_record(path: Path, folder: Path) -> FileRecord:
+    return FileRecord(file=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def tensor_of(manifest: Manifest, segment: Segment) -> TensorRecord:
+    return manifest.tensors[segment.tensor]

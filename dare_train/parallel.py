@@ -1,0 +1,56 @@
+"""Work spread over threads, results in order, never more in flight than the window allows."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+from .dtypes import Words
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def thread_count() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None = None) -> Iterator[Result]:
+    """`map(function, items)` on threads. At most four results per thread wait unread, so memory stays bounded.
+
+    An exception in `function` surfaces at its own place in the order; work not yet begun is then abandoned.
+    """
+    threads = threads or thread_count()
+    window: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="dare-train")
+    try:
+        for item in items:
+            window.append(pool.submit(function, item))
+            if len(window) >= 4 * threads:
+                yield window.popleft().result()
+        while window:
+            yield window.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class ScratchWords(threading.local):
+    """A buffer that each thread uses again and again: fresh pages cost more than the work done in them."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def copy_of(self, words: Words) -> Words:
+        """A writable copy, valid until the same thread asks for the next one."""
+        if self._bytes.size < words.nbytes:
+            self._bytes = np.empty(words.nbytes, np.uint8)
+        copy = self._bytes[: words.nbytes].view(words.dtype)
+        copy[:] = words
+        return copy

@@ -1,0 +1,174 @@
+"""One run of one tensor: from words to a compressed segment, and from a segment to a term of the law."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import codec
+from .codec import Content, Encoding, Positions
+from .dtypes import FloatArray, Words, to_float
+from .errors import NonFiniteDelta, PackageError
+from .fingerprint import Fingerprint
+from .kernels import cpu
+from .law import Term
+from .manifest import Manifest, TensorRecord
+from .masks import Mask
+from .package import Segment
+from .stats import Magnitudes
+from .weights import TensorInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlan:
+    """What is going to happen to one tensor of the result."""
+
+    index: int
+    name: str
+    info: TensorInfo
+    kind: str
+    """`base`, `delta` or `whole`."""
+    base_rows: int | None = None
+    in_base: bool = True
+    p: float = 0.0
+    mask: Mask = field(default_factory=lambda: Mask(kind="all"))
+    stored: NDArray[np.bool_] | None = None
+    """Flat boolean mask of a `stored` tensor."""
+    values: Encoding = "exact"
+    factor: float = 1.0
+    """The rescale γ."""
+    allow_nonfinite: bool = False
+
+    @property
+    def base_numel(self) -> int:
+        """Leading elements that have a counterpart in the base."""
+        if not self.in_base:
+            return 0
+        return self.info.numel if self.base_rows is None else self.base_rows * (self.info.numel // self.info.shape[0])
+
+    def positions(self, start: int, length: int) -> Positions:
+        """Kept elements of a run, relative to `start`."""
+        if self.stored is not None:
+            return np.flatnonzero(self.stored[start : start + length])
+        return self.mask.positions(start, length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A run after encoding. `segment` is None where no kept element changed: then nothing is written."""
+
+    index: int
+    base: Fingerprint = Fingerprint()
+    result: Fingerprint
+    kept: int = 0
+    changed: int = 0
+    segment: Segment | None = None
+    frame: bytes = b""
+    magnitudes: Magnitudes = field(default_factory=Magnitudes)
+
+
+def encode_whole(plan: TensorPlan, start: int, words: Words) -> Encoded:
+    """A run carried as it is."""
+    planes = codec.to_planes(words)
+    cuts = [words.size * plane for plane in range(1, words.itemsize)]
+    frame = codec.compress(Content(data=planes.tobytes(), cuts=cuts))
+    segment = Segment(tensor=plan.index, start=start, length=words.size, kept=words.size, changed=words.size, size=len(frame))
+    return Encoded(index=plan.index, result=Fingerprint.of(words, start), segment=segment, frame=frame)
+
+
+def encode_delta(plan: TensorPlan, start: int, base: Words, positions: Positions, tuned: Words) -> Encoded:
+    """A run of a delta: `base` holds its every word, `tuned` those at `positions`.
+
+    Raises:
+        NonFiniteDelta: a kept element is NaN or infinite, or the delta does not fit float32; unless allowed.
+    """
+    own = base[positions]
+    print_ = Fingerprint.of(base, start)
+    delta = _checked_delta(plan, own, tuned)
+    content, term, changed, symbols = _encode_values(plan, start, base.size, positions, own, tuned, delta)
+    common = dict(index=plan.index, base=print_, kept=positions.size, changed=changed, magnitudes=Magnitudes.of(delta))
+    if not changed:
+        return Encoded(result=print_, **common)
+    new = term.result(own, plan.info.dtype)
+    before, after = cpu.fingerprint_at(own, positions, start), cpu.fingerprint_at(new, positions, start)
+    frame = codec.compress(_with_bitmap(plan, start, base.size, content))
+    segment = Segment(tensor=plan.index, start=start, length=base.size, kept=positions.size, changed=symbols, size=len(frame))
+    return Encoded(result=print_.plus(after).minus(before), segment=segment, frame=frame, **common)
+
+
+def _checked_delta(plan: TensorPlan, own: Words, tuned: Words) -> FloatArray:
+    dtype = plan.info.dtype
+    with np.errstate(over="ignore", invalid="ignore"):
+        delta = to_float(tuned, dtype) - to_float(own, dtype)
+    if not plan.allow_nonfinite and not np.isfinite(delta).all():
+        count = delta.size - int(np.count_nonzero(np.isfinite(delta)))
+        remedy = "did training diverge? allow_nonfinite=True (--allow-nonfinite) carries them as they are"
+        raise NonFiniteDelta(plan.name, expected="finite deltas", found=f"{count} NaN or infinite", remedy=remedy)
+    return delta
+
+
+def _encode_values(
+    plan: TensorPlan, start: int, length: int, positions: Positions, own: Words, tuned: Words, delta: FloatArray
+) -> tuple[Content, Term, int, int]:
+    """Content of the frame, what decoding it will give, kept elements whose delta is not zero, and the segment's `changed`."""
+    if plan.values == "exact":
+        changed = int(np.count_nonzero(own != tuned))
+        content = codec.encode_exact(own, tuned, plan.info.dtype)
+        return content, Term(positions=positions, factor=plan.factor, tuned=tuned), changed, changed
+    if plan.values == "rounded":
+        rounded = codec.round_delta(delta)
+        symbols = int(np.count_nonzero(codec.rounded_symbols(delta)))
+        return codec.encode_rounded(delta), Term(positions=positions, factor=plan.factor, delta=rounded), symbols, symbols
+    group, groups = codec.groups_of(positions, start, length, codec.group_length(plan.mask.threshold))
+    scales, codes = codec.quantize(delta, group, groups, positions, start, plan.mask.key, plan.values)
+    values = codec.dequantize(scales, codes, group, plan.values)
+    content = codec.encode_codes(scales, codes, plan.values)
+    return content, Term(positions=positions, factor=plan.factor, delta=values), int(np.count_nonzero(values)), positions.size
+
+
+def _with_bitmap(plan: TensorPlan, start: int, length: int, content: Content) -> Content:
+    if plan.stored is None:
+        return content
+    bitmap = np.packbits(plan.stored[start : start + length], bitorder="little").tobytes()
+    return Content(data=bitmap + content.data, cuts=[len(bitmap), *(len(bitmap) + cut for cut in content.cuts)])
+
+
+def decode_whole(record: TensorRecord, segment: Segment, frame: memoryview) -> Words:
+    """The words of a run that was carried as it is."""
+    size = codec.content_size("whole", record.info.dtype, segment.length, segment.length, 0)
+    content = codec.decompress(frame, size, name=record.name)
+    return codec.from_planes(memoryview(content), segment.length, record.info.dtype.word)
+
+
+def decode_delta(manifest: Manifest, record: TensorRecord, segment: Segment, frame: memoryview, base: Words, weight: float) -> Term:
+    """The term that a segment adds to its run, whose base words are `base`, shape (segment.length,).
+
+    Raises:
+        PackageError: the frame is damaged or contradicts the table.
+    """
+    mask = record.mask_of(manifest.seed)
+    bitmap_size = -(-segment.length // 8) if record.mask == "stored" else 0
+    group = codec.group_length(record.threshold)
+    _, groups = codec.groups_of(np.empty(0, np.int64), segment.start, segment.length, group)
+    size = codec.content_size(record.values, record.info.dtype, segment.kept, segment.changed, groups)
+    content = memoryview(codec.decompress(frame, bitmap_size + size, name=record.name))
+    positions = mask.positions(segment.start, segment.length, bytes(content[:bitmap_size]))
+    if positions.size != segment.kept:
+        raise PackageError(
+            record.name,
+            expected=f"{positions.size} kept elements, as its mask says",
+            found=f"{segment.kept}",
+            remedy="fetch the package again",
+        )
+    factor = weight * manifest.factor(record)
+    data = content[bitmap_size:]
+    if record.values == "exact":
+        tuned = codec.decode_exact(data, base[positions], segment.changed, record.info.dtype, name=record.name)
+        return Term(positions=positions, factor=factor, tuned=tuned)
+    if record.values == "rounded":
+        return Term(positions=positions, factor=factor, delta=codec.decode_rounded(data, segment.kept, segment.changed, name=record.name))
+    numbers, _ = codec.groups_of(positions, segment.start, segment.length, group)
+    scales, codes = codec.decode_codes(data, segment.kept, groups, record.values)
+    return Term(positions=positions, factor=factor, delta=codec.dequantize(scales, codes, numbers, record.values))

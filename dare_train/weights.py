@@ -1,0 +1,105 @@
+"""What every holder of weights offers, whether it lies on disk or lives in memory, and two ways to look at one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import numpy as np
+
+from .dtypes import DTYPES, DType, Words, cast
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype.code} {list(self.shape)}"
+
+
+class Weights(Protocol):
+    """Named tensors, read as flat words."""
+
+    @property
+    def label(self) -> str:
+        """What to call these weights in a message: a folder, a Hub id, or "model in memory"."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        """Words of the elements with flat indices [start, start + count), shape (count,); not to be written to."""
+
+
+class Renamed:
+    """The same weights with a prefix put before each name: a bare encoder seen as part of a classifier."""
+
+    def __init__(self, weights: Weights, *, prefix: str) -> None:
+        self._weights, self._prefix = weights, prefix
+        self.label = weights.label
+        self.tensors = {f"{prefix}{name}": info for name, info in weights.tensors.items()}
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        return self._weights.read(name.removeprefix(self._prefix), start, count)
+
+
+class Stripped:
+    """The same weights without a prefix, and without the tensors that do not have it."""
+
+    def __init__(self, weights: Weights, *, prefix: str) -> None:
+        self._weights, self._prefix = weights, prefix
+        self.label = weights.label
+        self.tensors = {name.removeprefix(prefix): info for name, info in weights.tensors.items() if name.startswith(prefix)}
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        return self._weights.read(f"{self._prefix}{name}", start, count)
+
+
+class Cast:
+    """The same weights, floating-point tensors rounded to the dtypes given by name; others unchanged."""
+
+    def __init__(self, weights: Weights, dtypes: Mapping[str, DType]) -> None:
+        self._weights = weights
+        self.label = weights.label
+        self.tensors = {name: TensorInfo(_target(info.dtype, dtypes.get(name)), info.shape) for name, info in weights.tensors.items()}
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        return cast(self._weights.read(name, start, count), self._weights.tensors[name].dtype, self.tensors[name].dtype)
+
+
+def _target(own: DType, wanted: DType | None) -> DType:
+    return wanted if wanted is not None and own.can_be_delta and wanted.can_be_delta else own
+
+
+class ArrayWeights:
+    """Weights in a mapping from names to numpy arrays."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], *, label: str = "arrays in memory") -> None:
+        self.label = label
+        self._arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        self.tensors = {name: TensorInfo(DTYPES[_numpy_code(array.dtype)], array.shape) for name, array in self._arrays.items()}
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        return self._arrays[name].reshape(-1).view(self.tensors[name].dtype.word)[start : start + count]
+
+
+def _numpy_code(dtype: np.dtype[np.generic]) -> str:
+    return "BOOL" if dtype.kind == "b" else f"{dtype.kind.upper()}{dtype.itemsize * 8}"
+
+
+def runs(numel: int, length: int) -> Iterator[tuple[int, int]]:
+    """(start, count) of consecutive runs that tile [0, numel)."""
+    for start in range(0, numel, length):
+        yield start, min(length, numel - start)
