@@ -88,8 +88,8 @@ class Checkpoint:
         return cls(_open_folder(path), folder=path, label=str(where))
 
 
-def locate(where: str | os.PathLike[str], *, patterns: list[str] | None = None) -> Path:
-    """The local path of a folder, file or Hub id.
+def locate(where: str | os.PathLike[str], *, patterns: list[str] | None = None, local_only: bool = False) -> Path:
+    """The local path of a folder, file or Hub id. With `local_only`, a Hub id is looked up in the cache and nowhere else.
 
     Raises:
         CheckpointError: neither a path that exists nor a repository that the Hub (or its cache) has.
@@ -104,7 +104,7 @@ def locate(where: str | os.PathLike[str], *, patterns: list[str] | None = None) 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_only))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(name, expected="a folder or a Hub id", found=reason, remedy="check the name and the network") from error

@@ -239,5 +239,12 @@ def _same_content(one: Path, other: Path) -> bool:
         return False
     left, right = one.read_bytes(), other.read_bytes()
     if left != right and one.suffix == ".json":
-        return bool(json.loads(left) == json.loads(right))
+        return bool(_settled(json.loads(left)) == _settled(json.loads(right)))
     return left == right
+
+
+def _settled(content: Any) -> Any:
+    """Without what a fast tokenizer remembers of its last call, so that half a megabyte need not travel for it."""
+    if isinstance(content, dict) and "added_tokens" in content:
+        return {key: value for key, value in content.items() if key not in ("padding", "truncation")}
+    return content

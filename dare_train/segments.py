@@ -98,6 +98,12 @@ def encode_delta(plan: TensorPlan, start: int, base: Words, positions: Positions
     return Encoded(result=print_.plus(after).minus(before), segment=segment, frame=frame, **common)
 
 
+def receiver_words(plan: TensorPlan, start: int, length: int, positions: Positions, own: Words, tuned: Words) -> Words:
+    """The kept words of a run as they will be after applying: what `encode_delta` encodes, decoded."""
+    _, term, _, _ = _encode_values(plan, start, length, positions, own, tuned, _checked_delta(plan, own, tuned))
+    return term.result(own, plan.info.dtype)
+
+
 def _checked_delta(plan: TensorPlan, own: Words, tuned: Words) -> FloatArray:
     dtype = plan.info.dtype
     with np.errstate(over="ignore", invalid="ignore"):

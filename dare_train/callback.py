@@ -1,0 +1,306 @@
+"""`DareCallback`: packages from any transformers `Trainer`, without the training noticing."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from . import tracking
+from .config import DareConfig, Rescale, Values
+from .errors import BaseMismatch, ConfigError
+from .origin import Origin, find, from_disk, from_live, recall
+from .package import DeltaPackage
+from .publish import sweep
+from .shards import LiveWeights
+from .snapshot import Snapshot, Snapshotter, preview, step_folders
+
+When = Union[str, int]
+_EVENTS = ("save", "epoch", "end")
+_STATE = "dare_train"
+
+
+class DareCallback(TrainerCallback):  # type: ignore[misc]
+    """Writes delta packages during and after training (DARE, arXiv 2311.03099).
+
+        Trainer(model=model, args=args, train_dataset=data, callbacks=[DareCallback(p=0.9)])
+
+    Packages appear as `{output_dir}/{name}/step-N`, and the one at the end as `{output_dir}/{name}/final`.
+
+    Args:
+        p, seed, rescale, values, include, exclude, whole, allow_nonfinite: see `DareConfig`.
+        when: "save" (with each checkpoint), "epoch", "end", a number N (every N steps), or several of these.
+        base: folder or Hub id that deltas are relative to. By default where the model was loaded from, if its weights still are
+            the ones on disk when training starts; otherwise the weights at the start, kept in `{output_dir}/{name}/base`.
+        keep: how many `step-*` packages stay; older ones are removed. All, by default.
+        incremental: each package continues the one before. Together they are a chain; its every result has the same bits as
+            the package on the base would have given.
+        evaluate: after each evaluation, also evaluate the model as a receiver of the package gets it; metrics are logged with
+            the prefix `eval_{name}`.
+        name: of the folder, the metrics and the wandb artifact; several callbacks in one run need different names.
+        artifact: upload each package to wandb, when the Trainer reports there.
+
+    Attributes:
+        packages: every snapshot of this process, oldest first, as `Snapshot`.
+        waited: seconds for which training stood still, one for each snapshot taken.
+
+    Raises:
+        ConfigError: at construction, for values that are wrong or conflict; at train begin, for an engine that is not supported.
+        BaseMismatch: at train begin, when a resumed run's base cannot be established.
+        SnapshotError: a package could not be written; raised in the training process at its next step.
+    """
+
+    def __init__(
+        self,
+        p: float | Mapping[str, float] = 0.9,
+        *,
+        seed: int = 0,
+        rescale: Rescale = "paper",
+        values: Values = "auto",
+        include: Collection[str] = ("*",),
+        exclude: Collection[str] = (),
+        whole: Collection[str] = (),
+        allow_nonfinite: bool = False,
+        when: When | Sequence[When] = ("save", "end"),
+        base: str | os.PathLike[str] | None = None,
+        keep: int | None = None,
+        incremental: bool = False,
+        evaluate: bool = False,
+        name: str = "dare",
+        artifact: bool = True,
+    ) -> None:
+        self.config = DareConfig(
+            p=p, seed=seed, rescale=rescale, values=values, include=tuple(include), exclude=tuple(exclude), whole=tuple(whole),
+            allow_nonfinite=allow_nonfinite,
+        )  # fmt: skip
+        self.events, self.every = _schedule(when)
+        _check(keep, incremental, values, name)
+        self.base, self.keep, self.incremental, self.evaluate = base, keep, incremental, evaluate
+        self.name, self.artifact = name, artifact
+        self.packages: list[Snapshot] = []
+        self.waited: list[float] = []
+        self._at_init: Origin | None = None
+        self._snapshotter: Snapshotter | None = None
+        self._last_step = -1
+
+    @property
+    def package(self) -> DeltaPackage | None:
+        """The latest package."""
+        return self.packages[-1].package if self.packages else None
+
+    # The events of a run, in the order in which the Trainer sends them.
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
+        """The weights are the base's here even when the run is about to resume: remember which of them are not on disk."""
+        if model is not None and self.base is None:
+            self._at_init = find(LiveWeights(model), _loaded_from(model))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, processing_class: Any = None, **_: Any
+    ) -> None:
+        _check_engine(args, model)
+        folder = self._folder(args)
+        for leftover in folder.glob(".*.partial") if folder.exists() else ():
+            sweep(folder / leftover.name.removeprefix(".").removesuffix(".partial"))
+        live = LiveWeights(model)
+        origin = self._resumed_origin(state, live) if state.global_step else self._fresh_origin(args, live, model)
+        self._snapshotter = Snapshotter(origin, self.config, incremental=self.incremental)
+        if self.incremental:
+            self._snapshotter.chain = [path for path in step_folders(folder) if state.global_step and _step_of(path) <= state.global_step]
+        self._remember(state, origin)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
+        if self._snapshotter is not None:
+            self._collect(self._snapshotter.finished())
+        if self.every is not None and state.global_step % self.every == 0:
+            self._snapshot(args, state, model, kwargs.get("processing_class"))
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
+        if self.evaluate and self._snapshotter is not None:
+            self._evaluate_receiver(args, model)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
+        if "save" in self.events:
+            self._snapshot(args, state, model, kwargs.get("processing_class"))
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
+        if "epoch" in self.events:
+            self._snapshot(args, state, model, kwargs.get("processing_class"))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
+        assert self._snapshotter is not None, "train end without train begin"
+        if "end" in self.events:
+            self._take(self._folder(args) / "final", args, state, model, kwargs.get("processing_class"))
+        self._collect(self._snapshotter.wait())
+        self._snapshotter.close()
+
+    # Establishing the base.
+
+    def _fresh_origin(self, args: TrainingArguments, live: LiveWeights, model: Any) -> Origin:
+        if self.base is not None:
+            return _given_origin(live, self.base)
+        found = find(live, _loaded_from(model))
+        return found or from_live(live, self._folder(args) / "base", _configuration(model))
+
+    def _resumed_origin(self, state: TrainerState, live: LiveWeights) -> Origin:
+        if self.base is not None:
+            return _given_origin(live, self.base)
+        record = state.stateful_callbacks.get(_STATE, {}).get("attributes", {}).get(self.name)
+        if record is not None:
+            return recall(record, live)
+        if self._at_init is not None and not _is_checkpoint_of_a_run(self._at_init.checkpoint.folder):
+            return self._at_init
+        found = "a resumed run that did not have this callback, and whose model was not loaded from its base"
+        raise BaseMismatch("base", expected="a base on record, or the folder the model was loaded from", found=found, remedy="pass base=")
+
+    def _remember(self, state: TrainerState, origin: Origin) -> None:
+        entry = state.stateful_callbacks.setdefault(_STATE, {"args": {}, "attributes": {}})
+        entry["attributes"][self.name] = origin.record()
+
+    # Taking and collecting snapshots.
+
+    def _folder(self, args: TrainingArguments) -> Path:
+        return Path(args.output_dir) / self.name
+
+    def _snapshot(self, args: TrainingArguments, state: TrainerState, model: Any, processing_class: Any) -> None:
+        """At most one package for a step, whichever events meet there."""
+        if state.global_step != self._last_step:
+            self._last_step = state.global_step
+            self._take(self._folder(args) / f"step-{state.global_step}", args, state, model, processing_class)
+
+    def _take(self, out: Path, args: TrainingArguments, state: TrainerState, model: Any, processing_class: Any) -> None:
+        assert self._snapshotter is not None, "snapshot before train begin"
+        self._collect(self._snapshotter.wait())
+        out.parent.mkdir(parents=True, exist_ok=True)
+        keep = (self.keep, self._folder(args)) if self.keep is not None else None
+        files = _save_companions(model, processing_class, out)
+        self._snapshotter.take(LiveWeights(model), out, step=state.global_step, files=files, keep=keep)
+
+    def _collect(self, snapshot: Snapshot | None) -> None:
+        if snapshot is not None:
+            self.packages.append(snapshot)
+            self.waited.append(snapshot.waited)
+            tracking.log(snapshot, name=self.name, artifact=self.artifact)
+
+    def _evaluate_receiver(self, args: TrainingArguments, model: Any) -> None:
+        """Evaluate with the weights that a package taken now would give, then put training's own back."""
+        trainer = _calling_trainer()
+        assert self._snapshotter is not None, "evaluation before train begin"
+        received = _received_weights(LiveWeights(model), self._snapshotter.origin, self.config, self._folder(args))
+        with torch.random.fork_rng(), received:  # a data loader's iterator draws from torch's generator, which is training's
+            loader = trainer.get_eval_dataloader()
+            output = trainer.evaluation_loop(loader, description=f"Evaluation ({self.name})", metric_key_prefix=f"eval_{self.name}")
+        trainer.log(output.metrics)
+
+
+class _received_weights:  # noqa: N801 - reads as the function it is used as
+    """A `with` block in which the model is what a receiver gets. The weights it displaces wait in a file, not in memory."""
+
+    def __init__(self, live: LiveWeights, origin: Origin, config: DareConfig, folder: Path) -> None:
+        self._live, self._origin, self._config = live, origin, config
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        self._file = tempfile.TemporaryFile(dir=self._folder)
+        self._displaced: list[tuple[str, int, int]] = []
+        for name, words in preview(self._live, self._origin, self._config):
+            own = self._live.words(name)
+            self._displaced.append((name, self._file.tell(), own.size))
+            self._file.write(own.tobytes())
+            own[:] = words
+            self._live.store(name, own)
+
+    def __exit__(self, *_: object) -> None:
+        for name, offset, size in self._displaced:
+            own = self._live.words(name)
+            self._file.seek(offset)
+            own[:] = np.frombuffer(self._file.read(size * own.itemsize), own.dtype)
+            self._live.store(name, own)
+        self._file.close()
+
+
+def _schedule(when: When | Sequence[When]) -> tuple[frozenset[str], int | None]:
+    """Events and step interval."""
+    given = [when] if isinstance(when, (str, int)) else list(when)
+    numbers = [item for item in given if isinstance(item, int) and not isinstance(item, bool)]
+    events = [item for item in given if isinstance(item, str)]
+    unknown = [item for item in given if item not in _EVENTS and item not in numbers]
+    if unknown or not given or len(numbers) > 1 or any(number < 1 for number in numbers):
+        raise ConfigError("when", expected='"save", "epoch", "end", a number of steps, or several of these', found=repr(when))
+    return frozenset(events), numbers[0] if numbers else None
+
+
+def _check(keep: int | None, incremental: bool, values: str, name: str) -> None:
+    if keep is not None and (not isinstance(keep, int) or keep < 1):
+        raise ConfigError("keep", expected="a positive number of packages", found=repr(keep))
+    if incremental and keep is not None:
+        raise ConfigError("keep", expected="None with incremental=True", found=repr(keep), remedy="a chain needs all of its packages")
+    if incremental and values not in ("auto", "exact"):
+        raise ConfigError("values", expected="exact with incremental=True", found=repr(values), remedy="links of a chain are exact")
+    if not name or Path(name).name != name:
+        raise ConfigError("name", expected="the name of a folder", found=repr(name))
+
+
+def _check_engine(args: TrainingArguments, model: Any) -> None:
+    """Refuse what would give a wrong package.
+
+    Raises:
+        ConfigError: naming what was found and what is supported.
+    """
+    supported = "one process, with the whole model in it"
+    if args.world_size > 1:
+        raise ConfigError("DareCallback", expected=supported, found=f"{args.world_size} processes", remedy="extract from the saved checkpoint")
+    if hasattr(model, "peft_config"):
+        remedy = "merge_and_unload() and save it, then dare-train extract"
+        raise ConfigError("DareCallback", expected=supported, found="a PEFT adapter model", remedy=remedy)
+
+
+def _loaded_from(model: Any) -> str | None:
+    return getattr(getattr(model, "config", None), "name_or_path", None) or getattr(model, "name_or_path", None) or None
+
+
+def _given_origin(live: LiveWeights, base: str | os.PathLike[str]) -> Origin:
+    origin = from_disk(live, base, compare=False)
+    assert origin is not None, "only a comparison can reject a base"
+    return origin
+
+
+def _is_checkpoint_of_a_run(folder: Path) -> bool:
+    return (folder / "trainer_state.json").exists()
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _configuration(model: Any) -> dict[str, str]:
+    config = getattr(model, "config", None)
+    return {"config.json": config.to_json_string(use_diff=False)} if hasattr(config, "to_json_string") else {}
+
+
+def _save_companions(model: Any, processing_class: Any, out: Path) -> Path:
+    """The model's configuration and tokenizer as files, beside the package to come."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.files.", dir=out.parent))
+    for part in (getattr(model, "config", None), getattr(model, "generation_config", None), processing_class):
+        if hasattr(part, "save_pretrained"):
+            part.save_pretrained(folder)
+    return folder
+
+
+def _calling_trainer() -> Trainer:
+    """The Trainer that sent the current event. Callbacks are not given it; it stands further up the stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    raise ConfigError("evaluate", expected="events sent by a transformers Trainer", found="another caller")
