@@ -17,6 +17,7 @@ from .checkpoint import SINGLE, Checkpoint, CheckpointWriter, Layout, companions
 from .dtypes import Words
 from .errors import BaseMismatch
 from .fingerprint import Fingerprint, model_fingerprint, total
+from .manifest import TensorRecord
 from .package import DeltaPackage
 from .parallel import ScratchWords, ordered_map
 from .plan import WeightsLike, open_weights
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from .shards import Live, LiveWeights
 
 _NOT_THE_MODELS = {"README.md"}
-Progress = Callable[[int], object]
-"""Called with the bytes just written."""
+Progress = Callable[[int, int], object]
+"""Called with the bytes of the result that are done and of all that there are."""
 
 
 def apply(
@@ -51,7 +52,7 @@ def apply(
         weights: factor w of each package, by default 1; only for packages side by side.
         cast_base: round the base to the packages' dtypes first.
         overwrite: replace a folder that is already there.
-        progress: called with the bytes of each run as it is written.
+        progress: called with (bytes done, bytes in all) after each tensor.
 
     Returns:
         The fingerprint of the result. With weights of 1 it has been compared with the one on record.
@@ -107,14 +108,15 @@ def _write_all(resolver: Resolver, writer: CheckpointWriter | None, progress: Pr
 
     work = [(name, start, count) for name in resolver.tensors for start, count in resolver.runs(name)]
     done = iter(ordered_map(one, work))
-    prints = {}
+    prints, written, everything = {}, 0, sum(record.info.nbytes for record in resolver.tensors.values())
     for name in resolver.tensors:
         shares = [next(done) for _ in resolver.runs(name)]
         resolver.check_base_print(name, total(before for before, _, _ in shares))
         prints[name] = total(after for _, after, _ in shares)
         resolver.check_result_print(name, prints[name])
+        written += sum(size for _, _, size in shares)
         if progress is not None:
-            progress(sum(size for _, _, size in shares))
+            progress(written, everything)
     return prints
 
 
@@ -205,7 +207,7 @@ def apply_(model: Live, packages: Packages | str | os.PathLike[str] | DeltaPacka
 
     links = open_chain(_listed(packages), weights)
     live = LiveWeights(model)
-    resolver = Resolver(_AsBase(live, links[0].packages[0]), links)
+    resolver = Resolver(_AsBase(live, links[0].packages[0]), links, live=True)
     _check_fits(live, resolver)
     check_base(resolver)
     undo = Undo(live, [], {})
@@ -235,22 +237,20 @@ def applied(
 
 
 class _AsBase:
-    """A live model as the base of a package: it has the result's names already, and grows no rows."""
+    """A live model as the base of a package: built for the result, so that only its leading rows are the base's where rows were added."""
 
     def __init__(self, live: LiveWeights, package: DeltaPackage) -> None:
-        self.label = live.label
-        self._live, prefix = live, package.manifest.prefix
-        self._names = {_base_name(name, prefix): name for name in live.tensors}
-        self.tensors = {base: self._info(name, package) for base, name in self._names.items()}
-
-    def _info(self, name: str, package: DeltaPackage) -> TensorInfo:
-        info, record = self._live.tensors[name], package.records.get(name)
-        if record is None or record.base_rows is None or info.shape != record.info.shape:
-            return info
-        return TensorInfo(info.dtype, record.base_info.shape)
+        self.label, self._live = live.label, live
+        self.tensors = {name: _base_part(info, package.records.get(name)) for name, info in live.tensors.items()}
 
     def read(self, name: str, start: int, count: int) -> Words:
-        return self._live.read(self._names[name], start, count)
+        return self._live.read(name, start, count)
+
+
+def _base_part(info: TensorInfo, record: TensorRecord | None) -> TensorInfo:
+    if record is None or record.base_rows is None or info.shape != record.info.shape:
+        return info
+    return TensorInfo(info.dtype, record.base_info.shape)
 
 
 def _check_fits(live: LiveWeights, resolver: Resolver) -> None:

@@ -18,7 +18,7 @@ from .config import DareConfig, Rescale, Values
 from .errors import BaseMismatch, ConfigError
 from .origin import Origin, find, from_disk, from_live, recall
 from .package import DeltaPackage
-from .publish import sweep
+from .publish import sweep_folder
 from .shards import LiveWeights
 from .snapshot import Snapshot, Snapshotter, preview, step_folders
 
@@ -107,8 +107,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         _check_engine(args, model)
         folder = self._folder(args)
-        for leftover in folder.glob(".*.partial") if folder.exists() else ():
-            sweep(folder / leftover.name.removeprefix(".").removesuffix(".partial"))
+        sweep_folder(folder)
         live = LiveWeights(model)
         origin = self._resumed_origin(state, live) if state.global_step else self._fresh_origin(args, live, model)
         self._snapshotter = Snapshotter(origin, self.config, incremental=self.incremental)

@@ -106,8 +106,8 @@ def locate(where: str | os.PathLike[str], *, patterns: list[str] | None = None, 
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_only))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(name, expected="a folder or a Hub id", found=reason, remedy="check the name and the network") from error
+        found = "no such folder here, and no such repository in the cache or on the Hub"
+        raise CheckpointError(name, expected="a folder or a Hub id", found=found, remedy="check the name and the network") from error
 
 
 def _open_folder(folder: Path) -> list[SafetensorsFile]:

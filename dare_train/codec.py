@@ -147,11 +147,16 @@ def decode_exact(data: memoryview, base: Words, changed: int, dtype: DType, *, n
 
 def round_delta(delta: FloatArray) -> FloatArray:
     """Deltas as the `rounded` encoding keeps them."""
-    return to_float(from_float(delta.astype(np.float32), _BF16), _BF16).astype(delta.dtype)
+    return to_float(from_float(_single(delta), _BF16), _BF16).astype(delta.dtype)
+
+
+def _single(delta: FloatArray) -> FloatArray:
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+        return delta.astype(np.float32)
 
 
 def rounded_symbols(delta: FloatArray) -> Words:
-    bits = from_float(delta.astype(np.float32), _BF16)
+    bits = from_float(_single(delta), _BF16)
     return (bits << np.uint16(1)) | (bits >> np.uint16(15))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +49,7 @@ def extract(
     allow_nonfinite: bool = False,
     base_model: str | None = None,
     overwrite: bool = False,
+    progress: Callable[[int, int], object] | None = None,
 ) -> DeltaPackage:
     """Write the delta from `base` to `tuned` as a package at `out` (arXiv 2311.03099, eq. 1-2).
 
@@ -61,6 +62,7 @@ def extract(
         cast_base: round the base to the tuned weights' dtypes first. The package is then relative to the rounded base.
         base_model: what the package calls its base; by default the folder or Hub id given.
         overwrite: replace a folder that is already there.
+        progress: called with (bytes read, bytes in all) of the tuned weights as work goes on.
 
     Raises:
         ConfigError, CheckpointError, TensorMismatch, DtypeMismatch, NonFiniteDelta, OutputExists, StorageError.
@@ -78,7 +80,8 @@ def extract(
     source = Provenance(base_model=base_model or plain_base.label, prefix=prefix, base_only=_base_only(aligned, plans), config=config)
     with staged_folder(Path(out), overwrite=overwrite) as staging:
         files = carry_files(_folder_of(plain_base), _folder_of(tuned_weights), staging)
-        write_package(staging, plans, ordered_map(lambda work: _encode(aligned, tuned_weights, *work), _work(plans)), source, files)
+        encoded = ordered_map(lambda work: _encode(aligned, tuned_weights, *work), _work(plans))
+        write_package(staging, plans, _reported(encoded, plans, progress), source, files)
     return DeltaPackage.open(out)
 
 
@@ -112,6 +115,16 @@ def regions(plan: TensorPlan) -> list[tuple[int, int]]:
     """[start, stop) of what the base has and of what it has not, so that no segment lies across."""
     split = plan.base_numel if plan.base_rows is not None else plan.info.numel
     return [(start, stop) for start, stop in ((0, split), (split, plan.info.numel)) if start < stop]
+
+
+def _reported(encoded: Iterable[Encoded], plans: list[TensorPlan], progress: Callable[[int, int], object] | None) -> Iterator[Encoded]:
+    """The same runs, telling `progress` of them."""
+    done, everything = 0, sum(plan.info.nbytes for plan in plans)
+    for run, (plan, _, count) in zip(encoded, _work(plans), strict=True):
+        done += count * plan.info.dtype.itemsize
+        if progress is not None:
+            progress(done, everything)
+        yield run
 
 
 def _encode(base: Weights, tuned: Weights, plan: TensorPlan, start: int, count: int) -> Encoded:

@@ -49,22 +49,28 @@ class Term:
             return dtype.compute.type(self.factor) * delta, touched
 
 
-def combine(words: Words, terms: Sequence[Term], dtype: DType) -> NDArray[np.int64]:
-    """Apply the law to a run of base words in place. Several terms add up in the order given and are rounded once.
+def combine(words: Words, terms: Sequence[Term], dtype: DType) -> None:
+    """Apply the law to a run of base words in place.
 
-    Returns the positions that may have changed.
+    Where several terms move an element they add up in the order given and are rounded once; where one alone does, it
+    gives what it would give without the others.
     """
     if len(terms) == 1:
         positions = terms[0].positions
         words[positions] = terms[0].result(words[positions], dtype)
-        return positions
+        return
     total = to_float(words, dtype).astype(dtype.compute)
-    touched = np.zeros(words.size, np.bool_)
+    movers = np.zeros(words.size, np.int32)
+    moved_by = []
     for term in terms:
-        added, changed = term.addend(words[term.positions], dtype)
+        added, moved = term.addend(words[term.positions], dtype)
         with np.errstate(over="ignore", invalid="ignore"):
-            total[term.positions] = np.where(changed, total[term.positions] + added, total[term.positions])
-        touched[term.positions] |= changed
-    positions = np.flatnonzero(touched)
-    words[positions] = from_float(total[positions], dtype)
-    return positions
+            total[term.positions] = np.where(moved, total[term.positions] + added, total[term.positions])
+        movers[term.positions] += moved
+        moved_by.append(moved)
+    touched = np.flatnonzero(movers)
+    words[touched] = from_float(total[touched], dtype)
+    for term, moved in zip(terms, moved_by, strict=True):
+        if term.tuned is not None and term.factor == 1.0:
+            alone = moved & (movers[term.positions] == 1)
+            words[term.positions[alone]] = term.tuned[alone]

@@ -132,7 +132,11 @@ def dump(manifest: Manifest) -> bytes:
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     tensors = ",\n".join(json.dumps(_tensor_json(record), separators=(",", ":")) for record in manifest.tensors)
     blank = ("{\n" + ",\n".join(lines) + ',\n"tensors": [\n' + tensors + "\n]\n}\n").encode()
-    return blank.replace(_BLANK.encode(), hashlib.sha256(blank).hexdigest().encode(), 1)
+    return blank.replace(_sealed(_BLANK), _sealed(hashlib.sha256(blank).hexdigest()), 1)
+
+
+def _sealed(digest: str) -> bytes:
+    return f'"digest": "{digest}"'.encode()
 
 
 def _tensor_json(record: TensorRecord) -> dict[str, Any]:
@@ -179,7 +183,7 @@ def load(path: Path) -> Manifest:
 def _check_digest(path: Path, raw: bytes, digest: object) -> None:
     if not isinstance(digest, str) or len(digest) != 64:
         raise PackageError(str(path), expected="a digest of 64 digits", found=repr(digest), remedy=_REMEDY)
-    found = hashlib.sha256(raw.replace(digest.encode(), _BLANK.encode(), 1)).hexdigest()
+    found = hashlib.sha256(raw.replace(_sealed(digest), _sealed(_BLANK), 1)).hexdigest()
     if found != digest:
         raise PackageError(
             str(path), expected=f"digest {digest[:12]}…", found=f"{found[:12]}…", remedy=f"it was changed or damaged; {_REMEDY}"

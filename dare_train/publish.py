@@ -61,6 +61,16 @@ def sweep(out: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def sweep_folder(folder: Path) -> None:
+    """`sweep` for everything that was being written into `folder`, with the files that were waiting to go along."""
+    for leftover in sorted(folder.glob(".*")):
+        name, _, kind = leftover.name.removeprefix(".").partition(".")
+        if kind in ("partial", "replaced"):
+            sweep(folder / name)
+        elif kind.startswith("files."):
+            shutil.rmtree(leftover)
+
+
 @contextmanager
 def storage_errors(where: Path) -> Iterator[None]:
     """Turn the operating system's refusal of a write into a `StorageError` that names the place."""

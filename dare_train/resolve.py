@@ -73,17 +73,17 @@ def open_chain(packages: Packages, weights: Sequence[float] | None) -> list[Link
 
 
 class Resolver:
-    """Computes any run of the result from a base that may lie anywhere.
+    """Computes any run of the result from a base that may lie anywhere. A `live` base has the result's names already.
 
     Raises:
         TensorMismatch: the base lacks a tensor, has one too many, or has one of another shape.
         DtypeMismatch: the base has another dtype than the one the packages were made from.
     """
 
-    def __init__(self, base: Weights, links: Sequence[Link], *, cast_base: bool = False) -> None:
+    def __init__(self, base: Weights, links: Sequence[Link], *, cast_base: bool = False, live: bool = False) -> None:
         self.links = links
         first, last = links[0].packages[0].manifest, links[-1].packages
-        self.base = with_prefix(base, first.prefix)
+        self.base = base if live else with_prefix(base, first.prefix)
         if cast_base:
             self.base = cast_to(self.base, {record.name: record.base_info for record in first.tensors})
         self.source = {record.name: record for record in first.tensors}

@@ -108,10 +108,14 @@ def _checked_delta(plan: TensorPlan, own: Words, tuned: Words) -> FloatArray:
     dtype = plan.info.dtype
     with np.errstate(over="ignore", invalid="ignore"):
         delta = to_float(tuned, dtype) - to_float(own, dtype)
-    if not plan.allow_nonfinite and not np.isfinite(delta).all():
-        count = delta.size - int(np.count_nonzero(np.isfinite(delta)))
-        remedy = "did training diverge? allow_nonfinite=True (--allow-nonfinite) carries them as they are"
-        raise NonFiniteDelta(plan.name, expected="finite deltas", found=f"{count} NaN or infinite", remedy=remedy)
+    exact = plan.values == "exact"
+    if exact and plan.allow_nonfinite:
+        return delta
+    finite = np.isfinite(delta if exact else codec.round_delta(delta))
+    if not finite.all():
+        remedy = "did training diverge? allow_nonfinite=True with values='exact' (--allow-nonfinite --values exact) carries them as they are"
+        found = f"{delta.size - int(np.count_nonzero(finite))} that are NaN, infinite or too large for {plan.values} values"
+        raise NonFiniteDelta(plan.name, expected="finite deltas", found=found, remedy=remedy)
     return delta
 
 

@@ -16,14 +16,17 @@ _BINS = 1 << (31 - _SHIFT)
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """Counts of |δ| in logarithmic bins, zeros apart, and the largest."""
+    """Counts of |δ| in logarithmic bins, zeros apart, and the largest. What float32 cannot hold is left out."""
 
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, np.int64))
     largest: float = 0.0
 
     @classmethod
     def of(cls, delta: FloatArray) -> Magnitudes:
-        size = np.abs(delta.astype(np.float32, copy=False))
+        with np.errstate(over="ignore"):
+            size = np.abs(delta.astype(np.float32, copy=False))
+        if not np.isfinite(size).all():
+            size = size[np.isfinite(size)]
         counts = np.bincount(size.view(np.uint32) >> np.uint32(_SHIFT), minlength=_BINS)
         return cls(counts, float(size.max(initial=0.0)))
 
@@ -40,6 +43,11 @@ class Magnitudes:
             return 0.0
         place = int(np.searchsorted(np.cumsum(self.counts), q * self.total))
         return min(_middle(min(place, _BINS - 2)), self.largest)
+
+    def share_below(self, bound: float) -> float:
+        """Share of the magnitudes up to `bound`, up to the width of the bin in which it lies."""
+        place = int(np.float32(bound).view(np.uint32)) >> _SHIFT
+        return float(self.counts[:place].sum()) / self.total if self.total else 1.0
 
     def histogram(self, bins: int = 64) -> tuple[list[int], list[float]]:
         """Counts and edges over the occupied range, as wandb.Histogram takes them (at most `bins` bins, logarithmic)."""

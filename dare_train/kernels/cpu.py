@@ -300,7 +300,7 @@ def from_distances(base: Words, symbols: Words, exponent_bits: int) -> Words:
 def expand(bitmap: NDArray[np.uint8], values: Words, kept: int) -> tuple[Words, int]:
     """`kept` symbols from a bitmap of those that are not zero and the others less one, and how many bits were set."""
     out = np.zeros(kept, values.dtype)
-    return out, int(_expand(bitmap, values, out)) if values.size else int(np.count_nonzero(bitmap))
+    return out, int(_expand(bitmap, values, out)) if values.size else int(np.unpackbits(bitmap, count=kept, bitorder="little").sum())
 
 
 def law_bf16(base: Words, tuned: Words, factor: float) -> Words:

@@ -14,10 +14,10 @@ BLOCK = 8 * COUNTERS
 _LOW = 0xFFFFFFFF
 
 
-def philox(key: int, counter: Tensor, high: Tensor, domain: int) -> list[Tensor]:
+def philox(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
     """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): four uint32 words per counter."""
     k0, k1 = key & _LOW, key >> 32
-    c0, c1, c2, c3 = counter, high, torch.full_like(counter, domain), torch.zeros_like(counter)
+    c0, c1, c2, c3 = counter
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = _right(p1, 32) ^ c1 ^ k0, p1 & _LOW, _right(p0, 32) ^ c3 ^ k1, p0 & _LOW
@@ -34,7 +34,8 @@ def draws(key: int, start: int, count: int, domain: int) -> Tensor:
     index = torch.arange(start, start + count)
     block, r = index // BLOCK, index % BLOCK
     counter = block * COUNTERS + r % COUNTERS
-    words = torch.stack(philox(key, counter & _LOW, _right(counter, 32), domain))
+    zero = torch.zeros_like(counter)
+    words = torch.stack(philox(key, (counter & _LOW, _right(counter, 32), zero + domain, zero)))
     chosen = words.gather(0, (r // (2 * COUNTERS))[None])[0]
     return (chosen >> (16 * ((r // COUNTERS) % 2))) & 0xFFFF
 
@@ -94,7 +95,8 @@ def law(base: Tensor, tuned: Tensor, factor: float) -> Tensor:
         return tuned.clone()
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
     moved = base.to(wide) + torch.tensor(factor, dtype=wide) * (tuned.to(wide) - base.to(wide))
-    moved = torch.where(moved.isnan(), torch.full_like(moved, torch.nan), moved).to(base.dtype)
+    moved = moved.to(base.dtype)
+    moved = torch.where(moved.isnan(), torch.full_like(moved, torch.nan), moved)
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[base.element_size()]
     return torch.where(base.view(integers) == tuned.view(integers), base, moved)
 

@@ -1,0 +1,190 @@
+"""The `dare-train` command: arguments, exit codes, and what a person sees meanwhile.
+
+Exit codes: 0 done; 1 the data said no; 2 the command line was wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from .errors import ConfigError, DareError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+app = typer.Typer(
+    name="dare-train", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Delta packages: what fine-tuning changed, small, verifiable, applied to the bit.",
+)  # fmt: skip
+
+Base = Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")]
+Tuned = Annotated[str, typer.Argument(help="Folder or Hub id of the fine-tuned model.")]
+Package = Annotated[str, typer.Argument(metavar="PKG", help="Folder or Hub id of a package.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to create.")]
+CastBase = Annotated[bool, typer.Option("--cast-base", help="Round the base to the dtype of the fine-tuned weights first.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is already there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Options before the command."""
+    if version:
+        from ._version import __version__
+
+        typer.echo(f"dare_train {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def extract(
+    base: Base,
+    tuned: Tuned,
+    out: Out,
+    p: Annotated[list[str], typer.Option("--p", help="Drop rate in [0, 1), or PATTERN=RATE; may be given several times, first match wins.")] = ["0.9"],  # noqa: B006
+    seed: Annotated[int, typer.Option(help="Selects the mask.")] = 0,
+    rescale: Annotated[str, typer.Option(help="paper: survivors times 1/(1-p). none: drop only.")] = "paper",
+    values: Annotated[str, typer.Option(help="auto, exact, rounded, int8, int4 or sign.")] = "auto",
+    include: Annotated[list[str], typer.Option(help="Name pattern of tensors to cover; may be given several times.")] = ["*"],  # noqa: B006
+    exclude: Annotated[list[str], typer.Option(help="Name pattern of tensors to leave as in the base.")] = [],  # noqa: B006
+    whole: Annotated[list[str], typer.Option(help="Name pattern of tensors to carry as they are.")] = [],  # noqa: B006
+    cast_base: CastBase = False,
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the delta between two checkpoints as a package."""
+    from .extract import extract as run
+
+    rates = _drop_rates(p)
+    with _progress("extracting") as progress:
+        package = run(
+            base, tuned, out, p=rates, seed=seed, rescale=rescale, values=values, include=include, exclude=exclude, whole=whole,  # type: ignore[arg-type]
+            cast_base=cast_base, allow_nonfinite=allow_nonfinite, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    stats = package.stats
+    size = f"{stats['bytes']:,} bytes, {stats['bits_per_parameter']:.3f} bits per parameter, {stats['compression_ratio']:.1f}× smaller"
+    typer.echo(f"{out}: {size} than the model")
+
+
+@app.command()
+def apply(
+    base: Base,
+    packages: Annotated[list[str], typer.Argument(metavar="PKG...", help="Packages on this base, or a chain in order.")],
+    out: Out,
+    weight: Annotated[Optional[list[float]], typer.Option("--weight", help="Factor of each package, in order; 1 by default.")] = None,  # noqa: UP045
+    cast_base: CastBase = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the checkpoint that packages make of a base, verified."""
+    from .apply import apply as run
+
+    with _progress("applying") as progress:
+        result = run(base, packages, out, weights=weight, cast_base=cast_base, overwrite=overwrite, progress=progress)
+    verified = "as on record" if weight is None and len(packages) == 1 else "of the combination"
+    typer.echo(f"{out}: fingerprint {result[:12]}…, {verified}")
+
+
+@app.command()
+def inspect(
+    package: Package,
+    as_json: AsJson = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="A row for each tensor instead of each kind.")] = False,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw density, bits per parameter and |δ| by layer into this file.")] = None,  # noqa: UP045
+) -> None:
+    """Show what a package holds."""
+    from . import report
+    from .package import DeltaPackage
+
+    opened = DeltaPackage.open(package)
+    _show(report.inspect_json(opened) if as_json else report.inspect_table(opened, every_tensor=tensors))
+    if plot is not None:
+        report.plot(opened, plot)
+        typer.echo(f"drew {plot}", err=True)
+
+
+@app.command()
+def verify(
+    package: Package,
+    base: Annotated[Optional[str], typer.Option("--base", help="Also check that this is the right base, and that applying arrives.")] = None,  # noqa: UP045
+    cast_base: CastBase = False,
+) -> None:
+    """Check every byte of a package, and with a base the result too."""
+    from .apply import rehearse
+    from .package import DeltaPackage
+
+    opened = DeltaPackage.open(package)
+    opened.check_integrity()
+    if base is not None:
+        rehearse(base, [opened], cast_base=cast_base)
+    typer.echo(f"{package}: intact" + (f", and gives {opened.manifest.result[:12]}… on {base}" if base is not None else ""))
+
+
+@app.command()
+def diagnose(base: Base, tuned: Tuned, cast_base: CastBase = False, as_json: AsJson = False) -> None:
+    """Will DARE work here, and at which p?"""
+    from . import report
+    from .diagnose import diagnose as run
+
+    diagnosis = run(base, tuned, cast_base=cast_base)
+    _show(report.diagnosis_json(diagnosis) if as_json else report.diagnosis_table(diagnosis))
+
+
+def _drop_rates(given: list[str]) -> float | dict[str, float]:
+    pairs = [item.rpartition("=") for item in given]
+    try:
+        rates = {pattern or "*": float(rate) for pattern, _, rate in pairs}
+    except ValueError as error:
+        raise ConfigError("--p", expected="a number, or PATTERN=NUMBER", found=" ".join(given)) from error
+    return rates["*"] if list(rates) == ["*"] else rates
+
+
+def _show(what: dict[str, Any] | RenderableType) -> None:
+    if isinstance(what, dict):
+        typer.echo(json.dumps(what, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(what)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], object] | None]:
+    """A bar on a terminal's stderr, fed with (bytes done, bytes in all); nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        app(prog_name="dare-train")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    except (DareError, OSError) as error:
+        if debug:
+            raise
+        print(f"dare-train: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    return 0

@@ -1,0 +1,42 @@
+"""What all tests share: no network, a bounded Hypothesis, and a way to put weights on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["WANDB_MODE"] = "offline"
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from safetensors.torch import save_file
+
+settings.register_profile(
+    "tests", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("tests")
+
+MakeCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
+    """`make_checkpoint(folder, tensors, config=None)`: a checkpoint folder as `save_pretrained` leaves it.
+
+    A relative `folder` lies in the test's own temporary directory.
+    """
+
+    def make(folder: str | Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None) -> Path:
+        path = tmp_path / folder
+        path.mkdir(parents=True)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+        if config is not None:
+            (path / "config.json").write_text(json.dumps(config))
+        return path
+
+    return make
