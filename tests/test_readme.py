@@ -1,0 +1,48 @@
+"""The README's code runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training import classifier, examples, make_trainer, save_base, train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_are_two_python_blocks() -> None:
+    assert len(BLOCKS) == 2
+
+
+def test_the_training_block_runs(tmp_path: Path) -> None:
+    model = classifier(save_base(tmp_path / "base"))
+    names: dict[str, Any] = {"model": model, "args": make_trainer(model, tmp_path / "out").args, "data": examples()}
+    exec(BLOCKS[0], names)
+    assert (tmp_path / "out/dare/final/dare_config.json").exists()
+    assert (tmp_path / "out/dare/step-4/dare_config.json").exists()
+
+
+def test_the_apply_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_base(tmp_path / "base")
+    train(classifier(base), tmp_path / "run").save_model(str(tmp_path / "tuned"))
+    monkeypatch.chdir(tmp_path)
+    exec(BLOCKS[1], {"model": classifier(base)})
+    assert (tmp_path / "received/config.json").exists()
+
+
+def test_the_commands_exist() -> None:
+    from dare_train.cli import app
+
+    commands = set(re.findall(r"^dare-train (\w+)", README, re.MULTILINE))
+    assert commands == {command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert all((ROOT / script).exists() for script in re.findall(r"^(scripts/\w+)", README, re.MULTILINE))
+
+
+def test_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert len(links) > 6
+    assert [link for link in links if not (ROOT / link).exists()] == []

@@ -1,0 +1,119 @@
+"""The promises of the layout: floors, cheap imports, and nothing that hides randomness or swallows errors."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dare_train
+
+PACKAGE = Path(dare_train.__file__).parent
+
+FLOORS = [
+    {"errors", "_version"},
+    {"dtypes", "config"},
+    {"parallel", "weights", "publish", "kernels.cpu", "kernels.reference"},
+    {"masks", "fingerprint", "checkpoint", "shards", "stats", "law"},
+    {"codec"},
+    {"manifest"},
+    {"package", "card"},
+    {"segments"},
+    {"plan"},
+    {"extract", "resolve", "diagnose"},
+    {"apply", "origin"},
+    {"snapshot", "report"},
+    {"tracking"},
+    {"callback"},
+    {"cli"},
+    {"__main__"},
+]
+"""A module imports from lower floors only. Imports inside functions count too, except those that LAZY names."""
+
+LAZY = {("package", "apply")}
+"""`DeltaPackage.verify(base)` rehearses an application: a convenience that points up, resolved when it is called."""
+
+FRAMEWORKS = {"torch", "transformers", "accelerate", "deepspeed", "wandb", "numba", "matplotlib"}
+
+
+def modules() -> dict[str, Path]:
+    found = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return {name: path for name, path in found.items() if not name.endswith("__init__")}
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """Modules of this package that a module imports, anywhere in its text."""
+    parents = name.split(".")
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            start = parents[: len(parents) - node.level]
+            base = [*start, *(node.module.split(".") if node.module else [])]
+            found |= {".".join([*base, alias.name]) for alias in node.names} | {".".join(base)}
+    return found & modules().keys()
+
+
+def upward_edges(floors: list[set[str]], edges: dict[str, set[str]]) -> list[tuple[str, str]]:
+    level = {name: number for number, floor in enumerate(floors) for name in floor}
+    return sorted((name, other) for name, others in edges.items() for other in others if level[other] >= level[name])
+
+
+def test_every_module_has_a_floor() -> None:
+    assert set().union(*FLOORS) == modules().keys()
+
+
+def test_modules_import_from_lower_floors_only() -> None:
+    edges = {name: imports(name, path) for name, path in modules().items()}
+    assert sum(map(len, edges.values())) > 60, "the imports were not found"
+    assert set(upward_edges(FLOORS, edges)) == LAZY
+
+
+def test_an_upward_import_would_be_found() -> None:
+    assert upward_edges([{"low"}, {"high"}], {"low": {"high"}, "high": {"low"}}) == [("low", "high")]
+
+
+def loaded_by(code: str) -> set[str]:
+    listing = f"{code}\nimport sys; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
+    return {module for module in done.stdout.split() if "." not in module}
+
+
+def test_importing_the_package_loads_no_framework() -> None:
+    assert not loaded_by("import dare_train; dare_train.__all__; dir(dare_train)") & (FRAMEWORKS | {"numpy", "rich", "typer"})
+
+
+def test_help_loads_no_framework() -> None:
+    code = "import sys; sys.argv = ['dare-train', '--help']\nfrom dare_train.cli import main\nmain()"
+    assert not loaded_by(code) & (FRAMEWORKS | {"numpy", "zstandard", "huggingface_hub"})
+
+
+def test_checkpoints_need_no_torch() -> None:
+    assert not loaded_by("import dare_train; dare_train.extract; dare_train.apply") & {"torch", "transformers", "wandb"}
+
+
+def test_a_framework_would_be_noticed() -> None:
+    assert "numba" in loaded_by("import dare_train; dare_train.extract")
+
+
+def test_functions_stay_functions_when_their_modules_are_imported() -> None:
+    code = "import dare_train\nfrom dare_train import apply_\nimport dare_train.extract\nassert callable(dare_train.apply) and callable(dare_train.extract)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dare_train.nothing  # noqa: B018
+
+
+def test_public_names_resolve() -> None:
+    assert all(getattr(dare_train, name) is not None for name in dare_train.__all__)
+
+
+@pytest.mark.parametrize("forbidden", ["np.random.seed", "torch.manual_seed", "random.seed", "np.random.rand", "pickle", "eval(", "exec("])
+def test_no_global_randomness_and_nothing_executed(forbidden: str) -> None:
+    sources = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
+    assert len(sources) > 25
+    assert [path.name for path, text in sources.items() if forbidden in text] == []
