@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .checkpoint import SINGLE, Checkpoint, CheckpointWriter, Layout, companions
 from .dtypes import Words
-from .errors import BaseMismatch
+from .errors import BaseMismatch, PackageError
 from .fingerprint import Fingerprint, model_fingerprint, total
 from .manifest import TensorRecord
 from .package import DeltaPackage
@@ -64,7 +64,8 @@ def apply(
     checkpoint = Checkpoint.open(base)
     links = open_chain(_listed(packages), weights)
     resolver = Resolver(checkpoint, links, cast_base=cast_base)
-    with staged_folder(Path(out), overwrite=overwrite, sync=False) as staging:
+    inputs = [checkpoint.folder, *(package.path for link in links for package in link.packages)]
+    with staged_folder(Path(out), overwrite=overwrite, sync=False, inputs=inputs) as staging:
         with CheckpointWriter(staging, _layout(checkpoint, resolver)) as writer:
             prints = _write_all(resolver, writer, progress)
         _copy_companions(checkpoint.folder, staging)
@@ -107,7 +108,11 @@ def _write_all(resolver: Resolver, writer: CheckpointWriter | None, progress: Pr
         return before, Fingerprint.of(words, start), words.nbytes
 
     work = [(name, start, count) for name in resolver.tensors for start, count in resolver.runs(name)]
-    done = iter(ordered_map(one, work))
+    with closing(ordered_map(one, work)) as done:
+        return _checked_prints(resolver, done, progress)
+
+
+def _checked_prints(resolver, done, progress):
     prints, written, everything = {}, 0, sum(record.info.nbytes for record in resolver.tensors.values())
     for name in resolver.tensors:
         shares = [next(done) for _ in resolver.runs(name)]
@@ -146,7 +151,12 @@ def _copy_companions(folder: Path, staging: Path) -> None:
 
 def _copy_carried(package: DeltaPackage, staging: Path) -> None:
     for record in package.manifest.files:
-        _copy(package.path / record.file, staging / record.file)
+        target = staging / record.file
+        if target.is_dir() or any(folder.is_file() for folder in target.parents):
+            raise PackageError(
+                package.name, expected="files that fit in beside the base's", found=record.file, remedy="do not trust this package"
+            )
+        _copy(package.path / record.file, target)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -264,25 +274,22 @@ def _check_fits(live: LiveWeights, resolver: Resolver) -> None:
 
 def _apply_tensor(name: str, live: LiveWeights, resolver: Resolver, undo: Undo) -> None:
     content = live.words(name)
-    done: Iterable[tuple[NDArray[np.int64], Words]] = ordered_map(
-        lambda run: _apply_run(name, content, resolver, *run), [(s, n) for s, n in resolver.runs(name)], threads=None
-    )
-    touched = False
-    for positions, old in done:
-        if positions.size:
-            touched = True
-            undo._log.append((name, positions, old))
+    before = len(undo._log)
+    with closing(ordered_map(lambda run: _apply_run(name, content, resolver, undo, *run), resolver.runs(name))) as done:
+        for _ in done:
+            pass
+    touched = len(undo._log) > before
     if touched:
         live.store(name, content)
         undo._applied[name] = Fingerprint.of(content)
     resolver.check_result_print(name, undo._applied[name] if touched else Fingerprint.of(content))
 
 
-def _apply_run(name: str, content: Words, resolver: Resolver, start: int, count: int) -> tuple[NDArray[np.int64], Words]:
-    """Resolve one run into `content`. Returns the flat positions that changed and what was there."""
+def _apply_run(name: str, content: Words, resolver: Resolver, undo: Undo, start: int, count: int) -> None:
+    """Resolve one run into `content`. The log knows of a change before it is made: an error elsewhere may come at any time."""
     view = content[start : start + count]
     new = resolver.resolve(name, start, count)
     changed = np.flatnonzero(new != view)
-    old = view[changed].copy()
-    view[changed] = new[changed]
-    return changed + start, old
+    if changed.size:
+        undo._log.append((name, changed + start, view[changed].copy()))
+        view[changed] = new[changed]

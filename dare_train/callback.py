@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
 
@@ -14,7 +14,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import tracking
-from .config import DareConfig, Rescale, Values
+from .config import DareConfig, Patterns, Rescale, Values
 from .errors import BaseMismatch, ConfigError
 from .origin import Origin, find, from_disk, from_live, recall
 from .package import DeltaPackage
@@ -64,9 +64,9 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         seed: int = 0,
         rescale: Rescale = "paper",
         values: Values = "auto",
-        include: Collection[str] = ("*",),
-        exclude: Collection[str] = (),
-        whole: Collection[str] = (),
+        include: Patterns = ("*",),
+        exclude: Patterns = (),
+        whole: Patterns = (),
         allow_nonfinite: bool = False,
         when: When | Sequence[When] = ("save", "end"),
         base: str | os.PathLike[str] | None = None,
@@ -77,9 +77,8 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         artifact: bool = True,
     ) -> None:
         self.config = DareConfig(
-            p=p, seed=seed, rescale=rescale, values=values, include=tuple(include), exclude=tuple(exclude), whole=tuple(whole),
-            allow_nonfinite=allow_nonfinite,
-        )  # fmt: skip
+            p=p, seed=seed, rescale=rescale, values=values, include=include, exclude=exclude, whole=whole, allow_nonfinite=allow_nonfinite
+        )
         self.events, self.every = _schedule(when)
         _check(keep, incremental, values, name)
         self.base, self.keep, self.incremental, self.evaluate = base, keep, incremental, evaluate
@@ -103,7 +102,13 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             self._at_init = find(LiveWeights(model), _loaded_from(model))
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, processing_class: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        processing_class: Any = None,
+        **_: Any,
     ) -> None:
         _check_engine(args, model)
         folder = self._folder(args)
@@ -256,7 +261,9 @@ def _check_engine(args: TrainingArguments, model: Any) -> None:
     """
     supported = "one process, with the whole model in it"
     if args.world_size > 1:
-        raise ConfigError("DareCallback", expected=supported, found=f"{args.world_size} processes", remedy="extract from the saved checkpoint")
+        raise ConfigError(
+            "DareCallback", expected=supported, found=f"{args.world_size} processes", remedy="extract from the saved checkpoint"
+        )
     if hasattr(model, "peft_config"):
         remedy = "merge_and_unload() and save it, then dare-train extract"
         raise ConfigError("DareCallback", expected=supported, found="a PEFT adapter model", remedy=remedy)

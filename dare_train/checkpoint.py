@@ -95,9 +95,9 @@ def locate(where: str | os.PathLike[str], *, patterns: list[str] | None = None, 
         CheckpointError: neither a path that exists nor a repository that the Hub (or its cache) has.
     """
     path = Path(where).expanduser()
-    if path.exists():
-        return path
     name = os.fspath(where)
+    if os.path.exists(path):  # noqa: PTH110 - unlike Path.exists, false for names that no file can have
+        return path
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(name, expected="a folder or a Hub id", found="nothing at that path")
     from huggingface_hub import snapshot_download
@@ -119,11 +119,11 @@ def _open_folder(folder: Path) -> list[SafetensorsFile]:
         return [SafetensorsFile(found[0])]
     try:
         weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(str(index), expected='an index with a "weight_map"', found=repr(error)) from error
+        names = sorted(set(weight_map.values()), key=str)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(str(index), expected='an index with a "weight_map"', found=repr(error)[:200]) from error
     for name in names:
-        if Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors") or len(name.encode()) > 255:
             raise CheckpointError(str(index), expected="names of files in this folder", found=repr(name))
         if not (folder / name).exists():
             raise CheckpointError(
@@ -186,7 +186,7 @@ class CheckpointWriter:
         text += b" " * (-len(text) % 8)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._descriptors.append(descriptor)
-        os.write(descriptor, len(text).to_bytes(8, "little") + text)
+        _write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
         os.ftruncate(descriptor, 8 + len(text) + offset)
         for name, _ in ordered:
             begin: int = header[name]["data_offsets"][0]  # type: ignore[index]
@@ -195,11 +195,7 @@ class CheckpointWriter:
     def write(self, name: str, start: int, words: Words) -> None:
         """Put words at flat index `start` of a tensor."""
         descriptor, offset = self._places[name]
-        view = memoryview(np.ascontiguousarray(words)).cast("B")
-        position = offset + start * words.itemsize
-        while view:
-            written = os.pwrite(descriptor, view, position)
-            view, position = view[written:], position + written
+        _write_all(descriptor, memoryview(np.ascontiguousarray(words)).cast("B"), offset + start * words.itemsize)
 
     def close(self) -> None:
         while self._descriptors:
@@ -210,6 +206,13 @@ class CheckpointWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _write_all(descriptor: int, data: bytes | memoryview, position: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, position)
+        view, position = view[written:], position + written
 
 
 def _write_index(path: Path, layout: Layout) -> None:

@@ -33,17 +33,20 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder t
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-@app.callback()
-def options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
-) -> None:
-    """Options before the command."""
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         from ._version import __version__
 
         typer.echo(f"dare_train {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Options before the command."""
 
 
 @app.command()
@@ -51,7 +54,9 @@ def extract(
     base: Base,
     tuned: Tuned,
     out: Out,
-    p: Annotated[list[str], typer.Option("--p", help="Drop rate in [0, 1), or PATTERN=RATE; may be given several times, first match wins.")] = ["0.9"],  # noqa: B006
+    p: Annotated[
+        list[str], typer.Option("--p", help="Drop rate in [0, 1), or PATTERN=RATE; may be given several times, first match wins.")
+    ] = ["0.9"],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Selects the mask.")] = 0,
     rescale: Annotated[str, typer.Option(help="paper: survivors times 1/(1-p). none: drop only.")] = "paper",
     values: Annotated[str, typer.Option(help="auto, exact, rounded, int8, int4 or sign.")] = "auto",
@@ -115,7 +120,9 @@ def inspect(
 @app.command()
 def verify(
     package: Package,
-    base: Annotated[Optional[str], typer.Option("--base", help="Also check that this is the right base, and that applying arrives.")] = None,  # noqa: UP045
+    base: Annotated[
+        Optional[str], typer.Option("--base", help="Also check that this is the right base, and that applying arrives.")
+    ] = None,  # noqa: UP045
     cast_base: CastBase = False,
 ) -> None:
     """Check every byte of a package, and with a base the result too."""

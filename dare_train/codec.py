@@ -215,8 +215,15 @@ def encode_codes(scales: Words, codes: NDArray[np.int64], encoding: Encoding) ->
     return Content(data=scales.tobytes() + body, cuts=[2 * scales.size])
 
 
-def decode_codes(data: memoryview, kept: int, groups: int, encoding: Encoding) -> tuple[Words, NDArray[np.int64]]:
+def decode_codes(data: memoryview, kept: int, groups: int, encoding: Encoding, *, name: str) -> tuple[Words, NDArray[np.int64]]:
+    """Scales, shape (groups,), and codes, shape (kept,).
+
+    Raises:
+        PackageError: a scale is not finite.
+    """
     scales = np.frombuffer(data, np.uint16, groups)
+    if not np.isfinite(to_float(scales, _BF16)).all():
+        raise PackageError(name, expected="finite scales", found="NaN or infinity", remedy="fetch the package again")
     body = np.frombuffer(data[2 * groups :], np.uint8)
     if encoding == "int8":
         return scales, body.view(np.int8).astype(np.int64)

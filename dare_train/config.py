@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from numbers import Real
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal, Union, get_args
 
 from .errors import ConfigError
 
 Rescale = Literal["paper", "none"]
 Values = Literal["auto", "exact", "rounded", "int8", "int4", "sign"]
+
+Patterns = Union[str, Collection[str]]
+"""A shell-style name pattern, or several."""
 
 DRAW_RANGE = 1 << 16
 """Number of distinct draws of the mask generator."""
@@ -28,7 +32,7 @@ def check_drop_rate(p: float, *, name: str = "p") -> float:
     Raises:
         ConfigError: otherwise.
     """
-    number = isinstance(p, (int, float)) and not isinstance(p, bool)
+    number = isinstance(p, Real) and not isinstance(p, bool)
     if not number or not 0 <= p < 1:
         raise ConfigError(name, expected="a number in [0, 1)", found=repr(p), remedy="0 keeps everything")
     if threshold_of(p) == DRAW_RANGE:
@@ -57,13 +61,13 @@ class DareConfig:
     """How kept values are stored. `exact`: bit for bit. `rounded`: the delta as bfloat16. `int8`, `int4`, `sign`: quantized
     in groups, unbiased. `auto`: `exact` for 16-bit weights and wherever nothing is dropped, else `rounded`."""
 
-    include: tuple[str, ...] = ("*",)
+    include: Patterns = ("*",)
     """Only tensors whose name matches one of these are covered; the others stay as they are in the base."""
 
-    exclude: tuple[str, ...] = ()
+    exclude: Patterns = ()
     """Tensors whose name matches one of these are not covered, whatever `include` says."""
 
-    whole: tuple[str, ...] = ()
+    whole: Patterns = ()
     """Tensors carried as they are instead of as a delta, such as a re-initialised head."""
 
     allow_nonfinite: bool = False
@@ -75,6 +79,8 @@ class DareConfig:
         given = self.p if isinstance(self.p, Mapping) else {"*": self.p}
         if not given:
             raise ConfigError("p", expected="at least one pattern", found="an empty mapping")
+        if not all(isinstance(pattern, str) for pattern in given):
+            raise ConfigError("p", expected="name patterns", found=repr(list(given)))
         rates = {pattern: check_drop_rate(rate, name=f"p[{pattern!r}]" if pattern != "*" else "p") for pattern, rate in given.items()}
         object.__setattr__(self, "_rates", MappingProxyType(rates))
         for name in ("include", "exclude", "whole"):
@@ -107,12 +113,13 @@ class DareConfig:
         return DRAW_RANGE / (DRAW_RANGE - threshold) if self.rescale == "paper" else 1.0
 
 
-def matches(name: str, patterns: tuple[str, ...]) -> bool:
+def matches(name: str, patterns: Patterns) -> bool:
+    """Whether one of the patterns matches; a `DareConfig` holds tuples."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _patterns(name: str, given: object) -> tuple[str, ...]:
-    patterns = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, (list, tuple)) else None
+    patterns = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, (list, tuple, set, frozenset)) else None
     if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(name, expected="a list of name patterns", found=repr(given))
     return patterns

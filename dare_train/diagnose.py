@@ -100,7 +100,9 @@ def _shared(base: Weights, tuned: Weights) -> Iterator[str]:
         if own is None or own.shape != info.shape or not info.dtype.can_be_delta:
             continue
         if own.dtype != info.dtype:
-            raise dtype_mismatch(name, expected=info, found=own, where=base.label, remedy="cast_base=True (--cast-base) rounds the base first")
+            raise dtype_mismatch(
+                name, expected=info, found=own, where=base.label, remedy="cast_base=True (--cast-base) rounds the base first"
+            )
         yield name
 
 

@@ -37,10 +37,16 @@ class DareError(Exception):
         facts = [f"expected {self.expected}"] if self.expected is not None else []
         facts += [f"found {self.found}"] if self.found is not None else []
         sentence = f"{self.name}: {', '.join(facts)}" if facts else self.name
-        return f"{sentence}; {self.remedy}" if self.remedy else sentence
+        return _one_line(f"{sentence}; {self.remedy}" if self.remedy else sentence)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.name, self.expected, self.found, self.remedy)
+
+
+def _one_line(text: str) -> str:
+    """Names come from strangers' files: nothing in them may break the line, the terminal or the log."""
+    clean = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return clean if len(clean) <= 900 else f"{clean[:600]} … {clean[-200:]}"
 
 
 def _rebuild(kind: type[DareError], name: str, expected: object, found: object, remedy: str) -> DareError:

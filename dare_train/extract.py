@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +17,11 @@ from . import manifest as manifests
 from ._version import __version__
 from .checkpoint import Checkpoint, companions
 from .codec import SEGMENT
-from .config import DareConfig, Rescale, Values
+from .config import DareConfig, Patterns, Rescale, Values
 from .errors import NonFiniteDelta
 from .fingerprint import Fingerprint, total
 from .kernels import cpu
-from .manifest import FileRecord, Manifest, TensorRecord
+from .manifest import CARRIED, FileRecord, Manifest, TensorRecord
 from .package import DeltaPackage, PackageWriter, file_record
 from .parallel import ordered_map
 from .plan import WeightsLike, align, cast_to, open_weights, plan_tensors
@@ -28,8 +29,6 @@ from .publish import staged_folder
 from .segments import Encoded, TensorPlan, encode_delta, encode_whole
 from .stats import Magnitudes, merged
 from .weights import Weights, runs
-
-_CARRIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 
 def extract(
@@ -41,9 +40,9 @@ def extract(
     seed: int = 0,
     rescale: Rescale = "paper",
     values: Values = "auto",
-    include: Collection[str] = ("*",),
-    exclude: Collection[str] = (),
-    whole: Collection[str] = (),
+    include: Patterns = ("*",),
+    exclude: Patterns = (),
+    whole: Patterns = (),
     masks: Mapping[str, Any] | None = None,
     cast_base: bool = False,
     allow_nonfinite: bool = False,
@@ -68,9 +67,8 @@ def extract(
         ConfigError, CheckpointError, TensorMismatch, DtypeMismatch, NonFiniteDelta, OutputExists, StorageError.
     """
     config = DareConfig(
-        p=p, seed=seed, rescale=rescale, values=values, include=tuple(include), exclude=tuple(exclude), whole=tuple(whole),
-        allow_nonfinite=allow_nonfinite,
-    )  # fmt: skip
+        p=p, seed=seed, rescale=rescale, values=values, include=include, exclude=exclude, whole=whole, allow_nonfinite=allow_nonfinite
+    )
     tuned_weights = open_weights(tuned)
     plain_base = open_weights(base)
     aligned, prefix = align(plain_base, tuned_weights.tensors.keys(), model=tuned_weights.label)
@@ -78,10 +76,11 @@ def extract(
         aligned = cast_to(aligned, tuned_weights.tensors)
     plans = plan_tensors(aligned, tuned_weights, config, masks=masks)
     source = Provenance(base_model=base_model or plain_base.label, prefix=prefix, base_only=_base_only(aligned, plans), config=config)
-    with staged_folder(Path(out), overwrite=overwrite) as staging:
+    inputs = [folder for folder in (_folder_of(plain_base), _folder_of(tuned_weights)) if folder is not None]
+    with staged_folder(Path(out), overwrite=overwrite, inputs=inputs) as staging:
         files = carry_files(_folder_of(plain_base), _folder_of(tuned_weights), staging)
-        encoded = ordered_map(lambda work: _encode(aligned, tuned_weights, *work), _work(plans))
-        write_package(staging, plans, _reported(encoded, plans, progress), source, files)
+        with closing(ordered_map(lambda work: _encode(aligned, tuned_weights, *work), _work(plans))) as encoded:
+            write_package(staging, plans, _reported(encoded, plans, progress), source, files)
     return DeltaPackage.open(out)
 
 
@@ -234,7 +233,7 @@ def carry_files(base: Path | None, tuned: Path | None, staging: Path) -> tuple[F
         return ()
     carried = []
     for relative in companions(tuned):
-        if relative.suffix not in _CARRIED or relative.name in (manifests.MANIFEST, *_TRAINER_FILES):
+        if relative.suffix not in CARRIED or relative.name in (manifests.MANIFEST, *_TRAINER_FILES):
             continue
         if base is None or not _same_content(base / relative, tuned / relative):
             target = staging / relative
@@ -252,7 +251,10 @@ def _same_content(one: Path, other: Path) -> bool:
         return False
     left, right = one.read_bytes(), other.read_bytes()
     if left != right and one.suffix == ".json":
-        return bool(_settled(json.loads(left)) == _settled(json.loads(right)))
+        try:
+            return bool(_settled(json.loads(left)) == _settled(json.loads(right)))
+        except (ValueError, RecursionError):
+            return False
     return left == right
 
 

@@ -99,7 +99,9 @@ def recall(record: Mapping[str, Any], live: Weights) -> Origin:
     origin = _origin(record["name"], checkpoint, cast_to(aligned, live.tensors), prefix, set(record["fresh"]))
     if origin.fingerprint != record["fingerprint"]:
         expected = f"fingerprint {record['fingerprint'][:12]}…, as at the start of the run"
-        raise BaseMismatch(f"base of the resumed run: {record['folder']}", expected=expected, found=f"{origin.fingerprint[:12]}…", remedy=remedy)
+        raise BaseMismatch(
+            f"base of the resumed run: {record['folder']}", expected=expected, found=f"{origin.fingerprint[:12]}…", remedy=remedy
+        )
     return origin
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from . import manifest as manifests
 from .checkpoint import SafetensorsFile, locate
 from .codec import SEGMENT
 from .errors import CheckpointError, PackageError
 from .manifest import MANIFEST, FileRecord, Manifest, TensorRecord
+from .manifest_reader import load
 from .parallel import ordered_map
 
 if TYPE_CHECKING:
@@ -74,7 +77,7 @@ class DeltaPackage:
             path = locate(where, patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"])
         except CheckpointError as error:
             raise PackageError(error.name, expected="a package folder or a Hub id", found=error.found, remedy=error.remedy) from error
-        manifest = manifests.load(path / MANIFEST)
+        manifest = load(path / MANIFEST)
         for record in (*manifest.parts, *manifest.files):
             _check_size(path / record.file, record)
         return cls(path, manifest, name=str(where))
@@ -157,7 +160,8 @@ class DeltaPackage:
                 raise PackageError(
                     str(self.path / record.file), expected=f"SHA-256 {record.sha256[:12]}…", found=f"{digest[:12]}…", remedy=_REMEDY
                 )
-        _ = self._frames
+        for record in self.manifest.tensors:
+            _check_coverage(record, [segment for segment, _ in self._frames.get(record.name, ())], f"{self.name}: {record.name}")
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload the folder as a model repository; `options` go to `huggingface_hub.HfApi.upload_folder`. Returns its commit."""
@@ -193,13 +197,14 @@ def _digest_by_blocks(file: Any) -> str:
 
 
 def _read_part(path: Path, manifest: Manifest) -> Iterator[tuple[Segment, memoryview]]:
+    _check_header(path)
     try:
         file = SafetensorsFile(path)
     except CheckpointError as error:
         raise PackageError(error.name, expected=error.expected, found=error.found, remedy=_REMEDY) from error
     shapes = {name: (info.dtype.code, len(info.shape)) for name, info in file.tensors.items()}
     if shapes != {"segments": ("I64", 2), "data": ("U8", 1)} or file.tensors["segments"].shape[1] != _COLUMNS:
-        raise PackageError(str(path), expected="segments I64 [n, 6] and data U8 [bytes]", found=repr(file.tensors), remedy=_REMEDY)
+        raise PackageError(str(path), expected="segments I64 [n, 6] and data U8 [bytes]", found=_listed(shapes), remedy=_REMEDY)
     table = file.read("segments", 0, file.tensors["segments"].numel).view(np.int64).reshape(-1, _COLUMNS)
     data, offset = file.bytes_of("data"), 0
     for row in table.tolist():
@@ -209,6 +214,41 @@ def _read_part(path: Path, manifest: Manifest) -> Iterator[tuple[Segment, memory
         offset += segment.size
     if offset != len(data):
         raise PackageError(str(path), expected=f"{offset} bytes of frames, as its table says", found=f"{len(data)}", remedy=_REMEDY)
+
+
+def _listed(shapes: Mapping[str, object]) -> str:
+    return f"{list(shapes.items())[:3]}{' …' if len(shapes) > 3 else ''}"
+
+
+def _check_header(path: Path) -> None:
+    """Two tensors need some 200 bytes; parsing a header of megabytes would take hundreds of them."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > 1 << 16:
+        raise PackageError(
+            str(path), expected="a safetensors file with a header of at most 65,536 bytes", found=f"{size:,}", remedy=_REMEDY
+        )
+
+
+def _counts_fit(segment: Segment, record: TensorRecord) -> bool:
+    if record.kind == "whole" or segment.start >= record.base_info.numel:
+        return segment.kept == segment.changed == segment.length
+    return record.values in ("exact", "rounded") or segment.changed == segment.kept
+
+
+def _check_coverage(record: TensorRecord, segments: list[Segment], where: str) -> None:
+    numel, base_numel = record.info.numel, record.base_info.numel if record.kind == "delta" else 0
+    inside = [segment for segment in segments if segment.start < base_numel]
+    whole = sum(segment.length for segment in segments) - sum(segment.length for segment in inside)
+    if record.kind != "base" and whole != numel - base_numel:
+        raise PackageError(where, expected=f"{numel - base_numel} elements carried whole", found=f"{whole}", remedy=_REMEDY)
+    if record.kind == "delta":
+        kept, covered = sum(s.kept for s in inside), sum(s.length for s in inside)
+        if not kept <= record.kept <= kept + base_numel - covered:
+            raise PackageError(where, expected=f"{record.kept} kept elements", found=f"{kept}", remedy=_REMEDY)
+        changed = sum(s.changed for s in inside)
+        if record.changed != changed if record.values in ("exact", "rounded") else record.changed > changed:
+            raise PackageError(where, expected=f"{record.changed} changed elements", found=f"{changed}", remedy=_REMEDY)
 
 
 def _check_segment(segment: Segment, manifest: Manifest, remaining: int, where: str) -> None:
@@ -223,6 +263,7 @@ def _check_segment(segment: Segment, manifest: Manifest, remaining: int, where: 
         and 0 <= segment.changed <= segment.kept <= segment.length
         and 0 < segment.size <= remaining
         and not (segment.start < record.base_info.numel < segment.stop)
+        and _counts_fit(segment, record)
     )
     if not fits:
         raise PackageError(where, expected="segments that lie within their tensor and their file", found=str(segment.row), remedy=_REMEDY)
@@ -248,7 +289,11 @@ class PackageWriter:
     def _flush(self) -> None:
         path = self._folder / f"part-{len(self._parts)}"
         table = np.array(self._rows, np.int64).reshape(-1, _COLUMNS)
-        save_file({"segments": table, "data": np.frombuffer(b"".join(self._frames), np.uint8)}, path)
+        try:
+            save_file({"segments": table, "data": np.frombuffer(b"".join(self._frames), np.uint8)}, path)
+        except SafetensorError as error:  # its own way to say that the disk is full
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
         self._parts.append(path)
         self._rows, self._frames, self._held = [], [], 0
 

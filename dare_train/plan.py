@@ -37,9 +37,12 @@ def open_weights(what: WeightsLike) -> Weights:
         return what  # type: ignore[return-value]
     if isinstance(what, Mapping) and all(isinstance(value, np.ndarray) for value in what.values()):
         return ArrayWeights(what)
+    if not isinstance(what, Mapping) and not hasattr(what, "state_dict"):
+        expected = "a folder, a Hub id, a module, a state dict or a mapping of arrays"
+        raise ConfigError("weights", expected=expected, found=f"a {type(what).__name__}")
     from .shards import LiveWeights
 
-    return LiveWeights(what)  # type: ignore[arg-type]
+    return LiveWeights(what)
 
 
 def align(base: Weights, names: Collection[str], *, model: str) -> tuple[Weights, str]:
@@ -88,6 +91,8 @@ def plan_tensors(
         TensorMismatch: shapes differ by more than added leading rows.
         ConfigError: a mask names no tensor or has the wrong shape.
     """
+    if masks is not None and not isinstance(masks, Mapping):
+        raise ConfigError("masks", expected="a mapping from tensor names to bool arrays", found=repr(masks))
     unknown = sorted((masks or {}).keys() - tuned.tensors.keys())
     if unknown:
         raise ConfigError(f"masks[{unknown[0]!r}]", expected="the name of a tensor", found="none of that name")
@@ -98,6 +103,7 @@ def plan_tensors(
 
 def _plan(index: int, name: str, base: Weights, tuned: Weights, config: DareConfig, fresh: bool, mask: Any) -> TensorPlan:
     info, own = tuned.tensors[name], base.tensors.get(name)
+    _check_options(name, info, config, mask)
     common: dict[str, Any] = dict(index=index, name=name, info=info, allow_nonfinite=config.allow_nonfinite)
     if own is None or fresh or config.carries_whole(name):
         return TensorPlan(kind="whole", in_base=own == info, **common)
@@ -109,6 +115,19 @@ def _plan(index: int, name: str, base: Weights, tuned: Weights, config: DareConf
         return TensorPlan(kind="base" if own == info and _equal(name, base, tuned) else "whole", in_base=own == info, **common)
     rows = None if own.shape == info.shape else _added_rows(name, base, tuned)
     return TensorPlan(kind="delta", base_rows=rows, **common, **_delta_fields(name, info, config, mask))
+
+
+def _check_options(name: str, info: TensorInfo, config: DareConfig, mask: Any) -> None:
+    """No option says something of a tensor that another one contradicts."""
+    covered, whole = config.covers(name), config.carries_whole(name)
+    if whole and not covered:
+        raise ConfigError(name, expected="whole or exclude (include) to name it, not both", found="both", remedy="give one of them")
+    if mask is not None and (whole or not covered):
+        raise ConfigError(
+            f"masks[{name!r}]", expected="a tensor that travels as a delta", found=f"{'whole' if whole else 'exclude'} names it too"
+        )
+    if mask is not None and not info.dtype.can_be_delta:
+        raise ConfigError(f"masks[{name!r}]", expected="a floating-point tensor of 16 bits or more", found=info.dtype.code)
 
 
 def _delta_fields(name: str, info: TensorInfo, config: DareConfig, mask: Any) -> dict[str, Any]:

@@ -5,42 +5,51 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import OutputExists, StorageError
+from .errors import ConfigError, DareError, OutputExists, StorageError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True) -> Iterator[Path]:
+def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """A hidden sibling of `out` to write into; it takes the place of `out` when the block ends without an exception.
 
     What a killed process left behind is removed first. With `overwrite`, the old folder stays valid until the rename.
 
     Raises:
-        OutputExists: `out` exists, is not an empty folder, and `overwrite` is false.
+        ConfigError: `out` cannot be a folder's name, or is one of the folders in `inputs`.
+        OutputExists: `out` exists, is not an empty folder, and `overwrite` is false; or is not a folder at all.
         StorageError: the disk is full.
     """
+    out = _nameable(out)
+    if out.exists() and any(out.resolve() == folder.resolve() for folder in inputs):
+        raise ConfigError("out", expected="another folder than those that are read", found=str(out))
     staging, replaced = partial_name(out), out.with_name(f".{out.name}.replaced")
     sweep(out)
-    if not overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    taken = out.is_symlink() or (out.exists() and not out.is_dir())
+    if taken or (not overwrite and out.exists() and any(out.iterdir())):
         raise OutputExists(
             str(out), expected="a path that does not exist yet", remedy="choose another, or pass overwrite=True (--overwrite)"
         )
-    staging.mkdir(parents=True)
+    above = [folder for folder in out.absolute().parents if not folder.exists()]
     try:
         with storage_errors(out):
+            staging.mkdir(parents=True)
             yield staging
             if sync:
                 _sync_tree(staging)
-        if out.exists():
-            out.rename(replaced)
-        staging.rename(out)
+            if out.exists():
+                out.rename(replaced)
+            staging.rename(out)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        for folder in above:
+            with suppress(OSError):
+                folder.rmdir()
         raise
     _sync(out.parent)
     if replaced.exists():
@@ -77,14 +86,21 @@ def storage_errors(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        if isinstance(error, DareError):
             raise
-        free = shutil.disk_usage(where.parent).free
+        above = next(folder for folder in where.absolute().parents if folder.is_dir())
+        full = error.errno in _NO_SPACE
+        remedy = "free some space and run again" if full else "check the path and the disk"
+        free = f" ({shutil.disk_usage(above).free:,} bytes free)" if full else ""
         raise StorageError(
-            str(where),
-            found=f"{os.strerror(error.errno)} ({free:,} bytes free)",
-            remedy="nothing was left behind; free some space and run again",
+            str(where), found=f"{os.strerror(error.errno or errno.EIO)}{free}", remedy=f"nothing was left behind; {remedy}"
         ) from error
+
+
+def _nameable(out: Path) -> Path:
+    if "\0" in str(out) or not out.absolute().name or len(os.fsencode(out.name)) > 240:
+        raise ConfigError("out " + repr(str(out)), expected="a path that a folder can have", remedy="choose another")
+    return out if out.name else out.absolute()
 
 
 def _sync_tree(folder: Path) -> None:

@@ -120,7 +120,9 @@ def _summary(package: DeltaPackage) -> RenderableType:
     grid.add_row("size", f"{stats['bits_per_parameter']:.3f} bits per parameter, {stats['compression_ratio']:.1f}× smaller than the model")
     grid.add_row("base model", f"{manifest.base_model}  (continues {on} {manifest.parent[:12]}…)")
     grid.add_row("result", f"{manifest.result[:12]}…  {stats['parameters']:,} parameters in {stats['tensors']} tensors")
-    grid.add_row("delta", f"{stats['density']:.2%} kept, {stats['changed']:,} of them not zero; seed {manifest.seed}, rescale {manifest.rescale}")
+    grid.add_row(
+        "delta", f"{stats['density']:.2%} kept, {stats['changed']:,} of them not zero; seed {manifest.seed}, rescale {manifest.rescale}"
+    )
     grid.add_row("|δ|", "  ".join(f"{name} {value:.3g}" for name, value in stats["delta"].items()))
     return grid
 
@@ -148,7 +150,9 @@ def diagnosis_table(diagnosis: Diagnosis) -> RenderableType:
     for heading in ("|δ|", *(f"≤ {bound:g}" for bound in PAPER_MAGNITUDES), "median", "99 %", "max"):
         sizes.add_column(heading, justify="right")
     median, most, largest = diagnosis.magnitudes.summary()
-    sizes.add_row("share", *(f"{diagnosis.share_within(bound):.1%}" for bound in PAPER_MAGNITUDES), f"{median:.2g}", f"{most:.2g}", f"{largest:.2g}")
+    sizes.add_row(
+        "share", *(f"{diagnosis.share_within(bound):.1%}" for bound in PAPER_MAGNITUDES), f"{median:.2g}", f"{most:.2g}", f"{largest:.2g}"
+    )
     errors = Table(box=None, header_style="bold", pad_edge=False, row_styles=["", "dim"])
     errors.add_column("expected relative error of a layer's output", overflow="fold")
     for p in DROP_RATES:
@@ -205,7 +209,9 @@ def plot(package: DeltaPackage, path: Path) -> None:
     axes[-1].set_xticks(range(len(layers)), [layer.label for layer in layers], rotation=60 if len(layers) > 8 else 0)
     axes[-1].set_xlabel("layer")
     stats = package.stats
-    figure.suptitle(f"{Path(package.name).name}: {stats['bits_per_parameter']:.3f} bits per parameter, {stats['density']:.1%} of the delta kept")
+    figure.suptitle(
+        f"{Path(package.name).name}: {stats['bits_per_parameter']:.3f} bits per parameter, {stats['density']:.1%} of the delta kept"
+    )
     figure.savefig(path, dpi=150)
 
 

@@ -42,8 +42,14 @@ def open_chain(packages: Packages, weights: Sequence[float] | None) -> list[Link
         ChainError: neither all on one base nor each on the result of the one before.
     """
     opened = [DeltaPackage.open(package) for package in packages]
+    if not opened:
+        raise ConfigError("packages", expected="at least one", found="none")
+    if weights is not None and (isinstance(weights, str) or not hasattr(weights, "__iter__")):
+        raise ConfigError("weights", expected="a list of numbers", found=repr(weights))
     given = list(weights) if weights is not None else [1.0] * len(opened)
-    if not opened or len(given) != len(opened):
+    if not all(isinstance(weight, (int, float, np.floating, np.integer)) for weight in given):
+        raise ConfigError("weights", expected="a list of numbers", found=repr(given))
+    if len(given) != len(opened):
         raise ConfigError("weights", expected=f"one for each of {len(opened)} packages", found=str(len(given)))
     if not all(np.isfinite(weight) for weight in given):
         raise ConfigError("weights", expected="finite numbers", found=repr(given))
@@ -81,7 +87,7 @@ class Resolver:
     """
 
     def __init__(self, base: Weights, links: Sequence[Link], *, cast_base: bool = False, live: bool = False) -> None:
-        self.links = links
+        self.links, self.live = links, live
         first, last = links[0].packages[0].manifest, links[-1].packages
         self.base = base if live else with_prefix(base, first.prefix)
         if cast_base:
@@ -120,7 +126,8 @@ class Resolver:
         same = total(Fingerprint.of(rounded.read(name, s, n), s) for s, n in runs(record.base_info.numel, SEGMENT)) == record.base
         found = f"{self.base.tensors[name].dtype.code} in {self.base.label}"
         if same:
-            remedy = "it is the same base in another dtype: cast_base=True (--cast-base) rounds it first"
+            how = f"load it with dtype {record.info.dtype.code}" if self.live else "cast_base=True (--cast-base) rounds it first"
+            remedy = f"it is the same base in another dtype: {how}"
         else:
             remedy = f"rounded to {record.info.dtype.code} it differs too: {_WRONG_BASE}"
         raise DtypeMismatch(name, expected=record.info.dtype.code, found=found, remedy=remedy)

@@ -113,7 +113,9 @@ def _checked_delta(plan: TensorPlan, own: Words, tuned: Words) -> FloatArray:
         return delta
     finite = np.isfinite(delta if exact else codec.round_delta(delta))
     if not finite.all():
-        remedy = "did training diverge? allow_nonfinite=True with values='exact' (--allow-nonfinite --values exact) carries them as they are"
+        remedy = (
+            "did training diverge? allow_nonfinite=True with values='exact' (--allow-nonfinite --values exact) carries them as they are"
+        )
         found = f"{delta.size - int(np.count_nonzero(finite))} that are NaN, infinite or too large for {plan.values} values"
         raise NonFiniteDelta(plan.name, expected="finite deltas", found=found, remedy=remedy)
     return delta
@@ -180,5 +182,5 @@ def decode_delta(manifest: Manifest, record: TensorRecord, segment: Segment, fra
     if record.values == "rounded":
         return Term(positions=positions, factor=factor, delta=codec.decode_rounded(data, segment.kept, segment.changed, name=record.name))
     numbers, _ = codec.groups_of(positions, segment.start, segment.length, group)
-    scales, codes = codec.decode_codes(data, segment.kept, groups, record.values)
+    scales, codes = codec.decode_codes(data, segment.kept, groups, record.values, name=record.name)
     return Term(positions=positions, factor=factor, delta=codec.dequantize(scales, codes, numbers, record.values))

@@ -66,7 +66,10 @@ class LiveWeights:
 def checkpoint_tensors(live: Live) -> Iterator[tuple[str, torch.Tensor]]:
     """(checkpoint name, tensor) as `save_pretrained` writes them: tied tensors once, persistent buffers included."""
     if isinstance(live, Mapping):
-        yield from live.items()
+        for name, tensor in live.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise CheckpointError(str(name), expected="a tensor", found=f"a {type(tensor).__name__}")
+            yield name, tensor
         return
     tied = set(getattr(live, "all_tied_weights_keys", None) or ())
     seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from .shards import LiveWeights
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """A package that was written during training, and what it cost."""
@@ -114,7 +113,14 @@ class Snapshotter:
         self._writer.shutdown(wait=True)
 
     def _write(
-        self, plans: list[TensorPlan], taken: list[_Taken], out: Path, step: int, waited: float, files: Path | None, keep: tuple[int, Path] | None
+        self,
+        plans: list[TensorPlan],
+        taken: list[_Taken],
+        out: Path,
+        step: int,
+        waited: float,
+        files: Path | None,
+        keep: tuple[int, Path] | None,
     ) -> Snapshot:
         continues = self.incremental and bool(self.chain)
         with staged_folder(out, overwrite=True) as staging:

@@ -38,11 +38,11 @@ def log(snapshot: Snapshot, *, name: str, artifact: bool = True) -> None:
     import wandb
 
     parts = {layer: part for layer, part in snapshot.magnitudes.items() if part.total}
-    histograms = {f"dare/delta/{layer}": _histogram(wandb, part) for layer, part in parts.items()}
+    histograms = {f"dare/layers/{layer}": _histogram(wandb, part) for layer, part in parts.items()}
     if parts:
         from .stats import merged
 
-        histograms["dare/delta"] = _histogram(wandb, merged(parts.values()))
+        histograms["dare/delta_histogram"] = _histogram(wandb, merged(parts.values()))
     run.log({**figures(snapshot), **histograms, "train/global_step": snapshot.step})
     if artifact:
         run.log_artifact(_artifact(wandb, snapshot, name), aliases=["latest", f"step-{snapshot.step}"])

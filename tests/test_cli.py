@@ -38,7 +38,22 @@ def test_extract_says_how_small_it_is(pair: tuple[Path, Path], tmp_path: Path) -
 
 
 def test_extract_passes_every_option_on(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    options = ["--p", "a.*=0.25", "--p", "0.75", "--seed", 9, "--rescale", "none", "--values", "rounded", "--whole", "b.*", "--exclude", "z*"]
+    options = [
+        "--p",
+        "a.*=0.25",
+        "--p",
+        "0.75",
+        "--seed",
+        9,
+        "--rescale",
+        "none",
+        "--values",
+        "rounded",
+        "--whole",
+        "b.*",
+        "--exclude",
+        "z*",
+    ]
     assert run("extract", *pair, "--out", tmp_path / "package", *options).returncode == 0
     manifest = DeltaPackage.open(tmp_path / "package").manifest
     by_name = {record.name: record for record in manifest.tensors}
@@ -86,7 +101,9 @@ def test_verify_with_and_without_a_base(pair: tuple[Path, Path], package: Path) 
 
 def test_diagnose_answers_plainly(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert "DARE will not work here" in run("diagnose", *pair).stdout
-    slightly = save({name: value * 1.0078125 if value.is_floating_point() else value for name, value in base_state().items()}, tmp_path / "slight")
+    slightly = save(
+        {name: value * 1.0078125 if value.is_floating_point() else value for name, value in base_state().items()}, tmp_path / "slight"
+    )
     assert "is safe" in run("diagnose", pair[0], slightly).stdout
     assert json.loads(run("diagnose", pair[0], slightly, "--json").stdout)["safe_drop_rate"] == 0.99
 

@@ -35,7 +35,9 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(base: Path, tmp_pat
     shutil.rmtree(tmp_path / "parts/dare", ignore_errors=True)
     resumed = classifier(base, dtype=dtype)
     train(resumed, tmp_path / "parts", DareCallback(), resume=tmp_path / "parts/checkpoint-4", max_steps=6)
-    assert weights_print(resumed) == weights_print(BertForSequenceClassification.from_pretrained(tmp_path / "whole/checkpoint-6", dtype=dtype))
+    assert weights_print(resumed) == weights_print(
+        BertForSequenceClassification.from_pretrained(tmp_path / "whole/checkpoint-6", dtype=dtype)
+    )
     assert result(tmp_path / "parts/dare/step-6") == result(tmp_path / "whole/dare/step-6")
 
 

@@ -20,6 +20,7 @@ FLOORS = [
     {"masks", "fingerprint", "checkpoint", "shards", "stats", "law"},
     {"codec"},
     {"manifest"},
+    {"manifest_reader"},
     {"package", "card"},
     {"segments"},
     {"plan"},

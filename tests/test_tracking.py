@@ -46,7 +46,9 @@ def offline_run(folder: Path) -> list[Record]:
 
 
 def history(found: list[Record]) -> list[dict[str, Any]]:
-    rows = [{(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in r.history.item} for r in found if r.history.item]
+    rows = [
+        {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in r.history.item} for r in found if r.history.item
+    ]
     return [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
 
 
@@ -86,7 +88,9 @@ def test_the_trainers_run_gets_figures_histograms_metrics_and_artifacts(base: Pa
     assert last["dare/delta_histogram/_type"] == "histogram"
     assert last["dare/layers/bert.pooler.dense.weight/_type"] == "histogram"
     assert [row for row in history(found) if "eval/dare_loss" in row or "eval_dare_loss" in row]
-    artifacts = [record.request.log_artifact.artifact for record in found if record.HasField("request") and record.request.HasField("log_artifact")]
+    artifacts = [
+        record.request.log_artifact.artifact for record in found if record.HasField("request") and record.request.HasField("log_artifact")
+    ]
     artifacts += [record.artifact for record in found if record.HasField("artifact")]
     packages = [artifact for artifact in artifacts if artifact.type == "dare-package"]
     assert len(packages) == 3

@@ -11,7 +11,7 @@ from dare_train import DeltaPackage, apply
 from dare_train.apply import rehearse
 from dare_train.checkpoint import Checkpoint
 from dare_train.errors import DareError, PackageError
-from dare_train.manifest import load
+from dare_train.manifest_reader import load
 
 
 def _survivors(path: Path, damaged: list[bytes]) -> list[int]:

@@ -14,7 +14,7 @@ from forge import MANIFEST, Forgery, checked, refused, sealed
 
 from dare_train import DeltaPackage
 from dare_train.errors import PackageError
-from dare_train.manifest import LARGEST_MANIFEST, load
+from dare_train.manifest_reader import LARGEST_MANIFEST, load
 
 _STRANGE: list[Any] = [None, True, False, -1, 0, 2, 1.5, 2**64, -(2**70), 10**400, math.nan, math.inf, "", "x", "é" * 64, "\ud800", "\0\n"]
 _STRANGE += [
