@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from .errors import BaseMismatch, PackageError
 from .fingerprint import Fingerprint, model_fingerprint, total
 from .manifest import TensorRecord
 from .package import DeltaPackage
-from .parallel import ScratchWords, ordered_map
+from .parallel import ScratchWords, ordered_map, thread_count
 from .plan import WeightsLike, open_weights
 from .publish import staged_folder
 from .resolve import Packages, Resolver, check_base, open_chain
@@ -95,31 +95,38 @@ def _named(resolver: Resolver, prints: dict[str, Fingerprint]) -> str:
 
 def _write_all(resolver: Resolver, writer: CheckpointWriter | None, progress: Progress | None) -> dict[str, Fingerprint]:
     """Resolve, check and write every run; each tensor is compared with the record as soon as its last run is done."""
-
     scratch = ScratchWords()
 
-    def one(work: tuple[str, int, int]) -> tuple[Fingerprint, Fingerprint, int]:
+    def one(work: tuple[str, int, int]) -> _Done:
         name, start, count = work
         base = resolver.base_run(name, start, count)
         before = Fingerprint.of(base, start) if start < resolver.base_numel(name) else Fingerprint()
         words = resolver.resolve(name, start, count, scratch.copy_of(base))
         if writer is not None:
             writer.write(name, start, words)
-        return before, Fingerprint.of(words, start), words.nbytes
+        return _Done(before, Fingerprint.of(words, start), words.nbytes)
 
     work = [(name, start, count) for name in resolver.tensors for start, count in resolver.runs(name)]
-    with closing(ordered_map(one, work)) as done:
+    with closing(ordered_map(one, work, threads=thread_count() + 1)) as done:  # one of them is writing
         return _checked_prints(resolver, done, progress)
 
 
-def _checked_prints(resolver, done, progress):
+class _Done(NamedTuple):
+    """A run that was written: fingerprint shares of base and result, and its bytes."""
+
+    base: Fingerprint
+    result: Fingerprint
+    nbytes: int
+
+
+def _checked_prints(resolver: Resolver, done: Iterator[_Done], progress: Progress | None) -> dict[str, Fingerprint]:
     prints, written, everything = {}, 0, sum(record.info.nbytes for record in resolver.tensors.values())
     for name in resolver.tensors:
         shares = [next(done) for _ in resolver.runs(name)]
-        resolver.check_base_print(name, total(before for before, _, _ in shares))
-        prints[name] = total(after for _, after, _ in shares)
+        resolver.check_base_print(name, total(run.base for run in shares))
+        prints[name] = total(run.result for run in shares)
         resolver.check_result_print(name, prints[name])
-        written += sum(size for _, _, size in shares)
+        written += sum(run.nbytes for run in shares)
         if progress is not None:
             progress(written, everything)
     return prints

@@ -197,14 +197,14 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         """Evaluate with the weights that a package taken now would give, then put training's own back."""
         trainer = _calling_trainer()
         assert self._snapshotter is not None, "evaluation before train begin"
-        received = _received_weights(LiveWeights(model), self._snapshotter.origin, self.config, self._folder(args))
+        received = _ReceivedWeights(LiveWeights(model), self._snapshotter.origin, self.config, self._folder(args))
         with torch.random.fork_rng(), received:  # a data loader's iterator draws from torch's generator, which is training's
             loader = trainer.get_eval_dataloader()
             output = trainer.evaluation_loop(loader, description=f"Evaluation ({self.name})", metric_key_prefix=f"eval_{self.name}")
         trainer.log(output.metrics)
 
 
-class _received_weights:  # noqa: N801 - reads as the function it is used as
+class _ReceivedWeights:
     """A `with` block in which the model is what a receiver gets. The weights it displaces wait in a file, not in memory."""
 
     def __init__(self, live: LiveWeights, origin: Origin, config: DareConfig, folder: Path) -> None:
@@ -289,14 +289,14 @@ def _step_of(path: Path) -> int:
 
 def _configuration(model: Any) -> dict[str, str]:
     config = getattr(model, "config", None)
-    return {"config.json": config.to_json_string(use_diff=False)} if hasattr(config, "to_json_string") else {}
+    return {"config.json": config.to_json_string(use_diff=False)} if config is not None else {}
 
 
 def _save_companions(model: Any, processing_class: Any, out: Path) -> Path:
     """The model's configuration and tokenizer as files, beside the package to come."""
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.files.", dir=out.parent))
     for part in (getattr(model, "config", None), getattr(model, "generation_config", None), processing_class):
-        if hasattr(part, "save_pretrained"):
+        if part is not None and hasattr(part, "save_pretrained"):
             part.save_pretrained(folder)
     return folder
 

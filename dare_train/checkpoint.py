@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -170,6 +171,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self._places: dict[str, tuple[int, int]] = {}
+        self._writing = threading.Lock()  # the kernel locks a file that is written to; waiting for that burns a processor
         self._descriptors: list[int] = []
         for file, tensors in layout.items():
             self._create(folder / file, tensors)
@@ -195,7 +197,8 @@ class CheckpointWriter:
     def write(self, name: str, start: int, words: Words) -> None:
         """Put words at flat index `start` of a tensor."""
         descriptor, offset = self._places[name]
-        _write_all(descriptor, memoryview(np.ascontiguousarray(words)).cast("B"), offset + start * words.itemsize)
+        with self._writing:
+            _write_all(descriptor, memoryview(words.data).cast("B"), offset + start * words.itemsize)
 
     def close(self) -> None:
         while self._descriptors:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import log2
 from typing import Literal
 
 import numpy as np
@@ -42,7 +43,7 @@ class Content:
 def group_length(threshold: int) -> int:
     """Flat elements that share one scale in `int8`, `int4` and `sign`: a power of two that keeps about 128 on average."""
     kept_per_element = (65536 - threshold) / 65536
-    return 1 << max(7, round(7 - np.log2(kept_per_element)))
+    return 1 << max(7, round(7 - log2(kept_per_element)))
 
 
 def compress(content: Content) -> bytes:
@@ -89,14 +90,14 @@ def content_size(encoding: Encoding, dtype: DType, kept: int, changed: int, grou
 # Symbols: a bitmap of those that are not zero, then the others less one, in byte planes.
 
 
-def pack_symbols(symbols: Words, starts: Sequence[int]) -> Content:
+def pack_symbols(symbols: Words, starts: NDArray[np.int64]) -> Content:
     """Bytes of `symbols`, which come in groups that begin at `starts`."""
     changed = symbols != 0
     bitmap = np.packbits(changed, bitorder="little").tobytes()
     planes = to_planes(symbols[changed] - symbols.dtype.type(1))
-    before = np.concatenate([[0], np.cumsum(changed)])[np.asarray(starts, np.int64)]
+    before = np.concatenate([[0], np.cumsum(changed)])[starts]
     count = planes.shape[1]
-    cuts = [*(np.asarray(starts) // 8), len(bitmap)]
+    cuts = [*(starts // 8), len(bitmap)]
     for plane in range(planes.shape[0]):
         cuts += [*(len(bitmap) + plane * count + before), len(bitmap) + (plane + 1) * count]
     return Content(data=bitmap + planes.tobytes(), cuts=[int(cut) for cut in cuts])
@@ -122,7 +123,7 @@ def to_planes(words: Words) -> NDArray[np.uint8]:
 
 def from_planes(data: memoryview, count: int, word: np.dtype[np.unsignedinteger]) -> Words:
     planes = np.frombuffer(data, np.uint8, count * word.itemsize).reshape(word.itemsize, count)
-    words = planes[0].astype(word)
+    words: Words = planes[0].astype(word)
     for number in range(1, word.itemsize):
         words |= planes[number].astype(word) << word.type(8 * number)
     return words
@@ -161,7 +162,7 @@ def rounded_symbols(delta: FloatArray) -> Words:
 
 
 def encode_rounded(delta: FloatArray) -> Content:
-    return pack_symbols(rounded_symbols(delta), [])
+    return pack_symbols(rounded_symbols(delta), np.empty(0, np.int64))
 
 
 def decode_rounded(data: memoryview, kept: int, changed: int, *, name: str) -> NDArray[np.float32]:

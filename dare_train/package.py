@@ -155,10 +155,10 @@ class DeltaPackage:
             PackageError: naming the first file that differs.
         """
         listed = (*self.manifest.parts, *self.manifest.files)
-        for record, digest in zip(listed, ordered_map(lambda r: sha256_of(self.path / r.file), listed), strict=True):
-            if digest != record.sha256:
+        for file, digest in zip(listed, ordered_map(lambda r: sha256_of(self.path / r.file), listed), strict=True):
+            if digest != file.sha256:
                 raise PackageError(
-                    str(self.path / record.file), expected=f"SHA-256 {record.sha256[:12]}…", found=f"{digest[:12]}…", remedy=_REMEDY
+                    str(self.path / file.file), expected=f"SHA-256 {file.sha256[:12]}…", found=f"{digest[:12]}…", remedy=_REMEDY
                 )
         for record in self.manifest.tensors:
             _check_coverage(record, [segment for segment, _ in self._frames.get(record.name, ())], f"{self.name}: {record.name}")
@@ -257,7 +257,7 @@ def _check_segment(segment: Segment, manifest: Manifest, remaining: int, where: 
     fits = (
         record is not None
         and record.kind != "base"
-        and 0 <= segment.start
+        and segment.start >= 0
         and 0 < segment.length <= SEGMENT
         and segment.stop <= record.info.numel
         and 0 <= segment.changed <= segment.kept <= segment.length

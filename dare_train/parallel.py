@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -22,10 +22,11 @@ def thread_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None = None) -> Iterator[Result]:
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None = None) -> Generator[Result, None, None]:
     """`map(function, items)` on threads. At most four results per thread wait unread, so memory stays bounded.
 
-    An exception in `function` surfaces at its own place in the order; work not yet begun is then abandoned.
+    An exception in `function` surfaces at its own place in the order; work not yet begun is then abandoned. A caller that
+    may stop early closes the generator (`contextlib.closing`), which waits for the work that has begun.
     """
     threads = threads or thread_count()
     window: deque[Future[Result]] = deque()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Union, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,13 +36,13 @@ def open_weights(what: WeightsLike) -> Weights:
     if hasattr(what, "read") and hasattr(what, "tensors"):
         return what  # type: ignore[return-value]
     if isinstance(what, Mapping) and all(isinstance(value, np.ndarray) for value in what.values()):
-        return ArrayWeights(what)
+        return ArrayWeights(cast("Mapping[str, np.ndarray]", what))
     if not isinstance(what, Mapping) and not hasattr(what, "state_dict"):
         expected = "a folder, a Hub id, a module, a state dict or a mapping of arrays"
         raise ConfigError("weights", expected=expected, found=f"a {type(what).__name__}")
     from .shards import LiveWeights
 
-    return LiveWeights(what)
+    return LiveWeights(cast("Live", what))
 
 
 def align(base: Weights, names: Collection[str], *, model: str) -> tuple[Weights, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +89,7 @@ def encode_delta(plan: TensorPlan, start: int, base: Words, positions: Positions
     print_ = Fingerprint.of(base, start)
     delta = _checked_delta(plan, own, tuned)
     content, term, changed, symbols = _encode_values(plan, start, base.size, positions, own, tuned, delta)
-    common = dict(index=plan.index, base=print_, kept=positions.size, changed=changed, magnitudes=Magnitudes.of(delta))
+    common: dict[str, Any] = dict(index=plan.index, base=print_, kept=positions.size, changed=changed, magnitudes=Magnitudes.of(delta))
     if not changed:
         return Encoded(result=print_, **common)
     new = term.result(own, plan.info.dtype)

@@ -10,7 +10,7 @@ import torch
 from training import classifier, make_trainer, save_base, train, weights_print
 from transformers import BertForSequenceClassification, PreTrainedModel, set_seed
 
-from dare_train import DareCallback, DeltaPackage, apply, applied, extract
+from dare_train import DareCallback, DeltaPackage, applied, apply, extract
 from dare_train.errors import ConfigError, SnapshotError
 
 DTYPES = [torch.float32, torch.bfloat16]
