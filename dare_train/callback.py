@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from .config import DareConfig, Patterns, Rescale, Values
 from .errors import BaseMismatch, ConfigError
 from .origin import Origin, find, from_disk, from_live, recall
 from .package import DeltaPackage
-from .publish import sweep_folder
+from .publish import COMPANIONS, sweep_folder
 from .shards import LiveWeights
 from .snapshot import Snapshot, Snapshotter, preview, step_folders
 
@@ -116,34 +117,38 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         live = LiveWeights(model)
         origin = self._resumed_origin(state, live) if state.global_step else self._fresh_origin(args, live, model)
         self._snapshotter = Snapshotter(origin, self.config, incremental=self.incremental)
+        self._snapshotter.prepare(live)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._companions = _save_companions(model, processing_class, folder)
         if self.incremental:
             self._snapshotter.chain = [path for path in step_folders(folder) if state.global_step and _step_of(path) <= state.global_step]
         self._remember(state, origin)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         if self._snapshotter is not None:
             self._collect(self._snapshotter.finished())
         if self.every is not None and state.global_step % self.every == 0:
-            self._snapshot(args, state, model, kwargs.get("processing_class"))
+            self._snapshot(args, state, model)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         if self.evaluate and self._snapshotter is not None:
             self._evaluate_receiver(args, model)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         if "save" in self.events:
-            self._snapshot(args, state, model, kwargs.get("processing_class"))
+            self._snapshot(args, state, model)
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         if "epoch" in self.events:
-            self._snapshot(args, state, model, kwargs.get("processing_class"))
+            self._snapshot(args, state, model)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         assert self._snapshotter is not None, "train end without train begin"
         if "end" in self.events:
-            self._take(self._folder(args) / "final", args, state, model, kwargs.get("processing_class"))
+            self._take(self._folder(args) / "final", args, state, model)
         self._collect(self._snapshotter.wait())
         self._snapshotter.close()
+        shutil.rmtree(self._companions)
 
     # Establishing the base.
 
@@ -173,19 +178,17 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     def _folder(self, args: TrainingArguments) -> Path:
         return Path(args.output_dir) / self.name
 
-    def _snapshot(self, args: TrainingArguments, state: TrainerState, model: Any, processing_class: Any) -> None:
+    def _snapshot(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         """At most one package for a step, whichever events meet there."""
         if state.global_step != self._last_step:
             self._last_step = state.global_step
-            self._take(self._folder(args) / f"step-{state.global_step}", args, state, model, processing_class)
+            self._take(self._folder(args) / f"step-{state.global_step}", args, state, model)
 
-    def _take(self, out: Path, args: TrainingArguments, state: TrainerState, model: Any, processing_class: Any) -> None:
+    def _take(self, out: Path, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         assert self._snapshotter is not None, "snapshot before train begin"
-        self._collect(self._snapshotter.wait())
-        out.parent.mkdir(parents=True, exist_ok=True)
         keep = (self.keep, self._folder(args)) if self.keep is not None else None
-        files = _save_companions(model, processing_class, out)
-        self._snapshotter.take(LiveWeights(model), out, step=state.global_step, files=files, keep=keep)
+        before = self._snapshotter.take(LiveWeights(model), out, step=state.global_step, files=self._companions, keep=keep)
+        self._collect(before)
 
     def _collect(self, snapshot: Snapshot | None) -> None:
         if snapshot is not None:
@@ -292,9 +295,9 @@ def _configuration(model: Any) -> dict[str, str]:
     return {"config.json": config.to_json_string(use_diff=False)} if config is not None else {}
 
 
-def _save_companions(model: Any, processing_class: Any, out: Path) -> Path:
-    """The model's configuration and tokenizer as files, beside the package to come."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.files.", dir=out.parent))
+def _save_companions(model: Any, processing_class: Any, folder: Path) -> Path:
+    """The model's configuration and tokenizer as files, beside the packages to come."""
+    folder = Path(tempfile.mkdtemp(prefix=COMPANIONS, dir=folder))
     for part in (getattr(model, "config", None), getattr(model, "generation_config", None), processing_class):
         if part is not None and hasattr(part, "save_pretrained"):
             part.save_pretrained(folder)

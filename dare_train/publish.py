@@ -70,13 +70,17 @@ def sweep(out: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+COMPANIONS = ".companions-"
+"""How folders begin that hold configuration and tokenizer for packages to come."""
+
+
 def sweep_folder(folder: Path) -> None:
     """`sweep` for everything that was being written into `folder`, with the files that were waiting to go along."""
     for leftover in sorted(folder.glob(".*")):
         name, _, kind = leftover.name.removeprefix(".").partition(".")
         if kind in ("partial", "replaced"):
             sweep(folder / name)
-        elif kind.startswith("files."):
+        elif leftover.name.startswith(COMPANIONS):
             shutil.rmtree(leftover)
 
 

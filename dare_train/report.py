@@ -130,18 +130,28 @@ def _summary(package: DeltaPackage) -> RenderableType:
 def inspect_json(package: DeltaPackage) -> dict[str, Any]:
     """The same as plain data; sizes in bytes."""
     manifest = package.manifest
-    tensors = [
-        {
-            "name": row.label, "dtype": row.records[0].info.dtype.code, "shape": list(row.records[0].info.shape), "kind": row.records[0].kind,
-            "mask": row.records[0].mask, "p": row.records[0].p, "values": row.records[0].values, "elements": row.elements, "kept": row.kept,
-            "changed": row.records[0].changed, "bytes": row.compressed, "delta": list(row.delta),
-        }
-        for row in rows(package, key=lambda name: name)
-    ]  # fmt: skip
+    tensors = [_tensor_json(row, row.records[0]) for row in rows(package, key=lambda name: name)]
     return {
         "package": package.name, "base_model": manifest.base_model, "continues": manifest.continues, "parent": manifest.parent,
         "result": manifest.result, "seed": manifest.seed, "rescale": manifest.rescale, **package.stats, "per_tensor": tensors,
     }  # fmt: skip
+
+
+def _tensor_json(row: Row, record: TensorRecord) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "dtype": record.info.dtype.code,
+        "shape": list(record.info.shape),
+        "kind": record.kind,
+        "mask": record.mask,
+        "p": record.p,
+        "values": record.values,
+        "elements": row.elements,
+        "kept": row.kept,
+        "changed": record.changed,
+        "bytes": row.compressed,
+        "delta": list(row.delta),
+    }
 
 
 def diagnosis_table(diagnosis: Diagnosis) -> RenderableType:

@@ -61,7 +61,7 @@ class Encoded:
     """A run after encoding. `segment` is None where no kept element changed: then nothing is written."""
 
     index: int
-    base: Fingerprint = Fingerprint()
+    base: Fingerprint = field(default_factory=Fingerprint)
     result: Fingerprint
     kept: int = 0
     changed: int = 0

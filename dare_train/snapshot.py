@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .codec import SEGMENT
 from .config import DareConfig
@@ -18,10 +19,11 @@ from .dtypes import Words
 from .errors import SnapshotError
 from .extract import Provenance, carry_files, regions, write_package
 from .fingerprint import Fingerprint
+from .kernels import cpu
 from .masks import Mask
 from .origin import Origin
 from .package import DeltaPackage
-from .parallel import ordered_map
+from .parallel import ordered_map, thread_count
 from .plan import plan_tensors
 from .publish import staged_folder
 from .resolve import Resolver, open_chain
@@ -31,6 +33,12 @@ from .weights import Weights, runs
 
 if TYPE_CHECKING:
     from .shards import LiveWeights
+
+
+POSITIONS_LIMIT = 128 << 20
+"""Bytes that masks worked out ahead may take: four for each kept element."""
+
+_Work = tuple[TensorPlan, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,26 +78,59 @@ class Snapshotter:
         self.chain: list[Path] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="dare-train-writer")
         self._pending: Future[Snapshot] | None = None
+        self._positions: dict[tuple[str, int], NDArray[np.int32]] = {}
 
-    def take(self, live: LiveWeights, out: Path, *, step: int, files: Path | None = None, keep: tuple[int, Path] | None = None) -> None:
+    def prepare(self, live: LiveWeights) -> None:
+        """Work out masks ahead of the first snapshot, behind training, as far as `POSITIONS_LIMIT` allows."""
+        plans = plan_tensors(self.origin.weights, live, self.config, fresh=self.origin.fresh)
+        self._writer.submit(self._prepare, plans)
+
+    def _prepare(self, plans: list[TensorPlan]) -> None:
+        held = 0
+        for plan, start, count in _work(plans):
+            if plan.kind == "delta" and start < plan.base_numel and held < POSITIONS_LIMIT:
+                self._positions[plan.name, start] = positions = plan.positions(start, count).astype(np.int32)
+                cpu.take(np.empty(0, plan.info.dtype.word), positions[:0])  # compiled by now, should this be the first run ever
+                held += positions.nbytes
+
+    def _kept(self, plan: TensorPlan, start: int, count: int) -> NDArray[np.signedinteger]:
+        known = self._positions.get((plan.name, start))
+        return known if known is not None else plan.positions(start, count)
+
+    def _take(self, live: Weights, plan: TensorPlan, start: int, count: int) -> _Taken:
+        if plan.kind == "base":
+            return _Taken(plan, start, count, np.empty(0, plan.info.dtype.word))
+        words = live.read(plan.name, start, count)
+        if plan.kind == "delta" and start < plan.base_numel:
+            return _Taken(plan, start, count, cpu.take(words, self._kept(plan, start, count)))
+        return _Taken(plan, start, count, words.copy())
+
+    def take(
+        self, live: LiveWeights, out: Path, *, step: int, files: Path | None = None, keep: tuple[int, Path] | None = None
+    ) -> Snapshot | None:
         """Copy what the package needs and let a worker thread write it to `out`.
 
         Args:
             live: the model as it is now.
             out: folder to create; replaced if it is there.
             step: recorded in the `Snapshot`.
-            files: folder with the model's configuration and tokenizer; those that the base lacks go along. It is removed afterwards.
+            files: folder with the model's configuration and tokenizer; those that the base lacks go along.
             keep: (count, folder): afterwards only that many `step-*` packages stay in the folder.
+
+        Returns:
+            The snapshot before this one, if it had not been collected: it is waited for first, and that counts as waiting.
 
         Raises:
             SnapshotError: the snapshot before this one failed.
         """
         began = time.perf_counter()
-        self.wait()
+        before = self.wait()
         plans = plan_tensors(self.origin.weights, live, self.config, fresh=self.origin.fresh)
-        taken = list(ordered_map(lambda work: _take(live, *work), list(_work(plans))))
+        batches = _batches(list(_work(plans)), thread_count())
+        taken = [run for batch in ordered_map(lambda batch: [self._take(live, *work) for work in batch], batches) for run in batch]
         waited = time.perf_counter() - began
         self._pending = self._writer.submit(self._write, plans, taken, out, step, waited, files, keep)
+        return before
 
     def finished(self) -> Snapshot | None:
         """The snapshot that was completed since the last call, if any.
@@ -129,8 +170,6 @@ class Snapshotter:
             source = self._provenance(plans, continues)
             written = [_link_plan(plan) for plan in plans] if continues else plans
             magnitudes = write_package(staging, written, encoded, source, carried)
-        if files is not None:
-            shutil.rmtree(files)
         if self.incremental:
             self.chain.append(out)
         if keep is not None:
@@ -152,19 +191,20 @@ class Snapshotter:
             yield _encode_link(_link_plan(run.plan), run, before, _received(self.origin.weights, run))
 
 
-def _work(plans: list[TensorPlan]) -> Iterator[tuple[TensorPlan, int, int]]:
+def _work(plans: list[TensorPlan]) -> Iterator[_Work]:
     for plan in plans:
         for start, stop in regions(plan):
             yield from ((plan, start + offset, count) for offset, count in runs(stop - start, SEGMENT))
 
 
-def _take(live: Weights, plan: TensorPlan, start: int, count: int) -> _Taken:
-    if plan.kind == "base":
-        return _Taken(plan, start, count, np.empty(0, plan.info.dtype.word))
-    words = live.read(plan.name, start, count)
-    if plan.kind == "delta" and start < plan.base_numel:
-        return _Taken(plan, start, count, words[plan.positions(start, count)])
-    return _Taken(plan, start, count, words.copy())
+def _batches(work: list[_Work], count: int) -> list[list[_Work]]:
+    """The same work in `count` lists of about as many elements."""
+    batches: list[list[_Work]] = [[] for _ in range(count)]
+    total, filled = sum(size for _, _, size in work), 0
+    for item in work:
+        batches[min(filled * count // max(total, 1), count - 1)].append(item)
+        filled += item[2]
+    return batches
 
 
 def _encode(base: Weights, run: _Taken) -> Encoded:
@@ -221,7 +261,8 @@ def step_folders(folder: Path) -> list[Path]:
 
 def preview(live: LiveWeights, origin: Origin, config: DareConfig) -> Iterator[tuple[str, Words]]:
     """(name, words) of each tensor that a receiver would get otherwise than it is in the live model now."""
+    taker = Snapshotter(origin, config)
     for plan in plan_tensors(origin.weights, live, config, fresh=origin.fresh):
-        runs_of = [_received(origin.weights, _take(live, plan, start, count)) for plan, start, count in _work([plan])]
+        runs_of = [_received(origin.weights, taker._take(live, plan, start, count)) for plan, start, count in _work([plan])]
         if runs_of and plan.kind != "whole":
             yield plan.name, np.concatenate(runs_of)

@@ -196,7 +196,7 @@ def test_a_callback_added_later_works_too(base: Path, tmp_path: Path) -> None:
 
 def test_leftovers_of_a_killed_run_are_removed(base: Path, tmp_path: Path) -> None:
     (tmp_path / "out/dare/.step-2.partial").mkdir(parents=True)
-    (tmp_path / "out/dare/.step-2.files.abc").mkdir()
+    (tmp_path / "out/dare/.companions-abc").mkdir()
     train(classifier(base), tmp_path / "out", DareCallback())
     assert packages(tmp_path / "out") == ["final", "step-2", "step-4"]
 

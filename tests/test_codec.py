@@ -85,7 +85,7 @@ def test_codes_and_scales_come_back(encoding, size, seed, start, threshold):
     delta, _, groups, scales, codes = quantized(size, seed, threshold, start, encoding, 0.3)
     assert np.abs(codes).max(initial=0) <= codec._LEVELS[encoding]
     data = stored(codec.encode_codes(scales, codes, encoding), content_size(encoding, F32, delta.size, delta.size, groups))
-    found_scales, found_codes = codec.decode_codes(data, delta.size, groups, encoding)
+    found_scales, found_codes = codec.decode_codes(data, delta.size, groups, encoding, name="t")
     assert np.array_equal(found_scales, scales)
     assert np.array_equal(found_codes, codes)
 

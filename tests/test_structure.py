@@ -100,7 +100,8 @@ def test_a_framework_would_be_noticed() -> None:
 
 
 def test_functions_stay_functions_when_their_modules_are_imported() -> None:
-    code = "import dare_train\nfrom dare_train import apply_\nimport dare_train.extract\nassert callable(dare_train.apply) and callable(dare_train.extract)"
+    check = "assert callable(dare_train.apply) and callable(dare_train.extract)"
+    code = f"import dare_train\nfrom dare_train import apply_\nimport dare_train.extract\n{check}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

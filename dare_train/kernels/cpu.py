@@ -223,6 +223,12 @@ def _from_distances(base, symbols, shift, groups, sign, out):
 
 
 @njit(nogil=True, cache=True)
+def _take(words, positions, out):
+    for i in range(positions.size):
+        out[i] = words[positions[i]]
+
+
+@njit(nogil=True, cache=True)
 def _expand(bitmap, values, out):
     """out[i] = the next of `values` plus one where bit i is set, else 0; returns how many bits were set."""
     one, last = out.dtype.type(1), values.size - 1
@@ -264,6 +270,13 @@ def kept_positions(key: int, start: int, count: int, threshold: int) -> Position
     room = _scratch.positions(count + 1)
     kept = _kept_positions(np.uint64(key), np.uint64(start), count, np.uint16(threshold), room)
     return room[:kept].copy()
+
+
+def take(words: Words, positions: NDArray[np.signedinteger]) -> Words:
+    """`words[positions]`, for positions of any width: numpy would widen them first."""
+    out = np.empty(positions.size, words.dtype)
+    _take(words, positions, out)
+    return out
 
 
 def fingerprint(words: Words, start: int) -> tuple[int, int]:
