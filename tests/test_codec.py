@@ -166,7 +166,7 @@ def test_a_flipped_bit_gives_an_error_or_content_of_the_right_size_and_nothing_e
 
 def test_a_bitmap_with_another_count_than_the_table_is_refused():
     symbols = np.array([0, 3, 0, 9, 1], np.uint16)
-    data = memoryview(codec.pack_symbols(symbols, []).data)
+    data = memoryview(codec.pack_symbols(symbols, np.empty(0, np.int64)).data)
     assert codec.unpack_symbols(data, 5, 3, np.dtype("u2"), name="w").tolist() == symbols.tolist()
     for changed in (0, 1, 2):
         with pytest.raises(PackageError, match=f"^w: expected {changed} changed elements, found 3"):
