@@ -71,7 +71,7 @@ def main() -> None:
     began = time.perf_counter()
     out = options.out.resolve()
     shutil.rmtree(out, ignore_errors=True)
-    say(f"{options.model}: {len(task.train.texts):,} training and {len(task.test.texts):,} held-out examples of {len(task.names)} classes")
+    say(f"{Path(options.model).name if options.named else 'all-MiniLM-L6-v2'}: {len(task.train.texts):,} training and {len(task.test.texts):,} held-out examples of {len(task.names)} classes")
     callback = dare_train.DareCallback(p=options.p, seed=options.seed, when="end")
     dense = train(options, task, callback)
     package = callback.package
@@ -114,6 +114,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--evaluate", type=Path, default=None, help="only evaluate this checkpoint and print its accuracy as JSON")
     options = parser.parse_args()
+    options.named = options.model is not None
     options.model = options.model or carried_model()
     return options
 
@@ -215,11 +216,15 @@ def train(options: argparse.Namespace, task: Task, callback: object) -> float:
     trainer = trainer_for(load(options.model, task), options, task, [callback])
     trainer.train()
     trainer.model.save_pretrained(options.out.resolve() / "tuned")
-    return float(trainer.evaluate()["eval_accuracy"])
+    return held_out_accuracy(trainer)
+
+
+def held_out_accuracy(trainer: Trainer) -> float:
+    return float(trainer.predict(trainer.eval_dataset).metrics["test_accuracy"])
 
 
 def accuracy(model: torch.nn.Module, options: argparse.Namespace, task: Task) -> float:
-    return float(trainer_for(model, options, task).evaluate()["eval_accuracy"])
+    return held_out_accuracy(trainer_for(model, options, task))
 
 
 def received(package: dare_train.DeltaPackage, options: argparse.Namespace, task: Task) -> float:
