@@ -20,6 +20,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".tflite"}
 _COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+_TRAINING_FILES = {"trainer_state.json", "dare_config.json", "requirements.txt"}
 _COMPANION_NAMES = {"LICENSE", "LICENCE", "NOTICE"}
 
 
@@ -151,15 +152,29 @@ def _not_safetensors(path: Path, found: list[Path] | None = None) -> CheckpointE
 
 
 def companions(folder: Path) -> list[Path]:
-    """Files that belong to a model beside its weights: configuration, tokenizer, generation settings, licence. Relative, sorted."""
-    found = []
-    for path in folder.rglob("*"):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        wanted = path.suffix in _COMPANION_SUFFIXES or path.stem.upper() in _COMPANION_NAMES
-        if path.is_file() and wanted and not hidden and not path.name.endswith(".index.json"):
-            found.append(relative)
-    return sorted(found)
+    """Files that belong to a model beside its weights: configuration, tokenizer, generation settings, licence. Relative, sorted.
+
+    Of subfolders only those count that a sentence-transformers `modules.json` names; others hold other things, such as a
+    run's checkpoints.
+    """
+    places = [folder, *(folder / name for name in _module_folders(folder / "modules.json"))]
+    found = [path for place in places if place.is_dir() for path in place.iterdir() if path.is_file() and _is_companion(path)]
+    return sorted({path.relative_to(folder) for path in found})
+
+
+def _is_companion(path: Path) -> bool:
+    wanted = path.suffix in _COMPANION_SUFFIXES or path.stem.upper() in _COMPANION_NAMES
+    of_training = path.name in _TRAINING_FILES or path.name.endswith("_results.json")
+    return wanted and not (of_training or path.name.startswith(".") or path.name.endswith(".index.json"))
+
+
+def _module_folders(listing: Path) -> list[str]:
+    """Names of subfolders in a sentence-transformers `modules.json`; none when there is none that can be read as one."""
+    try:
+        paths = [module["path"] for module in json.loads(listing.read_text())]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [path for path in paths if isinstance(path, str) and path and Path(path).name == path]
 
 
 Layout = Mapping[str, Mapping[str, TensorInfo]]

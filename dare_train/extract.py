@@ -233,7 +233,7 @@ def carry_files(base: Path | None, tuned: Path | None, staging: Path) -> tuple[F
         return ()
     carried = []
     for relative in companions(tuned):
-        if relative.suffix not in CARRIED or relative.name in (manifests.MANIFEST, *_TRAINER_FILES):
+        if relative.suffix not in CARRIED:
             continue
         if base is None or not _same_content(base / relative, tuned / relative):
             target = staging / relative
@@ -241,9 +241,6 @@ def carry_files(base: Path | None, tuned: Path | None, staging: Path) -> tuple[F
             target.write_bytes((tuned / relative).read_bytes())
             carried.append(file_record(target, staging))
     return tuple(carried)
-
-
-_TRAINER_FILES = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "README.md")
 
 
 def _same_content(one: Path, other: Path) -> bool:

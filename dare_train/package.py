@@ -275,27 +275,25 @@ class PackageWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._rows: list[tuple[int, ...]] = []
-        self._frames: list[bytes] = []
-        self._held = 0
+        self._data = bytearray()
         self._parts: list[Path] = []
 
     def add(self, segment: Segment, frame: bytes) -> None:
-        if self._held and self._held + len(frame) > PART_LIMIT:
+        if self._data and len(self._data) + len(frame) > PART_LIMIT:
             self._flush()
         self._rows.append(segment.row)
-        self._frames.append(frame)
-        self._held += len(frame)
+        self._data += frame
 
     def _flush(self) -> None:
         path = self._folder / f"part-{len(self._parts)}"
         table = np.array(self._rows, np.int64).reshape(-1, _COLUMNS)
         try:
-            save_file({"segments": table, "data": np.frombuffer(b"".join(self._frames), np.uint8)}, path)
+            save_file({"segments": table, "data": np.frombuffer(self._data, np.uint8)}, path)
         except SafetensorError as error:  # its own way to say that the disk is full
             code = re.search(r"os error (\d+)", str(error))
             raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
         self._parts.append(path)
-        self._rows, self._frames, self._held = [], [], 0
+        self._rows, self._data = [], bytearray()
 
     def parts(self) -> tuple[FileRecord, ...]:
         """Write what is left and give the parts their names."""

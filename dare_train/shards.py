@@ -48,13 +48,13 @@ class LiveWeights:
         self.tensors = {name: TensorInfo(_dtype_of(name, tensor), tuple(tensor.shape)) for name, tensor in self._tensors.items()}
 
     def read(self, name: str, start: int, count: int) -> Words:
-        return self.words(name)[start : start + count]
+        flat = self._tensors[name].detach().reshape(-1)[start : start + count].cpu()
+        raw = flat.view(torch.uint8).numpy() if count else np.empty(0, np.uint8)
+        return raw.view(self.tensors[name].dtype.word)
 
     def words(self, name: str) -> Words:
         """All words of a tensor: a writable view where it lies contiguous on the CPU, else a copy."""
-        tensor = self._tensors[name].detach().cpu().contiguous().reshape(-1)
-        raw = tensor.view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
-        return raw.view(self.tensors[name].dtype.word)
+        return self.read(name, 0, self.tensors[name].numel)
 
     def store(self, name: str, words: Words) -> None:
         """Make `words` the tensor's content; free of cost when they are the view that `words()` returned."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,18 +93,6 @@ class Snapshotter:
                 cpu.take(np.empty(0, plan.info.dtype.word), positions[:0])  # compiled by now, should this be the first run ever
                 held += positions.nbytes
 
-    def _kept(self, plan: TensorPlan, start: int, count: int) -> NDArray[np.signedinteger]:
-        known = self._positions.get((plan.name, start))
-        return known if known is not None else plan.positions(start, count)
-
-    def _take(self, live: Weights, plan: TensorPlan, start: int, count: int) -> _Taken:
-        if plan.kind == "base":
-            return _Taken(plan, start, count, np.empty(0, plan.info.dtype.word))
-        words = live.read(plan.name, start, count)
-        if plan.kind == "delta" and start < plan.base_numel:
-            return _Taken(plan, start, count, cpu.take(words, self._kept(plan, start, count)))
-        return _Taken(plan, start, count, words.copy())
-
     def take(
         self, live: LiveWeights, out: Path, *, step: int, files: Path | None = None, keep: tuple[int, Path] | None = None
     ) -> Snapshot | None:
@@ -127,7 +115,9 @@ class Snapshotter:
         before = self.wait()
         plans = plan_tensors(self.origin.weights, live, self.config, fresh=self.origin.fresh)
         batches = _batches(list(_work(plans)), thread_count())
-        taken = [run for batch in ordered_map(lambda batch: [self._take(live, *work) for work in batch], batches) for run in batch]
+        taken = [
+            run for batch in ordered_map(lambda batch: [_take(live, *work, self._positions) for work in batch], batches) for run in batch
+        ]
         waited = time.perf_counter() - began
         self._pending = self._writer.submit(self._write, plans, taken, out, step, waited, files, keep)
         return before
@@ -207,6 +197,16 @@ def _batches(work: list[_Work], count: int) -> list[list[_Work]]:
     return batches
 
 
+def _take(live: Weights, plan: TensorPlan, start: int, count: int, known: Mapping[tuple[str, int], NDArray[np.int32]]) -> _Taken:
+    if plan.kind == "base":
+        return _Taken(plan, start, count, np.empty(0, plan.info.dtype.word))
+    words = live.read(plan.name, start, count)
+    if plan.kind != "delta" or start >= plan.base_numel:
+        return _Taken(plan, start, count, words.copy())
+    positions = known.get((plan.name, start))
+    return _Taken(plan, start, count, cpu.take(words, plan.positions(start, count) if positions is None else positions))
+
+
 def _encode(base: Weights, run: _Taken) -> Encoded:
     plan, start = run.plan, run.start
     words = base.read(plan.name, start, run.length) if plan.in_base and start < plan.base_numel else None
@@ -261,8 +261,7 @@ def step_folders(folder: Path) -> list[Path]:
 
 def preview(live: LiveWeights, origin: Origin, config: DareConfig) -> Iterator[tuple[str, Words]]:
     """(name, words) of each tensor that a receiver would get otherwise than it is in the live model now."""
-    taker = Snapshotter(origin, config)
     for plan in plan_tensors(origin.weights, live, config, fresh=origin.fresh):
-        runs_of = [_received(origin.weights, taker._take(live, plan, start, count)) for plan, start, count in _work([plan])]
+        runs_of = [_received(origin.weights, _take(live, plan, start, count, {})) for plan, start, count in _work([plan])]
         if runs_of and plan.kind != "whole":
             yield plan.name, np.concatenate(runs_of)

@@ -71,7 +71,10 @@ def main() -> None:
     began = time.perf_counter()
     out = options.out.resolve()
     shutil.rmtree(out, ignore_errors=True)
-    say(f"{Path(options.model).name if options.named else 'all-MiniLM-L6-v2'}: {len(task.train.texts):,} training and {len(task.test.texts):,} held-out examples of {len(task.names)} classes")
+    say(
+        f"{Path(options.model).name if options.named else 'all-MiniLM-L6-v2'}: {len(task.train.texts):,} training and "
+        f"{len(task.test.texts):,} held-out examples of {len(task.names)} classes"
+    )
     callback = dare_train.DareCallback(p=options.p, seed=options.seed, when="end")
     dense = train(options, task, callback)
     package = callback.package

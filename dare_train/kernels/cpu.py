@@ -10,8 +10,9 @@ import sys
 import threading
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 from numba.core import event
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from ..dtypes import Words
@@ -34,6 +35,9 @@ _MIX2 = np.uint64(0x94D049BB133111EB)
 _S30 = np.uint64(30)
 _S27 = np.uint64(27)
 _S31 = np.uint64(31)
+_S56 = np.uint64(56)
+_GATHER = np.uint64(0x0102040810204080)
+"""Multiplies eight bytes of 0 or 1 so that their bits meet in the highest byte."""
 
 Positions = NDArray[np.int64]
 
@@ -56,14 +60,14 @@ class _Announcer(event.Listener):  # type: ignore[misc]
 event.register("numba:compile", _Announcer())
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, forceinline=True)
 def _round(c0, c1, c2, c3, k0, k1):
     p0 = _M0 * c0
     p1 = _M1 * c2
     return (p1 >> _U32) ^ c1 ^ k0, p1 & _LOW, (p0 >> _U32) ^ c3 ^ k1, p0 & _LOW
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, forceinline=True)
 def _philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10 (Salmon et al. 2011). Words are uint32 values in uint64; unrolled so that loops over it vectorise."""
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
@@ -87,7 +91,7 @@ def _philox(c0, c1, c2, c3, k0, k1):
     return _round(c0, c1, c2, c3, k0, k1)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, forceinline=True)
 def _block_draws(key, block, domain, out):
     """The 8,192 draws of one block, planar: word w of counter j is draws 2w*1024+j (low half) and (2w+1)*1024+j."""
     k0, k1 = key & _LOW, key >> _U32
@@ -119,23 +123,51 @@ def _draws(key, start, domain, out):
         done += take
 
 
+@intrinsic
+def _trailing_zeros(_context, _word):
+    """Position of the lowest set bit of a uint64 that is not zero."""
+
+    def generate(context, builder, _signature, arguments):
+        return builder.cttz(arguments[0], context.get_constant(types.boolean, 1))
+
+    return types.uint64(types.uint64), generate
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _bits_of(flags, first):
+    """64 bytes of 0 or 1 as the bits of a word; `flags` holds eight of them in each of its words."""
+    bits = np.uint64(0)
+    for k in range(8):
+        bits |= ((flags[first + k] * _GATHER) >> _S56) << np.uint64(8 * k)
+    return bits
+
+
 @njit(nogil=True, cache=True)
 def _kept_positions(key, start, count, threshold, out):
     buffer = np.empty(BLOCK, np.uint16)
+    flags = np.empty(BLOCK, np.uint8)
+    words = flags.view(np.uint64)
     done, kept = 0, 0
     while done < count:
         index = start + np.uint64(done)
         offset = np.int64(index % np.uint64(BLOCK))
         take = min(BLOCK - offset, count - done)
         _block_draws(key, index // np.uint64(BLOCK), np.uint64(0), buffer)
-        for i in range(take):  # branchless: an element that is dropped is overwritten by the next one
-            out[kept] = done + i
-            kept += buffer[offset + i] >= threshold
+        for i in range(BLOCK):
+            flags[i] = np.uint8(buffer[i] >= threshold)
+        flags[:offset] = 0
+        flags[offset + take :] = 0
+        for group in range(BLOCK // 64):
+            bits = _bits_of(words, 8 * group)
+            while bits:  # as many turns as elements are kept: few
+                out[kept] = done - offset + 64 * group + np.int64(_trailing_zeros(bits))
+                kept += 1
+                bits &= bits - np.uint64(1)
         done += take
     return kept
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, forceinline=True)
 def _mix(word, offset):
     v = np.uint64(word) + offset
     v = (v ^ (v >> _S30)) * _MIX1
