@@ -137,7 +137,7 @@ def _encode(base: Weights, tuned: Weights, plan: TensorPlan, start: int, count: 
         _refuse_nonfinite(plan, start, new)
     if plan.kind == "delta" and words is not None:
         positions = plan.positions(start, count)
-        return encode_delta(plan, start, words, positions, new[positions])
+        return encode_delta(plan, start, words, positions, cpu.take(new, positions))
     encoded = encode_whole(plan, start, new)
     return encoded if words is None else _with_base(encoded, Fingerprint.of(words, start))
 

@@ -57,7 +57,7 @@ def combine(words: Words, terms: Sequence[Term], dtype: DType) -> None:
     """
     if len(terms) == 1:
         positions = terms[0].positions
-        words[positions] = terms[0].result(words[positions], dtype)
+        cpu.put(words, positions, terms[0].result(cpu.take(words, positions), dtype))
         return
     total = to_float(words, dtype).astype(dtype.compute)
     movers = np.zeros(words.size, np.int32)

@@ -85,7 +85,7 @@ def encode_delta(plan: TensorPlan, start: int, base: Words, positions: Positions
     Raises:
         NonFiniteDelta: a kept element is NaN or infinite, or the delta does not fit float32; unless allowed.
     """
-    own = base[positions]
+    own = cpu.take(base, positions)
     print_ = Fingerprint.of(base, start)
     delta = _checked_delta(plan, own, tuned)
     content, term, changed, symbols = _encode_values(plan, start, base.size, positions, own, tuned, delta)
@@ -178,7 +178,7 @@ def decode_delta(manifest: Manifest, record: TensorRecord, segment: Segment, fra
     factor = weight * manifest.factor(record)
     data = content[bitmap_size:]
     if record.values == "exact":
-        tuned = codec.decode_exact(data, base[positions], segment.changed, record.info.dtype, name=record.name)
+        tuned = codec.decode_exact(data, cpu.take(base, positions), segment.changed, record.info.dtype, name=record.name)
         return Term(positions=positions, factor=factor, tuned=tuned)
     if record.values == "rounded":
         return Term(positions=positions, factor=factor, delta=codec.decode_rounded(data, segment.kept, segment.changed, name=record.name))

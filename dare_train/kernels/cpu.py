@@ -261,6 +261,12 @@ def _take(words, positions, out):
 
 
 @njit(nogil=True, cache=True)
+def _put(words, positions, values):
+    for i in range(positions.size):
+        words[positions[i]] = values[i]
+
+
+@njit(nogil=True, cache=True)
 def _expand(bitmap, values, out):
     """out[i] = the next of `values` plus one where bit i is set, else 0; returns how many bits were set."""
     one, last = out.dtype.type(1), values.size - 1
@@ -309,6 +315,11 @@ def take(words: Words, positions: NDArray[np.signedinteger]) -> Words:
     out = np.empty(positions.size, words.dtype)
     _take(words, positions, out)
     return out
+
+
+def put(words: Words, positions: NDArray[np.signedinteger], values: Words) -> None:
+    """`words[positions] = values`, in place."""
+    _put(words, positions, values)
 
 
 def fingerprint(words: Words, start: int) -> tuple[int, int]:
