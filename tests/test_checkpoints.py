@@ -189,7 +189,9 @@ def test_verify_notices_a_wrong_base(tmp_path: Path) -> None:
 def test_push_to_hub_checks_and_uploads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, object]] = []
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda _, repo_id, **options: calls.append((repo_id, options["private"])))
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda _, **options: calls.append((options["repo_id"], options["folder_path"])))
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.upload_folder", lambda _, **options: calls.append((options["repo_id"], options["folder_path"]))
+    )
     package = extract(base_state(), moved(base_state()), tmp_path / "package")
     package.push_to_hub("me/delta", private=True)
     assert calls == [("me/delta", True), ("me/delta", tmp_path / "package")]

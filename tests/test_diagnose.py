@@ -54,7 +54,7 @@ def test_new_tensors_and_other_dtypes_are_named() -> None:
     base, tuned = pair(0.01)
     assert diagnose(base, {**tuned, "head.weight": torch.ones(3, 3)}).new == ("head.weight",)
     half = {name: tensor.bfloat16() for name, tensor in tuned.items()}
-    with pytest.raises(DtypeMismatch, match=r"layers\.0\.weight: expected BF16, found F32 .* --cast-base"):
+    with pytest.raises(DtypeMismatch, match=r"layers\.0\.weight: expected BF16, found F32 .*--cast-base"):
         diagnose(base, half)
     assert diagnose(base, half, cast_base=True).layers
 
@@ -76,13 +76,17 @@ def test_magnitudes_leave_out_what_is_not_finite() -> None:
 
 
 def test_layers_and_kinds_are_read_off_the_names() -> None:
-    assert [layer_of(name) for name in ("model.layers.10.mlp.weight", "bert.embeddings.word.weight", "lm_head.weight")] == ["10", "embeddings", "lm_head"]
+    assert [layer_of(name) for name in ("model.layers.10.mlp.weight", "bert.embeddings.word.weight", "lm_head.weight")] == [
+        "10",
+        "embeddings",
+        "lm_head",
+    ]
     assert kind_of("model.layers.10.experts.3.weight") == "model.layers.*.experts.*.weight"
 
 
 def test_rows_account_for_every_element_and_byte(tmp_path: Path) -> None:
     base, tuned = pair(0.01)
-    more = {f"layers.{n}.weight": tensor for n in (10, 2) for tensor in base.values()}
+    more = {f"layers.{n}.weight": tensor.clone() for n in (10, 2) for tensor in base.values()}
     package = extract(save({**base, **more}, tmp_path / "b"), save({**tuned, **more}, tmp_path / "t"), tmp_path / "p")
     assert [row.label for row in rows(package, key=layer_of)] == ["0", "2", "10"]
     data = inspect_json(package)
