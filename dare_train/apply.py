@@ -17,6 +17,7 @@ from .checkpoint import SINGLE, Checkpoint, CheckpointWriter, Layout, companions
 from .dtypes import Words
 from .errors import BaseMismatch, PackageError
 from .fingerprint import Fingerprint, model_fingerprint, total
+from .kernels import cpu
 from .manifest import TensorRecord
 from .package import DeltaPackage
 from .parallel import ScratchWords, ordered_map, thread_count
@@ -100,8 +101,10 @@ def _write_all(resolver: Resolver, writer: CheckpointWriter | None, progress: Pr
     def one(work: tuple[str, int, int]) -> _Done:
         name, start, count = work
         base = resolver.base_run(name, start, count)
-        before = Fingerprint.of(base, start) if start < resolver.base_numel(name) else Fingerprint()
-        words = resolver.resolve(name, start, count, scratch.copy_of(base))
+        words = scratch.like(base)
+        share = Fingerprint(*cpu.copy_with_fingerprint(base, start, words))
+        before = share if start < resolver.base_numel(name) else Fingerprint()
+        resolver.resolve(name, start, count, words)
         if writer is not None:
             writer.write(name, start, words)
         return _Done(before, Fingerprint.of(words, start), words.nbytes)

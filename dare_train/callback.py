@@ -187,7 +187,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     def _take(self, out: Path, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         assert self._snapshotter is not None, "snapshot before train begin"
         keep = (self.keep, self._folder(args)) if self.keep is not None else None
-        before = self._snapshotter.take(LiveWeights(model), out, step=state.global_step, files=self._companions, keep=keep)
+        before = self._snapshotter.take(model, out, step=state.global_step, files=self._companions, keep=keep)
         self._collect(before)
 
     def _collect(self, snapshot: Snapshot | None) -> None:

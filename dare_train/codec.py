@@ -91,16 +91,13 @@ def content_size(encoding: Encoding, dtype: DType, kept: int, changed: int, grou
 
 
 def pack_symbols(symbols: Words, starts: NDArray[np.int64]) -> Content:
-    """Bytes of `symbols`, which come in groups that begin at `starts`."""
-    changed = symbols != 0
-    bitmap = np.packbits(changed, bitorder="little").tobytes()
-    planes = to_planes(symbols[changed] - symbols.dtype.type(1))
-    before = np.concatenate([[0], np.cumsum(changed)])[starts]
-    count = planes.shape[1]
-    cuts = [*(starts // 8), len(bitmap)]
+    """Bytes of `symbols`, which come in groups that begin at `starts`, ascending."""
+    bitmap, values, before = cpu.collapse(symbols, starts)
+    planes = to_planes(values)
+    cuts = [*(starts // 8), bitmap.size]
     for plane in range(planes.shape[0]):
-        cuts += [*(len(bitmap) + plane * count + before), len(bitmap) + (plane + 1) * count]
-    return Content(data=bitmap + planes.tobytes(), cuts=[int(cut) for cut in cuts])
+        cuts += [*(bitmap.size + plane * values.size + before), bitmap.size + (plane + 1) * values.size]
+    return Content(data=bitmap.tobytes() + planes.tobytes(), cuts=[int(cut) for cut in cuts])
 
 
 def unpack_symbols(data: memoryview, kept: int, changed: int, word: np.dtype[np.unsignedinteger], *, name: str) -> Words:

@@ -48,10 +48,8 @@ class ScratchWords(threading.local):
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
 
-    def copy_of(self, words: Words) -> Words:
-        """A writable copy, valid until the same thread asks for the next one."""
+    def like(self, words: Words) -> Words:
+        """Room for as many words of the same type, valid until the same thread asks for the next."""
         if self._bytes.size < words.nbytes:
             self._bytes = np.empty(words.nbytes, np.uint8)
-        copy = self._bytes[: words.nbytes].view(words.dtype)
-        copy[:] = words
-        return copy
+        return self._bytes[: words.nbytes].view(words.dtype)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +27,9 @@ from .plan import plan_tensors
 from .publish import staged_folder
 from .resolve import Resolver, open_chain
 from .segments import Encoded, TensorPlan, encode_delta, encode_whole, receiver_words
+from .shards import Live, LiveWeights
 from .stats import Magnitudes
 from .weights import Weights, runs
-
-if TYPE_CHECKING:
-    from .shards import LiveWeights
-
 
 POSITIONS_LIMIT = 128 << 20
 """Bytes that masks worked out ahead may take: four for each kept element."""
@@ -79,11 +75,12 @@ class Snapshotter:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="dare-train-writer")
         self._pending: Future[Snapshot] | None = None
         self._positions: dict[tuple[str, int], NDArray[np.int32]] = {}
+        self._prepared: Future[None] | None = None
 
     def prepare(self, live: LiveWeights) -> None:
         """Work out masks ahead of the first snapshot, behind training, as far as `POSITIONS_LIMIT` allows."""
         plans = plan_tensors(self.origin.weights, live, self.config, fresh=self.origin.fresh)
-        self._writer.submit(self._prepare, plans)
+        self._prepared = self._writer.submit(self._prepare, plans)
 
     def _prepare(self, plans: list[TensorPlan]) -> None:
         held = 0
@@ -94,12 +91,12 @@ class Snapshotter:
                 held += positions.nbytes
 
     def take(
-        self, live: LiveWeights, out: Path, *, step: int, files: Path | None = None, keep: tuple[int, Path] | None = None
+        self, model: Live, out: Path, *, step: int, files: Path | None = None, keep: tuple[int, Path] | None = None
     ) -> Snapshot | None:
         """Copy what the package needs and let a worker thread write it to `out`.
 
         Args:
-            live: the model as it is now.
+            model: the module or state dict as it is now.
             out: folder to create; replaced if it is there.
             step: recorded in the `Snapshot`.
             files: folder with the model's configuration and tokenizer; those that the base lacks go along.
@@ -113,6 +110,7 @@ class Snapshotter:
         """
         began = time.perf_counter()
         before = self.wait()
+        live = LiveWeights(model)
         plans = plan_tensors(self.origin.weights, live, self.config, fresh=self.origin.fresh)
         batches = _batches(list(_work(plans)), thread_count())
         taken = [
@@ -141,7 +139,11 @@ class Snapshotter:
             raise SnapshotError(f"snapshot: {error}", remedy="packages and checkpoints written before it are intact") from error
 
     def close(self) -> None:
+        """Wait for whatever is still being done; its failure surfaces here at the latest."""
         self._writer.shutdown(wait=True)
+        self.wait()
+        if self._prepared is not None:
+            self._prepared.result()
 
     def _write(
         self,

@@ -13,7 +13,7 @@ from tiny import base_state, moved, save
 from training import classifier, save_base, weights_print
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, set_seed
 
-from dare_train import DeltaPackage, apply, apply_, applied, extract
+from dare_train import DeltaPackage, applied, apply, apply_, extract
 from dare_train.checkpoint import Checkpoint, companions
 
 

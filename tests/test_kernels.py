@@ -205,3 +205,25 @@ def test_expand_puts_values_where_bits_are_set(seed, kept, bits):
     out, found = cpu.expand(bitmap, symbols[symbols != 0] - word.type(1), kept)
     assert np.array_equal(out, symbols)
     assert found == np.count_nonzero(symbols)
+
+
+@by_code([dtype for dtype in WORD_TYPES if dtype.is_float])
+@pytest.mark.parametrize("positions_type", [np.int32, np.int64])
+def test_take_and_put(dtype, positions_type):
+    words = random_words(dtype, BLOCK + 3, seed=1)
+    positions = cpu.kept_positions(5, 0, words.size, 50000)
+    kept = cpu.take(words, positions.astype(positions_type))
+    assert np.array_equal(as_int64(kept), reference.take(as_int64(words), torch.from_numpy(positions)))
+    target, expected = np.zeros_like(words), torch.zeros(words.size, dtype=torch.int64)
+    cpu.put(target, positions.astype(positions_type), kept)
+    reference.put(expected, torch.from_numpy(positions), as_int64(kept))
+    assert np.array_equal(as_int64(target), expected)
+
+
+@by_code([dtype for dtype in WORD_TYPES if dtype.is_float])
+@pytest.mark.parametrize("size", [0, 1, BLOCK + 1])
+def test_copy_with_fingerprint(dtype, size):
+    words = random_words(dtype, size, seed=2)
+    out = np.zeros_like(words)
+    assert cpu.copy_with_fingerprint(words, 77, out) == cpu.fingerprint(words, 77)
+    assert np.array_equal(as_int64(out), as_int64(words))

@@ -189,6 +189,19 @@ def _fingerprint(words, start):
 
 
 @njit(nogil=True, cache=True)
+def _copy_with_fingerprint(words, start, out):
+    a, b = np.uint64(0), np.uint64(0)
+    offset = start * _GOLDEN
+    for i in range(words.size):
+        out[i] = words[i]
+        v, u = _mix(words[i], offset)
+        offset += _GOLDEN
+        a += v
+        b += u
+    return a, b
+
+
+@njit(nogil=True, cache=True)
 def _fingerprint_at(words, positions, start):
     a, b = np.uint64(0), np.uint64(0)
     for i in range(words.size):
@@ -279,6 +292,22 @@ def _expand(bitmap, values, out):
 
 
 @njit(nogil=True, cache=True)
+def _collapse(symbols, starts, bitmap, values, before):
+    """Undo `_expand`; before[g] is how many values come before symbol starts[g]. Returns how many there are."""
+    one = symbols.dtype.type(1)
+    found, group = 0, 0
+    for i in range(symbols.size):
+        while group < starts.size and starts[group] == i:
+            before[group] = found
+            group += 1
+        changed = symbols[i] != 0
+        bitmap[i >> 3] |= np.uint8(changed) << np.uint8(i & 7)
+        values[found] = symbols[i] - one  # branchless: overwritten by the next one unless it counts
+        found += changed
+    return found
+
+
+@njit(nogil=True, cache=True)
 def _law_bf16(base, tuned, factor, out):
     """round_to_bf16(f32(base) + factor * (f32(tuned) - f32(base))), each operation rounded; equal words stay."""
     for i in range(base.size):
@@ -328,6 +357,12 @@ def fingerprint(words: Words, start: int) -> tuple[int, int]:
     return int(a), int(b)
 
 
+def copy_with_fingerprint(words: Words, start: int, out: Words) -> tuple[int, int]:
+    """`out[:] = words` and their `fingerprint`, in one pass over memory."""
+    a, b = _copy_with_fingerprint(words, np.uint64(start), out)
+    return int(a), int(b)
+
+
 def fingerprint_at(words: Words, positions: Positions, start: int) -> tuple[int, int]:
     """The share that the elements at `start + positions` have in a fingerprint."""
     a, b = _fingerprint_at(words, positions, np.uint64(start))
@@ -357,6 +392,13 @@ def expand(bitmap: NDArray[np.uint8], values: Words, kept: int) -> tuple[Words, 
     """`kept` symbols from a bitmap of those that are not zero and the others less one, and how many bits were set."""
     out = np.zeros(kept, values.dtype)
     return out, int(_expand(bitmap, values, out)) if values.size else int(np.unpackbits(bitmap, count=kept, bitorder="little").sum())
+
+
+def collapse(symbols: Words, starts: NDArray[np.int64]) -> tuple[NDArray[np.uint8], Words, NDArray[np.int64]]:
+    """A bitmap of the symbols that are not zero, those less one, and how many of them come before each of `starts`."""
+    bitmap = np.zeros(-(-symbols.size // 8), np.uint8)
+    values, before = np.empty(symbols.size + 1, symbols.dtype), np.empty(starts.size, np.int64)
+    return bitmap, values[: _collapse(symbols, starts, bitmap, values, before)], before
 
 
 def law_bf16(base: Words, tuned: Words, factor: float) -> Words:

@@ -50,6 +50,16 @@ def kept_positions(key: int, start: int, count: int, threshold: int) -> Tensor:
     return keep_mask(key, start, count, threshold).nonzero().reshape(-1)
 
 
+def take(words: Tensor, positions: Tensor) -> Tensor:
+    """The kept words."""
+    return words[positions]
+
+
+def put(words: Tensor, positions: Tensor, values: Tensor) -> None:
+    """Replace the kept words, in place."""
+    words[positions] = values
+
+
 def fingerprint(words: Tensor, start: int) -> tuple[int, int]:
     """Two lanes in [0, 2**64): sums over the elements of two mixes of (flat index, bits)."""
     return fingerprint_at(words, torch.arange(words.numel()), start)
