@@ -29,7 +29,7 @@ from .resolve import Resolver, open_chain
 from .segments import Encoded, TensorPlan, encode_delta, encode_whole, receiver_words
 from .shards import Live, LiveWeights
 from .stats import Magnitudes
-from .weights import Weights, runs
+from .weights import TensorInfo, Weights, runs
 
 POSITIONS_LIMIT = 128 << 20
 """Bytes that masks worked out ahead may take: four for each kept element."""
@@ -76,11 +76,21 @@ class Snapshotter:
         self._pending: Future[Snapshot] | None = None
         self._positions: dict[tuple[str, int], NDArray[np.int32]] = {}
         self._prepared: Future[None] | None = None
+        self._plans: list[TensorPlan] = []
+        self._planned_for: Mapping[str, TensorInfo] = {}
 
     def prepare(self, live: LiveWeights) -> None:
         """Work out masks ahead of the first snapshot, behind training, as far as `POSITIONS_LIMIT` allows."""
-        plans = plan_tensors(self.origin.weights, live, self.config, fresh=self.origin.fresh)
-        self._prepared = self._writer.submit(self._prepare, plans)
+        self._prepared = self._writer.submit(self._prepare, self._plan(live))
+
+    def _plan(self, live: LiveWeights) -> list[TensorPlan]:
+        """The plans of the last snapshot, as long as names, dtypes and shapes decide them: whether an integer tensor
+        changed does not show there."""
+        settled = all(info.dtype.can_be_delta for info in live.tensors.values())
+        if not settled or self._planned_for != live.tensors:
+            self._plans = plan_tensors(self.origin.weights, live, self.config, fresh=self.origin.fresh)
+            self._planned_for = live.tensors
+        return self._plans
 
     def _prepare(self, plans: list[TensorPlan]) -> None:
         held = 0
@@ -111,7 +121,7 @@ class Snapshotter:
         began = time.perf_counter()
         before = self.wait()
         live = LiveWeights(model)
-        plans = plan_tensors(self.origin.weights, live, self.config, fresh=self.origin.fresh)
+        plans = self._plan(live)
         batches = _batches(list(_work(plans)), thread_count())
         taken = [
             run for batch in ordered_map(lambda batch: [_take(live, *work, self._positions) for work in batch], batches) for run in batch

@@ -16,7 +16,9 @@ PACKAGE = Path(dare_train.__file__).parent
 FLOORS = [
     {"errors", "_version"},
     {"dtypes", "config"},
-    {"parallel", "weights", "publish", "kernels.cpu", "kernels.reference"},
+    {"parallel", "weights", "publish", "kernels.compiled", "kernels.reference"},
+    {"kernels.philox"},
+    {"kernels.cpu"},
     {"masks", "fingerprint", "checkpoint", "shards", "stats", "law"},
     {"codec"},
     {"manifest"},

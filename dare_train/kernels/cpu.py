@@ -1,173 +1,44 @@
-"""The operations of `reference` on raw bits, compiled by Numba for the CPU. Needs no torch.
-
-All functions release the GIL, so threads run them side by side. They are compiled on first use,
-once per machine, and cached; the first compilation announces itself on stderr.
-"""
+"""The operations of `reference` on raw bits, compiled by Numba for the CPU. Needs no torch."""
 
 from __future__ import annotations
 
-import sys
-import threading
-
 import numpy as np
-from numba import njit, types
-from numba.core import event
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from ..dtypes import Words
+from .compiled import inlined, kernel
+from .philox import BLOCK, Positions, draws, keep_mask, kept_positions
 
-BLOCK = 8192
-"""Elements that share 1,024 consecutive Philox counters; see docs/format.md."""
+__all__ = [
+    "BLOCK",
+    "Positions",
+    "collapse",
+    "copy_with_fingerprint",
+    "distances_by_exponent",
+    "draws",
+    "expand",
+    "fingerprint",
+    "fingerprint_at",
+    "from_distances",
+    "has_nonfinite",
+    "keep_mask",
+    "kept_positions",
+    "law_bf16",
+    "put",
+    "take",
+]
 
-_COUNTERS = 1024
-_M0 = np.uint64(0xD2511F53)
-_M1 = np.uint64(0xCD9E8D57)
-_W0 = np.uint64(0x9E3779B9)
-_W1 = np.uint64(0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
-_U16 = np.uint64(16)
 _U32 = np.uint64(32)
-
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
 _S30 = np.uint64(30)
 _S27 = np.uint64(27)
 _S31 = np.uint64(31)
-_S56 = np.uint64(56)
-_GATHER = np.uint64(0x0102040810204080)
-"""Multiplies eight bytes of 0 or 1 so that their bits meet in the highest byte."""
-
-Positions = NDArray[np.int64]
 
 
-class _Announcer(event.Listener):  # type: ignore[misc]
-    """Says once per process that kernels are being compiled, so that the first run's wait explains itself."""
-
-    def __init__(self) -> None:
-        self.told = False
-
-    def on_start(self, _event: object) -> None:
-        if not self.told:
-            self.told = True
-            print("dare_train: compiling CPU kernels, once on this machine (about 8 s) ...", file=sys.stderr)
-
-    def on_end(self, _event: object) -> None:
-        pass
-
-
-event.register("numba:compile", _Announcer())
-
-
-@njit(nogil=True, cache=True, forceinline=True)
-def _round(c0, c1, c2, c3, k0, k1):
-    p0 = _M0 * c0
-    p1 = _M1 * c2
-    return (p1 >> _U32) ^ c1 ^ k0, p1 & _LOW, (p0 >> _U32) ^ c3 ^ k1, p0 & _LOW
-
-
-@njit(nogil=True, cache=True, forceinline=True)
-def _philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 (Salmon et al. 2011). Words are uint32 values in uint64; unrolled so that loops over it vectorise."""
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    return _round(c0, c1, c2, c3, k0, k1)
-
-
-@njit(nogil=True, cache=True, forceinline=True)
-def _block_draws(key, block, domain, out):
-    """The 8,192 draws of one block, planar: word w of counter j is draws 2w*1024+j (low half) and (2w+1)*1024+j."""
-    k0, k1 = key & _LOW, key >> _U32
-    first = block * np.uint64(_COUNTERS)
-    high = first >> _U32
-    for j in range(_COUNTERS):
-        c0 = (first + np.uint64(j)) & _LOW
-        w0, w1, w2, w3 = _philox(c0, high, domain, np.uint64(0), k0, k1)
-        out[j] = np.uint16(w0)
-        out[j + 1024] = np.uint16(w0 >> _U16)
-        out[j + 2048] = np.uint16(w1)
-        out[j + 3072] = np.uint16(w1 >> _U16)
-        out[j + 4096] = np.uint16(w2)
-        out[j + 5120] = np.uint16(w2 >> _U16)
-        out[j + 6144] = np.uint16(w3)
-        out[j + 7168] = np.uint16(w3 >> _U16)
-
-
-@njit(nogil=True, cache=True)
-def _draws(key, start, domain, out):
-    buffer = np.empty(BLOCK, np.uint16)
-    done = 0
-    while done < out.size:
-        index = start + np.uint64(done)
-        offset = np.int64(index % np.uint64(BLOCK))
-        take = min(BLOCK - offset, out.size - done)
-        _block_draws(key, index // np.uint64(BLOCK), domain, buffer)
-        out[done : done + take] = buffer[offset : offset + take]
-        done += take
-
-
-@intrinsic
-def _trailing_zeros(_context, _word):
-    """Position of the lowest set bit of a uint64 that is not zero."""
-
-    def generate(context, builder, _signature, arguments):
-        return builder.cttz(arguments[0], context.get_constant(types.boolean, 1))
-
-    return types.uint64(types.uint64), generate
-
-
-@njit(nogil=True, cache=True, forceinline=True)
-def _bits_of(flags, first):
-    """64 bytes of 0 or 1 as the bits of a word; `flags` holds eight of them in each of its words."""
-    bits = np.uint64(0)
-    for k in range(8):
-        bits |= ((flags[first + k] * _GATHER) >> _S56) << np.uint64(8 * k)
-    return bits
-
-
-@njit(nogil=True, cache=True)
-def _kept_positions(key, start, count, threshold, out):
-    buffer = np.empty(BLOCK, np.uint16)
-    flags = np.empty(BLOCK, np.uint8)
-    words = flags.view(np.uint64)
-    done, kept = 0, 0
-    while done < count:
-        index = start + np.uint64(done)
-        offset = np.int64(index % np.uint64(BLOCK))
-        take = min(BLOCK - offset, count - done)
-        _block_draws(key, index // np.uint64(BLOCK), np.uint64(0), buffer)
-        for i in range(BLOCK):
-            flags[i] = np.uint8(buffer[i] >= threshold)
-        flags[:offset] = 0
-        flags[offset + take :] = 0
-        for group in range(BLOCK // 64):
-            bits = _bits_of(words, 8 * group)
-            while bits:  # as many turns as elements are kept: few
-                out[kept] = done - offset + 64 * group + np.int64(_trailing_zeros(bits))
-                kept += 1
-                bits &= bits - np.uint64(1)
-        done += take
-    return kept
-
-
-@njit(nogil=True, cache=True, forceinline=True)
+@inlined
 def _mix(word, offset):
     v = np.uint64(word) + offset
     v = (v ^ (v >> _S30)) * _MIX1
@@ -176,7 +47,7 @@ def _mix(word, offset):
     return v, (v & _LOW) * (v >> _U32)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _fingerprint(words, start):
     a, b = np.uint64(0), np.uint64(0)
     offset = start * _GOLDEN
@@ -188,7 +59,7 @@ def _fingerprint(words, start):
     return a, b
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _copy_with_fingerprint(words, start, out):
     a, b = np.uint64(0), np.uint64(0)
     offset = start * _GOLDEN
@@ -201,7 +72,7 @@ def _copy_with_fingerprint(words, start, out):
     return a, b
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _fingerprint_at(words, positions, start):
     a, b = np.uint64(0), np.uint64(0)
     for i in range(words.size):
@@ -211,7 +82,7 @@ def _fingerprint_at(words, positions, start):
     return a, b
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _any_all_ones(words, mask):
     found = False
     for i in range(words.size):
@@ -219,7 +90,7 @@ def _any_all_ones(words, mask):
     return found
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _group_starts(base, shift, groups):
     """Histogram of the exponent fields as exclusive prefix sums; shape (groups + 1,)."""
     starts = np.zeros(groups + 1, np.int64)
@@ -231,7 +102,7 @@ def _group_starts(base, shift, groups):
     return starts
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _distances_by_exponent(base, tuned, shift, groups, sign, out):
     """Zigzag ordered-bits distances, stably sorted by the base's exponent field; returns the group starts."""
     one = sign // sign
@@ -251,7 +122,7 @@ def _distances_by_exponent(base, tuned, shift, groups, sign, out):
     return starts
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _from_distances(base, symbols, shift, groups, sign, out):
     one = sign // sign
     zero = base.dtype.type(0)
@@ -267,19 +138,19 @@ def _from_distances(base, symbols, shift, groups, sign, out):
         out[i] = order ^ sign if order & sign else ~order
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _take(words, positions, out):
     for i in range(positions.size):
         out[i] = words[positions[i]]
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _put(words, positions, values):
     for i in range(positions.size):
         words[positions[i]] = values[i]
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _expand(bitmap, values, out):
     """out[i] = the next of `values` plus one where bit i is set, else 0; returns how many bits were set."""
     one, last = out.dtype.type(1), values.size - 1
@@ -291,7 +162,7 @@ def _expand(bitmap, values, out):
     return found
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _collapse(symbols, starts, bitmap, values, before):
     """Undo `_expand`; before[g] is how many values come before symbol starts[g]. Returns how many there are."""
     one = symbols.dtype.type(1)
@@ -307,7 +178,7 @@ def _collapse(symbols, starts, bitmap, values, before):
     return found
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _law_bf16(base, tuned, factor, out):
     """round_to_bf16(f32(base) + factor * (f32(tuned) - f32(base))), each operation rounded; equal words stay."""
     for i in range(base.size):
@@ -318,25 +189,6 @@ def _law_bf16(base, tuned, factor, out):
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         rounded = np.uint32(0x7FC0) if moved != moved else rounded
         out[i] = base[i] if base[i] == tuned[i] else np.uint16(rounded)
-
-
-def draws(key: int, start: int, count: int, domain: int) -> NDArray[np.uint16]:
-    """`count` 16-bit draws for flat indices `start` onwards; see `reference.draws`."""
-    out = np.empty(count, np.uint16)
-    _draws(np.uint64(key), np.uint64(start), np.uint64(domain), out)
-    return out
-
-
-def keep_mask(key: int, start: int, count: int, threshold: int) -> NDArray[np.bool_]:
-    """Boolean mask, True where the element is kept; see `reference.keep_mask`."""
-    return draws(key, start, count, 0) >= threshold
-
-
-def kept_positions(key: int, start: int, count: int, threshold: int) -> Positions:
-    """Ascending positions relative to `start` of the kept elements among `count`: the set bits of `keep_mask`."""
-    room = _scratch.positions(count + 1)
-    kept = _kept_positions(np.uint64(key), np.uint64(start), count, np.uint16(threshold), room)
-    return room[:kept].copy()
 
 
 def take(words: Words, positions: NDArray[np.signedinteger]) -> Words:
@@ -406,21 +258,6 @@ def law_bf16(base: Words, tuned: Words, factor: float) -> Words:
     out = np.empty_like(base)
     _law_bf16(base, tuned, np.float32(factor), out)
     return out
-
-
-class _Scratch(threading.local):
-    """Memory that a thread uses again and again, so that the kernel need not hand out fresh pages each time."""
-
-    def __init__(self) -> None:
-        self._positions = np.empty(0, np.int64)
-
-    def positions(self, size: int) -> Positions:
-        if self._positions.size < size:
-            self._positions = np.empty(size, np.int64)
-        return self._positions[:size]
-
-
-_scratch = _Scratch()
 
 
 def _layout(base: Words, exponent_bits: int) -> tuple[np.unsignedinteger, int, np.unsignedinteger]:

@@ -1,0 +1,170 @@
+"""Which elements are kept: Philox draws and the positions they select, as `reference` defines them."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from .compiled import inlined, kernel
+
+BLOCK = 8192
+"""Elements that share 1,024 consecutive Philox counters; see docs/format.md."""
+
+Positions = NDArray[np.int64]
+
+_COUNTERS = 1024
+_M0 = np.uint64(0xD2511F53)
+_M1 = np.uint64(0xCD9E8D57)
+_W0 = np.uint64(0x9E3779B9)
+_W1 = np.uint64(0xBB67AE85)
+_LOW = np.uint64(0xFFFFFFFF)
+_U16 = np.uint64(16)
+_U32 = np.uint64(32)
+_S56 = np.uint64(56)
+_GATHER = np.uint64(0x0102040810204080)
+"""Multiplies eight bytes of 0 or 1 so that their bits meet in the highest byte."""
+
+
+@inlined
+def _round(c0, c1, c2, c3, k0, k1):
+    p0 = _M0 * c0
+    p1 = _M1 * c2
+    return (p1 >> _U32) ^ c1 ^ k0, p1 & _LOW, (p0 >> _U32) ^ c3 ^ k1, p0 & _LOW
+
+
+@inlined
+def _philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 (Salmon et al. 2011). Words are uint32 values in uint64; unrolled so that loops over it vectorise."""
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return _round(c0, c1, c2, c3, k0, k1)
+
+
+@inlined
+def _block_draws(key, block, domain, out):
+    """The 8,192 draws of one block, planar: word w of counter j is draws 2w*1024+j (low half) and (2w+1)*1024+j."""
+    k0, k1 = key & _LOW, key >> _U32
+    first = block * np.uint64(_COUNTERS)
+    high = first >> _U32
+    for j in range(_COUNTERS):
+        c0 = (first + np.uint64(j)) & _LOW
+        w0, w1, w2, w3 = _philox(c0, high, domain, np.uint64(0), k0, k1)
+        out[j] = np.uint16(w0)
+        out[j + 1024] = np.uint16(w0 >> _U16)
+        out[j + 2048] = np.uint16(w1)
+        out[j + 3072] = np.uint16(w1 >> _U16)
+        out[j + 4096] = np.uint16(w2)
+        out[j + 5120] = np.uint16(w2 >> _U16)
+        out[j + 6144] = np.uint16(w3)
+        out[j + 7168] = np.uint16(w3 >> _U16)
+
+
+@kernel
+def _draws(key, start, domain, out):
+    buffer = np.empty(BLOCK, np.uint16)
+    done = 0
+    while done < out.size:
+        index = start + np.uint64(done)
+        offset = np.int64(index % np.uint64(BLOCK))
+        take = min(BLOCK - offset, out.size - done)
+        _block_draws(key, index // np.uint64(BLOCK), domain, buffer)
+        out[done : done + take] = buffer[offset : offset + take]
+        done += take
+
+
+@intrinsic
+def _trailing_zeros(_context, _word):
+    """Position of the lowest set bit of a uint64 that is not zero."""
+
+    def generate(context, builder, _signature, arguments):
+        return builder.cttz(arguments[0], context.get_constant(types.boolean, 1))
+
+    return types.uint64(types.uint64), generate
+
+
+@inlined
+def _bits_of(flags, first):
+    """64 bytes of 0 or 1 as the bits of a word; `flags` holds eight of them in each of its words."""
+    bits = np.uint64(0)
+    for k in range(8):
+        bits |= ((flags[first + k] * _GATHER) >> _S56) << np.uint64(8 * k)
+    return bits
+
+
+@kernel
+def _kept_positions(key, start, count, threshold, out):
+    buffer = np.empty(BLOCK, np.uint16)
+    flags = np.empty(BLOCK, np.uint8)
+    words = flags.view(np.uint64)
+    done, kept = 0, 0
+    while done < count:
+        index = start + np.uint64(done)
+        offset = np.int64(index % np.uint64(BLOCK))
+        take = min(BLOCK - offset, count - done)
+        _block_draws(key, index // np.uint64(BLOCK), np.uint64(0), buffer)
+        for i in range(BLOCK):
+            flags[i] = np.uint8(buffer[i] >= threshold)
+        flags[:offset] = 0
+        flags[offset + take :] = 0
+        for group in range(BLOCK // 64):
+            bits = _bits_of(words, 8 * group)
+            while bits:  # as many turns as elements are kept: few
+                out[kept] = done - offset + 64 * group + np.int64(_trailing_zeros(bits))
+                kept += 1
+                bits &= bits - np.uint64(1)
+        done += take
+    return kept
+
+
+def draws(key: int, start: int, count: int, domain: int) -> NDArray[np.uint16]:
+    """`count` 16-bit draws for flat indices `start` onwards; see `reference.draws`."""
+    out = np.empty(count, np.uint16)
+    _draws(np.uint64(key), np.uint64(start), np.uint64(domain), out)
+    return out
+
+
+def keep_mask(key: int, start: int, count: int, threshold: int) -> NDArray[np.bool_]:
+    """Boolean mask, True where the element is kept; see `reference.keep_mask`."""
+    return draws(key, start, count, 0) >= threshold
+
+
+def kept_positions(key: int, start: int, count: int, threshold: int) -> Positions:
+    """Ascending positions relative to `start` of the kept elements among `count`: the set bits of `keep_mask`."""
+    room = _scratch.positions(count + 1)
+    kept = _kept_positions(np.uint64(key), np.uint64(start), count, np.uint16(threshold), room)
+    return room[:kept].copy()
+
+
+class _Scratch(threading.local):
+    """Memory that a thread uses again and again, so that the kernel need not hand out fresh pages each time."""
+
+    def __init__(self) -> None:
+        self._positions = np.empty(0, np.int64)
+
+    def positions(self, size: int) -> Positions:
+        if self._positions.size < size:
+            self._positions = np.empty(size, np.int64)
+        return self._positions[:size]
+
+
+_scratch = _Scratch()
