@@ -237,3 +237,10 @@ class _Poison(DareCallback.__mro__[1]):  # type: ignore[misc]
         if state.global_step == 2:
             with torch.no_grad():
                 model.bert.pooler.dense.weight[0, 0] = torch.nan
+
+
+def test_autocast_training_keeps_float32_weights(base: Path, tmp_path: Path) -> None:
+    train(classifier(base), tmp_path / "out", DareCallback(p=0.5), bf16=True)
+    ours = DeltaPackage.open(tmp_path / "out/dare/step-4")
+    assert {record.info.dtype.code for record in ours.manifest.tensors} == {"F32"}
+    assert ours.manifest.result == extract(base, tmp_path / "out/checkpoint-4", tmp_path / "extracted", p=0.5).manifest.result
