@@ -309,7 +309,3 @@ class PackageWriter:
 
 def file_record(path: Path, folder: Path) -> FileRecord:
     return FileRecord(file=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256_of(path))
-
-
-def tensor_of(manifest: Manifest, segment: Segment) -> TensorRecord:
-    return manifest.tensors[segment.tensor]

@@ -23,7 +23,7 @@ class _Announcer(event.Listener):  # type: ignore[misc]
     def on_start(self, _event: object) -> None:
         if not self.told:
             self.told = True
-            print("dare_train: compiling CPU kernels, once on this machine (about 8 s) ...", file=sys.stderr)
+            print("dare_train: compiling CPU kernels, once on this machine (a few seconds) ...", file=sys.stderr)
 
     def on_end(self, _event: object) -> None:
         pass
