@@ -190,12 +190,10 @@ def _progress(what: str) -> Iterator[Callable[[int, int], object] | None]:
 def _settle_process() -> None:
     """Settings for a process that lives for one command: together they halve the time of a small one.
 
-    BLAS starts threads that spin, and Numba imports scipy where it is installed, though nothing here multiplies
-    matrices; the garbage collector walks what the imports made, again and again; and glibc hands freed buffers back to
-    the kernel, which then has to find fresh pages.
+    BLAS starts threads that spin, though nothing here multiplies matrices; the garbage collector walks what the imports
+    made, again and again; and glibc hands freed buffers back to the kernel, which then has to find fresh pages.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]
     gc.disable()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

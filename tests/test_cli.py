@@ -154,7 +154,7 @@ def test_version_is_the_packages() -> None:
 
 
 def test_kernels_say_when_they_compile(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("DARE_TRAIN_CACHE", str(tmp_path / "cache"))
     first = run("extract", *pair, "--out", tmp_path / "one")
     second = run("extract", *pair, "--out", tmp_path / "two")
     assert first.stderr.count("compiling CPU kernels") == 1

@@ -48,7 +48,7 @@ def _mix(word, offset):
 
 
 @kernel
-def _fingerprint(words, start):
+def _fingerprint(words, start, lanes):
     a, b = np.uint64(0), np.uint64(0)
     offset = start * _GOLDEN
     for i in range(words.size):
@@ -56,11 +56,11 @@ def _fingerprint(words, start):
         offset += _GOLDEN
         a += v
         b += u
-    return a, b
+    lanes[0], lanes[1] = a, b
 
 
 @kernel
-def _copy_with_fingerprint(words, start, out):
+def _copy_with_fingerprint(words, start, out, lanes):
     a, b = np.uint64(0), np.uint64(0)
     offset = start * _GOLDEN
     for i in range(words.size):
@@ -69,47 +69,48 @@ def _copy_with_fingerprint(words, start, out):
         offset += _GOLDEN
         a += v
         b += u
-    return a, b
+    lanes[0], lanes[1] = a, b
 
 
 @kernel
-def _fingerprint_at(words, positions, start):
+def _fingerprint_at(words, positions, start, lanes):
     a, b = np.uint64(0), np.uint64(0)
     for i in range(words.size):
         v, u = _mix(words[i], (start + np.uint64(positions[i])) * _GOLDEN)
         a += v
         b += u
-    return a, b
+    lanes[0], lanes[1] = a, b
 
 
 @kernel
-def _any_all_ones(words, mask):
-    found = False
+def _any_all_ones(words, mask) -> int:
+    found = 0
     for i in range(words.size):
-        found |= (words[i] & mask) == mask
+        found |= int((words[i] & mask) == mask)
     return found
 
 
-@kernel
-def _group_starts(base, shift, groups):
+@inlined
+def _group_starts(base, shift, groups, starts):
     """Histogram of the exponent fields as exclusive prefix sums; shape (groups + 1,)."""
-    starts = np.zeros(groups + 1, np.int64)
+    for g in range(groups + 1):
+        starts[g] = 0
     mask = base.dtype.type(groups - 1)
     for i in range(base.size):
         starts[np.int64((base[i] >> shift) & mask) + 1] += 1
     for g in range(groups):
         starts[g + 1] += starts[g]
-    return starts
 
 
 @kernel
-def _distances_by_exponent(base, tuned, shift, groups, sign, out):
-    """Zigzag ordered-bits distances, stably sorted by the base's exponent field; returns the group starts."""
+def _distances_by_exponent(base, tuned, shift, groups, sign, out, starts, cursor):
+    """Zigzag ordered-bits distances, stably sorted by the base's exponent field; fills the group starts."""
     one = sign // sign
     top = base.dtype.type(base.itemsize * 8 - 1)
     mask = base.dtype.type(groups - 1)
-    starts = _group_starts(base, shift, groups)
-    cursor = starts.copy()
+    _group_starts(base, shift, groups, starts)
+    for group in range(groups):
+        cursor[group] = starts[group]
     for i in range(base.size):
         b, t = base[i], tuned[i]
         b_order = ~b if b & sign else b | sign
@@ -119,15 +120,14 @@ def _distances_by_exponent(base, tuned, shift, groups, sign, out):
         g = np.int64((b >> shift) & mask)
         out[cursor[g]] = zigzag
         cursor[g] += 1
-    return starts
 
 
 @kernel
-def _from_distances(base, symbols, shift, groups, sign, out):
+def _from_distances(base, symbols, shift, groups, sign, out, cursor):
     one = sign // sign
     zero = base.dtype.type(0)
     mask = base.dtype.type(groups - 1)
-    cursor = _group_starts(base, shift, groups)
+    _group_starts(base, shift, groups, cursor)
     for i in range(base.size):
         b = base[i]
         g = np.int64((b >> shift) & mask)
@@ -151,7 +151,7 @@ def _put(words, positions, values):
 
 
 @kernel
-def _expand(bitmap, values, out):
+def _expand(bitmap, values, out) -> int:
     """out[i] = the next of `values` plus one where bit i is set, else 0; returns how many bits were set."""
     one, last = out.dtype.type(1), values.size - 1
     found = 0
@@ -163,7 +163,7 @@ def _expand(bitmap, values, out):
 
 
 @kernel
-def _collapse(symbols, starts, bitmap, values, before):
+def _collapse(symbols, starts, bitmap, values, before) -> int:
     """Undo `_expand`; before[g] is how many values come before symbol starts[g]. Returns how many there are."""
     one = symbols.dtype.type(1)
     found, group = 0, 0
@@ -205,20 +205,23 @@ def put(words: Words, positions: NDArray[np.signedinteger], values: Words) -> No
 
 def fingerprint(words: Words, start: int) -> tuple[int, int]:
     """Two 64-bit lanes of the elements whose flat indices begin at `start`; see `reference.fingerprint`."""
-    a, b = _fingerprint(words, np.uint64(start))
-    return int(a), int(b)
+    lanes = np.empty(2, np.uint64)
+    _fingerprint(words, np.uint64(start), lanes)
+    return int(lanes[0]), int(lanes[1])
 
 
 def copy_with_fingerprint(words: Words, start: int, out: Words) -> tuple[int, int]:
     """`out[:] = words` and their `fingerprint`, in one pass over memory."""
-    a, b = _copy_with_fingerprint(words, np.uint64(start), out)
-    return int(a), int(b)
+    lanes = np.empty(2, np.uint64)
+    _copy_with_fingerprint(words, np.uint64(start), out, lanes)
+    return int(lanes[0]), int(lanes[1])
 
 
 def fingerprint_at(words: Words, positions: Positions, start: int) -> tuple[int, int]:
     """The share that the elements at `start + positions` have in a fingerprint."""
-    a, b = _fingerprint_at(words, positions, np.uint64(start))
-    return int(a), int(b)
+    lanes = np.empty(2, np.uint64)
+    _fingerprint_at(words, positions, np.uint64(start), lanes)
+    return int(lanes[0]), int(lanes[1])
 
 
 def has_nonfinite(words: Words, exponent_mask: int) -> bool:
@@ -229,21 +232,23 @@ def has_nonfinite(words: Words, exponent_mask: int) -> bool:
 def distances_by_exponent(base: Words, tuned: Words, exponent_bits: int) -> tuple[Words, NDArray[np.int64]]:
     """Distances from `base` to `tuned`, grouped by base exponent, and the group starts; see `reference`."""
     out = np.empty_like(base)
-    starts = _distances_by_exponent(base, tuned, *_layout(base, exponent_bits), out)
+    starts, cursor = np.empty((2, (1 << exponent_bits) + 1), np.int64)
+    _distances_by_exponent(base, tuned, *_layout(base, exponent_bits), out, starts, cursor)
     return out, starts
 
 
 def from_distances(base: Words, symbols: Words, exponent_bits: int) -> Words:
     """Undo `distances_by_exponent`: the tuned words."""
     out = np.empty_like(base)
-    _from_distances(base, symbols, *_layout(base, exponent_bits), out)
+    cursor = np.empty((1 << exponent_bits) + 1, np.int64)
+    _from_distances(base, symbols, *_layout(base, exponent_bits), out, cursor)
     return out
 
 
 def expand(bitmap: NDArray[np.uint8], values: Words, kept: int) -> tuple[Words, int]:
     """`kept` symbols from a bitmap of those that are not zero and the others less one, and how many bits were set."""
     out = np.zeros(kept, values.dtype)
-    return out, int(_expand(bitmap, values, out)) if values.size else int(np.unpackbits(bitmap, count=kept, bitorder="little").sum())
+    return out, _expand(bitmap, values, out) if values.size else int(np.unpackbits(bitmap, count=kept, bitorder="little").sum())
 
 
 def collapse(symbols: Words, starts: NDArray[np.int64]) -> tuple[NDArray[np.uint8], Words, NDArray[np.int64]]:

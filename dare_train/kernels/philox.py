@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from .compiled import inlined, kernel
@@ -80,26 +78,26 @@ def _block_draws(key, block, domain, out):
 
 
 @kernel
-def _draws(key, start, domain, out):
-    buffer = np.empty(BLOCK, np.uint16)
+def _draws(key, start, domain, out, buffer):
     done = 0
     while done < out.size:
         index = start + np.uint64(done)
         offset = np.int64(index % np.uint64(BLOCK))
         take = min(BLOCK - offset, out.size - done)
         _block_draws(key, index // np.uint64(BLOCK), domain, buffer)
-        out[done : done + take] = buffer[offset : offset + take]
+        for i in range(take):
+            out[done + i] = buffer[offset + i]
         done += take
 
 
-@intrinsic
-def _trailing_zeros(_context, _word):
-    """Position of the lowest set bit of a uint64 that is not zero."""
-
-    def generate(context, builder, _signature, arguments):
-        return builder.cttz(arguments[0], context.get_constant(types.boolean, 1))
-
-    return types.uint64(types.uint64), generate
+@inlined
+def _trailing_zeros(word):
+    """Position of the lowest set bit of a uint64 that is not zero: a count of bits, which compilers know by this form."""
+    n = ~word & (word - np.uint64(1))
+    n = n - ((n >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    n = (n & np.uint64(0x3333333333333333)) + ((n >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    n = (n + (n >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return np.int64((n * np.uint64(0x0101010101010101)) >> _S56)
 
 
 @inlined
@@ -112,10 +110,8 @@ def _bits_of(flags, first):
 
 
 @kernel
-def _kept_positions(key, start, count, threshold, out):
-    buffer = np.empty(BLOCK, np.uint16)
-    flags = np.empty(BLOCK, np.uint8)
-    words = flags.view(np.uint64)
+def _kept_positions(key, start, count, threshold, out, buffer, flags, words) -> int:
+    """`words` is `flags`, eight at a time."""
     done, kept = 0, 0
     while done < count:
         index = start + np.uint64(done)
@@ -124,12 +120,14 @@ def _kept_positions(key, start, count, threshold, out):
         _block_draws(key, index // np.uint64(BLOCK), np.uint64(0), buffer)
         for i in range(BLOCK):
             flags[i] = np.uint8(buffer[i] >= threshold)
-        flags[:offset] = 0
-        flags[offset + take :] = 0
+        for i in range(offset):
+            flags[i] = 0
+        for i in range(offset + take, BLOCK):
+            flags[i] = 0
         for group in range(BLOCK // 64):
             bits = _bits_of(words, 8 * group)
             while bits:  # as many turns as elements are kept: few
-                out[kept] = done - offset + 64 * group + np.int64(_trailing_zeros(bits))
+                out[kept] = done - offset + 64 * group + _trailing_zeros(bits)
                 kept += 1
                 bits &= bits - np.uint64(1)
         done += take
@@ -139,7 +137,7 @@ def _kept_positions(key, start, count, threshold, out):
 def draws(key: int, start: int, count: int, domain: int) -> NDArray[np.uint16]:
     """`count` 16-bit draws for flat indices `start` onwards; see `reference.draws`."""
     out = np.empty(count, np.uint16)
-    _draws(np.uint64(key), np.uint64(start), np.uint64(domain), out)
+    _draws(np.uint64(key), np.uint64(start), np.uint64(domain), out, _scratch.draws)
     return out
 
 
@@ -151,14 +149,19 @@ def keep_mask(key: int, start: int, count: int, threshold: int) -> NDArray[np.bo
 def kept_positions(key: int, start: int, count: int, threshold: int) -> Positions:
     """Ascending positions relative to `start` of the kept elements among `count`: the set bits of `keep_mask`."""
     room = _scratch.positions(count + 1)
-    kept = _kept_positions(np.uint64(key), np.uint64(start), count, np.uint16(threshold), room)
+    flags = _scratch.flags
+    kept = _kept_positions(
+        np.uint64(key), np.uint64(start), count, np.uint16(threshold), room, _scratch.draws, flags, flags.view(np.uint64)
+    )
     return room[:kept].copy()
 
 
 class _Scratch(threading.local):
-    """Memory that a thread uses again and again, so that the kernel need not hand out fresh pages each time."""
+    """Memory that a thread uses again and again: kernels allocate none, and fresh pages each time would be slow."""
 
     def __init__(self) -> None:
+        self.draws = np.empty(BLOCK, np.uint16)
+        self.flags = np.empty(BLOCK, np.uint8)
         self._positions = np.empty(0, np.int64)
 
     def positions(self, size: int) -> Positions:

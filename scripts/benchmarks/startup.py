@@ -49,5 +49,5 @@ def _extract_and_apply(pair: Pair, folder: Path, kernels: Path) -> tuple[float, 
     ]
     for out in ("package", "out"):
         remove(folder / out)
-    measured = [measure(command, env={"NUMBA_CACHE_DIR": str(kernels)}) for command in commands]
+    measured = [measure(command, env={"DARE_TRAIN_CACHE": str(kernels)}) for command in commands]
     return sum(one.seconds for one in measured), "".join(one.stderr for one in measured)
