@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .apply import applied as applied
     from .apply import apply as apply
-    from .apply import apply_ as apply_
     from .callback import DareCallback as DareCallback
     from .config import DareConfig as DareConfig
     from .diagnose import diagnose as diagnose
     from .errors import DareError as DareError
     from .extract import extract as extract
+    from .inplace import applied as applied
+    from .inplace import apply_ as apply_
     from .package import DeltaPackage as DeltaPackage
 
 _HOMES = {
@@ -28,9 +28,9 @@ _HOMES = {
     "DareConfig": "config",
     "DareError": "errors",
     "DeltaPackage": "package",
-    "applied": "apply",
+    "applied": "inplace",
     "apply": "apply",
-    "apply_": "apply",
+    "apply_": "inplace",
     "diagnose": "diagnose",
     "extract": "extract",
 }

@@ -1,33 +1,24 @@
-"""`apply`, `apply_` and `applied`: a base and packages in, the fine-tuned weights out, to the recorded bits."""
+"""`apply`: a base and packages in, the fine-tuned checkpoint out, to the recorded bits."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import NamedTuple
 
 from .checkpoint import SINGLE, Checkpoint, CheckpointWriter, Layout, companions
-from .dtypes import Words
-from .errors import BaseMismatch, PackageError
+from .errors import PackageError
 from .fingerprint import Fingerprint, model_fingerprint, total
 from .kernels import cpu
-from .manifest import TensorRecord
 from .package import DeltaPackage
 from .parallel import ScratchWords, ordered_map, thread_count
 from .plan import WeightsLike, open_weights
 from .publish import staged_folder
-from .resolve import Packages, Resolver, check_base, open_chain
+from .resolve import Packages, Resolver, listed, open_chain
 from .weights import TensorInfo
-
-if TYPE_CHECKING:
-    from .shards import Live, LiveWeights
 
 _NOT_THE_MODELS = {"README.md"}
 Progress = Callable[[int, int], object]
@@ -63,7 +54,7 @@ def apply(
         OutputExists, StorageError. Nothing is left at `out` then.
     """
     checkpoint = Checkpoint.open(base)
-    links = open_chain(_listed(packages), weights)
+    links = open_chain(listed(packages), weights)
     resolver = Resolver(checkpoint, links, cast_base=cast_base)
     inputs = [checkpoint.folder, *(package.path for link in links for package in link.packages)]
     with staged_folder(Path(out), overwrite=overwrite, sync=False, inputs=inputs) as staging:
@@ -84,10 +75,6 @@ def rehearse(base: WeightsLike, packages: Packages, *, weights: Sequence[float] 
     """
     resolver = Resolver(open_weights(base), open_chain(packages, weights), cast_base=cast_base)
     return _named(resolver, _write_all(resolver, None, None))
-
-
-def _listed(packages: Packages | str | os.PathLike[str] | DeltaPackage) -> Packages:
-    return [packages] if isinstance(packages, (str, os.PathLike, DeltaPackage)) else packages
 
 
 def _named(resolver: Resolver, prints: dict[str, Fingerprint]) -> str:
@@ -172,134 +159,3 @@ def _copy_carried(package: DeltaPackage, staging: Path) -> None:
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
-
-
-@dataclass
-class Undo:
-    """What `apply_` overwrote. `revert()` puts it back, exactly; the log holds changed elements only."""
-
-    _live: LiveWeights
-    _log: list[tuple[str, NDArray[np.int64], Words]]
-    _applied: dict[str, Fingerprint]
-    reverted: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the log takes."""
-        return sum(positions.nbytes + words.nbytes for _, positions, words in self._log)
-
-    def revert(self) -> None:
-        """Restore the weights as they were before `apply_`.
-
-        Raises:
-            BaseMismatch: they have changed since, so that what is on record would not fit; nothing is touched then.
-        """
-        if self.reverted:
-            return
-        for name, expected in self._applied.items():
-            if Fingerprint.of(self._live.words(name)) != expected:
-                remedy = "revert before training on, or load the base again"
-                raise BaseMismatch(name, expected="the weights that apply_ left", found="others", remedy=remedy)
-        self._restore()
-
-    def _restore(self) -> None:
-        for name, positions, words in self._log:
-            content = self._live.words(name)
-            content[positions] = words
-            self._live.store(name, content)
-        self._log.clear()
-        self.reverted = True
-
-
-def apply_(model: Live, packages: Packages | str | os.PathLike[str] | DeltaPackage, *, weights: Sequence[float] | None = None) -> Undo:
-    """Apply packages to a live model (or state dict of torch tensors) in place.
-
-    The weights are compared with the packages' base before the first of them is touched, and with the recorded result
-    after the last. If anything fails in between, what was changed is put back before the error surfaces.
-
-    Returns:
-        An `Undo` whose `revert()` restores the exact bits.
-
-    Raises:
-        PackageError, ChainError, TensorMismatch, DtypeMismatch, BaseMismatch, ResultMismatch, ConfigError.
-    """
-    from .shards import LiveWeights
-
-    links = open_chain(_listed(packages), weights)
-    live = LiveWeights(model)
-    resolver = Resolver(_AsBase(live, links[0].packages[0]), links, live=True)
-    _check_fits(live, resolver)
-    check_base(resolver)
-    undo = Undo(live, [], {})
-    try:
-        for name in resolver.tensors:
-            _apply_tensor(name, live, resolver, undo)
-    except BaseException:
-        undo._restore()
-        raise
-    return undo
-
-
-@contextmanager
-def applied(
-    model: Live, packages: Packages | str | os.PathLike[str] | DeltaPackage, *, weights: Sequence[float] | None = None
-) -> Iterator[Live]:
-    """`apply_` for the length of a `with` block: the model has its own weights back afterwards.
-
-    Raises:
-        As `apply_`.
-    """
-    undo = apply_(model, packages, weights=weights)
-    try:
-        yield model
-    finally:
-        undo.revert()
-
-
-class _AsBase:
-    """A live model as the base of a package: built for the result, so that only its leading rows are the base's where rows were added."""
-
-    def __init__(self, live: LiveWeights, package: DeltaPackage) -> None:
-        self.label, self._live = live.label, live
-        self.tensors = {name: _base_part(info, package.records.get(name)) for name, info in live.tensors.items()}
-
-    def read(self, name: str, start: int, count: int) -> Words:
-        return self._live.read(name, start, count)
-
-
-def _base_part(info: TensorInfo, record: TensorRecord | None) -> TensorInfo:
-    if record is None or record.base_rows is None or info.shape != record.info.shape:
-        return info
-    return TensorInfo(info.dtype, record.base_info.shape)
-
-
-def _check_fits(live: LiveWeights, resolver: Resolver) -> None:
-    """Every tensor of the result has a place of its shape and dtype in the model: it was built for the tuned checkpoint."""
-    from .shards import check_same_tensors
-
-    expected = {name: record.info for name, record in resolver.tensors.items()}
-    remedy = "build the model as for the fine-tuned checkpoint (same head, same vocabulary), then apply"
-    check_same_tensors({name: live.tensors[name] for name in live.tensors if name in expected}, expected, what="the model", remedy=remedy)
-
-
-def _apply_tensor(name: str, live: LiveWeights, resolver: Resolver, undo: Undo) -> None:
-    content = live.words(name)
-    before = len(undo._log)
-    with closing(ordered_map(lambda run: _apply_run(name, content, resolver, undo, *run), resolver.runs(name))) as done:
-        for _ in done:
-            pass
-    touched = len(undo._log) > before
-    if touched:
-        live.store(name, content)
-        undo._applied[name] = Fingerprint.of(content)
-    resolver.check_result_print(name, undo._applied[name] if touched else Fingerprint.of(content))
-
-
-def _apply_run(name: str, content: Words, resolver: Resolver, undo: Undo, start: int, count: int) -> None:
-    """Resolve one run into `content`. The log knows of a change before it is made: an error elsewhere may come at any time."""
-    view = content[start : start + count]
-    new = resolver.resolve(name, start, count)
-    changed = np.flatnonzero(new != view)
-    if changed.size:
-        undo._log.append((name, changed + start, view[changed].copy()))
-        view[changed] = new[changed]

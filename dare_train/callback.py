@@ -8,24 +8,29 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Union, get_args
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import tracking
 from .config import DareConfig, Patterns, Rescale, Values
+from .engines import SUPPORTED
 from .errors import BaseMismatch, ConfigError
 from .origin import Origin, find, from_disk, from_live, recall
 from .package import DeltaPackage
 from .publish import COMPANIONS, sweep_folder
-from .shards import LiveWeights
-from .snapshot import Snapshot, Snapshotter, preview, step_folders
+from .ranks import Ranks
+from .shards import LiveWeights, Source
+from .snapshot import Snapshot, Snapshotter, step_folders
 
 When = Union[str, int]
 _EVENTS = ("save", "epoch", "end")
 _STATE = "dare_train"
+_ENGINES = {"NO", "DEEPSPEED", "FSDP", *(f"MULTI_{kind}" for kind in ("CPU", "GPU", "NPU", "MLU", "SDAA", "MUSA", "XPU", "HPU"))}
+"""accelerate's names of what is known. Each process is one rank; the weights of `MULTI_*` are whole on each."""
 
 
 class DareCallback(TrainerCallback):  # type: ignore[misc]
@@ -45,6 +50,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             the package on the base would have given.
         evaluate: after each evaluation, also evaluate the model as a receiver of the package gets it; metrics are logged with
             the prefix `eval_{name}`.
+        source: "weights", or "master": the fp32 values that DeepSpeed ZeRO keeps beside 16-bit weights.
         name: of the folder, the metrics and the wandb artifact; several callbacks in one run need different names.
         artifact: upload each package to wandb, when the Trainer reports there.
 
@@ -74,6 +80,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         keep: int | None = None,
         incremental: bool = False,
         evaluate: bool = False,
+        source: Source = "weights",
         name: str = "dare",
         artifact: bool = True,
     ) -> None:
@@ -82,10 +89,13 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         )
         self.events, self.every = _schedule(when)
         _check(keep, incremental, values, name)
-        self.base, self.keep, self.incremental, self.evaluate = base, keep, incremental, evaluate
+        if source not in get_args(Source):
+            raise ConfigError("source", expected='"weights" or "master"', found=repr(source))
+        self.base, self.keep, self.incremental, self.evaluate, self.source = base, keep, incremental, evaluate, source
         self.name, self.artifact = name, artifact
         self.packages: list[Snapshot] = []
         self.waited: list[float] = []
+        self._ranks: Ranks | None = None
         self._at_init: Origin | None = None
         self._snapshotter: Snapshotter | None = None
         self._last_step = -1
@@ -100,7 +110,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         """The weights are the base's here even when the run is about to resume: remember which of them are not on disk."""
         if model is not None and self.base is None:
-            self._at_init = find(LiveWeights(model), _loaded_from(model))
+            self._at_init = find(LiveWeights(model, ranks=self._joined()), _loaded_from(model))
 
     def on_train_begin(
         self,
@@ -111,15 +121,14 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         processing_class: Any = None,
         **_: Any,
     ) -> None:
-        _check_engine(args, model)
-        folder = self._folder(args)
-        sweep_folder(folder)
-        live = LiveWeights(model)
+        _check_engine(model)
+        folder, ranks = self._folder(args), self._joined()
+        ranks.together(lambda: sweep_folder(folder) if ranks.first else None)
+        live = LiveWeights(model, source=self.source, ranks=ranks)
         origin = self._resumed_origin(state, live) if state.global_step else self._fresh_origin(args, live, model)
-        self._snapshotter = Snapshotter(origin, self.config, incremental=self.incremental)
-        self._snapshotter.prepare(live)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._companions = _save_companions(model, processing_class, folder)
+        self._snapshotter = Snapshotter(origin, self.config, live, incremental=self.incremental, source=self.source)
+        folders = ranks.together(lambda: _save_companions(model, processing_class, folder) if ranks.first else "")
+        self._companions = Path(folders[0])
         if self.incremental:
             self._snapshotter.chain = [path for path in step_folders(folder) if state.global_step and _step_of(path) <= state.global_step]
         self._remember(state, origin)
@@ -148,7 +157,8 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             self._take(self._folder(args) / "final", args, state, model)
         self._collect(self._snapshotter.wait())
         self._snapshotter.close()
-        shutil.rmtree(self._companions)
+        if self._joined().first:
+            shutil.rmtree(self._companions)
 
     # Establishing the base.
 
@@ -175,6 +185,12 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
 
     # Taking and collecting snapshots.
 
+    def _joined(self) -> Ranks:
+        """The ranks that train together, of which this process is one."""
+        if self._ranks is None:
+            self._ranks = Ranks.joined()
+        return self._ranks
+
     def _folder(self, args: TrainingArguments) -> Path:
         return Path(args.output_dir) / self.name
 
@@ -194,13 +210,14 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         if snapshot is not None:
             self.packages.append(snapshot)
             self.waited.append(snapshot.waited)
-            tracking.log(snapshot, name=self.name, artifact=self.artifact)
+            if self._joined().first:
+                tracking.log(snapshot, name=self.name, artifact=self.artifact)
 
     def _evaluate_receiver(self, args: TrainingArguments, model: Any) -> None:
         """Evaluate with the weights that a package taken now would give, then put training's own back."""
         trainer = _calling_trainer()
         assert self._snapshotter is not None, "evaluation before train begin"
-        received = _ReceivedWeights(LiveWeights(model), self._snapshotter.origin, self.config, self._folder(args))
+        received = _ReceivedWeights(LiveWeights(model), self._snapshotter, self._folder(args))
         with torch.random.fork_rng(), received:  # a data loader's iterator draws from torch's generator, which is training's
             loader = trainer.get_eval_dataloader()
             output = trainer.evaluation_loop(loader, description=f"Evaluation ({self.name})", metric_key_prefix=f"eval_{self.name}")
@@ -210,27 +227,26 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
 class _ReceivedWeights:
     """A `with` block in which the model is what a receiver gets. The weights it displaces wait in a file, not in memory."""
 
-    def __init__(self, live: LiveWeights, origin: Origin, config: DareConfig, folder: Path) -> None:
-        self._live, self._origin, self._config = live, origin, config
+    def __init__(self, live: LiveWeights, snapshotter: Snapshotter, folder: Path) -> None:
+        self._live, self._snapshotter = live, snapshotter
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
 
     def __enter__(self) -> None:
         self._file = tempfile.TemporaryFile(dir=self._folder)
         self._displaced: list[tuple[str, int, int]] = []
-        for name, words in preview(self._live, self._origin, self._config):
-            own = self._live.words(name)
-            self._displaced.append((name, self._file.tell(), own.size))
-            self._file.write(own.tobytes())
-            own[:] = words
-            self._live.store(name, own)
+        for name, start, words in self._snapshotter.preview(self._live):
+            self._file.write(self._live.read(name, start, words.size).tobytes())
+            self._displaced.append((name, start, words.size))
+            self._live.overwrite(name, start, words)
+        self._live.settle()
 
     def __exit__(self, *_: object) -> None:
-        for name, offset, size in self._displaced:
-            own = self._live.words(name)
-            self._file.seek(offset)
-            own[:] = np.frombuffer(self._file.read(size * own.itemsize), own.dtype)
-            self._live.store(name, own)
+        self._file.seek(0)
+        for name, start, size in self._displaced:
+            word = self._live.tensors[name].dtype.word
+            self._live.overwrite(name, start, np.frombuffer(self._file.read(size * word.itemsize), word))
+        self._live.settle()
         self._file.close()
 
 
@@ -256,20 +272,18 @@ def _check(keep: int | None, incremental: bool, values: str, name: str) -> None:
         raise ConfigError("name", expected="the name of a folder", found=repr(name))
 
 
-def _check_engine(args: TrainingArguments, model: Any) -> None:
-    """Refuse what would give a wrong package.
+def _check_engine(model: Any) -> None:
+    """Refuse an engine whose layout of weights is not known: its package would be wrong.
 
     Raises:
         ConfigError: naming what was found and what is supported.
     """
-    supported = "one process, with the whole model in it"
-    if args.world_size > 1:
-        raise ConfigError(
-            "DareCallback", expected=supported, found=f"{args.world_size} processes", remedy="extract from the saved checkpoint"
-        )
+    found = str(AcceleratorState().distributed_type.value)
+    if found not in _ENGINES:
+        raise ConfigError("DareCallback", expected=SUPPORTED, found=found, remedy="extract from the saved checkpoint instead")
     if hasattr(model, "peft_config"):
         remedy = "merge_and_unload() and save it, then dare-train extract"
-        raise ConfigError("DareCallback", expected=supported, found="a PEFT adapter model", remedy=remedy)
+        raise ConfigError("DareCallback", expected=SUPPORTED, found="a PEFT adapter model", remedy=remedy)
 
 
 def _loaded_from(model: Any) -> str | None:
@@ -295,13 +309,14 @@ def _configuration(model: Any) -> dict[str, str]:
     return {"config.json": config.to_json_string(use_diff=False)} if config is not None else {}
 
 
-def _save_companions(model: Any, processing_class: Any, folder: Path) -> Path:
-    """The model's configuration and tokenizer as files, beside the packages to come."""
+def _save_companions(model: Any, processing_class: Any, folder: Path) -> str:
+    """The model's configuration and tokenizer as files, in a folder beside the packages to come."""
+    folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=COMPANIONS, dir=folder))
     for part in (getattr(model, "config", None), getattr(model, "generation_config", None), processing_class):
         if part is not None and hasattr(part, "save_pretrained"):
             part.save_pretrained(folder)
-    return folder
+    return str(folder)
 
 
 def _calling_trainer() -> Trainer:

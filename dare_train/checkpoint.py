@@ -18,9 +18,11 @@ from .weights import TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""The files of a PEFT adapter."""
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".tflite"}
 _COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
-_TRAINING_FILES = {"trainer_state.json", "dare_config.json", "requirements.txt"}
+_OTHER_FILES = {"trainer_state.json", "dare_config.json", "requirements.txt", ADAPTER_CONFIG}
 _COMPANION_NAMES = {"LICENSE", "LICENCE", "NOTICE"}
 
 
@@ -115,7 +117,8 @@ def locate(where: str | os.PathLike[str], *, patterns: list[str] | None = None, 
 def _open_folder(folder: Path) -> list[SafetensorsFile]:
     index = folder / INDEX
     if not index.exists():
-        found = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
+        named = [folder / name for name in (SINGLE, ADAPTER_WEIGHTS) if (folder / name).exists()]
+        found = named[:1] or sorted(folder.glob("*.safetensors"))
         if len(found) != 1:
             raise _not_safetensors(folder, found)
         return [SafetensorsFile(found[0])]
@@ -147,6 +150,8 @@ def _open_folder(folder: Path) -> list[SafetensorsFile]:
 def _not_safetensors(path: Path, found: list[Path] | None = None) -> CheckpointError:
     others = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
     remedy = "convert it: AutoModel.from_pretrained(folder).save_pretrained(new_folder) writes safetensors" if others and not found else ""
+    if (path / ADAPTER_CONFIG).exists():
+        remedy = "load the adapter with PEFT and save it again: that writes " + ADAPTER_WEIGHTS
     listed = ", ".join(p.name for p in others[:3]) or "no weights"
     return CheckpointError(str(path), expected=f"{SINGLE} or {INDEX}", found=listed, remedy=remedy)
 
@@ -164,8 +169,8 @@ def companions(folder: Path) -> list[Path]:
 
 def _is_companion(path: Path) -> bool:
     wanted = path.suffix in _COMPANION_SUFFIXES or path.stem.upper() in _COMPANION_NAMES
-    of_training = path.name in _TRAINING_FILES or path.name.endswith("_results.json")
-    return wanted and not (of_training or path.name.startswith(".") or path.name.endswith(".index.json"))
+    of_something_else = path.name in _OTHER_FILES or path.name.endswith("_results.json")
+    return wanted and not (of_something_else or path.name.startswith(".") or path.name.endswith(".index.json"))
 
 
 def _module_folders(listing: Path) -> list[str]:
@@ -182,18 +187,21 @@ Layout = Mapping[str, Mapping[str, TensorInfo]]
 
 
 class CheckpointWriter:
-    """Writes tensors into safetensors files piece by piece, from any thread, in any order; headers come first."""
+    """Writes tensors into safetensors files piece by piece, from any thread, in any order; headers come first.
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    Several processes may write to the same files: one makes them, the others open theirs with `join=True`.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, *, join: bool = False) -> None:
         self._places: dict[str, tuple[int, int]] = {}
         self._writing = threading.Lock()  # the kernel locks a file that is written to; waiting for that burns a processor
         self._descriptors: list[int] = []
         for file, tensors in layout.items():
-            self._create(folder / file, tensors)
-        if len(layout) > 1 or SINGLE not in layout:
+            self._create(folder / file, tensors, join)
+        if not join and (len(layout) > 1 or SINGLE not in layout):
             _write_index(folder / INDEX, layout)
 
-    def _create(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    def _create(self, path: Path, tensors: Mapping[str, TensorInfo], join: bool) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset, ordered = 0, sorted(tensors.items(), key=lambda item: (-item[1].dtype.bits, item[0]))
         for name, info in ordered:
@@ -201,10 +209,11 @@ class CheckpointWriter:
             offset += info.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = os.open(path, os.O_RDWR if join else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._descriptors.append(descriptor)
-        _write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
-        os.ftruncate(descriptor, 8 + len(text) + offset)
+        if not join:
+            _write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
+            os.ftruncate(descriptor, 8 + len(text) + offset)
         for name, _ in ordered:
             begin: int = header[name]["data_offsets"][0]  # type: ignore[index]
             self._places[name] = (descriptor, 8 + len(text) + begin)

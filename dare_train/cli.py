@@ -30,7 +30,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 Base = Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")]
-Tuned = Annotated[str, typer.Argument(help="Folder or Hub id of the fine-tuned model.")]
+Tuned = Annotated[str, typer.Argument(help="Folder or Hub id of the fine-tuned model, or of a LoRA adapter.")]
 Package = Annotated[str, typer.Argument(metavar="PKG", help="Folder or Hub id of a package.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to create.")]
 CastBase = Annotated[bool, typer.Option("--cast-base", help="Round the base to the dtype of the fine-tuned weights first.")]
@@ -190,8 +190,8 @@ def _progress(what: str) -> Iterator[Callable[[int, int], object] | None]:
 def _settle_process() -> None:
     """Settings for a process that lives for one command: together they halve the time of a small one.
 
-    BLAS starts threads that spin, though nothing here multiplies matrices; the garbage collector walks what the imports
-    made, again and again; and glibc hands freed buffers back to the kernel, which then has to find fresh pages.
+    BLAS starts threads that spin, though runs are spread over threads already; the garbage collector walks what the
+    imports made, again and again; and glibc hands freed buffers back to the kernel, which then has to find fresh pages.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.disable()

@@ -177,15 +177,22 @@ def groups_of(positions: Positions, start: int, length: int, group: int) -> tupl
 
 
 def quantize(
-    delta: FloatArray, group: NDArray[np.int64], groups: int, positions: Positions, start: int, key: int, encoding: Encoding
+    delta: FloatArray,
+    group: NDArray[np.int64],
+    groups: int,
+    positions: Positions,
+    start: int,
+    key: int,
+    encoding: Encoding,
+    least: NDArray[np.float32] | None = None,
 ) -> tuple[Words, NDArray[np.int64]]:
     """bf16 scale of each group (its largest |δ|, rounded up) and the integer code of each element.
 
     code = floor(x + u) with x = δ·levels/scale and u uniform on [0, 1), so that E[code] = x. `sign` knows
-    only -1 and 1: the same rounding on the grid of odd numbers.
+    only -1 and 1: the same rounding on the grid of odd numbers. `least` tells of larger elements of a group elsewhere.
     """
     magnitude = np.abs(delta).astype(np.float32)
-    largest = np.zeros(groups, np.float32)
+    largest = np.zeros(groups, np.float32) if least is None else least.copy()
     np.maximum.at(largest, group, magnitude)
     scales = _round_up_to_bf16(largest)
     step = to_float(scales, _BF16).astype(np.float64)[group] / _LEVELS[encoding]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .adapters import merge_adapter
 from .codec import SEGMENT
 from .dtypes import to_float
 from .parallel import ordered_map
@@ -81,6 +82,7 @@ def diagnose(base: WeightsLike, tuned: WeightsLike, *, cast_base: bool = False) 
         DtypeMismatch: they have different dtypes, and `cast_base` is false.
     """
     tuned_weights, plain = open_weights(tuned), open_weights(base)
+    tuned_weights = merge_adapter(tuned_weights, plain)
     aligned, _ = align(plain, tuned_weights.tensors.keys(), model=tuned_weights.label)
     if cast_base:
         aligned = cast_to(aligned, tuned_weights.tensors)

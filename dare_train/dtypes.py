@@ -99,7 +99,7 @@ def to_float(words: Words, dtype: DType) -> FloatArray:
 
 
 def from_float(values: FloatArray, dtype: DType) -> Words:
-    """Numbers rounded to nearest-even into `dtype`; every NaN becomes the type's canonical quiet NaN."""
+    """Numbers rounded once, to nearest-even, into `dtype`; every NaN becomes the type's canonical quiet NaN."""
     if dtype.code == "BF16":
         return _narrow_to_bf16(values)
     with np.errstate(over="ignore"):  # beyond the largest float16 lies infinity, as IEEE 754 rounds
@@ -109,11 +109,27 @@ def from_float(values: FloatArray, dtype: DType) -> Words:
 
 
 def _narrow_to_bf16(values: FloatArray) -> Words:
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    single = _to_odd_float32(values) if values.dtype == np.float64 else np.ascontiguousarray(values, np.float32)
+    bits = single.view(np.uint32)
     half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     rounded = ((bits + half) >> np.uint32(16)).astype(np.uint16)
     rounded[np.isnan(values)] = np.uint16(CANONICAL_NAN >> np.uint32(16))
     return rounded
+
+
+def _to_odd_float32(values: FloatArray) -> NDArray[np.float32]:
+    """float64 cut to float32, the last bit set where anything was cut off.
+
+    Rounded on to a narrower type, that gives what rounding once would have: nearest-even twice would mistake a value just
+    beside the middle of two neighbours for the middle itself (Boldo and Melquiond, "When double rounding is odd", 2004).
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        nearest = np.ascontiguousarray(values.astype(np.float32))
+        inexact = nearest != values
+        bits = nearest.view(np.uint32)
+        bits -= np.abs(nearest) > np.abs(values)
+    bits |= inexact
+    return nearest
 
 
 def cast(words: Words, source: DType, target: DType) -> Words:

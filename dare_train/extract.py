@@ -6,29 +6,25 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from . import card
-from . import manifest as manifests
-from ._version import __version__
+from .adapters import AdapterWeights, merge_adapter
+from .assembly import Provenance, work_of, write_manifest, write_parts
 from .checkpoint import Checkpoint, companions
-from .codec import SEGMENT
 from .config import DareConfig, Patterns, Rescale, Values
 from .errors import NonFiniteDelta
-from .fingerprint import Fingerprint, total
+from .fingerprint import Fingerprint
 from .kernels import cpu
-from .manifest import CARRIED, FileRecord, Manifest, TensorRecord
-from .package import DeltaPackage, PackageWriter, file_record
+from .manifest import CARRIED, FileRecord
+from .package import DeltaPackage, file_record
 from .parallel import ordered_map
 from .plan import WeightsLike, align, cast_to, open_weights, plan_tensors
 from .publish import staged_folder
 from .segments import Encoded, TensorPlan, encode_delta, encode_whole
-from .stats import Magnitudes, merged
-from .weights import Weights, runs
+from .weights import Weights
 
 
 def extract(
@@ -54,6 +50,7 @@ def extract(
 
     Args:
         base, tuned: checkpoint folders or Hub ids (streamed, never loaded), modules, state dicts or numpy arrays by name.
+            `tuned` may be a PEFT LoRA adapter's: it is merged into the base while it is read, in float64, rounded once.
         out: folder to create.
         p, seed, rescale, values, include, exclude, whole, allow_nonfinite: see `DareConfig`.
         masks: hand-made masks, bool arrays shaped as their tensors (True = kept) by tensor name. They are stored in the
@@ -71,29 +68,20 @@ def extract(
     )
     tuned_weights = open_weights(tuned)
     plain_base = open_weights(base)
+    tuned_weights = merge_adapter(tuned_weights, plain_base)
     aligned, prefix = align(plain_base, tuned_weights.tensors.keys(), model=tuned_weights.label)
     if cast_base:
         aligned = cast_to(aligned, tuned_weights.tensors)
-    plans = plan_tensors(aligned, tuned_weights, config, masks=masks)
+    fresh = tuned_weights.whole if isinstance(tuned_weights, AdapterWeights) else ()
+    plans = plan_tensors(aligned, tuned_weights, config, fresh=fresh, masks=masks)
     source = Provenance(base_model=base_model or plain_base.label, prefix=prefix, base_only=_base_only(aligned, plans), config=config)
     inputs = [folder for folder in (_folder_of(plain_base), _folder_of(tuned_weights)) if folder is not None]
     with staged_folder(Path(out), overwrite=overwrite, inputs=inputs) as staging:
         files = carry_files(_folder_of(plain_base), _folder_of(tuned_weights), staging)
-        with closing(ordered_map(lambda work: _encode(aligned, tuned_weights, *work), _work(plans))) as encoded:
-            write_package(staging, plans, _reported(encoded, plans, progress), source, files)
+        with closing(ordered_map(lambda work: _encode(aligned, tuned_weights, *work), work_of(plans))) as encoded:
+            parts, tallies = write_parts(staging, _reported(encoded, plans, progress))
+        write_manifest(staging, plans, tallies, parts, source, files)
     return DeltaPackage.open(out)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Provenance:
-    """What a manifest says beside its tensors."""
-
-    base_model: str
-    prefix: str
-    base_only: tuple[str, ...]
-    config: DareConfig
-    continues: Literal["base", "package"] = "base"
-    rescale: Literal["paper", "none", "carried"] | None = None
 
 
 def _base_only(base: Weights, plans: Iterable[TensorPlan]) -> tuple[str, ...]:
@@ -101,25 +89,13 @@ def _base_only(base: Weights, plans: Iterable[TensorPlan]) -> tuple[str, ...]:
 
 
 def _folder_of(weights: Weights) -> Path | None:
-    return weights.folder if isinstance(weights, Checkpoint) else None
-
-
-def _work(plans: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, int, int]]:
-    for plan in plans:
-        for start, stop in regions(plan):
-            yield from ((plan, start + offset, count) for offset, count in runs(stop - start, SEGMENT))
-
-
-def regions(plan: TensorPlan) -> list[tuple[int, int]]:
-    """[start, stop) of what the base has and of what it has not, so that no segment lies across."""
-    split = plan.base_numel if plan.base_rows is not None else plan.info.numel
-    return [(start, stop) for start, stop in ((0, split), (split, plan.info.numel)) if start < stop]
+    return weights.folder if isinstance(weights, (Checkpoint, AdapterWeights)) else None
 
 
 def _reported(encoded: Iterable[Encoded], plans: list[TensorPlan], progress: Callable[[int, int], object] | None) -> Iterator[Encoded]:
     """The same runs, telling `progress` of them."""
     done, everything = 0, sum(plan.info.nbytes for plan in plans)
-    for run, (plan, _, count) in zip(encoded, _work(plans), strict=True):
+    for run, (plan, _, count) in zip(encoded, work_of(plans), strict=True):
         done += count * plan.info.dtype.itemsize
         if progress is not None:
             progress(done, everything)
@@ -156,75 +132,6 @@ def _refuse_nonfinite(plan: TensorPlan, start: int, words: np.ndarray) -> None:
 
 def _with_base(encoded: Encoded, base: Fingerprint) -> Encoded:
     return Encoded(**{**vars(encoded), "base": base})
-
-
-@dataclass
-class _Tally:
-    """What the runs of one tensor add up to."""
-
-    base: list[Fingerprint] = field(default_factory=list)
-    result: list[Fingerprint] = field(default_factory=list)
-    kept: int = 0
-    changed: int = 0
-    magnitudes: Magnitudes = field(default_factory=Magnitudes)
-
-    def add(self, run: Encoded) -> None:
-        self.base.append(run.base)
-        self.result.append(run.result)
-        self.kept += run.kept
-        self.changed += run.changed
-        self.magnitudes = self.magnitudes.plus(run.magnitudes)
-
-
-def write_package(
-    staging: Path, plans: list[TensorPlan], encoded: Iterable[Encoded], source: Provenance, files: tuple[FileRecord, ...]
-) -> dict[str, Magnitudes]:
-    """Parts, card and, last, the manifest. Returns |δ| by tensor."""
-    writer = PackageWriter(staging)
-    tallies = {plan.index: _Tally() for plan in plans}
-    for run in encoded:
-        tallies[run.index].add(run)
-        if run.segment is not None:
-            writer.add(run.segment, run.frame)
-    magnitudes = {plan.name: tallies[plan.index].magnitudes for plan in plans if plan.kind == "delta"}
-    everything = merged(magnitudes.values())
-    manifest = Manifest(
-        base_model=source.base_model,
-        continues=source.continues,
-        prefix=source.prefix,
-        base_only=source.base_only,
-        seed=source.config.seed,
-        rescale=source.rescale or source.config.rescale,
-        tensors=tuple(_record(plan, tallies[plan.index]) for plan in plans),
-        delta={name: float(f"{everything.percentile(q):.4g}") for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))},
-        parts=writer.parts(),
-        files=files,
-        written_by=f"dare_train {__version__}",
-    )
-    (staging / "README.md").write_text(card.text(manifest))
-    (staging / manifests.MANIFEST).write_bytes(manifests.dump(manifest))
-    return magnitudes
-
-
-def _record(plan: TensorPlan, tally: _Tally) -> TensorRecord:
-    base = total(tally.base) if plan.in_base else None
-    common: dict[str, Any] = dict(name=plan.name, info=plan.info, base=base, result=total(tally.result))
-    if plan.kind != "delta":
-        return TensorRecord(kind=plan.kind, **common)  # type: ignore[arg-type]
-    if not tally.changed and plan.base_rows is None and plan.mask.kind == "all":
-        return TensorRecord(kind="base", **common)
-    return TensorRecord(
-        **common,
-        kind="delta",
-        base_rows=plan.base_rows,
-        mask=plan.mask.kind,
-        p=plan.p,
-        threshold=plan.mask.threshold,
-        values=plan.values,
-        kept=tally.kept,
-        changed=tally.changed,
-        delta=tally.magnitudes.summary(),
-    )
 
 
 def carry_files(base: Path | None, tuned: Path | None, staging: Path) -> tuple[FileRecord, ...]:

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import SINGLE, Checkpoint, CheckpointWriter, locate
+from .checkpoint import SINGLE, Checkpoint, CheckpointWriter, Layout, locate
 from .codec import SEGMENT
 from .errors import BaseMismatch, CheckpointError, TensorMismatch
-from .fingerprint import Fingerprint, model_fingerprint, total
+from .fingerprint import Fingerprint, model_fingerprint
 from .parallel import ordered_map
 from .plan import align, cast_to
-from .publish import staged_folder
-from .weights import TensorInfo, Weights, runs
+from .publish import shared_staging
+from .ranks import Ranks
+from .shards import LiveWeights
+from .weights import Weights, runs
 
 _MAJORITY = 0.5
 
@@ -47,7 +49,7 @@ class Origin:
         }  # fmt: skip
 
 
-def from_disk(live: Weights, where: str | os.PathLike[str], *, compare: bool) -> Origin | None:
+def from_disk(live: LiveWeights, where: str | os.PathLike[str], *, compare: bool) -> Origin | None:
     """The origin at a path or Hub id. With `compare`, the live weights are expected to be the base's.
 
     Tensors whose bits differ are `fresh`. Returns None when most of the shared weights differ: then the run began elsewhere.
@@ -55,36 +57,50 @@ def from_disk(live: Weights, where: str | os.PathLike[str], *, compare: bool) ->
     Raises:
         CheckpointError, TensorMismatch: it cannot be read, or has nothing to do with the model.
     """
-    checkpoint = Checkpoint.open(locate(where, local_only=True))
-    aligned, prefix = align(checkpoint, live.tensors.keys(), model=live.label)
-    weights = cast_to(aligned, live.tensors)
+    opened: list[tuple[Checkpoint, Weights, str]] = []
+    live.ranks.together(lambda: opened.append(_open(live, where)))
+    [(checkpoint, weights, prefix)] = opened
     fresh: set[str] = set()
     if compare:
-        fresh = {name for name, same in _comparison(live, weights) if not same}
+        fresh = set().union(*live.ranks.together(lambda: _differing(live, weights)))
         shared = sum(info.numel for name, info in live.tensors.items() if name in weights.tensors)
         differing = sum(live.tensors[name].numel for name in fresh)
         if differing > _MAJORITY * shared:
             return None
-    return _origin(str(where), checkpoint, weights, prefix, fresh)
+    return _origin(str(where), checkpoint, weights, prefix, fresh, live.ranks)
 
 
-def from_live(live: Weights, folder: Path, companions: Mapping[str, str]) -> Origin:
+def _open(live: Weights, where: str | os.PathLike[str]) -> tuple[Checkpoint, Weights, str]:
+    checkpoint = Checkpoint.open(locate(where, local_only=True))
+    aligned, prefix = align(checkpoint, live.tensors.keys(), model=live.label)
+    return checkpoint, cast_to(aligned, live.tensors), prefix
+
+
+def from_live(live: LiveWeights, folder: Path, companions: Mapping[str, str]) -> Origin:
     """Keep the live weights in `folder` as a checkpoint: the base of a run that has none on disk.
 
     `companions` maps file names to the text of further files, such as the model's configuration.
     """
-    with staged_folder(folder, overwrite=True) as staging:
-        with CheckpointWriter(staging, {SINGLE: dict(live.tensors)}) as writer:
-            for name, info in live.tensors.items():
-                for start, count in runs(info.numel, SEGMENT):
-                    writer.write(name, start, live.read(name, start, count))
-        for name, text in companions.items():
-            (staging / name).write_text(text)
+    layout, ranks = {SINGLE: dict(live.tensors)}, live.ranks
+    with shared_staging(folder, ranks) as staging:
+        ranks.together(lambda: CheckpointWriter(staging, layout).close() if ranks.first else None)
+        ranks.together(lambda: _spool(live, staging, layout))
+        if ranks.first:
+            for name, text in companions.items():
+                (staging / name).write_text(text)
     checkpoint = Checkpoint.open(folder)
-    return _origin(str(folder), checkpoint, checkpoint, "", set())
+    return _origin(str(folder), checkpoint, checkpoint, "", set(), ranks)
 
 
-def recall(record: Mapping[str, Any], live: Weights) -> Origin:
+def _spool(live: LiveWeights, staging: Path, layout: Layout) -> None:
+    with CheckpointWriter(staging, layout, join=True) as writer:
+        for name, spans in live.owned.items():
+            for begin, end in spans:
+                for offset, count in runs(end - begin, SEGMENT):
+                    writer.write(name, begin + offset, live.read(name, begin + offset, count))
+
+
+def recall(record: Mapping[str, Any], live: LiveWeights) -> Origin:
     """The origin that an earlier part of the run put on record.
 
     Raises:
@@ -96,7 +112,7 @@ def recall(record: Mapping[str, Any], live: Weights) -> Origin:
     except CheckpointError as error:
         raise BaseMismatch("base of the resumed run", expected=record["folder"], found=str(error.found), remedy=remedy) from error
     aligned, prefix = align(checkpoint, live.tensors.keys(), model=live.label)
-    origin = _origin(record["name"], checkpoint, cast_to(aligned, live.tensors), prefix, set(record["fresh"]))
+    origin = _origin(record["name"], checkpoint, cast_to(aligned, live.tensors), prefix, set(record["fresh"]), live.ranks)
     if origin.fingerprint != record["fingerprint"]:
         expected = f"fingerprint {record['fingerprint'][:12]}…, as at the start of the run"
         raise BaseMismatch(
@@ -105,38 +121,53 @@ def recall(record: Mapping[str, Any], live: Weights) -> Origin:
     return origin
 
 
-def _origin(name: str, checkpoint: Checkpoint, weights: Weights, prefix: str, fresh: set[str]) -> Origin:
-    prints = ordered_map(lambda item: (item[0], item[1], _print(weights, *item)), weights.tensors.items())
-    named = model_fingerprint((name, info.dtype.code, info.shape, print_) for name, info, print_ in prints)
+def _origin(name: str, checkpoint: Checkpoint, weights: Weights, prefix: str, fresh: set[str], ranks: Ranks) -> Origin:
+    work = [(tensor, start, count) for tensor, info in weights.tensors.items() for start, count in runs(info.numel, SEGMENT)]
+    mine = work[ranks.rank :: ranks.world]
+    prints = dict.fromkeys(weights.tensors, Fingerprint())
+    for told in ranks.together(lambda: _prints(weights, mine)):
+        for tensor, print_ in told.items():
+            prints[tensor] = prints[tensor].plus((print_[0], print_[1]))
+    named = model_fingerprint((tensor, info.dtype.code, info.shape, prints[tensor]) for tensor, info in weights.tensors.items())
     return Origin(name=name, checkpoint=checkpoint, weights=weights, prefix=prefix, fresh=frozenset(fresh), fingerprint=named)
 
 
-def _print(weights: Weights, name: str, info: TensorInfo) -> Fingerprint:
-    return total(Fingerprint.of(weights.read(name, start, count), start) for start, count in runs(info.numel, SEGMENT))
+def _prints(weights: Weights, work: list[tuple[str, int, int]]) -> dict[str, Fingerprint]:
+    shares: dict[str, Fingerprint] = {}
+    found = ordered_map(lambda item: Fingerprint.of(weights.read(*item), item[1]), work)
+    for (name, _, _), share in zip(work, found, strict=True):
+        shares[name] = shares.get(name, Fingerprint()).plus(share)
+    return shares
 
 
-def _comparison(live: Weights, base: Weights) -> list[tuple[str, bool]]:
-    """For each tensor that both have: whether the live one holds the base's bits, up to rows added at the end."""
-    shared = [name for name in live.tensors if name in base.tensors]
+def _differing(live: LiveWeights, base: Weights) -> list[str]:
+    """Tensors of both whose own part here does not hold the base's bits, up to rows added at the end."""
 
-    def same(name: str) -> tuple[str, bool]:
+    def same(name: str) -> bool:
         own, other = live.tensors[name], base.tensors[name]
         grown = bool(own.shape) and own.shape[1:] == other.shape[1:] and own.shape[0] >= other.shape[0]
         if own.dtype != other.dtype or not (own.shape == other.shape or grown):
-            return name, False
-        return name, all(np.array_equal(live.read(name, s, n), base.read(name, s, n)) for s, n in runs(other.numel, SEGMENT))
+            return False
+        work = [(b + s, n) for b, e in live.owned[name] for s, n in runs(min(e, other.numel) - b, SEGMENT)]
+        return all(np.array_equal(live.read(name, s, n), base.read(name, s, n)) for s, n in work)
 
-    return list(ordered_map(same, shared))
+    shared = [name for name in live.tensors if name in base.tensors]
+    return [name for name, equal in zip(shared, ordered_map(same, shared), strict=True) if not equal]
 
 
-def find(live: Weights, name_or_path: str | None) -> Origin | None:
+def find(live: LiveWeights, name_or_path: str | None) -> Origin | None:
     """The origin that `from_pretrained` loaded a model from, or None when there is none to be had on this machine.
 
     None too for weights that are not safetensors, or that have nothing in common with the model's.
     """
-    if not name_or_path:
+    if not all(live.ranks.gather(bool(name_or_path) and _readable(live, str(name_or_path)))):
         return None
+    return from_disk(live, str(name_or_path), compare=True)
+
+
+def _readable(live: LiveWeights, where: str) -> bool:
     try:
-        return from_disk(live, name_or_path, compare=True)
+        _open(live, where)
     except (CheckpointError, TensorMismatch):
-        return None
+        return False
+    return True

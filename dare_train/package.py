@@ -8,7 +8,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -272,11 +272,11 @@ def _check_segment(segment: Segment, manifest: Manifest, remaining: int, where: 
 class PackageWriter:
     """Collects segments, in any order that is the same every time, and writes them as parts of bounded size."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, stem: str = "part", at_least_one: bool = True) -> None:
+        self._folder, self._stem, self._at_least_one = folder, stem, at_least_one
         self._rows: list[tuple[int, ...]] = []
         self._data = bytearray()
-        self._parts: list[Path] = []
+        self._parts: list[FileRecord] = []
 
     def add(self, segment: Segment, frame: bytes) -> None:
         if self._data and len(self._data) + len(frame) > PART_LIMIT:
@@ -285,26 +285,31 @@ class PackageWriter:
         self._data += frame
 
     def _flush(self) -> None:
-        path = self._folder / f"part-{len(self._parts)}"
+        path = self._folder / f"{self._stem}-{len(self._parts)}"
         table = np.array(self._rows, np.int64).reshape(-1, _COLUMNS)
         try:
             save_file({"segments": table, "data": np.frombuffer(self._data, np.uint8)}, path)
         except SafetensorError as error:  # its own way to say that the disk is full
             code = re.search(r"os error (\d+)", str(error))
             raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
-        self._parts.append(path)
+        self._parts.append(file_record(path, self._folder))
         self._rows, self._data = [], bytearray()
 
-    def parts(self) -> tuple[FileRecord, ...]:
-        """Write what is left and give the parts their names."""
-        if self._rows or not self._parts:
+    def close(self) -> list[FileRecord]:
+        """Write what is left. The parts have provisional names: see `number_parts`."""
+        if self._rows or (self._at_least_one and not self._parts):
             self._flush()
-        count = len(self._parts)
-        for number, path in enumerate(self._parts, 1):
-            name = "dare_delta.safetensors" if count == 1 else f"dare_delta-{number:05d}-of-{count:05d}.safetensors"
-            path.rename(self._folder / name)
-            self._parts[number - 1] = self._folder / name
-        return tuple(file_record(path, self._folder) for path in self._parts)
+        return self._parts
+
+
+def number_parts(folder: Path, parts: list[FileRecord]) -> tuple[FileRecord, ...]:
+    """Give all parts of a package their names."""
+    named = []
+    for number, part in enumerate(parts, 1):
+        name = "dare_delta.safetensors" if len(parts) == 1 else f"dare_delta-{number:05d}-of-{len(parts):05d}.safetensors"
+        (folder / part.file).rename(folder / name)
+        named.append(replace(part, file=name))
+    return tuple(named)
 
 
 def file_record(path: Path, folder: Path) -> FileRecord:

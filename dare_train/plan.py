@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Union, cast
 
 import numpy as np
@@ -16,7 +16,7 @@ from .dtypes import to_float
 from .errors import ConfigError, DtypeMismatch, TensorMismatch
 from .masks import Mask, key_of
 from .segments import TensorPlan
-from .weights import ArrayWeights, Cast, Renamed, Stripped, TensorInfo, Weights, runs
+from .weights import ArrayWeights, Cast, Renamed, Shared, Stripped, TensorInfo, Weights, runs
 
 if TYPE_CHECKING:
     from .shards import Live
@@ -176,11 +176,19 @@ def _added_rows(name: str, base: Weights, tuned: Weights) -> int:
 
 def _relative_distance(name: str, base: Weights, tuned: Weights, numel: int) -> float:
     moved = norm = 0.0
-    for start, count in runs(numel, SEGMENT):
+    for start, count in _own_runs(name, tuned, numel):
         before = to_float(base.read(name, start, count), base.tensors[name].dtype).astype(np.float64)
         after = to_float(tuned.read(name, start, count), tuned.tensors[name].dtype).astype(np.float64)
         moved, norm = moved + float(np.square(after - before).sum()), norm + float(np.square(before).sum())
+    if isinstance(tuned, Shared):
+        moved, norm = (sum(shares) for shares in zip(*tuned.ranks.gather([moved, norm]), strict=True))
     return float(np.sqrt(moved / norm)) if norm else float(moved > 0)
+
+
+def _own_runs(name: str, weights: Weights, numel: int) -> Iterator[tuple[int, int]]:
+    """Runs of the first `numel` elements, or of what this process owns of them."""
+    for begin, end in weights.owned[name] if isinstance(weights, Shared) else ((0, numel),):
+        yield from ((begin + offset, count) for offset, count in runs(min(end, numel) - begin, SEGMENT))
 
 
 def dtype_mismatch(name: str, *, expected: TensorInfo, found: TensorInfo, where: str, remedy: str) -> DtypeMismatch:

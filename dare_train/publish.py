@@ -6,10 +6,11 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from .errors import ConfigError, DareError, OutputExists, StorageError
+from .errors import ConfigError, DareError, OutputExists, SnapshotError, StorageError
+from .ranks import Ranks
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -54,6 +55,32 @@ def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True, inpu
     _sync(out.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
+
+
+@contextmanager
+def shared_staging(out: Path, ranks: Ranks) -> Iterator[Path]:
+    """`staged_folder(out, overwrite=True)` that several ranks write into; the first of them makes and publishes it.
+
+    In the block, whatever may fail on one rank goes through `ranks.together`, so that all of them leave it the same way.
+
+    Raises:
+        SnapshotError: a rank does not see the folder.
+    """
+    with ExitStack() as stack:
+        ranks.together(lambda: _enter(stack, staged_folder(out, overwrite=True)) if ranks.first else None)
+        ranks.together(lambda: _check_visible(partial_name(out)))
+        yield partial_name(out)
+        ranks.together(stack.close)
+
+
+def _enter(stack: ExitStack, context: AbstractContextManager[Path]) -> None:
+    stack.enter_context(context)
+
+
+def _check_visible(staging: Path) -> None:
+    if not staging.is_dir():
+        remedy = "put the output folder on a file system that all nodes share"
+        raise SnapshotError(str(staging), expected="the folder that rank 0 made", found="nothing there", remedy=remedy)
 
 
 def partial_name(out: Path) -> Path:

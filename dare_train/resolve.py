@@ -13,9 +13,7 @@ from .dtypes import Words
 from .errors import BaseMismatch, ChainError, ConfigError, DtypeMismatch, ResultMismatch, TensorMismatch
 from .fingerprint import Fingerprint, total
 from .law import Term, combine
-from .manifest import TensorRecord
 from .package import DeltaPackage, Segment
-from .parallel import ordered_map
 from .plan import cast_to, with_prefix
 from .segments import decode_delta, decode_whole
 from .weights import Weights, runs
@@ -31,6 +29,11 @@ class Link:
 
     packages: tuple[DeltaPackage, ...]
     weights: tuple[float, ...]
+
+
+def listed(packages: Packages | str | os.PathLike[str] | DeltaPackage) -> Packages:
+    """One package or several, as several."""
+    return [packages] if isinstance(packages, (str, os.PathLike, DeltaPackage)) else packages
 
 
 def open_chain(packages: Packages, weights: Sequence[float] | None) -> list[Link]:
@@ -123,11 +126,13 @@ class Resolver:
         """Say whether it is at least the same base: rounded to the package's dtype, does the tensor have its fingerprint?"""
         record = self.source[name]
         rounded = cast_to(self.base, {name: record.base_info})
-        same = total(Fingerprint.of(rounded.read(name, s, n), s) for s, n in runs(record.base_info.numel, SEGMENT)) == record.base
+        whole = getattr(self.base, "whole", True)  # of a model on several ranks this one cannot tell
+        work = runs(record.base_info.numel if whole else 0, SEGMENT)
+        same = not whole or total(Fingerprint.of(rounded.read(name, s, n), s) for s, n in work) == record.base
         found = f"{self.base.tensors[name].dtype.code} in {self.base.label}"
         if same:
             how = f"load it with dtype {record.info.dtype.code}" if self.live else "cast_base=True (--cast-base) rounds it first"
-            remedy = f"it is the same base in another dtype: {how}"
+            remedy = f"it {'is' if whole else 'may be'} the same base in another dtype: {how}"
         else:
             remedy = f"rounded to {record.info.dtype.code} it differs too: {_WRONG_BASE}"
         raise DtypeMismatch(name, expected=record.info.dtype.code, found=found, remedy=remedy)
@@ -168,6 +173,18 @@ class Resolver:
         split, numel = self.base_numel(name), self.tensors[name].info.numel
         split = min(split, numel)
         return [*runs(split, SEGMENT), *((split + start, count) for start, count in runs(numel - split, SEGMENT))]
+
+    def windows(self, name: str) -> list[tuple[int, int]]:
+        """[start, stop) of the places that packages change, such that no segment of any of them lies across a border."""
+        packages = [package for link in self.links for package in link.packages]
+        spans = sorted((s.start, s.stop) for package in packages for s, _ in package.frames(name, 0, self.tensors[name].info.numel))
+        merged: list[tuple[int, int]] = []
+        for start, stop in spans:
+            if merged and start < merged[-1][1]:
+                merged[-1] = merged[-1][0], max(stop, merged[-1][1])
+            else:
+                merged.append((start, stop))
+        return merged
 
     def base_run(self, name: str, start: int, count: int) -> Words:
         """The base's words, not to be written to; zeros where the base has none, since those are carried whole."""
@@ -238,23 +255,3 @@ def _check_beside(one: DeltaPackage, other: DeltaPackage) -> None:
         if "whole" in (mine.kind, record.kind) and mine.result != record.result:
             remedy = "weights that are not deltas cannot be added up; apply one package, or exclude the tensor from the other"
             raise TensorMismatch(name, expected=f"the same content as in {one.name}", found=f"other content in {other.name}", remedy=remedy)
-
-
-def check_base(resolver: Resolver) -> None:
-    """Compare the whole base with the packages' record of it, before anything is touched.
-
-    Raises:
-        BaseMismatch: naming the first tensor that differs.
-    """
-    for name, found in zip(resolver.source, _prints(resolver), strict=True):
-        if resolver.source[name].base is not None:
-            resolver.check_base_print(name, found)
-
-
-def _prints(resolver: Resolver) -> Iterable[Fingerprint]:
-    def share(record: TensorRecord) -> Fingerprint:
-        if record.base is None:
-            return Fingerprint()
-        return total(Fingerprint.of(resolver.base.read(record.name, s, n), s) for s, n in runs(record.base_info.numel, SEGMENT))
-
-    return ordered_map(share, resolver.source.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,8 @@ class TensorPlan:
     factor: float = 1.0
     """The rescale γ."""
     allow_nonfinite: bool = False
+    cut_groups: Mapping[int, float] = field(default_factory=dict)
+    """Largest |δ| of the scale groups that lie across the border between two ranks, by number."""
 
     @property
     def base_numel(self) -> int:
@@ -134,8 +137,12 @@ def _encode_values(
         rounded = codec.round_delta(delta)
         symbols = int(np.count_nonzero(codec.rounded_symbols(delta)))
         return codec.encode_rounded(delta), Term(positions=positions, factor=plan.factor, delta=rounded), symbols, symbols
-    group, groups = codec.groups_of(positions, start, length, codec.group_length(plan.mask.threshold))
-    scales, codes = codec.quantize(delta, group, groups, positions, start, plan.mask.key, plan.values)
+    size = codec.group_length(plan.mask.threshold)
+    group, groups = codec.groups_of(positions, start, length, size)
+    least = (
+        np.array([plan.cut_groups.get(start // size + number, 0.0) for number in range(groups)], np.float32) if plan.cut_groups else None
+    )
+    scales, codes = codec.quantize(delta, group, groups, positions, start, plan.mask.key, plan.values, least)
     values = codec.dequantize(scales, codes, group, plan.values)
     content = codec.encode_codes(scales, codes, plan.values)
     return content, Term(positions=positions, factor=plan.factor, delta=values), int(np.count_nonzero(values)), positions.size

@@ -1,18 +1,27 @@
-"""Live weights: a module or a state dict seen as flat words under checkpoint names."""
+"""Live weights: a module or a state dict seen as flat words under checkpoint names, as far as this process holds them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Union
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, Union
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from . import engines
 from .dtypes import DTYPES, DType, Words
+from .engines import Held, Piece
 from .errors import CheckpointError, ConfigError, TensorMismatch
+from .ownership import Span, Spans, shares
+from .ranks import Ranks
 from .weights import TensorInfo
 
 Live = Union[torch.nn.Module, Mapping[str, torch.Tensor]]
+Source = Literal["weights", "master"]
+"""What is read where an engine trains fp32 masters beside 16-bit weights: the weights, or the masters."""
 
 _CODES = {
     torch.float64: "F64",
@@ -31,36 +40,141 @@ _CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 class LiveWeights:
     """Implements `Weights` over tensors in memory. Words of contiguous CPU tensors are views: nothing is copied.
 
+    Where an engine spreads the model over processes, `tensors` tells of all of it, and `read` gives what this process holds.
+
+    Args:
+        live: a module, wrapped by whatever trains it, or a state dict.
+        label: what messages call it.
+        source: see `Source`.
+        ranks: the processes that hold the model together; they build their `LiveWeights` at the same time.
+
+    Attributes:
+        tensors: dtype and whole shape by checkpoint name.
+        held: [start, stop) of the elements that lie in this process, by checkpoint name.
+
     Raises:
-        ConfigError: the tensors are spread over several processes, or have no storage.
+        ConfigError: a tensor's layout is not known, or it has no storage anywhere; `source` names what the engine has not.
         CheckpointError: a tensor's dtype is not supported.
     """
 
-    def __init__(self, live: Live, *, label: str = "model in memory") -> None:
-        self.label = label
-        self._tensors = dict(checkpoint_tensors(live))
-        self.tensors = {name: TensorInfo(_dtype_of(name, tensor), tuple(tensor.shape)) for name, tensor in self._tensors.items()}
+    def __init__(self, live: Live, *, label: str = "model in memory", source: Source = "weights", ranks: Ranks | None = None) -> None:
+        self.label, self.ranks = label, ranks or Ranks()
+        self._module = module = live if isinstance(live, torch.nn.Module) else None
+        if module is not None:
+            engines.reshard(module)
+        self._parameters = dict(checkpoint_tensors(live))
+        held = engines.held(self._parameters.items(), module)
+        if source == "master":
+            _check_masters(held)
+            held = {name: _masters(name, one) for name, one in held.items()}
+        self._held = held
+        self.tensors = {name: TensorInfo(_dtype_of(name, one.dtype), one.shape) for name, one in held.items()}
+        self.held: Spans = {name: tuple((piece.start, piece.stop) for piece in one.pieces) for name, one in held.items()}
+
+    @cached_property
+    def shares(self) -> Mapping[str, tuple[tuple[Span, ...], ...]]:
+        """What each rank speaks for of each tensor; over all ranks, each element once. All ranks ask for it together."""
+        return shares(self.tensors, self.held, self.ranks)
+
+    @property
+    def owned(self) -> Spans:
+        """[start, stop) of the elements that this process speaks for."""
+        return {name: spans[self.ranks.rank] for name, spans in self.shares.items()}
+
+    @property
+    def whole(self) -> bool:
+        """Whether every tensor lies in this process completely."""
+        return all(self.held[name] == (((0, info.numel),) if info.numel else ()) for name, info in self.tensors.items())
 
     def read(self, name: str, start: int, count: int) -> Words:
-        flat = self._tensors[name].detach().reshape(-1)[start : start + count].cpu()
-        raw = flat.view(torch.uint8).numpy() if count else np.empty(0, np.uint8)
-        return raw.view(self.tensors[name].dtype.word)
+        pieces = self._within(self._held[name].pieces, start, start + count)
+        if len(pieces) == 1:
+            return self._words(name, pieces[0])
+        return np.concatenate([np.empty(0, self.tensors[name].dtype.word), *(self._words(name, piece) for piece in pieces)])
 
-    def words(self, name: str) -> Words:
-        """All words of a tensor: a writable view where it lies contiguous on the CPU, else a copy."""
-        return self.read(name, 0, self.tensors[name].numel)
+    def put(self, name: str, start: int, words: Words, log: list[Change]) -> None:
+        """Make `words` the elements from flat index `start` on, as far as they lie here. What they were goes to `log` first.
 
-    def store(self, name: str, words: Words) -> None:
-        """Make `words` the tensor's content; free of cost when they are the view that `words()` returned."""
-        tensor = self._tensors[name].detach()
-        if tensor.numel() and words.ctypes.data != tensor.data_ptr():
-            tensor.copy_(torch.from_numpy(words.view(np.uint8)).view(tensor.dtype).reshape(tensor.shape))
+        Masters of the elements that change take their new values; call `settle` when all is put.
+        """
+        held = self._held[name]
+        for piece in self._within(held.pieces, start, start + words.size):
+            new = words[piece.start - start : piece.stop - start]
+            changed = np.flatnonzero(new != self._words(name, piece))
+            if changed.size:
+                values = _as_tensor(new[changed], piece.tensor.dtype)
+                _overwrite(piece, changed, values, log)
+                for master in self._within(held.masters or (), piece.start, piece.stop):
+                    inside = (changed >= master.start - piece.start) & (changed < master.stop - piece.start)
+                    shift = master.start - piece.start
+                    _overwrite(master, changed[inside] - shift, values[torch.from_numpy(inside)].to(master.tensor.dtype), log)
+
+    def overwrite(self, name: str, start: int, words: Words) -> None:
+        """Like `put` with no way back, for weights that are only looked at: masters do not follow."""
+        for piece in self._within(self._held[name].pieces, start, start + words.size):
+            new = _as_tensor(words[piece.start - start : piece.stop - start], piece.tensor.dtype)
+            if piece.tensor.is_contiguous():
+                piece.flat().copy_(new)
+            else:
+                places = torch.arange(piece.offset, piece.offset + piece.length, device=piece.tensor.device)
+                _bits(piece.tensor).put_(places, _bits(new).to(places.device))
+
+    def settle(self) -> None:
+        """Let engines that keep a second copy of some weights make it anew from what was put or overwritten."""
+        if self._module is not None:
+            engines.reshard(self._module)
+        parameter: Any
+        for parameter in self._parameters.values():
+            if hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE":
+                parameter.partition()
+
+    def _within(self, pieces: Iterable[Piece], start: int, stop: int) -> list[Piece]:
+        return [part for piece in pieces if (part := piece.within(start, stop)) is not None]
+
+    def _words(self, name: str, piece: Piece) -> Words:
+        return piece.flat().cpu().view(torch.uint8).numpy().view(self.tensors[name].dtype.word)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Elements of a tensor as they were before they were overwritten."""
+
+    tensor: torch.Tensor
+    places: torch.Tensor
+    """int64, in the tensor's flat order."""
+    bits: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.places.nbytes + self.bits.nbytes
+
+    def undo(self) -> None:
+        _bits(self.tensor).put_(self.places, self.bits)
+
+
+def _overwrite(piece: Piece, positions: NDArray[np.int64], values: torch.Tensor, log: list[Change]) -> None:
+    places = torch.from_numpy(positions + piece.offset).to(piece.tensor.device)
+    bits = _bits(piece.tensor)
+    log.append(Change(piece.tensor, places, bits.take(places)))
+    bits.put_(places, _bits(values).to(bits.device))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements as integers: what can be moved without being interpreted."""
+    return tensor.detach().view(_INTEGERS[tensor.dtype.itemsize])
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _as_tensor(words: Words, dtype: torch.dtype) -> torch.Tensor:
+    bits = words.view(f"i{words.itemsize}" if words.itemsize > 1 else "u1")
+    return torch.from_numpy(bits if bits.flags.writeable else bits.copy()).view(dtype)
 
 
 def checkpoint_tensors(live: Live) -> Iterator[tuple[str, torch.Tensor]]:
@@ -72,37 +186,38 @@ def checkpoint_tensors(live: Live) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor
         return
     tied = set(getattr(live, "all_tied_weights_keys", None) or ())
-    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
-    named = {_clean(name): tensor for name, tensor in live.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)}
-    for name, tensor in sorted(named.items(), key=lambda item: item[0] in tied):
-        _check_local(name, tensor)
-        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and place in seen:
-            continue
-        seen.add(place)
-        yield name, tensor
+    seen: set[tuple[object, ...]] = set()
+    for name, tensor in sorted(dict(engines.named_tensors(live)).items(), key=lambda item: item[0] in tied):
+        place = _place(tensor)
+        if place not in seen:
+            seen.add(place)
+            yield name, tensor
 
 
-def _clean(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Equal for tensors that share their elements."""
+    if engines.is_dtensor(tensor) or hasattr(tensor, "ds_tensor") or not tensor.numel() or tensor.is_meta:
+        return (id(tensor),)
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _check_local(name: str, tensor: torch.Tensor) -> None:
-    if hasattr(tensor, "ds_id") or type(tensor).__name__ == "DTensor":
-        engine = "DeepSpeed ZeRO-3" if hasattr(tensor, "ds_id") else "FSDP"
-        raise ConfigError(
-            name, expected="a tensor held whole by this process", found=f"one sharded by {engine}", remedy="run on one process"
-        )
-    if tensor.is_meta:
-        raise ConfigError(name, expected="a tensor with storage", found="one on the meta device", remedy="load the weights first")
+def _masters(name: str, held: Held) -> Held:
+    """The same with its masters for weights."""
+    return held if held.masters is None else Held(held.shape, torch.float32, held.masters)
 
 
-def _dtype_of(name: str, tensor: torch.Tensor) -> DType:
-    if tensor.dtype not in _CODES:
-        raise CheckpointError(name, expected=f"one of {', '.join(_CODES.values())}", found=str(tensor.dtype))
-    return DTYPES[_CODES[tensor.dtype]]
+def _check_masters(held: Mapping[str, Held]) -> None:
+    without = [name for name, one in held.items() if one.masters is None and one.dtype in (torch.bfloat16, torch.float16)]
+    if without and all(one.masters is None for one in held.values()):
+        remedy = 'use source="weights"; or train with DeepSpeed ZeRO, which keeps masters'
+        expected = "an engine that keeps fp32 masters of 16-bit weights"
+        raise ConfigError("source", expected=expected, found=f"none of {without[0]}", remedy=remedy)
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> DType:
+    if dtype not in _CODES:
+        raise CheckpointError(name, expected=f"one of {', '.join(_CODES.values())}", found=str(dtype))
+    return DTYPES[_CODES[dtype]]
 
 
 def check_same_tensors(found: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo], *, what: str, remedy: str) -> None:

@@ -4,37 +4,38 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .codec import SEGMENT
+from .assembly import Provenance, Work, load_tallies, save_tallies, summed, work_of, write_manifest, write_parts
+from .codec import group_length
 from .config import DareConfig
-from .dtypes import Words
+from .dtypes import Words, to_float
 from .errors import SnapshotError
-from .extract import Provenance, carry_files, regions, write_package
+from .extract import carry_files
 from .fingerprint import Fingerprint
 from .kernels import cpu
+from .manifest import FileRecord
 from .masks import Mask
 from .origin import Origin
 from .package import DeltaPackage
 from .parallel import ordered_map, thread_count
 from .plan import plan_tensors
-from .publish import staged_folder
+from .publish import shared_staging
 from .resolve import Resolver, open_chain
 from .segments import Encoded, TensorPlan, encode_delta, encode_whole, receiver_words
-from .shards import Live, LiveWeights
+from .shards import Live, LiveWeights, Source
 from .stats import Magnitudes
-from .weights import TensorInfo, Weights, runs
+from .weights import Weights
 
 POSITIONS_LIMIT = 128 << 20
 """Bytes that masks worked out ahead may take: four for each kept element."""
-
-_Work = tuple[TensorPlan, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +45,9 @@ class Snapshot:
     package: DeltaPackage
     step: int
     waited: float
-    """Seconds for which training stood still."""
+    """Seconds for which training stood still: on the rank that took longest."""
     magnitudes: dict[str, Magnitudes]
-    """|δ| by tensor."""
+    """|δ| by tensor; on the first rank only."""
 
 
 @dataclass(frozen=True)
@@ -59,46 +60,73 @@ class _Taken:
     words: Words
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A snapshot to be written behind training."""
+
+    plans: list[TensorPlan]
+    taken: list[_Taken]
+    failure: Exception | None
+    """What went wrong while copying; the ranks hear of it when they meet."""
+    out: Path
+    step: int
+    waited: float
+    files: Path | None
+    keep: tuple[int, Path] | None
+
+    def checked(self) -> list[_Taken]:
+        if self.failure is not None:
+            raise self.failure
+        return self.taken
+
+
 class Snapshotter:
     """Takes snapshots of one model relative to one origin. At most one is being written at a time.
+
+    Where several ranks hold the model, each of them has its own `Snapshotter` and calls it at the same steps; each writes
+    the part that it holds, and the first completes the package.
 
     Args:
         origin: what deltas are relative to.
         config: how they become packages.
+        live: the model as training begins. All ranks pass it together.
         incremental: each package continues the one before: a chain whose every result has the bits that a package on
             the base would have given.
+        source: what is read where an engine keeps fp32 masters: see `Source`.
     """
 
-    def __init__(self, origin: Origin, config: DareConfig, *, incremental: bool = False) -> None:
-        self.origin, self.config, self.incremental = origin, config, incremental
+    def __init__(
+        self, origin: Origin, config: DareConfig, live: LiveWeights, *, incremental: bool = False, source: Source = "weights"
+    ) -> None:
+        self.origin, self.config, self.incremental, self._source = origin, config, incremental, source
         self.chain: list[Path] = []
+        self.ranks = live.ranks
+        self._line = self.ranks.another()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="dare-train-writer")
         self._pending: Future[Snapshot] | None = None
         self._positions: dict[tuple[str, int], NDArray[np.int32]] = {}
-        self._prepared: Future[None] | None = None
-        self._plans: list[TensorPlan] = []
-        self._planned_for: Mapping[str, TensorInfo] = {}
+        self._owned, self._held, self._planned_for = live.owned, live.held, live.tensors
+        self._plans = plan_tensors(origin.weights, live, config, fresh=origin.fresh)
+        self._prepared = self._writer.submit(self._prepare)
 
-    def prepare(self, live: LiveWeights) -> None:
+    def _prepare(self) -> None:
         """Work out masks ahead of the first snapshot, behind training, as far as `POSITIONS_LIMIT` allows."""
-        self._prepared = self._writer.submit(self._prepare, self._plan(live))
-
-    def _plan(self, live: LiveWeights) -> list[TensorPlan]:
-        """The plans of the last snapshot, as long as names, dtypes and shapes decide them: whether an integer tensor
-        changed does not show there."""
-        settled = all(info.dtype.can_be_delta for info in live.tensors.values())
-        if not settled or self._planned_for != live.tensors:
-            self._plans = plan_tensors(self.origin.weights, live, self.config, fresh=self.origin.fresh)
-            self._planned_for = live.tensors
-        return self._plans
-
-    def _prepare(self, plans: list[TensorPlan]) -> None:
         held = 0
-        for plan, start, count in _work(plans):
+        for plan, start, count in work_of(self._plans, self._owned):
             if plan.kind == "delta" and start < plan.base_numel and held < POSITIONS_LIMIT:
                 self._positions[plan.name, start] = positions = plan.positions(start, count).astype(np.int32)
                 cpu.take(np.empty(0, plan.info.dtype.word), positions[:0])  # compiled by now, should this be the first run ever
                 held += positions.nbytes
+
+    def _plan(self, live: LiveWeights) -> list[TensorPlan]:
+        """The plans made at the start, as long as names, dtypes and shapes decide them: whether an integer tensor changed
+        does not show there."""
+        if live.tensors != self._planned_for or live.held != self._held:
+            remedy = "models that change their tensors while they train are not supported"
+            raise SnapshotError("model", expected="the tensors that it had when training began", found="others", remedy=remedy)
+        if all(info.dtype.can_be_delta for info in live.tensors.values()):
+            return self._plans
+        return plan_tensors(self.origin.weights, live, self.config, fresh=self.origin.fresh)
 
     def take(
         self, model: Live, out: Path, *, step: int, files: Path | None = None, keep: tuple[int, Path] | None = None
@@ -120,23 +148,32 @@ class Snapshotter:
         """
         began = time.perf_counter()
         before = self.wait()
-        live = LiveWeights(model)
-        plans = self._plan(live)
-        batches = _batches(list(_work(plans)), thread_count())
-        taken = [
-            run for batch in ordered_map(lambda batch: [_take(live, *work, self._positions) for work in batch], batches) for run in batch
-        ]
+        plans, taken, failure = self._plans, [], None
+        try:
+            live = LiveWeights(model, source=self._source)
+            plans = self._plan(live)
+            taken = self._copy(live, plans)
+        except Exception as error:  # noqa: BLE001 - raised on all ranks, when they meet
+            failure = error
         waited = time.perf_counter() - began
-        self._pending = self._writer.submit(self._write, plans, taken, out, step, waited, files, keep)
+        job = _Job(plans=plans, taken=taken, failure=failure, out=out, step=step, waited=waited, files=files, keep=keep)
+        self._pending = self._writer.submit(self._write, job)
         return before
 
+    def _copy(self, live: LiveWeights, plans: list[TensorPlan]) -> list[_Taken]:
+        batches = _batches(list(work_of(plans, self._owned)), thread_count())
+        copied = ordered_map(lambda batch: [_take(live, *work, self._positions) for work in batch], batches)
+        return [run for batch in copied for run in batch]
+
     def finished(self) -> Snapshot | None:
-        """The snapshot that was completed since the last call, if any.
+        """The snapshot that was completed since the last call, if any: on all ranks at the same call.
 
         Raises:
             SnapshotError: it failed.
         """
-        return self.wait() if self._pending is not None and self._pending.done() else None
+        if self._pending is None or not all(self.ranks.gather(self._pending.done())):
+            return None
+        return self.wait()
 
     def wait(self) -> Snapshot | None:
         """Like `finished`, but waits for a snapshot that is being written."""
@@ -152,40 +189,66 @@ class Snapshotter:
         """Wait for whatever is still being done; its failure surfaces here at the latest."""
         self._writer.shutdown(wait=True)
         self.wait()
-        if self._prepared is not None:
-            self._prepared.result()
+        self._prepared.result()
 
-    def _write(
-        self,
-        plans: list[TensorPlan],
-        taken: list[_Taken],
-        out: Path,
-        step: int,
-        waited: float,
-        files: Path | None,
-        keep: tuple[int, Path] | None,
-    ) -> Snapshot:
-        continues = self.incremental and bool(self.chain)
-        with staged_folder(out, overwrite=True) as staging:
-            carried = carry_files(self.origin.checkpoint.folder, files, staging)
-            encoded = self._links(plans, taken) if continues else (_encode(self.origin.weights, run) for run in taken)
-            source = self._provenance(plans, continues)
-            written = [_link_plan(plan) for plan in plans] if continues else plans
-            magnitudes = write_package(staging, written, encoded, source, carried)
+    def preview(self, live: LiveWeights) -> Iterator[tuple[str, int, Words]]:
+        """(name, flat start, words) of the runs of deltas as a receiver gets them, as far as this process holds them."""
+        plans, base = self._plan(live), self.origin.weights
+        groups: dict[int, dict[int, float]] = {}
+        if not live.whole:
+            every = (_take(live, *work, {}) for work in work_of(plans, live.held))
+            groups = _largest(self.ranks.together(lambda: _cut_groups(base, every)))
+        for plan, start, count in work_of([plan for plan in plans if plan.kind != "whole"], live.held):
+            run = _take(live, plan, start, count, {})
+            yield plan.name, start, _received(base, replace(run, plan=replace(plan, cut_groups=groups.get(plan.index, {}))))
+
+    # On the worker thread.
+
+    def _write(self, job: _Job) -> Snapshot:
+        line = self._line
+        magnitudes: dict[str, Magnitudes] = {}
+        with shared_staging(job.out, line) as staging:
+            groups = line.together(lambda: _cut_groups(self.origin.weights, job.checked()) if line.world > 1 else [])
+            shares = line.together(lambda: self._write_part(staging, job, _largest(groups)))
+            line.together(lambda: magnitudes.update(self._complete(staging, job, shares)) if line.first else None)
         if self.incremental:
-            self.chain.append(out)
-        if keep is not None:
-            _forget_old(*keep)
-        return Snapshot(package=DeltaPackage.open(out), step=step, waited=waited, magnitudes=magnitudes)
+            self.chain.append(job.out)
+        if job.keep is not None and line.first:
+            _forget_old(*job.keep)
+        waited = max(seconds for seconds, _ in shares)
+        return Snapshot(package=DeltaPackage.open(job.out), step=job.step, waited=waited, magnitudes=magnitudes)
 
-    def _provenance(self, plans: list[TensorPlan], continues: bool) -> Provenance:
+    def _write_part(self, staging: Path, job: _Job, groups: Mapping[int, Mapping[int, float]]) -> tuple[float, list[dict[str, object]]]:
+        """What this rank holds of the package. Returns the seconds it waited and records of the files that it wrote."""
+        taken = [replace(run, plan=replace(run.plan, cut_groups=groups.get(run.plan.index, {}))) for run in job.taken]
+        encoded = self._links(taken) if self._continues else (_encode(self.origin.weights, run) for run in taken)
+        parts, tallies = write_parts(staging, encoded, rank=self._line.rank)
+        save_tallies(_tallies_of(staging, self._line.rank), tallies)
+        return job.waited, [vars(part) for part in parts]
+
+    def _complete(self, staging: Path, job: _Job, shares: list[tuple[float, list[dict[str, Any]]]]) -> dict[str, Magnitudes]:
+        """Make one package of what the ranks wrote. Returns |δ| by tensor."""
+        files = [_tallies_of(staging, rank) for rank in range(self._line.world)]
+        tallies = summed(load_tallies(file) for file in files)
+        for file in files:
+            file.unlink()
+        carried = carry_files(self.origin.checkpoint.folder, job.files, staging)
+        plans = [_link_plan(plan) for plan in job.plans] if self._continues else job.plans
+        parts = [FileRecord(**record) for _, records in shares for record in records]
+        return write_manifest(staging, plans, tallies, parts, self._provenance(job.plans), carried)
+
+    @property
+    def _continues(self) -> bool:
+        return self.incremental and bool(self.chain)
+
+    def _provenance(self, plans: list[TensorPlan]) -> Provenance:
         absent = tuple(sorted(self.origin.weights.tensors.keys() - {plan.name for plan in plans}))
         common = dict(base_model=self.origin.name, prefix=self.origin.prefix, config=self.config)
-        if continues:
+        if self._continues:
             return Provenance(**{**common, "prefix": ""}, base_only=(), continues="package", rescale="carried")  # type: ignore[arg-type]
         return Provenance(**common, base_only=absent)  # type: ignore[arg-type]
 
-    def _links(self, plans: list[TensorPlan], taken: list[_Taken]) -> Iterator[Encoded]:
+    def _links(self, taken: list[_Taken]) -> Iterator[Encoded]:
         """Runs of a package that leads from the chain's last result to the one a package on the base would give."""
         resolver = Resolver(self.origin.checkpoint, open_chain(self.chain, None), cast_base=True)
         for run in taken:
@@ -193,15 +256,40 @@ class Snapshotter:
             yield _encode_link(_link_plan(run.plan), run, before, _received(self.origin.weights, run))
 
 
-def _work(plans: list[TensorPlan]) -> Iterator[_Work]:
-    for plan in plans:
-        for start, stop in regions(plan):
-            yield from ((plan, start + offset, count) for offset, count in runs(stop - start, SEGMENT))
+def _tallies_of(staging: Path, rank: int) -> Path:
+    return staging / f".tallies-{rank}"
 
 
-def _batches(work: list[_Work], count: int) -> list[list[_Work]]:
+def _cut_groups(base: Weights, taken: Iterable[_Taken]) -> list[tuple[int, int, float]]:
+    """(plan, number, largest |δ| here) of each scale group at the border of what this rank holds."""
+    found = []
+    for run in taken:
+        plan, start = run.plan, run.start
+        if plan.kind != "delta" or plan.values in ("exact", "rounded") or start >= plan.base_numel:
+            continue
+        size = group_length(plan.mask.threshold)
+        cut = {edge // size for edge in (start, start + run.length) if edge % size}
+        if cut:
+            positions = plan.positions(start, run.length)
+            own = cpu.take(base.read(plan.name, start, run.length), positions)
+            delta = np.abs(to_float(run.words, plan.info.dtype) - to_float(own, plan.info.dtype)).astype(np.float32)
+            numbers = (start + positions) // size
+            found += [(plan.index, number, float(delta[numbers == number].max(initial=0.0))) for number in sorted(cut)]
+    return found
+
+
+def _largest(groups: list[list[tuple[int, int, float]]]) -> dict[int, dict[int, float]]:
+    """The largest |δ| by plan and number, of what all ranks found."""
+    largest: dict[int, dict[int, float]] = {}
+    for index, number, size in (group for told in groups for group in told):
+        known = largest.setdefault(index, {})
+        known[number] = max(size, known.get(number, 0.0))
+    return largest
+
+
+def _batches(work: list[Work], count: int) -> list[list[Work]]:
     """The same work in `count` lists of about as many elements."""
-    batches: list[list[_Work]] = [[] for _ in range(count)]
+    batches: list[list[Work]] = [[] for _ in range(count)]
     total, filled = sum(size for _, _, size in work), 0
     for item in work:
         batches[min(filled * count // max(total, 1), count - 1)].append(item)
@@ -269,11 +357,3 @@ def step_folders(folder: Path) -> list[Path]:
     """Packages `step-N` in a folder, by N."""
     found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def preview(live: LiveWeights, origin: Origin, config: DareConfig) -> Iterator[tuple[str, Words]]:
-    """(name, words) of each tensor that a receiver would get otherwise than it is in the live model now."""
-    for plan in plan_tensors(origin.weights, live, config, fresh=origin.fresh):
-        runs_of = [_received(origin.weights, _take(live, plan, start, count, {})) for plan, start, count in _work([plan])]
-        if runs_of and plan.kind != "whole":
-            yield plan.name, np.concatenate(runs_of)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
 from .dtypes import DTYPES, DType, Words, cast
 from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,18 @@ class Weights(Protocol):
 
     def read(self, name: str, start: int, count: int) -> Words:
         """Words of the elements with flat indices [start, start + count), shape (count,); not to be written to."""
+
+
+@runtime_checkable
+class Shared(Weights, Protocol):
+    """Weights that may lie on several ranks, each of which speaks for a part of them."""
+
+    @property
+    def ranks(self) -> Ranks: ...
+
+    @property
+    def owned(self) -> Mapping[str, tuple[tuple[int, int], ...]]:
+        """[start, stop) of the elements that this process speaks for; over all ranks, each element once."""
 
 
 class Renamed:

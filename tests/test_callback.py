@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from training import classifier, make_trainer, save_base, train, weights_print
-from transformers import BertForSequenceClassification, PreTrainedModel, set_seed
+from transformers import BertForSequenceClassification, set_seed
 
 from dare_train import DareCallback, DeltaPackage, applied, apply, extract
 from dare_train.errors import ConfigError, SnapshotError
@@ -201,13 +202,9 @@ def test_leftovers_of_a_killed_run_are_removed(base: Path, tmp_path: Path) -> No
     assert packages(tmp_path / "out") == ["final", "step-2", "step-4"]
 
 
-def test_adapters_and_several_processes_are_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapted: PreTrainedModel = classifier(base)
-    adapted.peft_config = {}
-    with pytest.raises(ConfigError, match="expected one process, with the whole model in it, found a PEFT adapter model"):
-        train(adapted, tmp_path / "out", DareCallback())
-    monkeypatch.setattr("transformers.TrainingArguments.world_size", 2)
-    with pytest.raises(ConfigError, match="found 2 processes"):
+def test_unknown_engines_are_refused_when_training_begins(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.state.AcceleratorState.distributed_type", DistributedType.MEGATRON_LM)
+    with pytest.raises(ConfigError, match=r"DareCallback: expected plain modules, DDP, .* ZeRO-1, -2, -3, found MEGATRON_LM"):
         DareCallback().on_train_begin(make_trainer(classifier(base), tmp_path / "two").args, None, None, model=classifier(base))
 
 

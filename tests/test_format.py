@@ -130,7 +130,7 @@ def test_short_segments(agree, monkeypatch, dtype, values, p):
 
     The tuned weights have nothing to do with the base's, so that base + (tuned - base) is rarely the tuned weight itself (§5.3).
     """
-    monkeypatch.setattr(sys.modules["dare_train.extract"], "SEGMENT", 1000)
+    monkeypatch.setattr(sys.modules["dare_train.assembly"], "SEGMENT", 1000)
     agree({"w": fresh(dtype)}, {"w": fresh(dtype, seed=9)}, values=values, p=p)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from bit_patterns import as_tensor
 
-from dare_train import __version__, apply, extract
+from dare_train import __version__, apply
 from dare_train.dtypes import DTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,7 +120,7 @@ def test_the_order_of_a_state_dict_does_not_matter(backwards, tmp_path):
 def test_the_number_of_threads_does_not_matter(threads, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("dare_train.parallel.thread_count", lambda: asked.append(threads) or threads)
-    monkeypatch.setattr(sys.modules[extract.__module__], "SEGMENT", 1000)  # enough segments to be out of order
+    monkeypatch.setattr(sys.modules["dare_train.assembly"], "SEGMENT", 1000)  # enough segments to be out of order
     case = CASES["exact_bf16"]
     case.extract(GOLDEN / "exact_bf16" / "base", GOLDEN / "exact_bf16" / "tuned", tmp_path / "package")
     assert asked

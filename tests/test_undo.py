@@ -16,7 +16,7 @@ from dare_train import applied, apply_, extract
 from dare_train.codec import SEGMENT
 from dare_train.errors import BaseMismatch, PackageError, ResultMismatch, TensorMismatch
 
-apply_module = importlib.import_module("dare_train.apply")  # `dare_train.apply` is the function
+inplace = importlib.import_module("dare_train.inplace")
 resolve_module = importlib.import_module("dare_train.resolve")
 
 
@@ -75,7 +75,7 @@ def test_a_segment_that_fails_leaves_no_trace_of_the_others(
 def test_an_interruption_between_tensors_restores_what_was_changed(
     package: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    state, honest, seen = base_state(), apply_module._apply_tensor, []
+    state, honest, seen = base_state(), inplace._apply_tensor, []
 
     def interrupted(name: str, *rest: Any) -> None:
         seen.append(name)
@@ -83,7 +83,7 @@ def test_an_interruption_between_tensors_restores_what_was_changed(
         if name == "b.weight":
             raise error
 
-    monkeypatch.setattr(apply_module, "_apply_tensor", interrupted)
+    monkeypatch.setattr(inplace, "_apply_tensor", interrupted)
     with pytest.raises(error):
         apply_(state, package)
     assert seen == ["a.weight", "b.weight"]
@@ -106,7 +106,7 @@ def test_a_wrong_base_is_found_before_the_first_weight_is_touched(package: Path,
     state = base_state()
     state["c.count"][-1] += 1  # the last tensor by name
     before = _copy(state)
-    monkeypatch.setattr(apply_module, "_apply_tensor", lambda *_: pytest.fail("touched"))
+    monkeypatch.setattr(inplace, "_apply_tensor", lambda *_: pytest.fail("touched"))
     with pytest.raises(BaseMismatch, match=r"c\.count.*not the base the package was made from"):
         apply_(state, package)
     assert _same(state, before)

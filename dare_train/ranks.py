@@ -1,0 +1,125 @@
+"""The processes that train one model together, and the few numbers that they tell each other.
+
+Whole weights never pass here: what is sent is JSON, counted, and a kilobyte or two for a snapshot of any model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import DareError, SnapshotError
+
+Result = TypeVar("Result")
+
+PATIENCE = timedelta(minutes=10)
+"""How long a rank waits for another that has not answered before it gives up with an error."""
+
+
+class Ranks:
+    """This process among those that work together. All of them make the same calls in the same order.
+
+    Attributes:
+        rank: number of this process, from 0.
+        world: how many processes there are.
+        bytes_sent: what this process has told the others so far.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1, group: Any = None) -> None:
+        self.rank, self.world, self._group = rank, world, group
+        self.bytes_sent = 0
+
+    @classmethod
+    def joined(cls) -> Ranks:
+        """All processes of `torch.distributed`, talking among themselves apart from training's own traffic; or this one alone."""
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
+
+    def another(self) -> Ranks:
+        """The same processes on a line of their own, so that a thread can use it while this one is in use."""
+        return Ranks.joined() if self.world > 1 else Ranks()
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes what there is only one of."""
+        return self.rank == 0
+
+    def gather(self, item: Any) -> list[Any]:
+        """Every rank's item, in the order of ranks. Items are what JSON can hold; tuples come back as lists.
+
+        Raises:
+            SnapshotError: a rank is gone, or did not answer in time.
+        """
+        if self.world == 1:
+            return [item]
+        message = json.dumps(item, separators=(",", ":")).encode()
+        self.bytes_sent += len(message)
+        try:
+            return [json.loads(answer) for answer in self._exchange(message)]
+        except RuntimeError as error:
+            found, remedy = str(error).splitlines()[0], "see the logs of the other ranks"
+            raise SnapshotError(f"rank {self.rank}", expected=f"answers of {self.world} ranks", found=found, remedy=remedy) from error
+
+    def together(self, work: Callable[[], Result]) -> list[Result]:
+        """Do something on every rank; results in the order of ranks. If it fails on one, it fails on all.
+
+        Raises:
+            Whatever this rank's own work raised; SnapshotError with the message of the rank that failed, on the others.
+        """
+        failure: Exception | None = None
+        result: Any = None
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001 - kept until the others know
+            failure = error
+        answers = self.gather([result, _told(failure)])
+        if failure is not None:
+            raise failure
+        for rank, (_, message) in enumerate(answers):
+            if message is not None:
+                raise SnapshotError(f"rank {rank} failed: {message}")
+        return [answer for answer, _ in answers]
+
+    def sum_of(self, words: NDArray[Any]) -> NDArray[Any]:
+        """Words of which each element comes from one rank, which the others fill with zeros."""
+        if self.world == 1:
+            return words
+        import torch
+        import torch.distributed as dist
+
+        total = torch.from_numpy(words.view(np.uint8).copy())
+        dist.all_reduce(total, group=self._group)
+        return total.numpy().view(words.dtype)
+
+    def _exchange(self, message: bytes) -> list[bytes]:
+        import torch
+        import torch.distributed as dist
+
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(message)]), group=self._group)
+        longest = max(int(size) for size in sizes)
+        own = torch.zeros(longest, dtype=torch.uint8)
+        own[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        answers = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world)]
+        dist.all_gather(answers, own, group=self._group)
+        return [answer[: int(size)].numpy().tobytes() for answer, size in zip(answers, sizes, strict=True)]
+
+
+def _told(failure: Exception | None) -> str | None:
+    if failure is None:
+        return None
+    return str(failure) if isinstance(failure, DareError) else f"{type(failure).__name__}: {failure}"
+
+
+def launched_world() -> int:
+    """How many processes the launcher (`torchrun`, `accelerate launch`) started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
