@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from .inplace import applied as applied
     from .inplace import apply_ as apply_
     from .package import DeltaPackage as DeltaPackage
+    from .snapshot import Snapshotter as Snapshotter
 
 _HOMES = {
     "DareCallback": "callback",
     "DareConfig": "config",
     "DareError": "errors",
     "DeltaPackage": "package",
+    "Snapshotter": "snapshot",
     "applied": "inplace",
     "apply": "apply",
     "apply_": "inplace",

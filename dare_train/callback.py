@@ -19,7 +19,7 @@ from . import tracking
 from .config import DareConfig, Patterns, Rescale, Values
 from .engines import SUPPORTED
 from .errors import BaseMismatch, ConfigError
-from .origin import Origin, find, from_disk, from_live, recall
+from .origin import Origin, establish, find, loaded_from, recall
 from .package import DeltaPackage
 from .publish import COMPANIONS, sweep_folder
 from .ranks import Ranks
@@ -110,7 +110,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         """The weights are the base's here even when the run is about to resume: remember which of them are not on disk."""
         if model is not None and self.base is None:
-            self._at_init = find(LiveWeights(model, ranks=self._joined()), _loaded_from(model))
+            self._at_init = find(LiveWeights(model, ranks=self._joined()), loaded_from(model))
 
     def on_train_begin(
         self,
@@ -125,7 +125,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         folder, ranks = self._folder(args), self._joined()
         ranks.together(lambda: sweep_folder(folder) if ranks.first else None)
         live = LiveWeights(model, source=self.source, ranks=ranks)
-        origin = self._resumed_origin(state, live) if state.global_step else self._fresh_origin(args, live, model)
+        origin = self._resumed_origin(state, live) if state.global_step else establish(live, model, folder / "base", base=self.base)
         self._snapshotter = Snapshotter(origin, self.config, live, incremental=self.incremental, source=self.source)
         folders = ranks.together(lambda: _save_companions(model, processing_class, folder) if ranks.first else "")
         self._companions = Path(folders[0])
@@ -162,15 +162,9 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
 
     # Establishing the base.
 
-    def _fresh_origin(self, args: TrainingArguments, live: LiveWeights, model: Any) -> Origin:
-        if self.base is not None:
-            return _given_origin(live, self.base)
-        found = find(live, _loaded_from(model))
-        return found or from_live(live, self._folder(args) / "base", _configuration(model))
-
     def _resumed_origin(self, state: TrainerState, live: LiveWeights) -> Origin:
         if self.base is not None:
-            return _given_origin(live, self.base)
+            return establish(live, None, Path(), base=self.base)
         record = state.stateful_callbacks.get(_STATE, {}).get("attributes", {}).get(self.name)
         if record is not None:
             return recall(record, live)
@@ -286,27 +280,12 @@ def _check_engine(model: Any) -> None:
         raise ConfigError("DareCallback", expected=SUPPORTED, found="a PEFT adapter model", remedy=remedy)
 
 
-def _loaded_from(model: Any) -> str | None:
-    return getattr(getattr(model, "config", None), "name_or_path", None) or getattr(model, "name_or_path", None) or None
-
-
-def _given_origin(live: LiveWeights, base: str | os.PathLike[str]) -> Origin:
-    origin = from_disk(live, base, compare=False)
-    assert origin is not None, "only a comparison can reject a base"
-    return origin
-
-
 def _is_checkpoint_of_a_run(folder: Path) -> bool:
     return (folder / "trainer_state.json").exists()
 
 
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _configuration(model: Any) -> dict[str, str]:
-    config = getattr(model, "config", None)
-    return {"config.json": config.to_json_string(use_diff=False)} if config is not None else {}
 
 
 def _save_companions(model: Any, processing_class: Any, folder: Path) -> str:

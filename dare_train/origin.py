@@ -100,6 +100,30 @@ def _spool(live: LiveWeights, staging: Path, layout: Layout) -> None:
                     writer.write(name, begin + offset, live.read(name, begin + offset, count))
 
 
+def establish(live: LiveWeights, model: Any, folder: Path, *, base: str | os.PathLike[str] | None = None) -> Origin:
+    """The origin of a model that is about to be trained: the given base, or where it was loaded from if it still has the
+    weights on disk, or else its weights as they are, kept in `folder`.
+
+    Raises:
+        CheckpointError, TensorMismatch: a base was given that cannot be read, or has nothing to do with the model.
+    """
+    if base is not None:
+        origin = from_disk(live, base, compare=False)
+        assert origin is not None, "only a comparison can reject a base"
+        return origin
+    return find(live, loaded_from(model)) or from_live(live, folder, _configuration(model))
+
+
+def loaded_from(model: Any) -> str | None:
+    """The path or Hub id that a model was given to `from_pretrained`, if it says so."""
+    return getattr(getattr(model, "config", None), "name_or_path", None) or getattr(model, "name_or_path", None) or None
+
+
+def _configuration(model: Any) -> dict[str, str]:
+    config = getattr(model, "config", None)
+    return {"config.json": config.to_json_string(use_diff=False)} if config is not None else {}
+
+
 def recall(record: Mapping[str, Any], live: LiveWeights) -> Origin:
     """The origin that an earlier part of the run put on record.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,11 +24,12 @@ from .fingerprint import Fingerprint
 from .kernels import cpu
 from .manifest import FileRecord
 from .masks import Mask
-from .origin import Origin
+from .origin import Origin, establish, recall
 from .package import DeltaPackage
 from .parallel import ordered_map, thread_count
 from .plan import plan_tensors
 from .publish import shared_staging
+from .ranks import Ranks
 from .resolve import Resolver, open_chain
 from .segments import Encoded, TensorPlan, encode_delta, encode_whole, receiver_words
 from .shards import Live, LiveWeights, Source
@@ -108,6 +110,43 @@ class Snapshotter:
         self._owned, self._held, self._planned_for = live.owned, live.held, live.tensors
         self._plans = plan_tensors(origin.weights, live, config, fresh=origin.fresh)
         self._prepared = self._writer.submit(self._prepare)
+
+    @classmethod
+    def begin(
+        cls,
+        model: Live,
+        folder: Path,
+        config: DareConfig,
+        *,
+        base: str | os.PathLike[str] | None = None,
+        resumed: Mapping[str, Any] | None = None,
+        incremental: bool = False,
+        source: Source = "weights",
+    ) -> Snapshotter:
+        """Get ready for snapshots in a training loop of one's own, before its first step. All ranks call it together.
+
+        Args:
+            model: as it is trained: prepared by accelerate, wrapped by DDP or FSDP, the engine's module of DeepSpeed.
+            folder: where packages go, and `base`, when the base has to be kept.
+            config: how deltas become packages.
+            base: folder or Hub id that deltas are relative to; by default where the model was loaded from, if its weights
+                are still the ones on disk, else the weights as they are now.
+            resumed: in a run that goes on from a checkpoint, the `record` that was saved with it: the weights are no
+                longer the base's then.
+            incremental, source: see `Snapshotter`.
+
+        Raises:
+            ConfigError: the model is laid out in a way that is not known.
+            BaseMismatch: the base on record is gone, or no longer what it was.
+        """
+        live = LiveWeights(model, source=source, ranks=Ranks.joined())
+        origin = recall(resumed, live) if resumed is not None else establish(live, model, folder / "base", base=base)
+        return cls(origin, config, live, incremental=incremental, source=source)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Plain data to save with a checkpoint, from which a resumed run finds the same base."""
+        return self.origin.record()
 
     def _prepare(self) -> None:
         """Work out masks ahead of the first snapshot, behind training, as far as `POSITIONS_LIMIT` allows."""
