@@ -67,8 +67,8 @@ class AdapterWeights:
         self._updates = dict(_updates(factors, self._plain, adapter, config))
         self._last: tuple[str, LowRank] | None = None
         self.tensors = self._plain.tensors
-        self.whole = frozenset(name for name in full if _stands_alone(self.tensors.get(name), aligned.tensors.get(name)))
-        """Tensors that were trained in full and have no counterpart in the base: a package carries them as they are."""
+        self.whole = frozenset(name for name in full if config.adds(name))
+        """Tensors of `modules_to_save`, such as a new head: a package carries them as they are."""
 
     def read(self, name: str, start: int, count: int) -> Words:
         if name not in self._updates:
@@ -134,16 +134,6 @@ def _same(adapter: Checkpoint, one: str, other: str) -> bool:
     info = adapter.tensors[one]
     same = info == adapter.tensors[other]
     return same and all(np.array_equal(adapter.read(one, s, n), adapter.read(other, s, n)) for s, n in runs(info.numel, SEGMENT))
-
-
-def _stands_alone(info: TensorInfo | None, own: TensorInfo | None) -> bool:
-    """Whether a tensor of the merged model has no counterpart in the base: none of its dtype and shape, up to added rows."""
-    if info is None:
-        return False
-    if own is None or own.dtype != info.dtype or len(own.shape) != len(info.shape):
-        return True
-    grew = len(own.shape) > 1 and own.shape[0] < info.shape[0] and own.shape[1:] == info.shape[1:]
-    return own.shape != info.shape and not grew
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from . import card
 from . import manifest as manifests
 from ._version import __version__
 from .codec import SEGMENT
 from .config import DareConfig
+from .errors import StorageError
 from .fingerprint import Fingerprint
 from .manifest import FileRecord, Manifest, TensorRecord
-from .package import PackageWriter, number_parts
+from .package import PackageWriter, Segment, number_parts
 from .segments import Encoded, TensorPlan
 from .stats import Magnitudes, merged
 from .weights import runs
@@ -81,12 +82,18 @@ Tallies = dict[int, Tally]
 def write_parts(staging: Path, encoded: Iterable[Encoded], *, rank: int = 0) -> tuple[list[FileRecord], Tallies]:
     """Write what one process has encoded. Its parts have provisional names."""
     writer = PackageWriter(staging, stem=f"rank-{rank}", at_least_one=rank == 0)
+    tallies = tallied(encoded, writer.add)
+    return writer.close(), tallies
+
+
+def tallied(encoded: Iterable[Encoded], add: Callable[[Segment, bytes], object]) -> Tallies:
+    """Hand every segment and its frame to `add`. Returns what the runs add up to."""
     tallies: Tallies = {}
     for run in encoded:
         tallies.setdefault(run.index, Tally()).add(run)
         if run.segment is not None:
-            writer.add(run.segment, run.frame)
-    return writer.close(), tallies
+            add(run.segment, run.frame)
+    return tallies
 
 
 def write_manifest(
@@ -144,7 +151,7 @@ def save_tallies(path: Path, tallies: Tallies) -> None:
     ]
     largest = [tally.magnitudes.largest for tally in tallies.values()]
     arrays = {"rows": np.array(rows, np.uint64).reshape(-1, 7), "bins": np.array(bins, np.int64).reshape(-1, 3)}
-    save_file({**arrays, "largest": np.array(largest, np.float64)}, path)
+    path.write_bytes(save({**arrays, "largest": np.array(largest, np.float64)}))
 
 
 def load_tallies(path: Path) -> Tallies:
@@ -167,3 +174,38 @@ def summed(several: Iterable[Tallies]) -> Tallies:
         for index, tally in tallies.items():
             result.setdefault(index, Tally()).add(tally)
     return result
+
+
+class Spool:
+    """What one rank has encoded, kept in the folder that all of them see for the rank that writes the package."""
+
+    def __init__(self, staging: Path, rank: int) -> None:
+        self._frames, self._segments, self._tallies = (staging / f".{what}-{rank}" for what in ("frames", "segments", "tallies"))
+
+    def write(self, encoded: Iterable[Encoded]) -> Tallies:
+        """Keep frames in the order they come, without holding them in memory."""
+        rows: list[tuple[int, ...]] = []
+        with self._frames.open("wb") as file:
+            tallies = tallied(encoded, lambda segment, frame: (rows.append(segment.row), file.write(frame)))
+        self._segments.write_bytes(np.array(rows, np.int64).tobytes())
+        save_tallies(self._tallies, tallies)
+        return tallies
+
+    def move_to(self, writer: PackageWriter) -> Tallies:
+        """Hand the frames on, in the same order, and leave nothing behind.
+
+        Raises:
+            StorageError: a part of them is not there.
+        """
+        rows = np.frombuffer(self._segments.read_bytes(), np.int64).reshape(-1, len(Segment.__dataclass_fields__))
+        with self._frames.open("rb") as file:
+            for segment in map(Segment.of, rows.tolist()):
+                frame = file.read(segment.size)
+                if len(frame) != segment.size:
+                    remedy = "does the file system show all machines the same content?"
+                    raise StorageError(str(self._frames), expected=f"{segment.size} bytes more", found=str(len(frame)), remedy=remedy)
+                writer.add(segment, frame)
+        tallies = load_tallies(self._tallies)
+        for path in (self._frames, self._segments, self._tallies):
+            path.unlink()
+        return tallies

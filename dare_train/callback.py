@@ -121,10 +121,13 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         processing_class: Any = None,
         **_: Any,
     ) -> None:
-        _check_engine(model)
+        _check_engine()
         folder, ranks = self._folder(args), self._joined()
         ranks.together(lambda: sweep_folder(folder) if ranks.first else None)
         live = LiveWeights(model, source=self.source, ranks=ranks)
+        if self.evaluate and live.adapted:
+            remedy = "apply a package to the base and evaluate that"
+            raise ConfigError("evaluate", expected="a model without adapters", found="a PEFT model", remedy=remedy)
         origin = self._resumed_origin(state, live) if state.global_step else establish(live, model, folder / "base", base=self.base)
         self._snapshotter = Snapshotter(origin, self.config, live, incremental=self.incremental, source=self.source)
         folders = ranks.together(lambda: _save_companions(model, processing_class, folder) if ranks.first else "")
@@ -266,7 +269,7 @@ def _check(keep: int | None, incremental: bool, values: str, name: str) -> None:
         raise ConfigError("name", expected="the name of a folder", found=repr(name))
 
 
-def _check_engine(model: Any) -> None:
+def _check_engine() -> None:
     """Refuse an engine whose layout of weights is not known: its package would be wrong.
 
     Raises:
@@ -275,9 +278,6 @@ def _check_engine(model: Any) -> None:
     found = str(AcceleratorState().distributed_type.value)
     if found not in _ENGINES:
         raise ConfigError("DareCallback", expected=SUPPORTED, found=found, remedy="extract from the saved checkpoint instead")
-    if hasattr(model, "peft_config"):
-        remedy = "merge_and_unload() and save it, then dare-train extract"
-        raise ConfigError("DareCallback", expected=SUPPORTED, found="a PEFT adapter model", remedy=remedy)
 
 
 def _is_checkpoint_of_a_run(folder: Path) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -51,6 +52,18 @@ class Held:
     pieces: tuple[Piece, ...]
     masters: tuple[Piece, ...] | None = None
     """Those fp32 values that the optimizer works on which lie here; None where an engine keeps none beside the weights."""
+
+    def part(self, start: int, shape: tuple[int, ...]) -> Held:
+        """What is held of a contiguous run of it that goes by itself, from flat index `start` on."""
+        if start == 0 and shape == self.shape:
+            return self
+        masters = None if self.masters is None else _cut(self.masters, start, prod(shape))
+        return Held(shape, self.dtype, _cut(self.pieces, start, prod(shape)), masters)
+
+
+def _cut(pieces: Iterable[Piece], start: int, count: int) -> tuple[Piece, ...]:
+    found = (piece.within(start, start + count) for piece in pieces)
+    return tuple(Piece(piece.start - start, piece.length, piece.tensor, piece.offset) for piece in found if piece is not None)
 
 
 def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,6 +4,7 @@
     ├── ConfigError                 an argument is wrong or two arguments conflict     (exit code 2)
     ├── OutputExists                the place to write to is taken                     (exit code 2)
     ├── StorageError                the disk did not take what was written             (exit code 1)
+    ├── RankError                   another process of the job failed, or is gone      (exit code of that failure, or 1)
     └── DataError                   the data said no                                   (exit code 1)
         ├── CheckpointError         a checkpoint cannot be read
         ├── TensorMismatch          a tensor is missing, extra, or has another shape
@@ -63,6 +64,14 @@ class OutputExists(DareError, FileExistsError):
 
 class StorageError(DareError, OSError):
     pass
+
+
+class RankError(DareError):
+    """`exit_code` is that of the failure on the other rank."""
+
+    def __init__(self, name: str, *, expected: object = None, found: object = None, remedy: str = "", exit_code: int = 1) -> None:
+        super().__init__(name, expected=expected, found=found, remedy=remedy)
+        self.exit_code = exit_code
 
 
 class DataError(DareError):

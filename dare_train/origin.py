@@ -67,6 +67,7 @@ def from_disk(live: LiveWeights, where: str | os.PathLike[str], *, compare: bool
         differing = sum(live.tensors[name].numel for name in fresh)
         if differing > _MAJORITY * shared:
             return None
+    fresh |= live.trained_whole
     return _origin(str(where), checkpoint, weights, prefix, fresh, live.ranks)
 
 
@@ -89,7 +90,7 @@ def from_live(live: LiveWeights, folder: Path, companions: Mapping[str, str]) ->
             for name, text in companions.items():
                 (staging / name).write_text(text)
     checkpoint = Checkpoint.open(folder)
-    return _origin(str(folder), checkpoint, checkpoint, "", set(), ranks)
+    return _origin(str(folder), checkpoint, checkpoint, "", set(live.trained_whole), ranks)
 
 
 def _spool(live: LiveWeights, staging: Path, layout: Layout) -> None:

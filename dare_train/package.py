@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +51,11 @@ class Segment:
     @property
     def row(self) -> tuple[int, ...]:
         return self.tensor, self.start, self.length, self.kept, self.changed, self.size
+
+    @classmethod
+    def of(cls, row: Iterable[int]) -> Segment:
+        """The segment that has this `row`."""
+        return cls(**dict(zip(("tensor", "start", "length", "kept", "changed", "size"), row, strict=True)))
 
     @property
     def stop(self) -> int:
@@ -208,7 +213,7 @@ def _read_part(path: Path, manifest: Manifest) -> Iterator[tuple[Segment, memory
     table = file.read("segments", 0, file.tensors["segments"].numel).view(np.int64).reshape(-1, _COLUMNS)
     data, offset = file.bytes_of("data"), 0
     for row in table.tolist():
-        segment = Segment(**dict(zip(("tensor", "start", "length", "kept", "changed", "size"), row, strict=True)))
+        segment = Segment.of(row)
         _check_segment(segment, manifest, len(data) - offset, str(path))
         yield segment, data[offset : offset + segment.size]
         offset += segment.size

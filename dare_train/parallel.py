@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from .dtypes import Words
+from .ranks import Ranks
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -20,6 +21,11 @@ Result = TypeVar("Result")
 def thread_count() -> int:
     """Processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def thread_share(ranks: Ranks) -> int:
+    """The same for one of several ranks: those on one machine share its processors."""
+    return max(1, thread_count() // ranks.neighbours)
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None = None) -> Generator[Result, None, None]:

@@ -40,9 +40,11 @@ def open_weights(what: WeightsLike) -> Weights:
     if not isinstance(what, Mapping) and not hasattr(what, "state_dict"):
         expected = "a folder, a Hub id, a module, a state dict or a mapping of arrays"
         raise ConfigError("weights", expected=expected, found=f"a {type(what).__name__}")
+    from . import lora
     from .shards import LiveWeights
 
-    return LiveWeights(cast("Live", what))
+    live = LiveWeights(cast("Live", what))
+    return lora.Merged(live, live.updates(), live.tensors) if live.adapted else live
 
 
 def align(base: Weights, names: Collection[str], *, model: str) -> tuple[Weights, str]:

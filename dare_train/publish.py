@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from .errors import ConfigError, DareError, OutputExists, SnapshotError, StorageError
+from .errors import ConfigError, DareError, OutputExists, RankError, StorageError
 from .ranks import Ranks
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -58,16 +58,19 @@ def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True, inpu
 
 
 @contextmanager
-def shared_staging(out: Path, ranks: Ranks) -> Iterator[Path]:
-    """`staged_folder(out, overwrite=True)` that several ranks write into; the first of them makes and publishes it.
+def shared_staging(
+    out: Path, ranks: Ranks, *, overwrite: bool = True, sync: bool = True, inputs: Iterable[Path] = ()
+) -> Iterator[Path]:
+    """`staged_folder` that several ranks write into; the first of them makes and publishes it.
 
     In the block, whatever may fail on one rank goes through `ranks.together`, so that all of them leave it the same way.
 
     Raises:
-        SnapshotError: a rank does not see the folder.
+        As `staged_folder` on the first rank; RankError on the others, or where a rank does not see the folder.
     """
     with ExitStack() as stack:
-        ranks.together(lambda: _enter(stack, staged_folder(out, overwrite=True)) if ranks.first else None)
+        staged = staged_folder(out, overwrite=overwrite, sync=sync, inputs=inputs)
+        ranks.together(lambda: _enter(stack, staged) if ranks.first else None)
         ranks.together(lambda: _check_visible(partial_name(out)))
         yield partial_name(out)
         ranks.together(stack.close)
@@ -80,7 +83,7 @@ def _enter(stack: ExitStack, context: AbstractContextManager[Path]) -> None:
 def _check_visible(staging: Path) -> None:
     if not staging.is_dir():
         remedy = "put the output folder on a file system that all nodes share"
-        raise SnapshotError(str(staging), expected="the folder that rank 0 made", found="nothing there", remedy=remedy)
+        raise RankError(str(staging), expected="the folder that rank 0 made", found="nothing there", remedy=remedy)
 
 
 def partial_name(out: Path) -> Path:

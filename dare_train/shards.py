@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from . import engines
+from . import engines, lora
 from .dtypes import DTYPES, DType, Words
 from .engines import Held, Piece
 from .errors import CheckpointError, ConfigError, TensorMismatch
+from .filenames import as_in_files
+from .lowrank import LowRank
 from .ownership import Span, Spans, shares
 from .ranks import Ranks
 from .weights import TensorInfo
@@ -56,6 +58,8 @@ class LiveWeights:
     Attributes:
         tensors: dtype and whole shape by checkpoint name.
         held: [start, stop) of the elements that lie in this process, by checkpoint name.
+        adapted: whether it is a PEFT model. Then the tensors are the base model's under the adapters: see `updates`.
+        trained_whole: names of tensors that an adapter trains a copy of (`modules_to_save`), which is what is read here.
 
     Raises:
         ConfigError: a tensor's layout is not known, or it has no storage anywhere; `source` names what the engine has not.
@@ -64,11 +68,17 @@ class LiveWeights:
 
     def __init__(self, live: Live, *, label: str = "model in memory", source: Source = "weights", ranks: Ranks | None = None) -> None:
         self.label, self.ranks = label, ranks or Ranks()
-        self._module = module = live if isinstance(live, torch.nn.Module) else None
+        self._module = live if isinstance(live, torch.nn.Module) else None
+        module: Any = self._module
         if module is not None:
             engines.reshard(module)
         self._parameters = dict(checkpoint_tensors(live))
+        self.adapted, self.trained_whole = lora.is_adapted(live), frozenset[str]()
+        if self.adapted:
+            self._parameters, self.trained_whole = lora.base_tensors(live, self._parameters)
         held = engines.held(self._parameters.items(), module)
+        if module is not None:
+            held = as_in_files(module.get_base_model() if self.adapted else module, held)
         if source == "master":
             _check_masters(held)
             held = {name: _masters(name, one) for name, one in held.items()}
@@ -90,6 +100,10 @@ class LiveWeights:
     def whole(self) -> bool:
         """Whether every tensor lies in this process completely."""
         return all(self.held[name] == (((0, info.numel),) if info.numel else ()) for name, info in self.tensors.items())
+
+    def updates(self) -> dict[str, list[LowRank]]:
+        """What adapters do to the base, by tensor, copied. All ranks call it together."""
+        return lora.updates(self._module) if self.adapted else {}
 
     def read(self, name: str, start: int, count: int) -> Words:
         pieces = self._within(self._held[name].pieces, start, start + count)

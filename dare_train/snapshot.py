@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .assembly import Provenance, Work, load_tallies, save_tallies, summed, work_of, write_manifest, write_parts
-from .codec import group_length
+from .assembly import Provenance, load_tallies, save_tallies, summed, work_of, write_manifest, write_parts
+from .capture import Taken, batches, cut_groups, encode, encode_link, largest_of, link_plan, merged, received, take_run
 from .config import DareConfig
-from .dtypes import Words, to_float
+from .dtypes import Words
 from .errors import SnapshotError
 from .extract import carry_files
-from .fingerprint import Fingerprint
 from .kernels import cpu
+from .lowrank import LowRank
 from .manifest import FileRecord
-from .masks import Mask
 from .origin import Origin, establish, recall
 from .package import DeltaPackage
 from .parallel import ordered_map, thread_count
@@ -31,7 +30,7 @@ from .plan import plan_tensors
 from .publish import shared_staging
 from .ranks import Ranks
 from .resolve import Resolver, open_chain
-from .segments import Encoded, TensorPlan, encode_delta, encode_whole, receiver_words
+from .segments import Encoded, TensorPlan
 from .shards import Live, LiveWeights, Source
 from .stats import Magnitudes
 from .weights import Weights
@@ -52,22 +51,14 @@ class Snapshot:
     """|δ| by tensor; on the first rank only."""
 
 
-@dataclass(frozen=True)
-class _Taken:
-    """Kept words of one run, copied out of the live model."""
-
-    plan: TensorPlan
-    start: int
-    length: int
-    words: Words
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Job:
     """A snapshot to be written behind training."""
 
     plans: list[TensorPlan]
-    taken: list[_Taken]
+    taken: list[Taken]
+    updates: Mapping[str, list[LowRank]]
+    """What adapters did to the base, by tensor."""
     failure: Exception | None
     """What went wrong while copying; the ranks hear of it when they meet."""
     out: Path
@@ -76,10 +67,17 @@ class _Job:
     files: Path | None
     keep: tuple[int, Path] | None
 
-    def checked(self) -> list[_Taken]:
+    def completed(self, base: Weights) -> Iterator[Taken]:
+        """The runs with all their words: adapters are merged into the base now, behind training.
+
+        Raises:
+            Whatever failed when they were copied.
+        """
         if self.failure is not None:
             raise self.failure
-        return self.taken
+        for run in self.taken:
+            updates = self.updates.get(run.plan.name) if run.plan.kind != "base" else None
+            yield run if updates is None else replace(run, words=merged(base, run, updates))
 
 
 class Snapshotter:
@@ -187,21 +185,21 @@ class Snapshotter:
         """
         began = time.perf_counter()
         before = self.wait()
-        plans, taken, failure = self._plans, [], None
+        plans, taken, updates, failure = self._plans, [], {}, None
         try:
             live = LiveWeights(model, source=self._source)
-            plans = self._plan(live)
-            taken = self._copy(live, plans)
+            plans, updates = self._plan(live), live.updates()
+            taken = self._copy(live, plans, updates)
         except Exception as error:  # noqa: BLE001 - raised on all ranks, when they meet
             failure = error
         waited = time.perf_counter() - began
-        job = _Job(plans=plans, taken=taken, failure=failure, out=out, step=step, waited=waited, files=files, keep=keep)
+        job = _Job(plans=plans, taken=taken, updates=updates, failure=failure, out=out, step=step, waited=waited, files=files, keep=keep)
         self._pending = self._writer.submit(self._write, job)
         return before
 
-    def _copy(self, live: LiveWeights, plans: list[TensorPlan]) -> list[_Taken]:
-        batches = _batches(list(work_of(plans, self._owned)), thread_count())
-        copied = ordered_map(lambda batch: [_take(live, *work, self._positions) for work in batch], batches)
+    def _copy(self, live: LiveWeights, plans: list[TensorPlan], later: Collection[str]) -> list[Taken]:
+        shares = batches(list(work_of(plans, self._owned)), thread_count())
+        copied = ordered_map(lambda batch: [take_run(live, *work, self._positions, later) for work in batch], shares)
         return [run for batch in copied for run in batch]
 
     def finished(self) -> Snapshot | None:
@@ -235,11 +233,11 @@ class Snapshotter:
         plans, base = self._plan(live), self.origin.weights
         groups: dict[int, dict[int, float]] = {}
         if not live.whole:
-            every = (_take(live, *work, {}) for work in work_of(plans, live.held))
-            groups = _largest(self.ranks.together(lambda: _cut_groups(base, every)))
+            every = (take_run(live, *work, {}) for work in work_of(plans, live.held))
+            groups = largest_of(self.ranks.together(lambda: cut_groups(base, every)))
         for plan, start, count in work_of([plan for plan in plans if plan.kind != "whole"], live.held):
-            run = _take(live, plan, start, count, {})
-            yield plan.name, start, _received(base, replace(run, plan=replace(plan, cut_groups=groups.get(plan.index, {}))))
+            run = take_run(live, plan, start, count, {})
+            yield plan.name, start, received(base, replace(run, plan=replace(plan, cut_groups=groups.get(plan.index, {}))))
 
     # On the worker thread.
 
@@ -247,8 +245,8 @@ class Snapshotter:
         line = self._line
         magnitudes: dict[str, Magnitudes] = {}
         with shared_staging(job.out, line) as staging:
-            groups = line.together(lambda: _cut_groups(self.origin.weights, job.checked()) if line.world > 1 else [])
-            shares = line.together(lambda: self._write_part(staging, job, _largest(groups)))
+            groups = line.together(lambda: cut_groups(self.origin.weights, job.completed(self.origin.weights)) if line.world > 1 else [])
+            shares = line.together(lambda: self._write_part(staging, job, largest_of(groups)))
             line.together(lambda: magnitudes.update(self._complete(staging, job, shares)) if line.first else None)
         if self.incremental:
             self.chain.append(job.out)
@@ -259,8 +257,9 @@ class Snapshotter:
 
     def _write_part(self, staging: Path, job: _Job, groups: Mapping[int, Mapping[int, float]]) -> tuple[float, list[dict[str, object]]]:
         """What this rank holds of the package. Returns the seconds it waited and records of the files that it wrote."""
-        taken = [replace(run, plan=replace(run.plan, cut_groups=groups.get(run.plan.index, {}))) for run in job.taken]
-        encoded = self._links(taken) if self._continues else (_encode(self.origin.weights, run) for run in taken)
+        completed = job.completed(self.origin.weights)
+        taken = (replace(run, plan=replace(run.plan, cut_groups=groups.get(run.plan.index, {}))) for run in completed)
+        encoded = self._links(taken) if self._continues else (encode(self.origin.weights, run) for run in taken)
         parts, tallies = write_parts(staging, encoded, rank=self._line.rank)
         save_tallies(_tallies_of(staging, self._line.rank), tallies)
         return job.waited, [vars(part) for part in parts]
@@ -272,7 +271,7 @@ class Snapshotter:
         for file in files:
             file.unlink()
         carried = carry_files(self.origin.checkpoint.folder, job.files, staging)
-        plans = [_link_plan(plan) for plan in job.plans] if self._continues else job.plans
+        plans = [link_plan(plan) for plan in job.plans] if self._continues else job.plans
         parts = [FileRecord(**record) for _, records in shares for record in records]
         return write_manifest(staging, plans, tallies, parts, self._provenance(job.plans), carried)
 
@@ -287,103 +286,16 @@ class Snapshotter:
             return Provenance(**{**common, "prefix": ""}, base_only=(), continues="package", rescale="carried")  # type: ignore[arg-type]
         return Provenance(**common, base_only=absent)  # type: ignore[arg-type]
 
-    def _links(self, taken: list[_Taken]) -> Iterator[Encoded]:
+    def _links(self, taken: Iterable[Taken]) -> Iterator[Encoded]:
         """Runs of a package that leads from the chain's last result to the one a package on the base would give."""
         resolver = Resolver(self.origin.checkpoint, open_chain(self.chain, None), cast_base=True)
         for run in taken:
             before = resolver.resolve(run.plan.name, run.start, run.length)
-            yield _encode_link(_link_plan(run.plan), run, before, _received(self.origin.weights, run))
+            yield encode_link(link_plan(run.plan), run, before, received(self.origin.weights, run))
 
 
 def _tallies_of(staging: Path, rank: int) -> Path:
     return staging / f".tallies-{rank}"
-
-
-def _cut_groups(base: Weights, taken: Iterable[_Taken]) -> list[tuple[int, int, float]]:
-    """(plan, number, largest |δ| here) of each scale group at the border of what this rank holds."""
-    found = []
-    for run in taken:
-        plan, start = run.plan, run.start
-        if plan.kind != "delta" or plan.values in ("exact", "rounded") or start >= plan.base_numel:
-            continue
-        size = group_length(plan.mask.threshold)
-        cut = {edge // size for edge in (start, start + run.length) if edge % size}
-        if cut:
-            positions = plan.positions(start, run.length)
-            own = cpu.take(base.read(plan.name, start, run.length), positions)
-            delta = np.abs(to_float(run.words, plan.info.dtype) - to_float(own, plan.info.dtype)).astype(np.float32)
-            numbers = (start + positions) // size
-            found += [(plan.index, number, float(delta[numbers == number].max(initial=0.0))) for number in sorted(cut)]
-    return found
-
-
-def _largest(groups: list[list[tuple[int, int, float]]]) -> dict[int, dict[int, float]]:
-    """The largest |δ| by plan and number, of what all ranks found."""
-    largest: dict[int, dict[int, float]] = {}
-    for index, number, size in (group for told in groups for group in told):
-        known = largest.setdefault(index, {})
-        known[number] = max(size, known.get(number, 0.0))
-    return largest
-
-
-def _batches(work: list[Work], count: int) -> list[list[Work]]:
-    """The same work in `count` lists of about as many elements."""
-    batches: list[list[Work]] = [[] for _ in range(count)]
-    total, filled = sum(size for _, _, size in work), 0
-    for item in work:
-        batches[min(filled * count // max(total, 1), count - 1)].append(item)
-        filled += item[2]
-    return batches
-
-
-def _take(live: Weights, plan: TensorPlan, start: int, count: int, known: Mapping[tuple[str, int], NDArray[np.int32]]) -> _Taken:
-    if plan.kind == "base":
-        return _Taken(plan, start, count, np.empty(0, plan.info.dtype.word))
-    words = live.read(plan.name, start, count)
-    if plan.kind != "delta" or start >= plan.base_numel:
-        return _Taken(plan, start, count, words.copy())
-    positions = known.get((plan.name, start))
-    return _Taken(plan, start, count, cpu.take(words, plan.positions(start, count) if positions is None else positions))
-
-
-def _encode(base: Weights, run: _Taken) -> Encoded:
-    plan, start = run.plan, run.start
-    words = base.read(plan.name, start, run.length) if plan.in_base and start < plan.base_numel else None
-    if words is not None and plan.kind == "delta":
-        return encode_delta(plan, start, words, plan.positions(start, run.length), run.words)
-    print_ = Fingerprint.of(words, start) if words is not None else Fingerprint()
-    if plan.kind == "base":
-        return Encoded(index=plan.index, base=print_, result=print_)
-    return replace(encode_whole(plan, start, run.words), base=print_)
-
-
-def _received(base: Weights, run: _Taken) -> Words:
-    """All words of a run as a package on the base would give them."""
-    plan, start = run.plan, run.start
-    if plan.kind == "whole" or start >= plan.base_numel:
-        return run.words
-    words = np.array(base.read(plan.name, start, run.length))
-    if plan.kind == "delta":
-        positions = plan.positions(start, run.length)
-        words[positions] = receiver_words(plan, start, words.size, positions, words[positions], run.words)
-    return words
-
-
-def _link_plan(plan: TensorPlan) -> TensorPlan:
-    """The plan of the same tensor in a package that continues another: values are exact and rescaled already."""
-    if plan.base_rows is not None:  # rows that are dropped and rows that are not: leave it to the bitmap of changes
-        return replace(plan, base_rows=None, mask=Mask(kind="all", key=plan.mask.key), p=0.0, values="exact", factor=1.0)
-    return replace(plan, in_base=True, values="exact", factor=1.0)
-
-
-def _encode_link(plan: TensorPlan, run: _Taken, before: Words, after: Words) -> Encoded:
-    if plan.kind == "delta":
-        positions = plan.positions(run.start, run.length)
-        return encode_delta(plan, run.start, before, positions, after[positions])
-    print_ = Fingerprint.of(before, run.start)
-    if plan.kind == "base":
-        return Encoded(index=plan.index, base=print_, result=print_)
-    return replace(encode_whole(plan, run.start, after), base=print_)
 
 
 def _forget_old(count: int, folder: Path) -> None:

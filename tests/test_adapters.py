@@ -208,12 +208,12 @@ def test_an_adapter_of_the_encoder_fits_a_task_model(bases: Bases, tmp_path: Pat
     assert all(torch.equal(result[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_head_that_the_base_has_is_a_delta(bases: Bases, tmp_path: Path) -> None:
+def test_a_head_that_the_base_has_too_travels_whole(bases: Bases, tmp_path: Path) -> None:
     base = bases.classifier()
     adapt(load(base), tmp_path / "adapter", target_modules=["query"], task_type="SEQ_CLS")
     package = extract(base, tmp_path / "adapter", tmp_path / "package", p=0)
-    assert package.records["classifier.weight"].kind == "delta"
-    assert seen(base, tmp_path / "adapter").whole == frozenset()
+    assert package.records["classifier.weight"].kind == "whole"
+    assert seen(base, tmp_path / "adapter").whole == {"classifier.weight", "classifier.bias"}
 
 
 def test_a_head_of_another_shape_travels_whole(bases: Bases, tmp_path: Path) -> None:
