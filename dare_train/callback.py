@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -24,11 +25,14 @@ from .package import DeltaPackage
 from .publish import COMPANIONS, sweep_folder
 from .ranks import Ranks
 from .shards import LiveWeights, Source
-from .snapshot import Snapshot, Snapshotter, step_folders
+from .snapshot import Order, Snapshot, Snapshotter, step_folders, take_together
 
 When = Union[str, int]
 _EVENTS = ("save", "epoch", "end")
 _STATE = "dare_train"
+_in_training: WeakKeyDictionary[torch.nn.Module, list[DareCallback]] = WeakKeyDictionary()
+"""The callbacks of each run that is going on, in the order in which the Trainer calls them."""
+
 _ENGINES = {"NO", "DEEPSPEED", "FSDP", *(f"MULTI_{kind}" for kind in ("CPU", "GPU", "NPU", "MLU", "SDAA", "MUSA", "XPU", "HPU"))}
 """accelerate's names of what is known. Each process is one rank; the weights of `MULTI_*` are whole on each."""
 
@@ -98,7 +102,9 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         self._ranks: Ranks | None = None
         self._at_init: Origin | None = None
         self._snapshotter: Snapshotter | None = None
-        self._last_step = -1
+        self._args: TrainingArguments | None = None
+        self._last_taken: int | str = -1
+        """Step of the last snapshot, or "end"."""
 
     @property
     def package(self) -> DeltaPackage | None:
@@ -135,12 +141,15 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         if self.incremental:
             self._snapshotter.chain = [path for path in step_folders(folder) if state.global_step and _step_of(path) <= state.global_step]
         self._remember(state, origin)
+        self._last_taken = -1
+        self._args = args
+        _in_training[model] = [one for one in _in_training.get(model, []) if one._args is args and one is not self] + [self]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         if self._snapshotter is not None:
             self._collect(self._snapshotter.finished())
-        if self.every is not None and state.global_step % self.every == 0:
-            self._snapshot(args, state, model)
+        if self._is_due("step", state):
+            self._snapshot("step", args, state, model)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         if self.evaluate and self._snapshotter is not None:
@@ -148,16 +157,17 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         if "save" in self.events:
-            self._snapshot(args, state, model)
+            self._snapshot("save", args, state, model)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         if "epoch" in self.events:
-            self._snapshot(args, state, model)
+            self._snapshot("epoch", args, state, model)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         assert self._snapshotter is not None, "train end without train begin"
         if "end" in self.events:
-            self._take(self._folder(args) / "final", args, state, model)
+            self._snapshot("end", args, state, model)
+        _in_training[model].remove(self)
         self._collect(self._snapshotter.wait())
         self._snapshotter.close()
         if self._joined().first:
@@ -191,17 +201,25 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     def _folder(self, args: TrainingArguments) -> Path:
         return Path(args.output_dir) / self.name
 
-    def _snapshot(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
-        """At most one package for a step, whichever events meet there."""
-        if state.global_step != self._last_step:
-            self._last_step = state.global_step
-            self._take(self._folder(args) / f"step-{state.global_step}", args, state, model)
+    def _snapshot(self, event: str, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        """At most one package for a step, whichever events meet there; and together with all callbacks that the event makes take one."""
+        taken = "end" if event == "end" else state.global_step
+        due = [one for one in _in_training[model] if one.source == self.source and one._is_due(event, state) and one._last_taken != taken]
+        if self in due:
+            before = take_together([one._order(event, args, state) for one in due], model, step=state.global_step)
+            for one, snapshot in zip(due, before, strict=True):
+                one._last_taken = taken
+                one._collect(snapshot)
 
-    def _take(self, out: Path, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+    def _is_due(self, event: str, state: TrainerState) -> bool:
+        return event in self.events or (event == "step" and self.every is not None and state.global_step % self.every == 0)
+
+    def _order(self, event: str, args: TrainingArguments, state: TrainerState) -> Order:
         assert self._snapshotter is not None, "snapshot before train begin"
-        keep = (self.keep, self._folder(args)) if self.keep is not None else None
-        before = self._snapshotter.take(model, out, step=state.global_step, files=self._companions, keep=keep)
-        self._collect(before)
+        folder = self._folder(args)
+        keep = (self.keep, folder) if self.keep is not None else None
+        out = folder / ("final" if event == "end" else f"step-{state.global_step}")
+        return Order(snapshotter=self._snapshotter, out=out, files=self._companions, keep=keep)
 
     def _collect(self, snapshot: Snapshot | None) -> None:
         if snapshot is not None:

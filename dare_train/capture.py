@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .assembly import Work
 from .codec import group_length
 from .dtypes import Words, to_float
 from .fingerprint import Fingerprint
 from .kernels import cpu
-from .lowrank import LowRank, merged_words
+from .lowrank import LowRank, Readable, merged_words
 from .masks import Mask
 from .segments import Encoded, TensorPlan, encode_delta, encode_whole, receiver_words
 from .weights import Weights
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,36 @@ def largest_of(groups: list[list[tuple[int, int, float]]]) -> dict[int, dict[int
     return sizes
 
 
-def batches(work: list[Work], count: int) -> list[list[Work]]:
-    """The same work in `count` lists of about as many elements."""
-    batches: list[list[Work]] = [[] for _ in range(count)]
-    total, filled = sum(size for _, _, size in work), 0
+def batches(work: list[Item], count: int, *, size: Callable[[Item], int]) -> list[list[Item]]:
+    """The same work, in order, in `count` lists of about the same size."""
+    found: list[list[Item]] = [[] for _ in range(count)]
+    total, filled = sum(map(size, work)), 0
     for item in work:
-        batches[min(filled * count // max(total, 1), count - 1)].append(item)
-        filled += item[2]
-    return batches
+        found[min(filled * count // max(total, 1), count - 1)].append(item)
+        filled += size(item)
+    return found
+
+
+class LastRead:
+    """Reads from weights, and has at hand what it read last."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._last: tuple[tuple[str, int, int], Words] | None = None
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        if self._last is None or self._last[0] != (name, start, count):
+            self._last = (name, start, count), self._weights.read(name, start, count)
+        return self._last[1]
 
 
 def take_run(
-    live: Weights, plan: TensorPlan, start: int, count: int, known: Mapping[tuple[str, int], NDArray[np.int32]], later: Collection[str] = ()
+    live: Readable,
+    plan: TensorPlan,
+    start: int,
+    count: int,
+    known: Mapping[tuple[str, int], NDArray[np.int32]],
+    later: Collection[str] = (),
 ) -> Taken:
     """Copy of a run what its package will need. `known` are positions of kept elements that were worked out before; tensors
     in `later` have adapters merged into them when they are encoded."""

@@ -132,12 +132,13 @@ def recall(record: Mapping[str, Any], live: LiveWeights) -> Origin:
         BaseMismatch: it is gone, or no longer what it was.
     """
     remedy = "put it back where it was, or pass base= to the callback"
+    opened: list[tuple[Checkpoint, Weights, str]] = []
     try:
-        checkpoint = Checkpoint.open(record["folder"])
+        live.ranks.together(lambda: opened.append(_open(live, record["folder"])))
     except CheckpointError as error:
         raise BaseMismatch("base of the resumed run", expected=record["folder"], found=str(error.found), remedy=remedy) from error
-    aligned, prefix = align(checkpoint, live.tensors.keys(), model=live.label)
-    origin = _origin(record["name"], checkpoint, cast_to(aligned, live.tensors), prefix, set(record["fresh"]), live.ranks)
+    [(checkpoint, weights, prefix)] = opened
+    origin = _origin(record["name"], checkpoint, weights, prefix, set(record["fresh"]), live.ranks)
     if origin.fingerprint != record["fingerprint"]:
         expected = f"fingerprint {record['fingerprint'][:12]}…, as at the start of the run"
         raise BaseMismatch(

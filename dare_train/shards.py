@@ -91,7 +91,7 @@ class LiveWeights:
         """What each rank speaks for of each tensor; over all ranks, each element once. All ranks ask for it together."""
         return shares(self.tensors, self.held, self.ranks)
 
-    @property
+    @cached_property
     def owned(self) -> Spans:
         """[start, stop) of the elements that this process speaks for."""
         return {name: spans[self.ranks.rank] for name, spans in self.shares.items()}

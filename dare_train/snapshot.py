@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .assembly import Provenance, load_tallies, save_tallies, summed, work_of, write_manifest, write_parts
-from .capture import Taken, batches, cut_groups, encode, encode_link, largest_of, link_plan, merged, received, take_run
+from .assembly import Provenance, Work, load_tallies, save_tallies, summed, work_of, write_manifest, write_parts
+from .capture import LastRead, Taken, batches, cut_groups, encode, encode_link, largest_of, link_plan, merged, received, take_run
 from .config import DareConfig
 from .dtypes import Words
 from .errors import SnapshotError
@@ -61,11 +61,9 @@ class _Job:
     """What adapters did to the base, by tensor."""
     failure: Exception | None
     """What went wrong while copying; the ranks hear of it when they meet."""
-    out: Path
+    order: Order
     step: int
     waited: float
-    files: Path | None
-    keep: tuple[int, Path] | None
 
     def completed(self, base: Weights) -> Iterator[Taken]:
         """The runs with all their words: adapters are merged into the base now, behind training.
@@ -183,24 +181,10 @@ class Snapshotter:
         Raises:
             SnapshotError: the snapshot before this one failed.
         """
-        began = time.perf_counter()
-        before = self.wait()
-        plans, taken, updates, failure = self._plans, [], {}, None
-        try:
-            live = LiveWeights(model, source=self._source)
-            plans, updates = self._plan(live), live.updates()
-            taken = self._copy(live, plans, updates)
-        except Exception as error:  # noqa: BLE001 - raised on all ranks, when they meet
-            failure = error
-        waited = time.perf_counter() - began
-        job = _Job(plans=plans, taken=taken, updates=updates, failure=failure, out=out, step=step, waited=waited, files=files, keep=keep)
-        self._pending = self._writer.submit(self._write, job)
-        return before
+        return take_together([Order(snapshotter=self, out=out, files=files, keep=keep)], model, step=step)[0]
 
-    def _copy(self, live: LiveWeights, plans: list[TensorPlan], later: Collection[str]) -> list[Taken]:
-        shares = batches(list(work_of(plans, self._owned)), thread_count())
-        copied = ordered_map(lambda batch: [take_run(live, *work, self._positions, later) for work in batch], shares)
-        return [run for batch in copied for run in batch]
+    def _submit(self, job: _Job) -> None:
+        self._pending = self._writer.submit(self._write, job)
 
     def finished(self) -> Snapshot | None:
         """The snapshot that was completed since the last call, if any: on all ranks at the same call.
@@ -244,16 +228,16 @@ class Snapshotter:
     def _write(self, job: _Job) -> Snapshot:
         line = self._line
         magnitudes: dict[str, Magnitudes] = {}
-        with shared_staging(job.out, line) as staging:
+        with shared_staging(job.order.out, line) as staging:
             groups = line.together(lambda: cut_groups(self.origin.weights, job.completed(self.origin.weights)) if line.world > 1 else [])
             shares = line.together(lambda: self._write_part(staging, job, largest_of(groups)))
             line.together(lambda: magnitudes.update(self._complete(staging, job, shares)) if line.first else None)
         if self.incremental:
-            self.chain.append(job.out)
-        if job.keep is not None and line.first:
-            _forget_old(*job.keep)
+            self.chain.append(job.order.out)
+        if job.order.keep is not None and line.first:
+            _forget_old(*job.order.keep)
         waited = max(seconds for seconds, _ in shares)
-        return Snapshot(package=DeltaPackage.open(job.out), step=job.step, waited=waited, magnitudes=magnitudes)
+        return Snapshot(package=DeltaPackage.open(job.order.out), step=job.step, waited=waited, magnitudes=magnitudes)
 
     def _write_part(self, staging: Path, job: _Job, groups: Mapping[int, Mapping[int, float]]) -> tuple[float, list[dict[str, object]]]:
         """What this rank holds of the package. Returns the seconds it waited and records of the files that it wrote."""
@@ -270,7 +254,7 @@ class Snapshotter:
         tallies = summed(load_tallies(file) for file in files)
         for file in files:
             file.unlink()
-        carried = carry_files(self.origin.checkpoint.folder, job.files, staging)
+        carried = carry_files(self.origin.checkpoint.folder, job.order.files, staging)
         plans = [link_plan(plan) for plan in job.plans] if self._continues else job.plans
         parts = [FileRecord(**record) for _, records in shares for record in records]
         return write_manifest(staging, plans, tallies, parts, self._provenance(job.plans), carried)
@@ -292,6 +276,62 @@ class Snapshotter:
         for run in taken:
             before = resolver.resolve(run.plan.name, run.start, run.length)
             yield encode_link(link_plan(run.plan), run, before, received(self.origin.weights, run))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """One of several snapshots that are taken together: see `Snapshotter.take`."""
+
+    snapshotter: Snapshotter
+    out: Path
+    files: Path | None = None
+    keep: tuple[int, Path] | None = None
+
+
+def take_together(orders: Sequence[Order], model: Live, *, step: int) -> list[Snapshot | None]:
+    """`Snapshotter.take` for several packages of one model in one pass over its weights.
+
+    Returns:
+        For each of them, the snapshot before this one, if it had not been collected. Each waited for its share of the time.
+
+    Raises:
+        SnapshotError: the snapshot before this one failed.
+    """
+    began = time.perf_counter()
+    takers = [order.snapshotter for order in orders]
+    before = [taker.wait() for taker in takers]
+    plans = [taker._plans for taker in takers]
+    taken: list[list[Taken]] = [[] for _ in takers]
+    updates: dict[str, list[LowRank]] = {}
+    failure: Exception | None = None
+    try:
+        live = LiveWeights(model, source=takers[0]._source)
+        plans, updates = [taker._plan(live) for taker in takers], live.updates()
+        taken = _copied(live, takers, plans, updates)
+    except Exception as error:  # noqa: BLE001 - raised on all ranks, when they meet
+        failure = error
+    waited = (time.perf_counter() - began) / len(orders)
+    for order, its_plans, runs in zip(orders, plans, taken, strict=True):
+        job = _Job(plans=its_plans, taken=runs, updates=updates, failure=failure, order=order, step=step, waited=waited)
+        order.snapshotter._submit(job)
+    return before
+
+
+def _copied(live: LiveWeights, takers: list[Snapshotter], plans: list[list[TensorPlan]], later: Collection[str]) -> list[list[Taken]]:
+    """The runs of each; those of the same place are copied one after another, while it is in the processor's cache."""
+    everything = [(number, work) for number, taker in enumerate(takers) for work in work_of(plans[number], taker._owned)]
+    everything.sort(key=lambda item: (item[1][0].name, item[1][1]))
+    shares = batches(everything, thread_count(), size=lambda item: item[1][2])
+
+    def copy(share: list[tuple[int, Work]]) -> list[tuple[int, Taken]]:
+        once = LastRead(live)
+        return [(number, take_run(once, *work, takers[number]._positions, later)) for number, work in share]
+
+    copied: list[list[Taken]] = [[] for _ in takers]
+    for share in ordered_map(copy, shares):
+        for number, run in share:
+            copied[number].append(run)
+    return copied
 
 
 def _tallies_of(staging: Path, rank: int) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +40,18 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
         return path
 
     return make
+
+
+@pytest.fixture
+def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """wandb offline, in a folder of the test's own; its service reads the environment once, so it is stopped afterwards."""
+    import wandb
+
+    wandb.teardown()
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):
+        (tmp_path / "wandb").mkdir(exist_ok=True)
+        monkeypatch.setenv(name, str(tmp_path / "wandb"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    yield tmp_path / "wandb"
+    wandb.teardown()

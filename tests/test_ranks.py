@@ -19,7 +19,7 @@ from training import classifier, save_base
 
 from dare_train import DareCallback, DareConfig, DeltaPackage, ownership, snapshot
 from dare_train.dtypes import DTYPES
-from dare_train.errors import ConfigError, SnapshotError
+from dare_train.errors import ConfigError, RankError, SnapshotError
 from dare_train.origin import from_live
 from dare_train.ownership import shares
 from dare_train.ranks import Ranks
@@ -102,7 +102,7 @@ def talk(rank: int) -> tuple[list[Any], list[str], str]:
     together = ranks.together(lambda: f"did {rank}")
     try:
         ranks.together(lambda: 1 // (rank - 1))
-    except (SnapshotError, ZeroDivisionError) as error:
+    except (RankError, ZeroDivisionError) as error:
         return gathered, together, f"{type(error).__name__}: {error}"
     return gathered, together, "nothing"
 
@@ -114,9 +114,9 @@ def test_ranks_hear_of_each_other_and_of_failures() -> None:
     assert told[1] == ["did 0", "did 1", "did 2"]
     failed = "rank 1 failed: ZeroDivisionError: integer division or modulo by zero"
     assert [rank[2].split(": ", 1) for rank in found] == [
-        ["SnapshotError", failed],
+        ["RankError", failed],
         ["ZeroDivisionError", "integer division or modulo by zero"],
-        ["SnapshotError", failed],
+        ["RankError", failed],
     ]
 
 
@@ -126,7 +126,7 @@ def gone(rank: int) -> str:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     began = time.monotonic()
-    with pytest.raises(SnapshotError, match=r"rank 0: expected answers of 2 ranks, found .*; see the logs of the other ranks"):
+    with pytest.raises(RankError, match=r"rank 0: expected answers of 2 ranks, found .*; see the logs of the other ranks"):
         ranks.gather(1)
     assert time.monotonic() - began < 10
     return "told"

@@ -40,6 +40,8 @@ def records(path: Path) -> Iterator[Record]:
 
 
 def offline_run(folder: Path) -> list[Record]:
+    """What was logged, once wandb's service has written all of it and is gone: `finish` does not wait for that."""
+    wandb.teardown()
     files = list(folder.rglob("*.wandb"))
     assert len(files) == 1
     return list(records(files[0]))
@@ -53,19 +55,6 @@ def history(found: list[Record]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """wandb offline, in a folder of the test's own; its service reads the environment once, so it is stopped afterwards."""
-    wandb.teardown()
-    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):
-        (tmp_path / "wandb").mkdir(exist_ok=True)
-        monkeypatch.setenv(name, str(tmp_path / "wandb"))
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    yield tmp_path / "wandb"
-    wandb.teardown()
-
-
-@pytest.fixture
 def base(tmp_path: Path) -> Path:
     return save_base(tmp_path / "base")
 
@@ -74,7 +63,6 @@ def test_the_trainers_run_gets_figures_histograms_metrics_and_artifacts(base: Pa
     options: dict[str, Any] = dict(report_to=["wandb"], eval_strategy="steps", eval_steps=2)
     callback = DareCallback(p=0.5, seed=4, evaluate=True)
     train(classifier(base), tmp_path / "out", callback, **options)
-    wandb.finish()
     found = offline_run(quiet)
     logged = [row for row in history(found) if "dare/package_bytes" in row]
     assert [row["train/global_step"] for row in logged] == [2, 4, 4]
