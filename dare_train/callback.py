@@ -168,8 +168,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         if "end" in self.events:
             self._snapshot("end", args, state, model)
         _in_training[model].remove(self)
-        self._collect(self._snapshotter.wait())
-        self._snapshotter.close()
+        self._collect(self._snapshotter.close())
         if self._joined().first:
             shutil.rmtree(self._companions)
 

@@ -13,6 +13,7 @@ import numpy as np
 from .checkpoint import SINGLE, Checkpoint, CheckpointWriter, Layout, locate
 from .codec import SEGMENT
 from .errors import BaseMismatch, CheckpointError, TensorMismatch
+from .filenames import unwrapped
 from .fingerprint import Fingerprint, model_fingerprint
 from .parallel import ordered_map
 from .plan import align, cast_to
@@ -117,11 +118,12 @@ def establish(live: LiveWeights, model: Any, folder: Path, *, base: str | os.Pat
 
 def loaded_from(model: Any) -> str | None:
     """The path or Hub id that a model was given to `from_pretrained`, if it says so."""
+    model = unwrapped(model)
     return getattr(getattr(model, "config", None), "name_or_path", None) or getattr(model, "name_or_path", None) or None
 
 
 def _configuration(model: Any) -> dict[str, str]:
-    config = getattr(model, "config", None)
+    config = getattr(unwrapped(model), "config", None)
     return {"config.json": config.to_json_string(use_diff=False)} if config is not None else {}
 
 

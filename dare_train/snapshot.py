@@ -46,7 +46,8 @@ class Snapshot:
     package: DeltaPackage
     step: int
     waited: float
-    """Seconds for which training stood still: on the rank that took longest."""
+    """Seconds for which training stood still: on the rank that took longest. While a package is being written, `finished` asks
+    the other ranks at each step, which takes milliseconds more that are not counted here."""
     magnitudes: dict[str, Magnitudes]
     """|δ| by tensor; on the first rank only."""
 
@@ -206,11 +207,13 @@ class Snapshotter:
         except Exception as error:
             raise SnapshotError(f"snapshot: {error}", remedy="packages and checkpoints written before it are intact") from error
 
-    def close(self) -> None:
-        """Wait for whatever is still being done; its failure surfaces here at the latest."""
+    def close(self) -> Snapshot | None:
+        """Wait for whatever is still being done; its failure surfaces here at the latest. Returns the last snapshot, unless it was
+        collected before."""
         self._writer.shutdown(wait=True)
-        self.wait()
+        last = self.wait()
         self._prepared.result()
+        return last
 
     def preview(self, live: LiveWeights) -> Iterator[tuple[str, int, Words]]:
         """(name, flat start, words) of the runs of deltas as a receiver gets them, as far as this process holds them."""

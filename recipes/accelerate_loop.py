@@ -1,7 +1,7 @@
 """Delta packages from a training loop of one's own, with accelerate: on one process, or on many.
 
     python recipes/accelerate_loop.py
-    torchrun --nproc-per-node 2 recipes/accelerate_loop.py    # on GPUs or without
+    torchrun --nproc-per-node 2 recipes/accelerate_loop.py    # CPUs will do
     accelerate launch recipes/accelerate_loop.py              # on what `accelerate config` says
 
 A tiny model learns to count, so that nothing is downloaded; `--model` takes any causal language model instead. `--resume` goes on
@@ -56,8 +56,7 @@ def main() -> None:
             accelerator.print(f"step {step}: loss {loss.item():.3f}")
             snapshots.append(snapshotter.take(model, options.out / f"dare/step-{step}", step=step))  # the one before, or None
             save(accelerator, checkpoint, step, snapshotter.record)
-    snapshots.append(snapshotter.wait())
-    snapshotter.close()
+    snapshots.append(snapshotter.close())
 
     if accelerator.is_main_process:
         report([snapshot for snapshot in snapshots if snapshot is not None], base, options.out / "received")

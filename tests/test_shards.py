@@ -15,6 +15,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from training import classifier, save_base
 from transformers import TrainerCallback
 
+from dare_train import DareConfig, DeltaPackage, Snapshotter
+from dare_train.errors import ConfigError
 from dare_train.ranks import Ranks
 from dare_train.shards import LiveWeights
 
@@ -112,3 +114,35 @@ def test_meshes_that_cut_otherwise_are_refused(shape: tuple[int, ...], placement
         assert outcome.error == "ConfigError"
         assert "weight: expected plain modules, DDP, FSDP1" in outcome.message
         assert "on a mesh of shape" in outcome.message
+
+
+def begun(rank: int, folder: Path) -> str:
+    with pytest.raises(ConfigError, match="WORLD_SIZE: expected 2 processes that work together, found each of them for itself"):
+        Snapshotter.begin(torch.nn.Linear(2, 2), folder, DareConfig(p=0.5))
+    return "refused"
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path: Path) -> None:
+    assert run_ranks(begun, 2, tmp_path) == ["refused", "refused"]
+
+
+def looped(rank: int, base: Path, folder: Path) -> list[str]:
+    dist.init_process_group("gloo")
+    model = torch.nn.parallel.DistributedDataParallel(classifier(base))
+    snapshotter = Snapshotter.begin(model, folder, DareConfig(p=0.5))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    snapshotter.take(model, folder / "one", step=1)
+    last = snapshotter.close()
+    assert last is not None
+    return [last.package.manifest.base_model, last.package.manifest.result, snapshotter.record["folder"]]
+
+
+def test_a_loop_of_ones_own_finds_the_base_through_wrappers(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    first, second = run_ranks(looped, 2, base, tmp_path / "packages")
+    assert first == second
+    assert first[0] == first[2] == str(base)
+    assert not (tmp_path / "packages/base").exists()
+    DeltaPackage.open(tmp_path / "packages/one").verify(base)

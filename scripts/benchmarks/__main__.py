@@ -17,6 +17,7 @@ MODULES = {
     "memory": "memory",
     "peers": "peers",
     "callback": "callback",
+    "ranks": "ranks",
     "import": "startup",
 }
 BUSY = 0.5

@@ -38,7 +38,7 @@ def measure(command: Sequence[str | Path], env: Mapping[str, str] | None = None)
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         before = time.perf_counter()
         child = subprocess.Popen(command, stdout=output, stderr=errors, env={**os.environ, **(env or {})})
-        watch = _Watch(child.pid)
+        watch = Watch(child.pid)
         code = child.wait()
         seconds = time.perf_counter() - before
         watch.stop()
@@ -49,8 +49,12 @@ def measure(command: Sequence[str | Path], env: Mapping[str, str] | None = None)
     return Measured(seconds=seconds, anonymous=watch.peaks["RssAnon"], resident=watch.peaks["VmHWM"], stderr=stderr)
 
 
-class _Watch(threading.Thread):
-    """Looks at a process's memory again and again until told to stop."""
+class Watch(threading.Thread):
+    """Looks at a process's memory again and again until told to stop.
+
+    Attributes:
+        peaks: largest RssAnon and VmHWM so far, in MB (10⁶ bytes).
+    """
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
