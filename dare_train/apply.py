@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +16,11 @@ from .errors import PackageError
 from .fingerprint import Fingerprint, model_fingerprint, total
 from .kernels import cpu
 from .package import DeltaPackage
-from .parallel import ScratchWords, ordered_map, thread_count
+from .parallel import ScratchWords, ordered_map, thread_share
 from .plan import WeightsLike, open_weights
-from .publish import staged_folder
-from .resolve import Packages, Resolver, listed, open_chain
+from .publish import shared_staging, storage_errors
+from .ranks import Ranks
+from .resolve import Link, Packages, Resolver, listed, open_chain
 from .weights import TensorInfo
 
 _NOT_THE_MODELS = {"README.md"}
@@ -34,6 +37,7 @@ def apply(
     cast_base: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> str:
     """Write the checkpoint that packages make of a base, streaming, and prove that it arrived.
 
@@ -44,27 +48,42 @@ def apply(
         weights: factor w of each package, by default 1; only for packages side by side.
         cast_base: round the base to the packages' dtypes first.
         overwrite: replace a folder that is already there.
-        progress: called with (bytes done, bytes in all) after each tensor.
+        progress: called with (bytes done, bytes in all) after each tensor: of this rank's share of them.
+        ranks: the processes that share the work, such as `Ranks.joined()`; by default this one alone. All of them make the
+            same call, on a file system that they share; the checkpoint is the same to the byte.
 
     Returns:
         The fingerprint of the result. With weights of 1 it has been compared with the one on record.
 
     Raises:
         CheckpointError, PackageError, ChainError, TensorMismatch, DtypeMismatch, BaseMismatch, ResultMismatch,
-        OutputExists, StorageError. Nothing is left at `out` then.
+        OutputExists, StorageError; RankError when it happened on another rank. Nothing is left at `out` then.
     """
-    checkpoint = Checkpoint.open(base)
-    links = open_chain(listed(packages), weights)
-    resolver = Resolver(checkpoint, links, cast_base=cast_base)
-    inputs = [checkpoint.folder, *(package.path for link in links for package in link.packages)]
-    with staged_folder(Path(out), overwrite=overwrite, sync=False, inputs=inputs) as staging:
-        with CheckpointWriter(staging, _layout(checkpoint, resolver)) as writer:
-            prints = _write_all(resolver, writer, progress)
-        _copy_companions(checkpoint.folder, staging)
-        for link in links:
-            for package in link.packages:
-                _copy_carried(package, staging)
+    ranks, out = ranks or Ranks(), Path(out)
+    checkpoint, resolver = ranks.each(lambda: _opened(base, packages, weights, cast_base=cast_base))
+    inputs = [checkpoint.folder, *(package.path for link in resolver.links for package in link.packages)]
+    with shared_staging(out, ranks, overwrite=overwrite, sync=False, inputs=inputs) as staging:
+        on_disk, layout = storage_errors(out), _layout(checkpoint, resolver)
+        made = ranks.each(on_disk(lambda: CheckpointWriter(staging, layout) if ranks.first else None))
+
+        def write() -> dict[str, _Lanes]:
+            with made or CheckpointWriter(staging, layout, join=True) as writer:
+                return _write_share(resolver, writer, ranks, progress)
+
+        prints = _checked_prints(resolver, ranks.together(on_disk(write)))
+        ranks.each(on_disk(lambda: _copy_files(checkpoint.folder, resolver.links, staging) if ranks.first else None))
     return _named(resolver, prints)
+
+
+def _opened(
+    base: str | os.PathLike[str],
+    packages: Packages | str | os.PathLike[str] | DeltaPackage,
+    weights: Sequence[float] | None,
+    *,
+    cast_base: bool,
+) -> tuple[Checkpoint, Resolver]:
+    checkpoint = Checkpoint.open(base)
+    return checkpoint, Resolver(checkpoint, open_chain(listed(packages), weights), cast_base=cast_base)
 
 
 def rehearse(base: WeightsLike, packages: Packages, *, weights: Sequence[float] | None = None, cast_base: bool = False) -> str:
@@ -74,19 +93,25 @@ def rehearse(base: WeightsLike, packages: Packages, *, weights: Sequence[float] 
         As `apply`.
     """
     resolver = Resolver(open_weights(base), open_chain(packages, weights), cast_base=cast_base)
-    return _named(resolver, _write_all(resolver, None, None))
+    return _named(resolver, _checked_prints(resolver, [_write_share(resolver, None, Ranks(), None)]))
 
 
 def _named(resolver: Resolver, prints: dict[str, Fingerprint]) -> str:
     return model_fingerprint((name, record.info.dtype.code, record.info.shape, prints[name]) for name, record in resolver.tensors.items())
 
 
-def _write_all(resolver: Resolver, writer: CheckpointWriter | None, progress: Progress | None) -> dict[str, Fingerprint]:
-    """Resolve, check and write every run; each tensor is compared with the record as soon as its last run is done."""
+_Run = tuple[str, int, int]
+"""Tensor, flat start, count."""
+_Lanes = tuple[int, int, int, int]
+"""Fingerprint shares of a tensor's base and result."""
+
+
+def _write_share(resolver: Resolver, writer: CheckpointWriter | None, ranks: Ranks, progress: Progress | None) -> dict[str, _Lanes]:
+    """Resolve and write this rank's share of the runs. Returns what they add up to, by tensor."""
     scratch = ScratchWords()
 
-    def one(work: tuple[str, int, int]) -> _Done:
-        name, start, count = work
+    def one(run: _Run) -> _Done:
+        name, start, count = run
         base = resolver.base_run(name, start, count)
         words = scratch.like(base)
         share = Fingerprint(*cpu.copy_with_fingerprint(base, start, words))
@@ -97,8 +122,9 @@ def _write_all(resolver: Resolver, writer: CheckpointWriter | None, progress: Pr
         return _Done(before, Fingerprint.of(words, start), words.nbytes)
 
     work = [(name, start, count) for name in resolver.tensors for start, count in resolver.runs(name)]
-    with closing(ordered_map(one, work, threads=thread_count() + 1)) as done:  # one of them is writing
-        return _checked_prints(resolver, done, progress)
+    mine = ranks.share(work, size=itemgetter(2))
+    with closing(ordered_map(one, mine, threads=thread_share(ranks) + 1)) as done:  # one of them is writing
+        return _added_up(resolver, mine, done, progress)
 
 
 class _Done(NamedTuple):
@@ -109,16 +135,35 @@ class _Done(NamedTuple):
     nbytes: int
 
 
-def _checked_prints(resolver: Resolver, done: Iterator[_Done], progress: Progress | None) -> dict[str, Fingerprint]:
-    prints, written, everything = {}, 0, sum(record.info.nbytes for record in resolver.tensors.values())
-    for name in resolver.tensors:
-        shares = [next(done) for _ in resolver.runs(name)]
-        resolver.check_base_print(name, total(run.base for run in shares))
-        prints[name] = total(run.result for run in shares)
-        resolver.check_result_print(name, prints[name])
+def _added_up(resolver: Resolver, work: list[_Run], done: Iterator[_Done], progress: Progress | None) -> dict[str, _Lanes]:
+    """Shares by tensor. One that lies here completely is compared with the record as soon as its last run is done."""
+    lanes, written = {}, 0
+    everything = sum(count * resolver.tensors[name].info.dtype.itemsize for name, _, count in work)
+    for name, several in groupby(work, key=itemgetter(0)):
+        counts = [count for _, _, count in several]
+        shares = [next(done) for _ in counts]
+        base, result = total(run.base for run in shares), total(run.result for run in shares)
+        if sum(counts) == resolver.tensors[name].info.numel:
+            _check(resolver, name, base, result)
+        lanes[name] = (*base, *result)
         written += sum(run.nbytes for run in shares)
         if progress is not None:
             progress(written, everything)
+    return lanes
+
+
+def _check(resolver: Resolver, name: str, base: Fingerprint, result: Fingerprint) -> None:
+    resolver.check_base_print(name, base)
+    resolver.check_result_print(name, result)
+
+
+def _checked_prints(resolver: Resolver, shares: Sequence[Mapping[str, _Lanes]]) -> dict[str, Fingerprint]:
+    """Fingerprints of the result, of what all ranks wrote: tensors that several of them share are complete only now."""
+    prints = {}
+    for name in resolver.tensors:
+        lanes = [share[name] for share in shares if name in share]
+        base, prints[name] = total((a, b) for a, b, _, _ in lanes), total((a, b) for _, _, a, b in lanes)
+        _check(resolver, name, base, prints[name])
     return prints
 
 
@@ -138,6 +183,14 @@ def _layout(base: Checkpoint, resolver: Resolver) -> Layout:
 
 def _base_name(name: str, prefix: str) -> str:
     return f"{prefix[1:]}{name}" if prefix.startswith("-") else name.removeprefix(prefix)
+
+
+def _copy_files(base: Path, links: Sequence[Link], staging: Path) -> None:
+    """What belongs to a model beside its weights: the base's, then what packages carry."""
+    _copy_companions(base, staging)
+    for link in links:
+        for package in link.packages:
+            _copy_carried(package, staging)
 
 
 def _copy_companions(folder: Path, staging: Path) -> None:

@@ -186,7 +186,12 @@ class Spool:
         """Keep frames in the order they come, without holding them in memory."""
         rows: list[tuple[int, ...]] = []
         with self._frames.open("wb") as file:
-            tallies = tallied(encoded, lambda segment, frame: (rows.append(segment.row), file.write(frame)))
+
+            def add(segment: Segment, frame: bytes) -> None:
+                rows.append(segment.row)
+                file.write(frame)
+
+            tallies = tallied(encoded, add)
         self._segments.write_bytes(np.array(rows, np.int64).tobytes())
         save_tallies(self._tallies, tallies)
         return tallies

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
@@ -21,6 +21,8 @@ from .errors import ConfigError, DareError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from .ranks import Ranks
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
@@ -76,14 +78,16 @@ def extract(
     from .extract import extract as run
 
     rates = _drop_rates(p)
-    with _progress("extracting") as progress:
-        package = run(
-            base, tuned, out, p=rates, seed=seed, rescale=rescale, values=values, include=include, exclude=exclude, whole=whole,  # type: ignore[arg-type]
-            cast_base=cast_base, allow_nonfinite=allow_nonfinite, overwrite=overwrite, progress=progress,
-        )  # fmt: skip
-    stats = package.stats
-    size = f"{stats['bytes']:,} bytes, {stats['bits_per_parameter']:.3f} bits per parameter, {stats['compression_ratio']:.1f}× smaller"
-    typer.echo(f"{out}: {size} than the model")
+    with _ranks() as ranks:
+        with _progress("extracting", ranks) as progress:
+            package = run(
+                base, tuned, out, p=rates, seed=seed, rescale=rescale, values=values, include=include, exclude=exclude, whole=whole,  # type: ignore[arg-type]
+                cast_base=cast_base, allow_nonfinite=allow_nonfinite, overwrite=overwrite, progress=progress, ranks=ranks,
+            )  # fmt: skip
+        if ranks.first:
+            stats = package.stats
+            size = f"{stats['bits_per_parameter']:.3f} bits per parameter, {stats['compression_ratio']:.1f}× smaller than the model"
+            typer.echo(f"{out}: {stats['bytes']:,} bytes, {size}")
 
 
 @app.command()
@@ -98,10 +102,12 @@ def apply(
     """Write the checkpoint that packages make of a base, verified."""
     from .apply import apply as run
 
-    with _progress("applying") as progress:
-        result = run(base, packages, out, weights=weight, cast_base=cast_base, overwrite=overwrite, progress=progress)
-    verified = "as on record" if weight is None and len(packages) == 1 else "of the combination"
-    typer.echo(f"{out}: fingerprint {result[:12]}…, {verified}")
+    with _ranks() as ranks:
+        with _progress("applying", ranks) as progress:
+            result = run(base, packages, out, weights=weight, cast_base=cast_base, overwrite=overwrite, progress=progress, ranks=ranks)
+        if ranks.first:
+            verified = "as on record" if weight is None and len(packages) == 1 else "of the combination"
+            typer.echo(f"{out}: fingerprint {result[:12]}…, {verified}")
 
 
 @app.command()
@@ -173,9 +179,30 @@ def _show(what: dict[str, Any] | RenderableType) -> None:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], object] | None]:
-    """A bar on a terminal's stderr, fed with (bytes done, bytes in all); nothing elsewhere."""
-    if not sys.stderr.isatty():
+def _ranks() -> Iterator[Ranks]:
+    """The processes that a launcher started for this command, or this one alone. One error is told once, by the first of them.
+
+    None of them leaves before all are done: the launcher would kill the others, and with them what they still clear up.
+    """
+    from .errors import RankError
+    from .ranks import launched
+
+    with launched() as ranks:
+        try:
+            yield ranks
+        except (DareError, OSError) as error:
+            if not ranks.lost:
+                with suppress(RankError):
+                    ranks.gather(None)
+            if ranks.first or ranks.lost or _debugging():
+                raise
+            raise typer.Exit(_exit_code(error)) from error
+
+
+@contextmanager
+def _progress(what: str, ranks: Ranks) -> Iterator[Callable[[int, int], object] | None]:
+    """A bar on the first rank's stderr, if it is a terminal, fed with (bytes done, bytes in all); nothing elsewhere."""
+    if not ranks.first or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
@@ -212,14 +239,21 @@ def command() -> NoReturn:
 
 def main() -> int:
     """Run the command line in `sys.argv`; returns the exit code."""
-    debug = "--debug" in sys.argv[1:]
     try:
         app(prog_name="dare-train")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except (DareError, OSError) as error:
-        if debug:
+        if _debugging():
             raise
         print(f"dare-train: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
+        return _exit_code(error)
     return 0
+
+
+def _debugging() -> bool:
+    return "--debug" in sys.argv[1:]
+
+
+def _exit_code(error: DareError | OSError) -> int:
+    return getattr(error, "exit_code", 1)

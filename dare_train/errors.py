@@ -41,7 +41,7 @@ class DareError(Exception):
         return _one_line(f"{sentence}; {self.remedy}" if self.remedy else sentence)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.name, self.expected, self.found, self.remedy)
+        return _rebuild, (type(self), self.name, self.expected, self.found, self.remedy), vars(self)
 
 
 def _one_line(text: str) -> str:

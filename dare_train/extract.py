@@ -6,25 +6,31 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .adapters import AdapterWeights, merge_adapter
-from .assembly import Provenance, work_of, write_manifest, write_parts
+from .assembly import Provenance, Spool, Tallies, Work, summed, tallied, work_of, write_manifest
 from .checkpoint import Checkpoint, companions
 from .config import DareConfig, Patterns, Rescale, Values
 from .errors import NonFiniteDelta
 from .fingerprint import Fingerprint
 from .kernels import cpu
 from .manifest import CARRIED, FileRecord
-from .package import DeltaPackage, file_record
-from .parallel import ordered_map
+from .package import DeltaPackage, PackageWriter, file_record
+from .parallel import ordered_map, thread_share
 from .plan import WeightsLike, align, cast_to, open_weights, plan_tensors
-from .publish import staged_folder
+from .publish import shared_staging, storage_errors
+from .ranks import Ranks
 from .segments import Encoded, TensorPlan, encode_delta, encode_whole
 from .weights import Weights
+
+Progress = Callable[[int, int], object]
+"""Called with the bytes of the tuned weights that have been read and with all that there are."""
 
 
 def extract(
@@ -44,7 +50,8 @@ def extract(
     allow_nonfinite: bool = False,
     base_model: str | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> DeltaPackage:
     """Write the delta from `base` to `tuned` as a package at `out` (arXiv 2311.03099, eq. 1-2).
 
@@ -58,14 +65,45 @@ def extract(
         cast_base: round the base to the tuned weights' dtypes first. The package is then relative to the rounded base.
         base_model: what the package calls its base; by default the folder or Hub id given.
         overwrite: replace a folder that is already there.
-        progress: called with (bytes read, bytes in all) of the tuned weights as work goes on.
+        progress: called with (bytes read, bytes in all) of the tuned weights as work goes on: of this rank's share of them.
+        ranks: the processes that share the work, such as `Ranks.joined()`; by default this one alone. All of them make the
+            same call, on a file system that they share; the package is the same to the byte.
 
     Raises:
-        ConfigError, CheckpointError, TensorMismatch, DtypeMismatch, NonFiniteDelta, OutputExists, StorageError.
+        ConfigError, CheckpointError, TensorMismatch, DtypeMismatch, NonFiniteDelta, OutputExists, StorageError; RankError
+        when it happened on another rank. Nothing is left at `out` then.
     """
     config = DareConfig(
         p=p, seed=seed, rescale=rescale, values=values, include=include, exclude=exclude, whole=whole, allow_nonfinite=allow_nonfinite
     )
+    ranks = ranks or Ranks()
+    task = ranks.each(lambda: _task(base, tuned, config, masks=masks, cast_base=cast_base, base_model=base_model))
+    with shared_staging(Path(out), ranks, overwrite=overwrite, inputs=task.folders) as staging:
+        on_disk, writer = storage_errors(Path(out)), PackageWriter(staging)
+        tallies = ranks.each(on_disk(lambda: _write_share(task, staging, writer, ranks, progress)))
+        ranks.each(on_disk(lambda: _complete(task, staging, writer, ranks, tallies) if ranks.first else None))
+    return ranks.each(lambda: DeltaPackage.open(out))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """Weights under the result's names, and what becomes of each tensor."""
+
+    base: Weights
+    tuned: Weights
+    plans: list[TensorPlan]
+    source: Provenance
+    base_folder: Path | None
+    tuned_folder: Path | None
+
+    @property
+    def folders(self) -> list[Path]:
+        return [folder for folder in (self.base_folder, self.tuned_folder) if folder is not None]
+
+
+def _task(
+    base: WeightsLike, tuned: WeightsLike, config: DareConfig, *, masks: Mapping[str, Any] | None, cast_base: bool, base_model: str | None
+) -> _Task:
     tuned_weights = open_weights(tuned)
     plain_base = open_weights(base)
     tuned_weights = merge_adapter(tuned_weights, plain_base)
@@ -74,28 +112,37 @@ def extract(
         aligned = cast_to(aligned, tuned_weights.tensors)
     fresh = tuned_weights.whole if isinstance(tuned_weights, AdapterWeights) else ()
     plans = plan_tensors(aligned, tuned_weights, config, fresh=fresh, masks=masks)
-    source = Provenance(base_model=base_model or plain_base.label, prefix=prefix, base_only=_base_only(aligned, plans), config=config)
-    inputs = [folder for folder in (_folder_of(plain_base), _folder_of(tuned_weights)) if folder is not None]
-    with staged_folder(Path(out), overwrite=overwrite, inputs=inputs) as staging:
-        files = carry_files(_folder_of(plain_base), _folder_of(tuned_weights), staging)
-        with closing(ordered_map(lambda work: _encode(aligned, tuned_weights, *work), work_of(plans))) as encoded:
-            parts, tallies = write_parts(staging, _reported(encoded, plans, progress))
-        write_manifest(staging, plans, tallies, parts, source, files)
-    return DeltaPackage.open(out)
-
-
-def _base_only(base: Weights, plans: Iterable[TensorPlan]) -> tuple[str, ...]:
-    return tuple(sorted(base.tensors.keys() - {plan.name for plan in plans}))
+    base_only = tuple(sorted(aligned.tensors.keys() - {plan.name for plan in plans}))
+    source = Provenance(base_model=base_model or plain_base.label, prefix=prefix, base_only=base_only, config=config)
+    return _Task(
+        base=aligned, tuned=tuned_weights, plans=plans, source=source,
+        base_folder=_folder_of(plain_base), tuned_folder=_folder_of(tuned_weights),
+    )  # fmt: skip
 
 
 def _folder_of(weights: Weights) -> Path | None:
     return weights.folder if isinstance(weights, (Checkpoint, AdapterWeights)) else None
 
 
-def _reported(encoded: Iterable[Encoded], plans: list[TensorPlan], progress: Callable[[int, int], object] | None) -> Iterator[Encoded]:
+def _write_share(task: _Task, staging: Path, writer: PackageWriter, ranks: Ranks, progress: Progress | None) -> Tallies:
+    """Encode this rank's share of the runs: the first rank for the package, the others for the first."""
+    work = ranks.share(list(work_of(task.plans)), size=itemgetter(2))
+    with closing(ordered_map(lambda run: _encode(task.base, task.tuned, *run), work, threads=thread_share(ranks))) as encoded:
+        reported = _reported(encoded, work, progress)
+        return tallied(reported, writer.add) if ranks.first else Spool(staging, ranks.rank).write(reported)
+
+
+def _complete(task: _Task, staging: Path, writer: PackageWriter, ranks: Ranks, tallies: Tallies) -> None:
+    """Add what the other ranks encoded, in the order in which one process would have, and complete the package."""
+    others = [Spool(staging, rank).move_to(writer) for rank in range(1, ranks.world)]
+    files = carry_files(task.base_folder, task.tuned_folder, staging)
+    write_manifest(staging, task.plans, summed([tallies, *others]), writer.close(), task.source, files)
+
+
+def _reported(encoded: Iterable[Encoded], work: list[Work], progress: Progress | None) -> Iterator[Encoded]:
     """The same runs, telling `progress` of them."""
-    done, everything = 0, sum(plan.info.nbytes for plan in plans)
-    for run, (plan, _, count) in zip(encoded, work_of(plans), strict=True):
+    done, everything = 0, sum(count * plan.info.dtype.itemsize for plan, _, count in work)
+    for run, (plan, _, count) in zip(encoded, work, strict=True):
         done += count * plan.info.dtype.itemsize
         if progress is not None:
             progress(done, everything)

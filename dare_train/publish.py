@@ -58,9 +58,7 @@ def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True, inpu
 
 
 @contextmanager
-def shared_staging(
-    out: Path, ranks: Ranks, *, overwrite: bool = True, sync: bool = True, inputs: Iterable[Path] = ()
-) -> Iterator[Path]:
+def shared_staging(out: Path, ranks: Ranks, *, overwrite: bool = True, sync: bool = True, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """`staged_folder` that several ranks write into; the first of them makes and publishes it.
 
     In the block, whatever may fail on one rank goes through `ranks.together`, so that all of them leave it the same way.
@@ -68,6 +66,7 @@ def shared_staging(
     Raises:
         As `staged_folder` on the first rank; RankError on the others, or where a rank does not see the folder.
     """
+    out = _nameable(out)
     with ExitStack() as stack:
         staged = staged_folder(out, overwrite=overwrite, sync=sync, inputs=inputs)
         ranks.together(lambda: _enter(stack, staged) if ranks.first else None)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DareError, RankError
+from .errors import ConfigError, DareError, RankError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -43,10 +43,20 @@ class Ranks:
 
     @classmethod
     def joined(cls, patience: timedelta = PATIENCE) -> Ranks:
-        """All processes of `torch.distributed`, talking among themselves apart from training's own traffic; or this one alone."""
+        """All processes of `torch.distributed`, talking among themselves apart from training's own traffic; or this one alone.
+
+        Raises:
+            ConfigError: a launcher started several processes, but they do not know of each other.
+        """
         import torch.distributed as dist
 
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if not (dist.is_available() and dist.is_initialized()):
+            if launched_world() > 1:
+                remedy = "each would write the same packages: initialise torch.distributed first (accelerate: cpu=True without a GPU)"
+                found = "each of them for itself"
+                raise ConfigError("WORLD_SIZE", expected=f"{launched_world()} processes that work together", found=found, remedy=remedy)
+            return cls()
+        if dist.get_world_size() == 1:
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=patience))
 
@@ -157,6 +167,14 @@ def launched_world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _can_join() -> bool:
+    if find_spec("torch") is None:
+        return False
+    import torch.distributed as dist
+
+    return dist.is_available()
+
+
 @contextmanager
 def launched() -> Iterator[Ranks]:
     """The processes that a launcher started, joined until the block ends; this one alone where there is none, or no torch.
@@ -166,7 +184,7 @@ def launched() -> Iterator[Ranks]:
     Raises:
         RankError: they do not find one another.
     """
-    if launched_world() == 1 or find_spec("torch") is None:
+    if launched_world() == 1 or not _can_join():
         yield Ranks()
         return
     import torch.distributed as dist
