@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +16,6 @@ from .lowrank import LowRank, Readable, merged_words
 from .masks import Mask
 from .segments import Encoded, TensorPlan, encode_delta, encode_whole, receiver_words
 from .weights import Weights
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -57,16 +54,6 @@ def largest_of(groups: list[list[tuple[int, int, float]]]) -> dict[int, dict[int
         known = sizes.setdefault(index, {})
         known[number] = max(size, known.get(number, 0.0))
     return sizes
-
-
-def batches(work: list[Item], count: int, *, size: Callable[[Item], int]) -> list[list[Item]]:
-    """The same work, in order, in `count` lists of about the same size."""
-    found: list[list[Item]] = [[] for _ in range(count)]
-    total, filled = sum(map(size, work)), 0
-    for item in work:
-        found[min(filled * count // max(total, 1), count - 1)].append(item)
-        filled += size(item)
-    return found
 
 
 class LastRead:

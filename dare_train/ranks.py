@@ -27,6 +27,16 @@ OFFLINE_PATIENCE = timedelta(days=1)
 """The same where nothing but one output is at stake, which may take hours. A rank that dies is noticed at once anyway."""
 
 
+def in_shares(work: Sequence[Item], count: int, *, size: Callable[[Item], int]) -> list[list[Item]]:
+    """The same work, in order, in `count` lists of about the same size."""
+    shares: list[list[Item]] = [[] for _ in range(count)]
+    total, before = sum(map(size, work)), 0
+    for item in work:
+        shares[min(before * count // max(total, 1), count - 1)].append(item)
+        before += size(item)
+    return shares
+
+
 class Ranks:
     """This process among those that work together. All of them make the same calls in the same order.
 
@@ -76,12 +86,7 @@ class Ranks:
 
     def share(self, work: Sequence[Item], *, size: Callable[[Item], int]) -> list[Item]:
         """What this process does of work that all of them know: consecutive items, about as much on each of them."""
-        total, before, mine = sum(map(size, work)), 0, []
-        for item in work:
-            if min(before * self.world // max(total, 1), self.world - 1) == self.rank:
-                mine.append(item)
-            before += size(item)
-        return mine
+        return in_shares(work, self.world, size=size)[self.rank]
 
     def gather(self, item: Any) -> list[Any]:
         """Every rank's item, in the order of ranks. Items are what JSON can hold; tuples come back as lists.

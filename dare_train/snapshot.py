@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .assembly import Provenance, Work, load_tallies, save_tallies, summed, work_of, write_manifest, write_parts
-from .capture import LastRead, Taken, batches, cut_groups, encode, encode_link, largest_of, link_plan, merged, received, take_run
+from .capture import LastRead, Taken, cut_groups, encode, encode_link, largest_of, link_plan, merged, received, take_run
 from .config import DareConfig
 from .dtypes import Words
 from .errors import SnapshotError
@@ -28,7 +28,7 @@ from .package import DeltaPackage
 from .parallel import ordered_map, thread_count
 from .plan import plan_tensors
 from .publish import shared_staging
-from .ranks import Ranks
+from .ranks import Ranks, in_shares
 from .resolve import Resolver, open_chain
 from .segments import Encoded, TensorPlan
 from .shards import Live, LiveWeights, Source
@@ -324,7 +324,7 @@ def _copied(live: LiveWeights, takers: list[Snapshotter], plans: list[list[Tenso
     """The runs of each; those of the same place are copied one after another, while it is in the processor's cache."""
     everything = [(number, work) for number, taker in enumerate(takers) for work in work_of(plans[number], taker._owned)]
     everything.sort(key=lambda item: (item[1][0].name, item[1][1]))
-    shares = batches(everything, thread_count(), size=lambda item: item[1][2])
+    shares = in_shares(everything, thread_count(), size=lambda item: item[1][2])
 
     def copy(share: list[tuple[int, Work]]) -> list[tuple[int, Taken]]:
         once = LastRead(live)

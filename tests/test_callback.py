@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -203,9 +204,10 @@ def test_leftovers_of_a_killed_run_are_removed(base: Path, tmp_path: Path) -> No
 
 
 def test_unknown_engines_are_refused_when_training_begins(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accelerate.state.AcceleratorState.distributed_type", DistributedType.MEGATRON_LM)
+    trainer = make_trainer(classifier(base), tmp_path / "out")
+    monkeypatch.setattr("dare_train.callback.AcceleratorState", lambda: SimpleNamespace(distributed_type=DistributedType.MEGATRON_LM))
     with pytest.raises(ConfigError, match=r"DareCallback: expected plain modules, DDP, .* ZeRO-1, -2, -3, found MEGATRON_LM"):
-        DareCallback().on_train_begin(make_trainer(classifier(base), tmp_path / "two").args, None, None, model=classifier(base))
+        DareCallback().on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
 @pytest.mark.parametrize(

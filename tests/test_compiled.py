@@ -86,7 +86,7 @@ def _allocating(values) -> int:
 
 
 def test_kernels_that_allocate_are_refused() -> None:
-    with pytest.raises(RuntimeError, match="allocating_pu1 allocates or may raise: it calls .*NRT_Free"):
+    with pytest.raises(RuntimeError, match=r"allocating_pu1 allocates or may raise: it calls .*NRT_Free"):
         _allocating(np.zeros(3, np.uint8))
 
 
