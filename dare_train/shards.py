@@ -107,6 +107,9 @@ class LiveWeights:
 
     def read(self, name: str, start: int, count: int) -> Words:
         pieces = self._within(self._held[name].pieces, start, start + count)
+        if sum(piece.length for piece in pieces) != count:
+            remedy = "other ranks hold the rest: use the callback or a Snapshotter on all of them, or the saved checkpoint"
+            raise ConfigError(name, expected=f"elements [{start}, {start + count}) in this process", found="a part of them", remedy=remedy)
         if len(pieces) == 1:
             return self._words(name, pieces[0])
         return np.concatenate([np.empty(0, self.tensors[name].dtype.word), *(self._words(name, piece) for piece in pieces)])

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from engines import outcomes, run_ranks, train_on
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from training import classifier, save_base
 from transformers import TrainerCallback
 
-from dare_train import DareConfig, DeltaPackage, Snapshotter
+from dare_train import DareConfig, DeltaPackage, Snapshotter, extract
 from dare_train.errors import ConfigError
 from dare_train.ranks import Ranks
 from dare_train.shards import LiveWeights
@@ -67,6 +68,24 @@ def test_every_element_is_owned_once(tmp_path: Path, engine: str, world: int) ->
     shares = [sum(len(words) for runs in rank[0].values() for _, words in runs) for rank in ranks]
     if engine not in ("ddp", "zero1", "zero2"):  # which hold it whole: tensors of up to a block go to one rank
         assert min(shares) > 0.5 * sum(shares) / world
+
+
+def extracted(rank: int, base: Path, out: Path) -> str:
+    dist.init_process_group("gloo")
+    model = classifier(base)
+    fully_shard(model)
+    try:
+        extract(base, model, out)
+    except ConfigError as error:
+        return str(error)
+    return "a package of what this rank holds"
+
+
+def test_extract_does_not_take_a_part_for_the_whole(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    for said in run_ranks(extracted, 2, base, tmp_path / "package"):
+        assert "in this process, found a part of them; other ranks hold the rest: use the callback or a Snapshotter" in said
+    assert not (tmp_path / "package").exists()
 
 
 class Tied(torch.nn.Module):
