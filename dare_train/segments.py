@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,9 +90,11 @@ def encode_delta(plan: TensorPlan, start: int, base: Words, positions: Positions
     """
     own = cpu.take(base, positions)
     print_ = Fingerprint.of(base, start)
-    delta = _checked_delta(plan, own, tuned)
-    content, term, changed, symbols = _encode_values(plan, start, base.size, positions, own, tuned, delta)
-    common: dict[str, Any] = dict(index=plan.index, base=print_, kept=positions.size, changed=changed, magnitudes=Magnitudes.of(delta))
+    magnitudes, strange = Magnitudes.between(own, tuned, plan.info.dtype)
+    if strange and not (plan.values == "exact" and plan.allow_nonfinite):
+        _refuse_nonfinite(plan, strange)
+    content, term, changed, symbols = _encode_values(plan, start, base.size, positions, own, tuned)
+    common: dict[str, Any] = dict(index=plan.index, base=print_, kept=positions.size, changed=changed, magnitudes=magnitudes)
     if not changed:
         return Encoded(result=print_, **common)
     new = term.result(own, plan.info.dtype)
@@ -104,35 +106,36 @@ def encode_delta(plan: TensorPlan, start: int, base: Words, positions: Positions
 
 def receiver_words(plan: TensorPlan, start: int, length: int, positions: Positions, own: Words, tuned: Words) -> Words:
     """The kept words of a run as they will be after applying: what `encode_delta` encodes, decoded."""
-    _, term, _, _ = _encode_values(plan, start, length, positions, own, tuned, _checked_delta(plan, own, tuned))
+    _, term, _, _ = _encode_values(plan, start, length, positions, own, tuned)
     return term.result(own, plan.info.dtype)
 
 
 def _checked_delta(plan: TensorPlan, own: Words, tuned: Words) -> FloatArray:
+    """The delta that a lossy encoding rounds."""
     dtype = plan.info.dtype
     with np.errstate(over="ignore", invalid="ignore"):
         delta = to_float(tuned, dtype) - to_float(own, dtype)
-    exact = plan.values == "exact"
-    if exact and plan.allow_nonfinite:
-        return delta
-    finite = np.isfinite(delta if exact else codec.round_delta(delta))
+    finite = np.isfinite(codec.round_delta(delta))
     if not finite.all():
-        remedy = (
-            "did training diverge? allow_nonfinite=True with values='exact' (--allow-nonfinite --values exact) carries them as they are"
-        )
-        found = f"{delta.size - int(np.count_nonzero(finite))} that are NaN, infinite or too large for {plan.values} values"
-        raise NonFiniteDelta(plan.name, expected="finite deltas", found=found, remedy=remedy)
+        _refuse_nonfinite(plan, delta.size - int(np.count_nonzero(finite)))
     return delta
 
 
+def _refuse_nonfinite(plan: TensorPlan, count: int) -> NoReturn:
+    remedy = "did training diverge? allow_nonfinite=True with values='exact' (--allow-nonfinite --values exact) carries them as they are"
+    found = f"{count} that are NaN, infinite or too large for {plan.values} values"
+    raise NonFiniteDelta(plan.name, expected="finite deltas", found=found, remedy=remedy)
+
+
 def _encode_values(
-    plan: TensorPlan, start: int, length: int, positions: Positions, own: Words, tuned: Words, delta: FloatArray
+    plan: TensorPlan, start: int, length: int, positions: Positions, own: Words, tuned: Words
 ) -> tuple[Content, Term, int, int]:
     """Content of the frame, what decoding it will give, kept elements whose delta is not zero, and the segment's `changed`."""
     if plan.values == "exact":
         changed = int(np.count_nonzero(own != tuned))
         content = codec.encode_exact(own, tuned, plan.info.dtype)
         return content, Term(positions=positions, factor=plan.factor, tuned=tuned), changed, changed
+    delta = _checked_delta(plan, own, tuned)
     if plan.values == "rounded":
         rounded = codec.round_delta(delta)
         symbols = int(np.count_nonzero(codec.rounded_symbols(delta)))

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import FloatArray
+from .dtypes import DType, FloatArray, Words, to_float
+from .kernels import cpu
 
 _SHIFT = 20  # of a float32's bits: 8 bins to the octave, so that a percentile is right within 6 %
 _BINS = 1 << (31 - _SHIFT)
@@ -29,6 +30,17 @@ class Magnitudes:
             size = size[np.isfinite(size)]
         counts = np.bincount(size.view(np.uint32) >> np.uint32(_SHIFT), minlength=_BINS)
         return cls(counts, float(size.max(initial=0.0)))
+
+    @classmethod
+    def between(cls, own: Words, tuned: Words, dtype: DType) -> tuple[Magnitudes, int]:
+        """Of the float deltas between words, and how many deltas are not finite."""
+        if dtype.code == "BF16":
+            counts = np.zeros(_BINS, np.int64)
+            largest, strange = cpu.magnitudes_bf16(own, tuned, counts)
+            return cls(counts, largest), strange
+        with np.errstate(over="ignore", invalid="ignore"):
+            delta = to_float(tuned, dtype) - to_float(own, dtype)
+        return cls.of(delta), delta.size - int(np.count_nonzero(np.isfinite(delta)))
 
     def plus(self, other: Magnitudes) -> Magnitudes:
         return Magnitudes(self.counts + other.counts, max(self.largest, other.largest))

@@ -11,9 +11,10 @@ from bit_patterns import FLOATS, as_int64, as_tensor, as_words, random_words, sp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dare_train.dtypes import DTYPES
+from dare_train.dtypes import DTYPES, to_float
 from dare_train.kernels import cpu, philox, reference
 from dare_train.kernels.compiled import kernel
+from dare_train.stats import Magnitudes
 
 BLOCK = cpu.BLOCK
 BF16 = DTYPES["BF16"]
@@ -240,3 +241,23 @@ def test_copy_with_fingerprint(dtype, size):
     out = np.zeros_like(words)
     assert cpu.copy_with_fingerprint(words, 77, out) == cpu.fingerprint(words, 77)
     assert np.array_equal(as_int64(out), as_int64(words))
+
+
+@given(seed=SEEDS, size=SIZES)
+def test_magnitudes_of_bf16(seed, size):
+    base, tuned = pair(BF16, size, seed)
+    check_magnitudes(base, tuned)
+
+
+def test_magnitudes_of_bf16_on_all_special_pairs():
+    special = special_words(BF16)
+    check_magnitudes(np.repeat(special, special.size), np.tile(special, special.size))
+
+
+def check_magnitudes(base, tuned):
+    found, strange = Magnitudes.between(base, tuned, BF16)
+    with np.errstate(over="ignore", invalid="ignore"):
+        delta = to_float(tuned, BF16) - to_float(base, BF16)
+    expected = Magnitudes.of(delta)
+    assert np.array_equal(found.counts, expected.counts)
+    assert (found.largest, strange) == (expected.largest, np.count_nonzero(~np.isfinite(delta)))

@@ -24,6 +24,7 @@ __all__ = [
     "keep_mask",
     "kept_positions",
     "law_bf16",
+    "magnitudes_bf16",
     "put",
     "take",
 ]
@@ -191,6 +192,23 @@ def _law_bf16(base, tuned, factor, out):
         out[i] = base[i] if base[i] == tuned[i] else np.uint16(rounded)
 
 
+@kernel
+def _magnitudes_bf16(own, tuned, counts, largest) -> int:
+    """Adds float32 |tuned - own| to `counts`, by the leading bits of each; returns how many are not finite and not counted."""
+    top, strange = np.uint32(0), 0
+    for i in range(own.size):
+        b = np.uint32(np.uint32(own[i]) << np.uint32(16)).view(np.float32)
+        t = np.uint32(np.uint32(tuned[i]) << np.uint32(16)).view(np.float32)
+        bits = np.float32(t - b).view(np.uint32) & np.uint32(0x7FFFFFFF)
+        if bits < np.uint32(0x7F800000):
+            counts[bits >> np.uint32(20)] += 1
+            top = max(top, bits)
+        else:
+            strange += 1
+    largest[0] = top
+    return strange
+
+
 def take(words: Words, positions: NDArray[np.signedinteger]) -> Words:
     """`words[positions]`, for positions of any width: numpy would widen them first."""
     out = np.empty(positions.size, words.dtype)
@@ -263,6 +281,16 @@ def law_bf16(base: Words, tuned: Words, factor: float) -> Words:
     out = np.empty_like(base)
     _law_bf16(base, tuned, np.float32(factor), out)
     return out
+
+
+def magnitudes_bf16(own: Words, tuned: Words, counts: NDArray[np.int64]) -> tuple[float, int]:
+    """Count float32 |tuned - own| of bfloat16 words by the leading 11 bits after the sign, into `counts`, shape (2048,).
+
+    Returns the largest, and how many are not finite: those are not counted.
+    """
+    largest = np.zeros(1, np.uint32)
+    strange = _magnitudes_bf16(own, tuned, counts, largest)
+    return float(largest.view(np.float32)[0]), strange
 
 
 def _layout(base: Words, exponent_bits: int) -> tuple[np.unsignedinteger, int, np.unsignedinteger]:
