@@ -55,6 +55,9 @@ def base_tensors(model: Any, named: Mapping[str, torch.Tensor]) -> tuple[dict[st
 
 
 def _check_kinds(model: Any) -> None:
+    if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
+        remedy = "FSDP1 lays factors and base out in one flat parameter: use FSDP2"
+        raise ConfigError("adapters", expected="FSDP2, DDP, DeepSpeed ZeRO or one process", found="FSDP1", remedy=remedy)
     for name, config in model.peft_config.items():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if kind != "LORA":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import run_ranks, train_on
+from engines import outcomes, run_ranks, train_on
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from training import classifier, save_base, train
@@ -126,6 +126,12 @@ def test_adapters_on_engines(base: Path, tmp_path: Path, engine: str, world: int
         assert ours == {r.name: (r.kind, r.kept, r.changed, r.result) for r in theirs.manifest.tensors}
     resumed, _ = run_ranks(on_ranks, world, engine, base, out, out / "checkpoint-2")
     assert resumed == first[1:]
+
+
+def test_adapters_under_fsdp1_are_refused_when_training_begins(base: Path, tmp_path: Path) -> None:
+    for outcome in outcomes(on_ranks, 2, "fsdp1", base, tmp_path / "out", None):
+        assert outcome.error == "ConfigError"
+        assert "adapters: expected FSDP2, DDP, DeepSpeed ZeRO or one process, found FSDP1" in outcome.message
 
 
 def test_what_merging_cannot_express_is_refused_when_training_begins(base: Path, tmp_path: Path) -> None:
