@@ -21,8 +21,14 @@ if TYPE_CHECKING:
     from .extract import extract as extract
     from .inplace import applied as applied
     from .inplace import apply_ as apply_
+    from .merge.driver import merge as merge
+    from .merge.methods import register_merge_method as register_merge_method
     from .package import DeltaPackage as DeltaPackage
     from .snapshot import Snapshotter as Snapshotter
+    from .statistics import StatisticsCallback as StatisticsCallback
+    from .statistics import collect_fisher as collect_fisher
+    from .statistics import collect_gram as collect_gram
+    from .statistics_file import save_statistics as save_statistics
 
 _HOMES = {
     "DareCallback": "callback",
@@ -30,11 +36,17 @@ _HOMES = {
     "DareError": "errors",
     "DeltaPackage": "package",
     "Snapshotter": "snapshot",
+    "StatisticsCallback": "statistics",
     "applied": "inplace",
     "apply": "apply",
     "apply_": "inplace",
+    "collect_fisher": "statistics",
+    "collect_gram": "statistics",
     "diagnose": "diagnose",
     "extract": "extract",
+    "merge": "merge.driver",
+    "register_merge_method": "merge.methods",
+    "save_statistics": "statistics_file",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -11,19 +11,18 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from .checkpoint import SINGLE, Checkpoint, CheckpointWriter, Layout, companions
+from .checkpoint import MERGE_RECORD, Checkpoint, CheckpointWriter, Layout, companions, layout_like
 from .errors import PackageError
 from .fingerprint import Fingerprint, model_fingerprint, total
 from .kernels import cpu
 from .package import DeltaPackage
 from .parallel import ScratchWords, ordered_map, thread_share
-from .plan import WeightsLike, open_weights
+from .plan import WeightsLike, open_weights, without_prefix
 from .publish import shared_staging, storage_errors
 from .ranks import Ranks
 from .resolve import Link, Packages, Resolver, listed, open_chain
-from .weights import TensorInfo
 
-_NOT_THE_MODELS = {"README.md"}
+_NOT_THE_MODELS = {"README.md", MERGE_RECORD}
 Progress = Callable[[int, int], object]
 """Called with the bytes of the result that are done and of all that there are."""
 
@@ -168,38 +167,31 @@ def _checked_prints(resolver: Resolver, shares: Sequence[Mapping[str, _Lanes]]) 
 
 
 def _layout(base: Checkpoint, resolver: Resolver) -> Layout:
-    """The base's distribution of tensors over files; tensors it does not have go to the last file."""
     prefix = resolver.links[0].packages[0].manifest.prefix
-    layout: dict[str, dict[str, TensorInfo]] = {file.path.name: {} for file in base.files.values()}
-    if len(layout) == 1:
-        layout = {SINGLE: {}}
-    last = sorted(layout)[-1]
-    for name, record in resolver.tensors.items():
-        own = base.files.get(_base_name(name, prefix))
-        file = own.path.name if own is not None and own.path.name in layout else last
-        layout[file][name] = record.info
-    return {file: tensors for file, tensors in layout.items() if tensors}
-
-
-def _base_name(name: str, prefix: str) -> str:
-    return f"{prefix[1:]}{name}" if prefix.startswith("-") else name.removeprefix(prefix)
+    return layout_like(base, {name: record.info for name, record in resolver.tensors.items()}, lambda name: without_prefix(name, prefix))
 
 
 def _copy_files(base: Path, links: Sequence[Link], staging: Path) -> None:
     """What belongs to a model beside its weights: the base's, then what packages carry."""
-    _copy_companions(base, staging)
+    copy_companions(base, staging)
     for link in links:
         for package in link.packages:
-            _copy_carried(package, staging)
+            copy_carried(package, staging)
 
 
-def _copy_companions(folder: Path, staging: Path) -> None:
+def copy_companions(folder: Path, staging: Path) -> None:
+    """Copy what belongs to a model beside its weights."""
     for relative in companions(folder):
         if relative.name not in _NOT_THE_MODELS:
             _copy(folder / relative, staging / relative)
 
 
-def _copy_carried(package: DeltaPackage, staging: Path) -> None:
+def copy_carried(package: DeltaPackage, staging: Path) -> None:
+    """Copy the files that a package brings.
+
+    Raises:
+        PackageError: one of them has the name of a folder of the base's.
+    """
     for record in package.manifest.files:
         target = staging / record.file
         if target.is_dir() or any(folder.is_file() for folder in target.parents):

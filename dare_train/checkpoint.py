@@ -6,7 +6,7 @@ import json
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ from .dtypes import Words, dtype_of
 from .errors import CheckpointError
 from .weights import TensorInfo
 
+MERGE_RECORD = "dare_merge.json"
+"""What a merge writes beside its result: the recipe, and what became of each tensor."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -184,6 +186,22 @@ def _module_folders(listing: Path) -> list[str]:
 
 Layout = Mapping[str, Mapping[str, TensorInfo]]
 """File name -> tensor name -> what it holds."""
+
+
+def layout_like(base: Checkpoint | None, tensors: Mapping[str, TensorInfo], base_name: Callable[[str], str]) -> Layout:
+    """The base's distribution of tensors over files; tensors it does not have go to the last file.
+
+    Args:
+        tensors: of the result.
+        base_name: the base's name of a tensor of the result.
+    """
+    files = {name: file.path.name for name, file in base.files.items()} if base is not None else {}
+    names = sorted(set(files.values())) if len(set(files.values())) > 1 else [SINGLE]
+    layout: dict[str, dict[str, TensorInfo]] = {name: {} for name in names}
+    for name, info in tensors.items():
+        own = files.get(base_name(name), names[-1])
+        layout[own if own in layout else names[-1]][name] = info
+    return {file: held for file, held in layout.items() if held}
 
 
 class CheckpointWriter:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .adapters import AdapterWeights, merge_adapter
 from .assembly import Provenance, Spool, Tallies, Work, summed, tallied, work_of, write_manifest
-from .checkpoint import Checkpoint, companions
+from .checkpoint import companions
 from .config import DareConfig, Patterns, Rescale, Values
 from .errors import NonFiniteDelta
 from .fingerprint import Fingerprint
@@ -121,7 +121,7 @@ def _task(
 
 
 def _folder_of(weights: Weights) -> Path | None:
-    return weights.folder if isinstance(weights, (Checkpoint, AdapterWeights)) else None
+    return getattr(weights, "folder", None)
 
 
 def _write_share(task: _Task, staging: Path, writer: PackageWriter, ranks: Ranks, progress: Progress | None) -> Tallies:

@@ -15,17 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import DType, FloatArray, Words, from_float, to_float
-from .kernels import cpu
+from .kernels import cpu, sums
 
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
     """What one package adds to a run of a tensor: at `positions`, either `tuned` words or a `delta`, times `factor`."""
 
-    positions: NDArray[np.int64]
+    positions: NDArray[np.int64] | None
+    """Ascending, relative to the run; None stands for every element."""
     factor: float
     tuned: Words | None = None
     delta: FloatArray | None = None
+
+    def own(self, words: Words) -> Words:
+        """Those of a run's words that the term is about."""
+        return words if self.positions is None else cpu.take(words, self.positions)
 
     def result(self, base: Words, dtype: DType) -> Words:
         """The words that replace `base` (the words at `positions`) when this is the only package."""
@@ -56,21 +61,50 @@ def combine(words: Words, terms: Sequence[Term], dtype: DType) -> None:
     gives what it would give without the others.
     """
     if len(terms) == 1:
-        positions = terms[0].positions
-        cpu.put(words, positions, terms[0].result(cpu.take(words, positions), dtype))
+        (term,) = terms
+        result = term.result(term.own(words), dtype)
+        if term.positions is None:
+            words[:] = result
+        else:
+            cpu.put(words, term.positions, result)
         return
-    total = to_float(words, dtype).astype(dtype.compute)
-    movers = np.zeros(words.size, np.int32)
-    moved_by = []
-    for term in terms:
-        added, moved = term.addend(words[term.positions], dtype)
-        with np.errstate(over="ignore", invalid="ignore"):
-            total[term.positions] = np.where(moved, total[term.positions] + added, total[term.positions])
-        movers[term.positions] += moved
-        moved_by.append(moved)
-    touched = np.flatnonzero(movers)
-    words[touched] = from_float(total[touched], dtype)
-    for term, moved in zip(terms, moved_by, strict=True):
+    owned = [term.own(words) for term in terms]
+    total, movers = _added_up(words, terms, owned, dtype)
+    _round_moved(words, total, movers, dtype)
+    for term, own in zip(terms, owned, strict=True):
         if term.tuned is not None and term.factor == 1.0:
-            alone = moved & (movers[term.positions] == 1)
-            words[term.positions[alone]] = term.tuned[alone]
+            every = np.arange(words.size) if term.positions is None else term.positions
+            sums.put_alone(words, every, own, term.tuned, movers)
+
+
+def unrounded(words: Words, terms: Sequence[Term], dtype: DType) -> FloatArray:
+    """The sums that `combine` rounds, in `dtype.compute`, for a result of another dtype."""
+    return _added_up(words, terms, [term.own(words) for term in terms], dtype)[0]
+
+
+def _added_up(words: Words, terms: Sequence[Term], owned: Sequence[Words], dtype: DType) -> tuple[FloatArray, NDArray[np.uint16]]:
+    """Base plus deltas, in order, and how many terms move each element."""
+    total = to_float(words, dtype).astype(dtype.compute)
+    movers = np.zeros(words.size, np.uint16)
+    for term, own in zip(terms, owned, strict=True):
+        _add(term, own, dtype, total, movers)
+    return total, movers
+
+
+def _add(term: Term, own: Words, dtype: DType, total: FloatArray, movers: NDArray[np.uint16]) -> None:
+    if term.tuned is not None and dtype.code == "BF16":
+        sums.add_at_bf16(own, term.tuned, term.positions, term.factor, total, movers)
+        return
+    where = slice(None) if term.positions is None else term.positions
+    added, moved = term.addend(own, dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total[where] = np.where(moved, total[where] + added, total[where])
+    movers[where] += moved
+
+
+def _round_moved(words: Words, total: FloatArray, movers: NDArray[np.uint16], dtype: DType) -> None:
+    if dtype.code == "BF16":
+        sums.round_moved_bf16(words, total, movers)
+        return
+    moved = np.flatnonzero(movers)
+    words[moved] = from_float(total[moved], dtype)

@@ -16,7 +16,7 @@ from .dtypes import to_float
 from .errors import ConfigError, DtypeMismatch, TensorMismatch
 from .masks import Mask, key_of
 from .segments import TensorPlan
-from .weights import ArrayWeights, Cast, Renamed, Shared, Stripped, TensorInfo, Weights, runs
+from .weights import ArrayWeights, Cast, Mapped, Shared, TensorInfo, Weights, runs
 
 if TYPE_CHECKING:
     from .shards import Live
@@ -74,8 +74,14 @@ def align(base: Weights, names: Collection[str], *, model: str) -> tuple[Weights
 def with_prefix(base: Weights, prefix: str) -> Weights:
     """The base under the names that `align` found."""
     if prefix.startswith("-"):
-        return Stripped(base, prefix=prefix[1:])
-    return Renamed(base, prefix=prefix) if prefix else base
+        top = prefix[1:]
+        return Mapped(base, {name.removeprefix(top): name for name in base.tensors if name.startswith(top)})
+    return Mapped(base, {f"{prefix}{name}": name for name in base.tensors}) if prefix else base
+
+
+def without_prefix(name: str, prefix: str) -> str:
+    """The base's name of a tensor, given the result's and the prefix that `align` found."""
+    return f"{prefix[1:]}{name}" if prefix.startswith("-") else name.removeprefix(prefix)
 
 
 def cast_to(base: Weights, tuned: Mapping[str, TensorInfo]) -> Weights:

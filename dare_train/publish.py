@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -16,10 +16,18 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+def staged_folder(
+    out: Path,
+    *,
+    overwrite: bool = False,
+    sync: bool = True,
+    inputs: Iterable[Path] = (),
+    resume: Callable[[Path], bool] | None = None,
+) -> Iterator[Path]:
     """A hidden sibling of `out` to write into; it takes the place of `out` when the block ends without an exception.
 
-    What a killed process left behind is removed first. With `overwrite`, the old folder stays valid until the rename.
+    What a killed process left behind is removed first, unless `resume`, called with it, says that it can be gone on with;
+    then an interrupt (Ctrl-C) leaves it, too. With `overwrite`, the old folder stays valid until the rename.
 
     Raises:
         ConfigError: `out` cannot be a folder's name, or is one of the folders in `inputs`.
@@ -30,7 +38,9 @@ def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True, inpu
     if out.exists() and any(out.resolve() == folder.resolve() for folder in inputs):
         raise ConfigError("out", expected="another folder than those that are read", found=str(out))
     staging, replaced = partial_name(out), out.with_name(f".{out.name}.replaced")
-    sweep(out)
+    going_on = resume is not None and staging.is_dir() and resume(staging)
+    if not going_on:
+        sweep(out)
     taken = out.is_symlink() or (out.exists() and not out.is_dir())
     if taken or (not overwrite and out.exists() and any(out.iterdir())):
         raise OutputExists(
@@ -39,14 +49,16 @@ def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True, inpu
     above = [folder for folder in out.absolute().parents if not folder.exists()]
     try:
         with storage_errors(out):
-            staging.mkdir(parents=True)
+            staging.mkdir(parents=True, exist_ok=going_on)
             yield staging
             if sync:
                 _sync_tree(staging)
             if out.exists():
                 out.rename(replaced)
             staging.rename(out)
-    except BaseException:
+    except BaseException as error:
+        if resume is not None and isinstance(error, KeyboardInterrupt):
+            raise
         shutil.rmtree(staging, ignore_errors=True)
         for folder in above:
             with suppress(OSError):
@@ -58,7 +70,15 @@ def staged_folder(out: Path, *, overwrite: bool = False, sync: bool = True, inpu
 
 
 @contextmanager
-def shared_staging(out: Path, ranks: Ranks, *, overwrite: bool = True, sync: bool = True, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+def shared_staging(
+    out: Path,
+    ranks: Ranks,
+    *,
+    overwrite: bool = True,
+    sync: bool = True,
+    inputs: Iterable[Path] = (),
+    resume: Callable[[Path], bool] | None = None,
+) -> Iterator[Path]:
     """`staged_folder` that several ranks write into; the first of them makes and publishes it.
 
     In the block, whatever may fail on one rank goes through `ranks.together`, so that all of them leave it the same way.
@@ -68,7 +88,7 @@ def shared_staging(out: Path, ranks: Ranks, *, overwrite: bool = True, sync: boo
     """
     out = _nameable(out)
     with ExitStack() as stack:
-        staged = staged_folder(out, overwrite=overwrite, sync=sync, inputs=inputs)
+        staged = staged_folder(out, overwrite=overwrite, sync=sync, inputs=inputs, resume=resume)
         ranks.together(lambda: _enter(stack, staged) if ranks.first else None)
         ranks.together(lambda: _check_visible(partial_name(out)))
         yield partial_name(out)

@@ -211,7 +211,7 @@ class Resolver:
                     whole.append(_clip_whole(decode_whole(record, segment, frame), segment, start, words.size))
                 else:
                     own = self._own_base(depth, name, segment, start, words)
-                    terms.append(_clip(decode_delta(package.manifest, record, segment, frame, own, weight), segment, start, words.size))
+                    terms.append(clip(decode_delta(package.manifest, record, segment, frame, own, weight), segment, start, words.size))
         if terms:
             combine(words, terms, self.tensors[name].info.dtype)
         for where, content in whole:
@@ -223,8 +223,9 @@ class Resolver:
         return self.resolve(name, segment.start, segment.length, upto=depth)
 
 
-def _clip(term: Term, segment: Segment, start: int, count: int) -> Term:
+def clip(term: Term, segment: Segment, start: int, count: int) -> Term:
     """The part of a segment's term that lies in the run [start, start + count), with positions relative to the run."""
+    assert term.positions is not None
     if start == segment.start and segment.length <= count:
         return term
     positions = term.positions + (segment.start - start)

@@ -1,4 +1,4 @@
-"""What every holder of weights offers, whether it lies on disk or lives in memory, and two ways to look at one."""
+"""What every holder of weights offers, whether it lies on disk or lives in memory, and other ways to look at one."""
 
 from __future__ import annotations
 
@@ -59,28 +59,16 @@ class Shared(Weights, Protocol):
         """[start, stop) of the elements that this process speaks for; over all ranks, each element once."""
 
 
-class Renamed:
-    """The same weights with a prefix put before each name: a bare encoder seen as part of a classifier."""
+class Mapped:
+    """The same weights under other names: `names` says which of the others each of them is. Those it leaves out are not seen."""
 
-    def __init__(self, weights: Weights, *, prefix: str) -> None:
-        self._weights, self._prefix = weights, prefix
+    def __init__(self, weights: Weights, names: Mapping[str, str]) -> None:
+        self._weights, self._names = weights, names
         self.label = weights.label
-        self.tensors = {f"{prefix}{name}": info for name, info in weights.tensors.items()}
+        self.tensors = {name: weights.tensors[other] for name, other in names.items()}
 
     def read(self, name: str, start: int, count: int) -> Words:
-        return self._weights.read(name.removeprefix(self._prefix), start, count)
-
-
-class Stripped:
-    """The same weights without a prefix, and without the tensors that do not have it."""
-
-    def __init__(self, weights: Weights, *, prefix: str) -> None:
-        self._weights, self._prefix = weights, prefix
-        self.label = weights.label
-        self.tensors = {name.removeprefix(prefix): info for name, info in weights.tensors.items() if name.startswith(prefix)}
-
-    def read(self, name: str, start: int, count: int) -> Words:
-        return self._weights.read(f"{self._prefix}{name}", start, count)
+        return self._weights.read(self._names[name], start, count)
 
 
 class Cast:

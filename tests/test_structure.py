@@ -13,6 +13,20 @@ import dare_train
 
 PACKAGE = Path(dare_train.__file__).parent
 
+MERGE = [
+    {f"merge.{name}" for name in floor.split()}
+    for floor in (
+        "parameters inputs vocabulary elements combinations matrices order walk rows",
+        "recipe methods matching naming drops",
+        "deltas growth report mergekit",
+        "tensors",
+        "merged",
+        "journal companions",
+        "driver",
+    )
+]
+"""The floors of the folder `merge`, from the lowest."""
+
 FLOORS = [
     {"errors", "_version"},
     {"dtypes", "config"},
@@ -20,9 +34,9 @@ FLOORS = [
     {"parallel", "weights", "publish", "kernels.compiler", "kernels.reference"},
     {"kernels.compiled", "ownership", "engines", "lowrank"},
     {"kernels.philox", "lora", "filenames"},
-    {"kernels.cpu"},
+    {"kernels.cpu", "kernels.sums"},
     {"masks", "fingerprint", "checkpoint", "shards", "stats", "law"},
-    {"codec"},
+    {"codec", "statistics_file"},
     {"manifest"},
     {"manifest_reader"},
     {"package", "card"},
@@ -31,9 +45,10 @@ FLOORS = [
     {"assembly", "adapters"},
     {"extract", "resolve", "diagnose", "capture"},
     {"apply", "inplace", "origin"},
-    {"snapshot", "report"},
-    {"tracking"},
-    {"callback"},
+    {"snapshot", "report"} | MERGE[0],
+    {"tracking"} | MERGE[1],
+    {"callback", "statistics"} | MERGE[2],
+    *MERGE[3:],
     {"cli"},
     {"__main__"},
 ]

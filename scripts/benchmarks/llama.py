@@ -53,6 +53,27 @@ def pair(name: str) -> Pair:
     return Pair(folder / "base", folder / "tuned")
 
 
+def others(name: str, count: int) -> list[Path]:
+    """`count` further models of the pair's base, with deltas of their own."""
+    base = pair(name).base / WEIGHTS
+    return [
+        cached(f"llama-{name}-{seed}", f"making another {name} model", lambda folder, seed=seed: _another(SHAPES[name], base, seed, folder))
+        for seed in range(1, count + 1)
+    ]
+
+
+def _another(shape: Shape, base: Path, seed: int, folder: Path) -> None:
+    """The base plus Laplace-distributed deltas of another generator, one tensor at a time."""
+    _write_config(shape, folder)
+    generator = np.random.default_rng([SEED, seed])
+    with base.open("rb") as source, (folder / WEIGHTS).open("wb") as tuned:
+        tuned.write(source.read(len(_header(shape))))
+        for dimensions in shape.tensors().values():
+            words = np.frombuffer(source.read(2 * int(np.prod(dimensions))), np.uint16).reshape(dimensions)
+            delta = generator.laplace(scale=DELTA_SCALE, size=dimensions).astype(np.float32)
+            tuned.write(to_bf16((words.astype(np.uint32) << 16).view(np.float32) + delta).tobytes())
+
+
 def _make(shape: Shape, folder: Path) -> None:
     for part in ("base", "tuned"):
         (folder / part).mkdir()

@@ -1,0 +1,1 @@
+"""Merging: one checkpoint or package from several packages and checkpoints on one base."""

@@ -1,0 +1,182 @@
+"""One model's delta of one tensor, with what is dropped from it before it is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import DType, FloatArray, Words
+from ..kernels import cpu, sums
+from ..law import Term
+from ..statistics_file import Floats
+from ..weights import TensorInfo
+from . import drops
+from .drops import DropRate
+from .inputs import Input
+from .methods import Dropping
+from .order import EVERY, NONE, Sizes, largest
+from .walk import Walk
+
+Terms = Callable[[int, Words], Sequence[Term]]
+
+
+class ModelStatistics(Protocol):
+    """What a model's data say of its tensors, by the result's names; see `statistics_file.StatisticsFile`."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    def read(self, name: str, start: int, count: int) -> Floats: ...
+    def whole(self, name: str) -> Floats: ...
+    def transposed(self, name: str) -> bool: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A model that takes part in a tensor, and what the recipe says of it there."""
+
+    input: Input
+    seed: int
+    settings: Mapping[str, Any]
+    """Of the parameters of which each model has its own."""
+    fisher: ModelStatistics | None = None
+    gram: ModelStatistics | None = None
+
+
+class ModelDelta:
+    """A model's delta, run by run, as terms of the arithmetic law with weight 1.
+
+    DARE comes first (`p`), then what the method itself drops. What was dropped already in a package is not dropped at
+    random again. Making one walks over the tensor where thresholds or norms are wanted.
+    """
+
+    def __init__(self, member: Member, walk: Walk, *, drops: Dropping, rescale: str) -> None:
+        self.member, self._walk, self._rescale = member, walk, rescale
+        self._rate = self._own_rate()
+        self._rate_factor = self._factor_of_rate()
+        self._keep, self._outliers, self._magprune = EVERY, NONE, False
+        self._trimmed_factor = 1.0
+        density = member.settings.get("density", 1.0)
+        if drops != "none" and density < 1 and member.input.moves(walk.name):
+            self._trim(drops, density)
+
+    def raw(self, start: int, words: Words) -> Sequence[Term]:
+        """The delta of a run whose base words are `words`, before anything is dropped."""
+        return self.member.input.terms(self._walk.name, start, words) if self.member.input.moves(self._walk.name) else []
+
+    def terms(self, start: int, words: Words) -> Sequence[Term]:
+        """The delta after dropping."""
+        return [self._trimmed(term, start, words) for term in self._dared(start, words)]
+
+    # DARE
+
+    def _own_rate(self) -> DropRate | None:
+        p = self.member.settings.get("p", 0.0)
+        if p == 0 or self.member.input.dropped(self._walk.name):
+            return None
+        return DropRate.of(p, self.member.seed, self._walk.name)
+
+    def _factor_of_rate(self) -> float:
+        if self._rate is None or self._rescale == "none":
+            return 1.0
+        if self._rescale == "q":
+            return self._q_factor(self._rate)
+        if self._rescale == "norm":
+            self._rate_factor = 1.0
+            return self._norm_factor(self.raw, self._dared)
+        return self._rate.factor
+
+    def _q_factor(self, rate: DropRate) -> float:
+        member, name = self.member, self._walk.name
+        if member.settings["q"] > 0:
+            return float(1 / member.settings["q"])
+        if member.gram is None or name not in member.gram.tensors:
+            return rate.factor
+        info = self._walk.info
+        words = self._walk.words(0, info.numel)
+        delta = dense(self.raw(0, words), words, info.dtype).reshape(info.shape)
+        return drops.rescale_q(member.gram.whole(name), delta, rate.p, transposed=member.gram.transposed(name))
+
+    def _norm_factor(self, before: Terms, after: Terms) -> float:
+        """What gives the rest the L1 norm of the whole, as mergekit does it."""
+
+        def norms(start: int, words: Words) -> NDArray[np.float64]:
+            lists = before(start, words), after(start, words)
+            return np.array([sum(float(size.sum(dtype=np.float64)) for size in self._all_sizes(terms, words)) for terms in lists])
+
+        whole, rest = self._walk.total(norms)
+        return float(whole / rest) if whole >= 1e-7 and rest >= 1e-7 else 1.0
+
+    def _dared(self, start: int, words: Words) -> Sequence[Term]:
+        terms = self.raw(start, words)
+        if self._rate is None:
+            return terms
+        kept = self._rate.positions(start, words.size)
+        return [drops.restricted(term, kept, words.size, self._rate_factor) for term in terms]
+
+    # What the method drops
+
+    def _trim(self, rule: Dropping, density: float) -> None:
+        numel = self._walk.info.numel
+        if rule == "magprune":
+            self._magprune = not self.member.input.dropped(self._walk.name)
+        elif rule == "magnitude":
+            self._keep = largest(self._each_sizes, drops.trim_rank(numel, density))
+        else:
+            looked_at, dropped = drops.outlier_ranks(numel, density, self.member.settings["gamma"])
+            self._keep = largest(self._each_sizes, looked_at, last=True)
+            self._outliers = largest(self._each_sizes, dropped, last=True)
+        if self._rescale == "norm":
+            self._trimmed_factor = self._norm_factor(self._dared, self.terms)
+
+    def _each_sizes(self, function: Callable[[int, Sizes], object]) -> Iterator[object]:
+        return self._walk.each(lambda start, words: function(start, self._sizes(start, words)))
+
+    def _sizes(self, start: int, words: Words) -> Sizes:
+        return np.concatenate([np.empty(0, np.float32), *self._all_sizes(self._dared(start, words), words)])
+
+    def _all_sizes(self, terms: Sequence[Term], words: Words) -> list[Sizes]:
+        return [np.abs(delta_of(term, words, self._walk.info.dtype)).astype(np.float32, copy=False) for term in terms]
+
+    def _trimmed(self, term: Term, start: int, words: Words) -> Term:
+        if self._magprune:
+            return self._pruned(term, start, words)
+        if self._keep is EVERY and self._outliers is NONE:
+            return term
+        (sizes,) = self._all_sizes([term], words)
+        kept = self._keep.among(sizes, start)
+        if self._outliers is not NONE:
+            kept &= ~self._outliers.among(sizes, start)
+        return drops.chosen(term, np.flatnonzero(kept), self._trimmed_factor)
+
+    def _pruned(self, term: Term, start: int, words: Words) -> Term:
+        settings, delta = self.member.settings, dense([term], words, self._walk.info.dtype)
+        key = DropRate.of(0.0, self.member.seed, self._walk.name).key
+        kept, factors = drops.magprune(delta, self._walk.row, key, start, density=settings["density"], epsilon=settings["epsilon"])
+        positions = np.flatnonzero(kept)
+        rest = delta[positions] * factors[positions] if self._rescale == "paper" else delta[positions]
+        return Term(positions=positions, factor=self._trimmed_factor, delta=rest)
+
+
+def delta_of(term: Term, words: Words, dtype: DType) -> FloatArray:
+    """f32(factor)·δ at the term's positions."""
+    own = term.own(words)
+    if term.tuned is not None and dtype.code == "BF16":
+        return sums.deltas_bf16(own, term.tuned, term.factor)
+    added, moved = term.addend(own, dtype)
+    return np.where(moved, added, added.dtype.type(0))
+
+
+def dense(terms: Sequence[Term], words: Words, dtype: DType, out: FloatArray | None = None) -> FloatArray:
+    """The deltas of a run, zero where no term is, [words.size]; added to nothing that `out` held but zeros."""
+    row = np.zeros(words.size, dtype.compute) if out is None else out
+    for term in terms:
+        delta = delta_of(term, words, dtype)
+        if term.positions is None:
+            row[:] = delta
+        else:
+            cpu.put(row, term.positions, delta)  # type: ignore[arg-type]
+    return row

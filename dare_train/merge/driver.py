@@ -1,0 +1,388 @@
+"""`merge`: a base and models in, one model or one package out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..checkpoint import Checkpoint, CheckpointWriter, layout_like
+from ..config import Patterns
+from ..dtypes import DTYPES
+from ..errors import BaseMismatch, CheckpointError, ConfigError
+from ..fingerprint import Fingerprint, model_fingerprint, total
+from ..parallel import ordered_map, thread_share
+from ..plan import WeightsLike, open_weights, without_prefix
+from ..publish import shared_staging, storage_errors
+from ..ranks import Ranks
+from ..statistics_file import Kind, StatisticsFile, beside
+from ..weights import Weights
+from . import companions
+from .growth import Growth
+from .inputs import Input, PackageInput
+from .journal import Journal, resumable
+from .matching import Choices, fates
+from .merged import Merged, Statistics
+from .methods import Method, method_of
+from .naming import ModelLike, open_models
+from .recipe import Model, Recipe, layer_counts
+from .report import MergeReport
+
+Progress = Callable[[int, int], object]
+"""Called with the bytes of the result that are done and of all that there are."""
+
+
+def merge(
+    base: WeightsLike,
+    models: Sequence[ModelLike],
+    out: str | os.PathLike[str],
+    *,
+    method: str = "task_arithmetic",
+    weights: Sequence[float] | None = None,
+    p: float | Sequence[float] | None = None,
+    seed: int = 0,
+    rescale: str = "paper",
+    out_dtype: str | None = None,
+    tokenizer: str | None = None,
+    exclude: Patterns = (),
+    take: Mapping[str, int | str] | None = None,
+    rename: Mapping[str, str] | None = None,
+    fisher: Sequence[str | os.PathLike[str]] | None = None,
+    gram: Sequence[str | os.PathLike[str]] | None = None,
+    package: bool = False,
+    cast_base: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    ranks: Ranks | None = None,
+    **parameters: Any,
+) -> MergeReport:
+    """Merge packages and fine-tuned models of one base, streaming, into a checkpoint or a package (docs/merging.md).
+
+    Deltas are worked out and combined in float32 (float64 for float64 tensors) and rounded once. The result is the same to
+    the byte for any number of threads or ranks.
+
+    Args:
+        base: folder, file or Hub id of the base model; a module, a state dict, or arrays by name.
+        models: packages on that base, and fine-tuned models as `base`; also PEFT adapters' folders.
+        out: folder to create. After a kill, the same call goes on where the last one was.
+        method: a name in `METHODS`, built in or registered.
+        weights: w of each model, by default 1.
+        p: drop rate, one or one for each model: DARE before the method, on every delta of which nothing was dropped yet.
+        seed: selects the masks: model i has those of a package made with seed + i.
+        rescale: what multiplies the elements that random dropping leaves. `paper`: 1/(1 - p) (for MAGPRUNE 1/(1 - pᵢ), element
+            by element). `norm`: what keeps the L1 norm, as mergekit does, for every rule of dropping. `q`: DAREx-q, from each
+            layer's Gram matrix, or 1/q for a given parameter `q`. `none`: 1. Packages keep the rescale that they were made with.
+        out_dtype: such as "BF16"; by default each tensor keeps the base's.
+        tokenizer: whose tokens the result has, where models added some: "base", "union", or None for a union if that is safe.
+        exclude: name patterns of tensors that stay as in the base.
+        take: by name pattern, the model (its number or label) from which tensors are taken as they are.
+        rename: parts of tensor names to replace in the models' names.
+        fisher, gram: statistics files of the models, in order; by default those beside each (`statistics_file.beside`).
+        package: write a delta package on the base instead of a checkpoint. One that was killed begins anew.
+        cast_base: round the base to the models' dtypes first.
+        overwrite: replace a folder that is already there.
+        progress: called with (bytes done, bytes in all) of this rank's share.
+        ranks: the processes that share the work, such as `Ranks.joined()`. They make the same call, on one file system.
+        parameters: of the method, such as `density=0.2` or `t=0.3`; a list gives each model its own, where the parameter is
+            of each model. `lambda_` stands for lambda.
+
+    Raises:
+        ConfigError, CheckpointError, PackageError, ChainError, TensorMismatch, DtypeMismatch, BaseMismatch, OutputExists,
+        StorageError; RankError when it happened on another rank.
+    """
+    given = {"weight": weights, "p": p, **{name.rstrip("_"): value for name, value in parameters.items()}}
+    recipe = _recipe(base, models, method, given, seed=seed, rescale=rescale, out_dtype=out_dtype, tokenizer=tokenizer)
+    task = MergeTask(
+        recipe=recipe, base=base, models=tuple(models), exclude=exclude, take=take or {}, rename=rename or {},
+        fisher=fisher, gram=gram, cast_base=cast_base,
+    )  # fmt: skip
+    return run(task, out, package=package, overwrite=overwrite, progress=progress, ranks=ranks)
+
+
+def _recipe(base: object, models: Sequence[object], name: str, given: Mapping[str, Any], **options: Any) -> Recipe:
+    method = method_of(name)
+    if isinstance(models, (str, os.PathLike)) or not isinstance(models, Sequence):
+        raise ConfigError("models", expected="a list of models", found=repr(models))
+    own: list[dict[str, Any]] = [{} for _ in models]
+    shared: dict[str, Any] = {}
+    each = {parameter.name for parameter in method.parameters if parameter.per_model}
+    for key, value in given.items():
+        if value is None:
+            continue
+        if key in each and isinstance(value, Sequence) and not isinstance(value, (str, tuple)):
+            if len(value) != len(models):
+                raise ConfigError(
+                    f"{key}s" if key == "weight" else key, expected=f"one for each of {len(models)} models", found=str(len(value))
+                )
+            for settings, one in zip(own, value, strict=True):
+                settings[key] = one
+        else:
+            shared[key] = value
+    listed = tuple(Model(model=label_of(model), parameters=settings) for model, settings in zip(models, own, strict=True))
+    return Recipe(method=name, base=label_of(base), models=listed, parameters=shared, **options)
+
+
+def label_of(what: object) -> str:
+    """What recipes and messages call a model."""
+    if isinstance(what, (str, os.PathLike)):
+        return str(os.fspath(what))
+    return str(getattr(what, "name", None) or getattr(what, "label", None) or "model in memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeTask:
+    """A recipe with what it is about: weights that need not lie in folders, and what is decided tensor by tensor."""
+
+    recipe: Recipe
+    base: WeightsLike
+    models: tuple[ModelLike, ...]
+    exclude: Patterns = ()
+    take: Mapping[str, int | str]
+    rename: Mapping[str, str]
+    fisher: Sequence[str | os.PathLike[str]] | None = None
+    gram: Sequence[str | os.PathLike[str]] | None = None
+    cast_base: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    """A merge before the first of its arithmetic."""
+
+    merged: Merged
+    base: Weights
+    base_folder: Path | None
+    prefix: str
+    growth: Growth
+
+    @property
+    def folders(self) -> list[Path]:
+        return [folder for folder in (self.base_folder, *(one.folder for one in self.merged.inputs)) if folder is not None]
+
+
+def run(
+    task: MergeTask,
+    out: str | os.PathLike[str],
+    *,
+    notes: Sequence[str] = (),
+    package: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    ranks: Ranks | None = None,
+) -> MergeReport:
+    """Carry out a merge; see `merge`. `notes` go into the report."""
+    ranks, out = ranks or Ranks(), Path(out)
+    ready = ranks.each(lambda: _ready(task, ranks))
+    write = _write_package if package else _write_checkpoint
+    return write(ready, task, out, tuple(notes), overwrite, progress, ranks)
+
+
+def _ready(task: MergeTask, ranks: Ranks) -> _Ready:
+    recipe, method = task.recipe, method_of(task.recipe.method)
+    _check(recipe, method)
+    base = open_weights(task.base)
+    folder = base.folder if isinstance(base, Checkpoint) else None
+    named, inputs, prefix = open_models(base, task.models, rename=task.rename, cast_base=task.cast_base)
+    growth = Growth(named, folder, inputs, recipe.tokenizer)
+    choices = Choices(exclude=task.exclude, take={pattern: _number(model, recipe) for pattern, model in task.take.items()})
+    out_dtype = DTYPES[recipe.out_dtype] if recipe.out_dtype else None
+    merged = Merged(
+        recipe, method, named, inputs, fates(named, inputs, choices, growth.rows, out_dtype),
+        values=recipe.resolver(layer_counts(named.tensors)),
+        fisher=_statistics("fisher", task.fisher, inputs, needed=method.needs == "fisher"),
+        gram=_statistics("gram", task.gram, inputs, needed=method.needs == "gram" or recipe.rescale == "q"),
+        threads=thread_share(ranks),
+    )  # fmt: skip
+    return _Ready(merged=merged, base=base, base_folder=folder, prefix=prefix, growth=growth)
+
+
+def _check(recipe: Recipe, method: Method) -> None:
+    recipe.check_parameters(method.parameters)
+    least, most = method.models
+    if len(recipe.models) < least or (most is not None and len(recipe.models) > most):
+        wanted = f"{least} to {most}" if most not in (None, least) else f"exactly {least}" if most else f"at least {least}"
+        raise ConfigError("models", expected=f"{wanted} for {method.name}", found=str(len(recipe.models)))
+
+
+def _number(model: int | str, recipe: Recipe) -> int:
+    labels = [one.model for one in recipe.models]
+    if isinstance(model, int) and 0 <= model < len(labels):
+        return model
+    if model in labels:
+        return labels.index(str(model))
+    raise ConfigError("take", expected=f"one of {', '.join(labels)}, or its number from 0", found=repr(model))
+
+
+def _statistics(kind: Kind, given: Sequence[str | os.PathLike[str]] | None, inputs: Sequence[Input], *, needed: bool) -> list[Statistics]:
+    if not needed:
+        return []
+    if given is not None and len(given) != len(inputs):
+        raise ConfigError(kind, expected=f"a file for each of {len(inputs)} models", found=str(len(given)))
+    return [_statistics_of(kind, one, given[number] if given is not None else None) for number, one in enumerate(inputs)]
+
+
+def _statistics_of(kind: Kind, one: Input, given: str | os.PathLike[str] | None) -> Statistics:
+    if given is None and one.folder is None:
+        raise ConfigError(kind, expected=f"a file of {one.label}'s statistics", found="none", remedy=f"pass {kind}=[...]")
+    path = Path(given) if given is not None else beside(one.folder or "", kind)
+    if not path.is_file():
+        remedy = f"collect_{kind} gathers them and save_statistics writes them, or StatisticsCallback does both after training"
+        raise CheckpointError(str(path), expected=f"{kind} statistics of {one.label}", found="no such file", remedy=remedy)
+    file = StatisticsFile.open(path, kind)
+    return Statistics(file=file, names={name: own for name, own in one.names.items() if own in file.tensors})
+
+
+# Into a checkpoint
+
+
+def _write_checkpoint(
+    ready: _Ready, task: MergeTask, out: Path, notes: tuple[str, ...], overwrite: bool, progress: Progress | None, ranks: Ranks
+) -> MergeReport:
+    merged, identity = ready.merged, _identity(task, ready)
+    layout = layout_like(
+        ready.base if isinstance(ready.base, Checkpoint) else None, merged.tensors, lambda name: without_prefix(name, ready.prefix)
+    )
+    going_on = lambda staging: resumable(staging, identity)  # noqa: E731
+    with shared_staging(out, ranks, overwrite=overwrite, sync=False, inputs=ready.folders, resume=going_on) as staging:
+        on_disk, journal = storage_errors(out), Journal(staging, identity, ranks.rank)
+        before = ranks.each(lambda: journal.found(merged.tensors) if journal.begun() else {})
+        made = ranks.each(on_disk(lambda: CheckpointWriter(staging, layout, join=journal.begun()) if ranks.first else None))
+        if ranks.first:
+            journal.begin()
+
+        def write() -> dict[str, Fingerprint]:
+            with made or CheckpointWriter(staging, layout, join=True) as writer:
+                return _write_share(merged, writer, journal, before, progress, ranks)
+
+        shares = ranks.together(on_disk(lambda: {name: list(print_) for name, print_ in write().items()}))
+        prints = before | {name: Fingerprint(*lanes) for share in shares for name, lanes in share.items()}
+        report = _report(ready, out, notes, prints)
+        ranks.each(on_disk(lambda: _finish(ready, report, journal, staging) if ranks.first else None))
+    return report
+
+
+def _identity(task: MergeTask, ready: _Ready) -> str:
+    """What must be the same for a merge to go on with what another process began."""
+    files = sorted({path for folder in ready.folders for path in (folder.iterdir() if folder.is_dir() else [folder]) if path.is_file()})
+    seen = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    told = [task.recipe.digest(), repr(task.exclude), repr(sorted(task.take.items())), repr(sorted(task.rename.items())), __version__]
+    memory = [str(id(one)) for one in (task.base, *task.models) if not isinstance(one, (str, os.PathLike))]
+    return hashlib.sha256(json.dumps([told, memory, seen, str(os.getpid()) if memory else ""]).encode()).hexdigest()
+
+
+def _write_share(
+    merged: Merged, writer: CheckpointWriter, journal: Journal, before: Mapping[str, Fingerprint], progress: Progress | None, ranks: Ranks
+) -> dict[str, Fingerprint]:
+    """Work out and write this rank's tensors, except those that were finished before. Returns their fingerprints."""
+    mine = ranks.share([name for name in merged.tensors if name not in before], size=lambda name: max(merged.tensors[name].numel, 1))
+    everything = sum(merged.tensors[name].nbytes for name in mine)
+    checked = _recorded_bases(merged)
+
+    def one(work: tuple[str, int, int]) -> tuple[str, Fingerprint, Fingerprint]:
+        name, start, count = work
+        words = merged.run(name, start, count)
+        writer.write(name, start, words)
+        own = name in checked and start < merged.base_numel(name)
+        return name, Fingerprint.of(words, start), Fingerprint.of(merged.base.read(name, start, count), start) if own else Fingerprint()
+
+    prints: dict[str, Fingerprint] = {}
+    done = 0
+    with closing(ordered_map(one, _work(merged, mine), threads=thread_share(ranks) + 1)) as results:  # one of them is writing
+        for name, several in groupby(results, key=itemgetter(0)):
+            runs = list(several)
+            _check_base(merged, name, checked.get(name, ()), total(base for _, _, base in runs))
+            prints[name] = total(result for _, result, _ in runs)
+            journal.finished(name, prints[name])
+            done += merged.tensors[name].nbytes
+            if progress is not None:
+                progress(done, everything)
+    return {name: prints.get(name, Fingerprint()) for name in mine}
+
+
+def _work(merged: Merged, names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    for name in names:
+        yield from ((name, start, count) for start, count in merged.runs(name))
+
+
+def _recorded_bases(merged: Merged) -> dict[str, list[tuple[str, Fingerprint]]]:
+    """What packages have on record of the base's tensors, by the result's names: package and fingerprint."""
+    recorded: dict[str, list[tuple[str, Fingerprint]]] = {}
+    for one in merged.inputs:
+        for name, own in one.names.items() if isinstance(one, PackageInput) else ():
+            print_ = one.package.records[own].base
+            if print_ is not None and name in merged.base.tensors:
+                recorded.setdefault(name, []).append((one.label, print_))
+    return recorded
+
+
+def _check_base(merged: Merged, name: str, recorded: Sequence[tuple[str, Fingerprint]], found: Fingerprint) -> None:
+    for label, expected in recorded:
+        if expected != found:
+            raise BaseMismatch(
+                f"{merged.base.label}: {name}",
+                expected=f"fingerprint {expected.hex[:12]}…, as {label} has it on record",
+                found=f"{found.hex[:12]}…",
+                remedy="this is not the base that the package was made from",
+            )
+
+
+def _finish(ready: _Ready, report: MergeReport, journal: Journal, staging: Path) -> None:
+    journal.remove()
+    companions.write(ready.merged, ready.base_folder, ready.growth.vocabulary, staging, prefixed=bool(ready.prefix))
+    companions.write_record(report, staging)
+
+
+def _report(ready: _Ready, out: Path, notes: tuple[str, ...], prints: Mapping[str, Fingerprint]) -> MergeReport:
+    merged = ready.merged
+    return MergeReport(
+        out=str(out), recipe=merged.recipe, notes=(*notes, *_own_notes(merged)), tensors=tuple(merged.fates.values()),
+        labels=tuple(one.label for one in merged.inputs),
+        fingerprint=model_fingerprint((name, info.dtype.code, info.shape, prints[name]) for name, info in merged.tensors.items()),
+    )  # fmt: skip
+
+
+def _own_notes(merged: Merged) -> Iterator[str]:
+    dropped = [one.label for one in merged.inputs if any(one.dropped(name) for name in one.tensors)]
+    if dropped:
+        yield f"dropped in their packages already, and not dropped again: {', '.join(dropped)}"
+
+
+# Into a package
+
+
+def _write_package(
+    ready: _Ready, task: MergeTask, out: Path, notes: tuple[str, ...], overwrite: bool, progress: Progress | None, ranks: Ranks
+) -> MergeReport:
+    from ..extract import extract
+
+    merged = ready.merged
+    ranks.each(lambda: _check_bases(merged, ranks))
+    with companions.folder(merged, ready.base_folder, ready.growth.vocabulary, prefixed=bool(ready.prefix)) as folder:
+        view = merged.beside(folder)
+        report = _report(ready, out, notes, {name: Fingerprint() for name in merged.tensors})
+        companions.write_record(report, folder)
+        package = extract(
+            ready.base, view, out, p=0.0, values="exact", cast_base=task.cast_base, overwrite=overwrite, progress=progress, ranks=ranks,
+            base_model=task.recipe.base, allow_nonfinite=True,
+        )  # fmt: skip
+    return MergeReport(**{**vars(report), "fingerprint": package.manifest.result})
+
+
+def _check_bases(merged: Merged, ranks: Ranks) -> None:
+    """Compare the base with what packages have on record of it, before anything is written."""
+    recorded = _recorded_bases(merged)
+
+    def print_of(name: str) -> Fingerprint:
+        inner = [(start, count) for start, count in merged.runs(name) if start < merged.base_numel(name)]
+        return total(Fingerprint.of(merged.base.read(name, start, count), start) for start, count in inner)
+
+    with closing(ordered_map(print_of, recorded, threads=thread_share(ranks))) as prints:
+        for name, found in zip(recorded, prints, strict=True):
+            _check_base(merged, name, recorded[name], found)

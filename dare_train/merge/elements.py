@@ -1,0 +1,105 @@
+"""Merge methods that work element by element: deltas of n models in, the merged delta out.
+
+`deltas` holds n rows of k elements, float32 (float64 for float64 tensors): a tensor's, or those of any part of it, after
+dropping. `weights` holds the n weights w. Sums run over the models in their order, so that every bit is determined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import FloatArray
+
+
+def ties(deltas: FloatArray, weights: FloatArray, *, normalize: bool) -> FloatArray:
+    """TIES-Merging, after trimming: elect a sign, then take the mean of those that agree with it.
+
+        γ = sgn(Σᵢ wᵢδᵢ)        δ = Σ_{i: sgn(wᵢδᵢ) = γ} wᵢδᵢ / Σ_{i: sgn(wᵢδᵢ) = γ} wᵢ
+
+    Yadav et al., https://arxiv.org/abs/2306.01708, §3.2 and algorithm 1. A sum of zero elects plus. Without `normalize` the
+    agreeing ones are added up.
+    """
+    weighted = deltas * weights[:, None]
+    return _of_the_elected(weighted, weights, normalize=normalize)
+
+
+def fisher(deltas: FloatArray, weights: FloatArray, *, fisher: FloatArray, floor: float) -> FloatArray:
+    """Fisher merging: each model counts by how sure its data made it of an element.
+
+        δ = Σᵢ wᵢFᵢδᵢ / Σᵢ wᵢFᵢ
+
+    Matena and Raffel, https://arxiv.org/abs/2111.09832, eq. 6. `fisher`, shape (n, k): the diagonals Fᵢ, none below `floor`.
+    """
+    counts = np.maximum(fisher, fisher.dtype.type(floor)).astype(deltas.dtype, copy=False) * weights[:, None]
+    return _ratio(_total(counts * deltas), _total(counts))
+
+
+def consensus_ta(deltas: FloatArray, weights: FloatArray, *, undropped: FloatArray, mask_threshold: float, agree: int) -> FloatArray:
+    """Consensus task arithmetic: the sum of the deltas, where at least `agree` models need it.
+
+        mᵢ = 1{ |δᵢ| ≥ λ·|δ_MTL - δᵢ| }        δ = δ_MTL where Σᵢ mᵢ ≥ k, else 0
+
+    Wang et al., "Localizing Task Information for Improved Model Merging and Compression", https://arxiv.org/abs/2405.07813,
+    eq. 5-6. `undropped`, shape (n, k): the models' deltas as they were before anything was dropped. `mask_threshold` is λ.
+    """
+    return _consensus(_total(deltas * weights[:, None]), undropped, mask_threshold, agree)
+
+
+def consensus_ties(
+    deltas: FloatArray, weights: FloatArray, *, undropped: FloatArray, mask_threshold: float, agree: int, normalize: bool
+) -> FloatArray:
+    """`consensus_ta` with the delta that TIES gives in place of the sum (same paper, §4.2)."""
+    return _consensus(ties(deltas, weights, normalize=normalize), undropped, mask_threshold, agree)
+
+
+def sce(deltas: FloatArray, weights: FloatArray, *, selected: NDArray[np.bool_], energies: NDArray[np.float64]) -> FloatArray:
+    """SCE: select the elements that vary most, calculate each model's weight from its energy, erase what goes against the sum.
+
+        wᵢ ∝ mean(δᵢ²) over the tensor        δ = Σᵢ wᵢδᵢ / Σᵢ wᵢ over the i with sgn(δᵢ) = sgn(Σⱼ δⱼ)
+
+    Wan et al., "FuseChat", https://arxiv.org/abs/2408.07990, §3.3. `selected`, shape (k,): where the variance over the models is
+    among the largest; `energies`, shape (n,): means of the squares of the selected deltas. The user's weights do not count.
+    """
+    total = float(energies.sum())
+    shares = (energies / total if total >= 1e-6 else np.full(energies.size, 1 / energies.size)).astype(deltas.dtype)
+    chosen = deltas * selected
+    agree = _agreeing(chosen)
+    counts = agree * shares[:, None]
+    return _total(chosen * counts) / np.maximum(_total(counts), deltas.dtype.type(1e-6))
+
+
+def _consensus(merged: FloatArray, undropped: FloatArray, mask_threshold: float, agree: int) -> FloatArray:
+    factor = merged.dtype.type(mask_threshold)
+    needing = _total(np.abs(own) >= factor * np.abs(merged - own) for own in undropped)
+    return np.where(needing >= agree, merged, merged.dtype.type(0))
+
+
+def _of_the_elected(weighted: FloatArray, weights: FloatArray, *, normalize: bool) -> FloatArray:
+    agree = _agreeing(weighted)
+    total = _total(weighted * agree)
+    return _ratio(total, _total(agree * weights[:, None])) if normalize else total
+
+
+def _agreeing(deltas: FloatArray) -> NDArray[np.bool_]:
+    """Where each delta has the sign of their sum, shape (n, k); a zero agrees with none."""
+    positive = _total(deltas) >= 0
+    return np.where(positive, deltas > 0, deltas < 0)
+
+
+def _total(rows: Iterable[NDArray[Any]]) -> FloatArray:
+    """Their sum, one after the other: numpy would choose the order by the shape."""
+    first, *others = rows
+    total: FloatArray = first.astype(np.float32) if first.dtype == np.bool_ else first.copy()
+    for row in others:
+        total += row
+    return total
+
+
+def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
+    """Their quotient; the numerator where the denominator is zero."""
+    denominator[denominator == 0] = 1
+    return numerator / denominator

@@ -1,0 +1,72 @@
+"""What a merge has finished, so that one that was killed goes on where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..checkpoint import Checkpoint
+from ..codec import SEGMENT
+from ..errors import CheckpointError
+from ..fingerprint import Fingerprint, total
+from ..weights import TensorInfo, runs
+
+_STEM = "merge-journal"
+_DONE = f"{_STEM}.begun"
+
+
+class Journal:
+    """Names of finished tensors in a staging folder, a file for each rank. What it says is checked against the files' content.
+
+    Args:
+        identity: of the merge: its recipe and all that it reads.
+    """
+
+    def __init__(self, staging: Path, identity: str, rank: int) -> None:
+        self._staging, self._identity = staging, identity
+        self._path = staging / f"{_STEM}.{rank}"
+
+    def begun(self) -> bool:
+        """Whether the folder holds files of this merge, with their headers."""
+        return _begun_as(self._staging, self._identity)
+
+    def begin(self) -> None:
+        """The files of the result are there, empty."""
+        (self._staging / _DONE).write_text(self._identity)
+
+    def finished(self, name: str, print_: Fingerprint) -> None:
+        with self._path.open("a") as file:
+            file.write(f"{print_.hex} {name}\n")
+
+    def found(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Fingerprint]:
+        """Tensors that were finished before, each with its fingerprint: those whose words in the folder have it still."""
+        written = [line.partition(" ") for path in sorted(self._staging.glob(f"{_STEM}.[0-9]*")) for line in path.read_text().splitlines()]
+        if not written:
+            return {}
+        try:
+            checkpoint = Checkpoint.open(self._staging)
+        except CheckpointError:
+            return {}
+        prints = {
+            name: _print_of(checkpoint, name) for _, _, name in written if checkpoint.tensors.get(name) == tensors.get(name) is not None
+        }
+        return {name: prints[name] for said, _, name in written if name in prints and prints[name].hex == said}
+
+    def remove(self) -> None:
+        for path in self._staging.glob(f"{_STEM}.*"):
+            path.unlink()
+
+
+def resumable(staging: Path, identity: str) -> bool:
+    """Whether a folder that a killed process left holds a part of this merge."""
+    return _begun_as(staging, identity)
+
+
+def _begun_as(staging: Path, identity: str) -> bool:
+    path = staging / _DONE
+    return path.is_file() and path.read_text() == identity
+
+
+def _print_of(checkpoint: Checkpoint, name: str) -> Fingerprint:
+    numel = checkpoint.tensors[name].numel
+    return total(Fingerprint.of(checkpoint.read(name, start, count), start) for start, count in runs(numel, SEGMENT))

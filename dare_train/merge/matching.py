@@ -1,0 +1,153 @@
+"""What becomes of each tensor of a merge, settled by names, shapes and dtypes before any arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import numpy as np
+
+from ..codec import SEGMENT
+from ..config import Patterns, matches
+from ..dtypes import DType, cast
+from ..errors import ConfigError, TensorMismatch
+from ..weights import TensorInfo, Weights, runs
+from .inputs import Input
+from .rows import AddedRows
+
+How = Literal["merged", "copied", "carried"]
+GrownRows = Callable[[str, Sequence[int]], "AddedRows | None"]
+"""Rows that a tensor has beyond the base's, of a name and the models in which it grew; None: the result has the base's rows only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fate:
+    """One tensor of the result."""
+
+    name: str
+    info: TensorInfo
+    how: How
+    """`merged`: by the method. `copied`: as in the base. `carried`: as in a model."""
+    models: tuple[int, ...] = ()
+    """Those that take part, or the one it is carried from."""
+    note: str = ""
+    added: AddedRows | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What the user said of tensors by name pattern."""
+
+    exclude: Patterns = ()
+    """Left as in the base, and left out where the base has none."""
+    take: Mapping[str, int]
+    """Carried from the model of that number."""
+
+    def taken(self, name: str) -> int | None:
+        return next((model for pattern, model in self.take.items() if fnmatchcase(name, pattern)), None)
+
+
+def fates(base: Weights, inputs: Sequence[Input], choices: Choices, grown: GrownRows, out: DType | None) -> list[Fate]:
+    """The fate of every tensor that the base or a model has, sorted by name.
+
+    Raises:
+        TensorMismatch: shapes do not fit, or models carry different content that cannot be merged.
+        ConfigError: `take` names a model that has no such tensor.
+    """
+    names = sorted(set(base.tensors).union(*(one.tensors for one in inputs)))
+    found = (_fate(name, base, inputs, choices, grown) for name in names)
+    return [_in_dtype(fate, out) for fate in found if fate is not None]
+
+
+def _in_dtype(fate: Fate, out: DType | None) -> Fate:
+    if out is None or not fate.info.dtype.can_be_delta:
+        return fate
+    return Fate(**{**vars(fate), "info": TensorInfo(out, fate.info.shape)})
+
+
+def _fate(name: str, base: Weights, inputs: Sequence[Input], choices: Choices, grown: GrownRows) -> Fate | None:
+    info, holders = base.tensors.get(name), [number for number, one in enumerate(inputs) if name in one.tensors]
+    taken = choices.taken(name)
+    if matches(name, choices.exclude):
+        return Fate(name=name, info=info, how="copied", note="excluded") if info is not None else None
+    if taken is not None:
+        return _taken(name, taken, inputs)
+    if info is None or any(inputs[number].whole(name) for number in holders):
+        whole = [number for number in holders if info is None or inputs[number].whole(name)]
+        return _carried(name, whole, inputs)
+    if not any(inputs[number].moves(name) for number in holders):
+        return Fate(name=name, info=info, how="copied", note="" if holders else "in no model")
+    if not info.dtype.can_be_delta:
+        return _not_float(name, info, holders, base, inputs)
+    return _merged(name, info, holders, inputs, grown)
+
+
+def _taken(name: str, number: int, inputs: Sequence[Input]) -> Fate:
+    if name not in inputs[number].tensors:
+        raise ConfigError(f"take for {name}", expected=f"a model that has it, found none of that name in {inputs[number].label}")
+    return Fate(name=name, info=inputs[number].tensors[name], how="carried", models=(number,), note="taken")
+
+
+def _merged(name: str, info: TensorInfo, holders: list[int], inputs: Sequence[Input], grown: GrownRows) -> Fate:
+    larger = [number for number in holders if inputs[number].tensors[name].shape != info.shape]
+    for number in larger:
+        _check_grown(name, info, inputs[number])
+    absent = [one.label for number, one in enumerate(inputs) if number not in holders]
+    note = f"not in {', '.join(absent)}" if absent else ""
+    added = grown(name, larger)
+    rows = info.shape[0] if added is None or not added.rows.size else max(info.shape[0], int(added.rows[-1]) + 1)
+    if larger and added is None:
+        note = "; ".join(filter(None, [note, "added rows left out"]))
+    shape = (rows, *info.shape[1:]) if info.shape else ()
+    return Fate(name=name, info=TensorInfo(info.dtype, shape), how="merged", models=tuple(holders), note=note, added=added)
+
+
+def _check_grown(name: str, info: TensorInfo, one: Input) -> None:
+    shape = one.tensors[name].shape
+    if not info.shape or shape[1:] != info.shape[1:] or shape[0] < info.shape[0]:
+        raise TensorMismatch(
+            name,
+            expected=f"shape {list(info.shape)}, as in the base",
+            found=f"{list(shape)} in {one.label}",
+            remedy=f"is it a model of this base? exclude={name!r} leaves the base's, take={{{name!r}: model}} takes a model's",
+        )
+
+
+def _not_float(name: str, info: TensorInfo, holders: list[int], base: Weights, inputs: Sequence[Input]) -> Fate:
+    other = [
+        number for number in holders if inputs[number].tensors[name] != info or not equal(name, info.numel, base.read, inputs[number].words)
+    ]
+    if not other:
+        return Fate(name=name, info=info, how="copied", note="not floating point, equal in all")
+    return _carried(name, other, inputs)
+
+
+def _carried(name: str, holders: list[int], inputs: Sequence[Input]) -> Fate:
+    first, *others = holders
+    info = inputs[first].tensors[name]
+    for number in others:
+        if inputs[number].tensors[name] != info or not equal(name, info.numel, inputs[first].words, inputs[number].words):
+            raise TensorMismatch(
+                name,
+                expected=f"the same content as in {inputs[first].label}, since it is no delta of the base",
+                found=f"other content in {inputs[number].label}",
+                remedy=f"take={{{name!r}: model}} (--take) takes one model's, exclude={name!r} (--exclude) leaves it out",
+            )
+    note = f"the same in {len(holders)} models" if others else ""
+    return Fate(name=name, info=info, how="carried", models=(first,), note=note)
+
+
+Read = Callable[[str, int, int], "np.ndarray"]
+
+
+def equal(name: str, numel: int, one: Read, other: Read) -> bool:
+    """Whether two models have the same words in the first `numel` elements."""
+    return all(np.array_equal(one(name, start, count), other(name, start, count)) for start, count in runs(numel, SEGMENT))
+
+
+def carried_words(one: Input, name: str, start: int, count: int, out: DType) -> np.ndarray:
+    """A run of what a model carries, in the result's dtype."""
+    own = one.tensors[name].dtype
+    return cast(one.words(name, start, count), own, out) if own != out and own.is_float else one.words(name, start, count)

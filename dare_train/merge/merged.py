@@ -1,0 +1,171 @@
+"""The merged model as weights that are worked out when they are read, whether into a checkpoint or into a package."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..codec import SEGMENT
+from ..dtypes import Words, cast
+from ..statistics_file import Floats, StatisticsFile
+from ..weights import TensorInfo, Weights, runs
+from .deltas import Member
+from .inputs import Input
+from .matching import Fate, carried_words
+from .methods import Method
+from .parameters import Scalar
+from .recipe import Recipe, SettingResolver
+from .tensors import MergedTensor
+
+_PREPARED = 16
+"""Tensors whose thresholds and coefficients are remembered: as many as threads may be at work on at a time, and more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """A model's statistics by the result's names."""
+
+    file: StatisticsFile
+    names: Mapping[str, str]
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {name: self.file.tensors[own] for name, own in self.names.items()}
+
+    def read(self, name: str, start: int, count: int) -> Floats:
+        return self.file.read(self.names[name], start, count)
+
+    def whole(self, name: str) -> Floats:
+        return self.file.whole(self.names[name])
+
+    def transposed(self, name: str) -> bool:
+        return self.file.transposed(self.names[name])
+
+
+class Merged:
+    """Implements `Weights`: every tensor of the result, any run of it, from any thread.
+
+    Attributes:
+        label: what messages call it.
+        tensors: dtype and shape by name.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: Method,
+        base: Weights,
+        inputs: Sequence[Input],
+        fates: Sequence[Fate],
+        *,
+        values: SettingResolver,
+        fisher: Sequence[Any] = (),
+        gram: Sequence[Any] = (),
+        threads: int = 1,
+    ) -> None:
+        self.folder: Path | None = None
+        self.label = f"{method.name} of {', '.join(one.label for one in inputs)}"
+        self.recipe, self.method, self.base, self.inputs = recipe, method, base, inputs
+        self.fates = {fate.name: fate for fate in fates}
+        self.tensors = {fate.name: fate.info for fate in fates}
+        self._values, self._fisher, self._gram, self._threads = values, fisher, gram, threads
+        self._lock, self._busy = threading.Lock(), dict[str, threading.Lock]()
+        self._prepared: OrderedDict[str, MergedTensor] = OrderedDict()
+        self._last: OrderedDict[tuple[str, int], Words] = OrderedDict()
+
+    def beside(self, folder: Path) -> Merged:
+        """The same, with configuration and tokenizer in a folder."""
+        view = copy(self)
+        view.folder = folder
+        return view
+
+    def base_numel(self, name: str) -> int:
+        """Leading elements of a tensor that the base has."""
+        return min(self.base.tensors[name].numel, self.tensors[name].numel) if name in self.base.tensors else 0
+
+    def runs(self, name: str) -> list[tuple[int, int]]:
+        """(start, count) of the runs that are worked out at once: those of the base's part, then those of added rows."""
+        numel, split = self.tensors[name].numel, self.base_numel(name)
+        inner = self._tensor(name).runs if self.fates[name].how == "merged" else list(runs(split, SEGMENT))
+        return [*inner, *((split + start, count) for start, count in runs(numel - split, SEGMENT))]
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        """Words of the elements with flat indices [start, start + count), put together from runs."""
+        parts = []
+        for first, length in self.runs(name):
+            begin, end = max(first, start), min(first + length, start + count)
+            if begin < end:
+                parts.append(self._remembered(name, first, length)[begin - first : end - first])
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.tensors[name].dtype.word), *parts])
+
+    def _remembered(self, name: str, start: int, count: int) -> Words:
+        """A run that several readers may want a part of."""
+        with self._lock:
+            found = self._last.get((name, start))
+        if found is not None:
+            return found
+        words = self.run(name, start, count)
+        with self._lock:
+            self._last[name, start] = words
+            while len(self._last) > 4 * self._threads:
+                self._last.popitem(last=False)
+        return words
+
+    def run(self, name: str, start: int, count: int) -> Words:
+        """One of the `runs`."""
+        fate, info = self.fates[name], self.tensors[name]
+        if fate.how == "carried":
+            return carried_words(self.inputs[fate.models[0]], name, start, count, info.dtype)
+        if fate.how == "copied":
+            return cast(self.base.read(name, start, count), self.base.tensors[name].dtype, info.dtype)
+        inside = start < self.base_numel(name)
+        words = self._tensor(name).merged(start, count) if inside else np.zeros(count, info.dtype.word)
+        if fate.added is not None and fate.added.rows.size:
+            fate.added.fill(words, name, start, info, self.base, self.inputs, self._weights(name))
+        return words
+
+    def _weights(self, name: str) -> list[float]:
+        known = [parameter for parameter in self.method.parameters if parameter.name == "weight"]
+        return [float(self._values.value(known[0], name, number)) if known else 1.0 for number in range(len(self.inputs))]
+
+    def _tensor(self, name: str) -> MergedTensor:
+        """A tensor with its thresholds and coefficients, worked out by whoever needs it first."""
+        with self._lock:
+            found = self._prepared.get(name)
+            if found is not None:
+                return found
+            own = self._busy.setdefault(name, threading.Lock())
+        with own:
+            with self._lock:
+                if name in self._prepared:
+                    return self._prepared[name]
+            made = self._prepare(name)
+            with self._lock:
+                self._prepared[name] = made
+                while len(self._prepared) > _PREPARED:
+                    self._prepared.popitem(last=False)
+        return made
+
+    def _prepare(self, name: str) -> MergedTensor:
+        shared: dict[str, Scalar] = {one.name: self._values.value(one, name, None) for one in self.method.parameters if not one.per_model}
+        members = [self._member(name, number) for number in self.fates[name].models]
+        return MergedTensor(
+            self.method, self.base, name, self.tensors[name].dtype, members, shared, rescale=self.method.rescale or self.recipe.rescale, threads=self._threads
+        )
+
+    def _member(self, name: str, number: int) -> Member:
+        own = {one.name: self._values.value(one, name, number) for one in self.method.parameters if one.per_model}
+        return Member(
+            input=self.inputs[number],
+            seed=(self.recipe.seed + number) % (1 << 64),
+            settings=own,
+            fisher=self._fisher[number] if self._fisher else None,
+            gram=self._gram[number] if self._gram else None,
+        )

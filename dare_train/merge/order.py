@@ -1,0 +1,92 @@
+"""The k largest of a tensor's elements, found run by run: exactly k, equals told apart by their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..kernels import sums
+
+Sizes = NDArray[np.float32]
+"""Magnitudes of a run's elements, none negative. Elements that a run leaves out are zero."""
+
+_LEADING = 1 << 15
+_ALL = np.float32(np.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Largest:
+    """Which elements belong to the k largest of a tensor.
+
+    All those above `bound` do, and of those equal to it as many as are wanted: the first, or the last, by flat index.
+    """
+
+    bound: np.float32
+    wanted: int
+    """Elements equal to the bound that belong."""
+    before: dict[int, int]
+    """By the start of each run, how many elements equal to the bound lie before it."""
+    equal: int
+    """Elements equal to the bound in all."""
+    last: bool
+
+    def among(self, sizes: Sizes, start: int) -> NDArray[np.bool_]:
+        """Those of a run, which must begin where one of the runs began that were counted."""
+        keep = sizes > self.bound
+        equals = np.flatnonzero(sizes == self.bound)
+        place = np.arange(equals.size) + self.before.get(start, 0)
+        keep[equals[place >= self.equal - self.wanted if self.last else place < self.wanted]] = True
+        return keep
+
+
+EVERY = Largest(bound=np.float32(-1), wanted=0, before={}, equal=0, last=False)
+NONE = Largest(bound=_ALL, wanted=0, before={}, equal=0, last=False)
+
+Runs = Callable[[Callable[[int, Sizes], object]], Iterable[object]]
+"""Calls a function with the start and the sizes of every run of a tensor, on any thread; its results in order."""
+
+
+def largest(each_run: Runs, k: int, *, last: bool = False) -> Largest:
+    """The k largest elements of a tensor. Two passes: count the leading bits, then order those on the border.
+
+    Args:
+        each_run: walks over the tensor.
+        k: how many; zeros that runs leave out are taken last.
+        last: of equal elements take those with the highest flat indices.
+    """
+    if k <= 0:
+        return NONE
+    counts = np.zeros(_LEADING, np.int64)
+    for part in each_run(lambda _, sizes: _counted(sizes)):
+        counts += part  # type: ignore[arg-type]
+    above = int(counts.sum()) - np.cumsum(counts)
+    if above[0] + counts[0] <= k:
+        return EVERY
+    border = int(np.argmax(above < k))
+    found: list[tuple[int, Sizes]] = list(each_run(lambda start, sizes: (start, _within(sizes, border))))  # type: ignore[arg-type]
+    values = np.concatenate([part for _, part in found])
+    rest = k - int(above[border])
+    bound = np.partition(values, values.size - rest)[values.size - rest]
+    equals = [(start, int(np.count_nonzero(part == bound))) for start, part in found]
+    places = np.cumsum([0, *(count for _, count in equals)])
+    return Largest(
+        bound=bound,
+        wanted=rest - int(np.count_nonzero(values > bound)),
+        before={start: int(place) for (start, _), place in zip(equals, places, strict=False)},
+        equal=int(places[-1]),
+        last=last,
+    )
+
+
+def _counted(sizes: Sizes) -> NDArray[np.int64]:
+    counts = np.zeros(_LEADING, np.int64)
+    sums.count_leading(np.ascontiguousarray(sizes), counts)
+    return counts
+
+
+def _within(sizes: Sizes, border: int) -> Sizes:
+    """Those whose leading bits are `border`."""
+    return np.asarray(sizes[sizes.view(np.uint32) >> np.uint32(16) == border])
