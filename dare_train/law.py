@@ -69,12 +69,13 @@ def combine(words: Words, terms: Sequence[Term], dtype: DType) -> None:
             cpu.put(words, term.positions, result)
         return
     owned = [term.own(words) for term in terms]
-    total, movers = _added_up(words, terms, owned, dtype)
-    _round_moved(words, total, movers, dtype)
-    for term, own in zip(terms, owned, strict=True):
-        if term.tuned is not None and term.factor == 1.0:
-            every = np.arange(words.size) if term.positions is None else term.positions
-            sums.put_alone(words, every, own, term.tuned, movers)
+    total, touched = _added_up(words, terms, owned, dtype)
+    if touched is None:
+        sums.round_moved_bf16(words, total)
+    else:
+        words[touched] = from_float(total[touched], dtype)
+    if any(_exact(term) for term in terms):
+        _put_alone(words, terms, owned)
 
 
 def unrounded(words: Words, terms: Sequence[Term], dtype: DType) -> FloatArray:
@@ -82,29 +83,43 @@ def unrounded(words: Words, terms: Sequence[Term], dtype: DType) -> FloatArray:
     return _added_up(words, terms, [term.own(words) for term in terms], dtype)[0]
 
 
-def _added_up(words: Words, terms: Sequence[Term], owned: Sequence[Words], dtype: DType) -> tuple[FloatArray, NDArray[np.uint16]]:
-    """Base plus deltas, in order, and how many terms move each element."""
-    total = to_float(words, dtype).astype(dtype.compute)
-    movers = np.zeros(words.size, np.uint16)
+def _added_up(words: Words, terms: Sequence[Term], owned: Sequence[Words], dtype: DType) -> tuple[FloatArray, NDArray[np.int64] | None]:
+    """Base plus deltas, in order, and which elements moved; None where the sums tell that themselves."""
+    total = _widened(words, dtype)
+    if dtype.code == "BF16" and all(term.tuned is not None for term in terms):
+        for term, own in zip(terms, owned, strict=True):
+            assert term.tuned is not None
+            sums.add_at_bf16(own, term.tuned, term.positions, term.factor, total)
+        return total, None
+    touched = np.zeros(words.size, np.bool_)
     for term, own in zip(terms, owned, strict=True):
-        _add(term, own, dtype, total, movers)
-    return total, movers
+        where = slice(None) if term.positions is None else term.positions
+        added, moved = term.addend(own, dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            total[where] = np.where(moved, total[where] + added, total[where])
+        touched[where] |= moved
+    return total, np.flatnonzero(touched)
 
 
-def _add(term: Term, own: Words, dtype: DType, total: FloatArray, movers: NDArray[np.uint16]) -> None:
-    if term.tuned is not None and dtype.code == "BF16":
-        sums.add_at_bf16(own, term.tuned, term.positions, term.factor, total, movers)
-        return
-    where = slice(None) if term.positions is None else term.positions
-    added, moved = term.addend(own, dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
-        total[where] = np.where(moved, total[where] + added, total[where])
-    movers[where] += moved
+def _widened(words: Words, dtype: DType) -> FloatArray:
+    wide = to_float(words, dtype)
+    return wide.astype(dtype.compute) if np.shares_memory(wide, words) else wide
 
 
-def _round_moved(words: Words, total: FloatArray, movers: NDArray[np.uint16], dtype: DType) -> None:
-    if dtype.code == "BF16":
-        sums.round_moved_bf16(words, total, movers)
-        return
-    moved = np.flatnonzero(movers)
-    words[moved] = from_float(total[moved], dtype)
+def _exact(term: Term) -> bool:
+    """Whether the term's words are the result where it is alone."""
+    return term.tuned is not None and term.factor == 1.0
+
+
+def _put_alone(words: Words, terms: Sequence[Term], owned: Sequence[Words]) -> None:
+    """Where one term alone moves an element, and is exact: its word."""
+    movers = np.zeros(words.size, np.uint16)
+    places = [np.arange(words.size) if term.positions is None else term.positions for term in terms]
+    for term, own, where in zip(terms, owned, places, strict=True):
+        if term.tuned is not None:
+            sums.count_movers(own, term.tuned, where, movers)
+        else:
+            movers[where] += np.asarray(term.delta) != 0
+    for term, own, where in zip(terms, owned, places, strict=True):
+        if _exact(term):
+            sums.put_alone(words, where, own, term.tuned, movers)

@@ -59,22 +59,23 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 
 @inlined
-def _block_draws(key, block, domain, out):
-    """The 8,192 draws of one block, planar: word w of counter j is draws 2w*1024+j (low half) and (2w+1)*1024+j."""
+def _block_draws(key, block, domain, out, at):
+    """The 8,192 draws of one block from `at` on, planar: word w of counter j is draws 2w*1024+j (low half) and (2w+1)*1024+j."""
     k0, k1 = key & _LOW, key >> _U32
     first = block * np.uint64(_COUNTERS)
     high = first >> _U32
     for j in range(_COUNTERS):
         c0 = (first + np.uint64(j)) & _LOW
         w0, w1, w2, w3 = _philox(c0, high, domain, np.uint64(0), k0, k1)
-        out[j] = np.uint16(w0)
-        out[j + 1024] = np.uint16(w0 >> _U16)
-        out[j + 2048] = np.uint16(w1)
-        out[j + 3072] = np.uint16(w1 >> _U16)
-        out[j + 4096] = np.uint16(w2)
-        out[j + 5120] = np.uint16(w2 >> _U16)
-        out[j + 6144] = np.uint16(w3)
-        out[j + 7168] = np.uint16(w3 >> _U16)
+        i = at + np.uint64(j)
+        out[i] = np.uint16(w0)
+        out[i + np.uint64(1024)] = np.uint16(w0 >> _U16)
+        out[i + np.uint64(2048)] = np.uint16(w1)
+        out[i + np.uint64(3072)] = np.uint16(w1 >> _U16)
+        out[i + np.uint64(4096)] = np.uint16(w2)
+        out[i + np.uint64(5120)] = np.uint16(w2 >> _U16)
+        out[i + np.uint64(6144)] = np.uint16(w3)
+        out[i + np.uint64(7168)] = np.uint16(w3 >> _U16)
 
 
 @kernel
@@ -84,9 +85,12 @@ def _draws(key, start, domain, out, buffer):
         index = start + np.uint64(done)
         offset = np.int64(index % np.uint64(BLOCK))
         take = min(BLOCK - offset, out.size - done)
-        _block_draws(key, index // np.uint64(BLOCK), domain, buffer)
-        for i in range(take):
-            out[done + i] = buffer[offset + i]
+        if take == BLOCK:
+            _block_draws(key, index // np.uint64(BLOCK), domain, out, np.uint64(done))
+        else:
+            _block_draws(key, index // np.uint64(BLOCK), domain, buffer, np.uint64(0))
+            for i in range(take):
+                out[done + i] = buffer[offset + i]
         done += take
 
 
@@ -117,7 +121,7 @@ def _kept_positions(key, start, count, threshold, out, buffer, flags, words) -> 
         index = start + np.uint64(done)
         offset = np.int64(index % np.uint64(BLOCK))
         take = min(BLOCK - offset, count - done)
-        _block_draws(key, index // np.uint64(BLOCK), np.uint64(0), buffer)
+        _block_draws(key, index // np.uint64(BLOCK), np.uint64(0), buffer, np.uint64(0))
         for i in range(BLOCK):
             flags[i] = np.uint8(buffer[i] >= threshold)
         for i in range(offset):

@@ -13,6 +13,8 @@ _HALF = np.uint32(0x7FFF)
 _U16 = np.uint32(16)
 _ONE = np.uint32(1)
 _NAN = np.uint32(0x7FC0)
+_CANONICAL = np.float32(np.nan)
+_AT_A_TIME = 2048
 
 
 @inlined
@@ -27,37 +29,44 @@ def _narrowed(value):
     return np.uint16(_NAN if value != value else rounded)
 
 
+@inlined
+def _sum(total, own, tuned, factor):
+    """Of a word that moves; every NaN with the same bits."""
+    sum_ = np.float32(total + np.float32(factor * np.float32(_widened(tuned) - _widened(own))))
+    sum_ = _CANONICAL if sum_ != sum_ else sum_
+    return sum_ if own != tuned else total
+
+
 @kernel
-def _add_at_bf16(own, tuned, positions, factor, total, movers):
+def _add_at_bf16(own, tuned, positions, factor, total):
     for i in range(positions.size):
-        p = positions[i]
-        moved = own[i] != tuned[i]
-        delta = np.float32(_widened(tuned[i]) - _widened(own[i]))
-        sum_ = np.float32(total[p] + np.float32(factor * delta))
-        total[p] = sum_ if moved else total[p]
-        movers[p] += np.uint16(moved)
+        p = np.uint64(positions[i])
+        total[p] = _sum(total[p], own[i], tuned[i], factor)
 
 
 @kernel
-def _add_all_bf16(own, tuned, factor, total, movers):
+def _add_all_bf16(own, tuned, factor, total):
     for i in range(own.size):
-        moved = own[i] != tuned[i]
-        delta = np.float32(_widened(tuned[i]) - _widened(own[i]))
-        sum_ = np.float32(total[i] + np.float32(factor * delta))
-        total[i] = sum_ if moved else total[i]
-        movers[i] += np.uint16(moved)
+        total[i] = _sum(total[i], own[i], tuned[i], factor)
 
 
 @kernel
-def _round_moved_bf16(words, total, movers):
+def _count_movers(own, tuned, positions, movers):
+    for i in range(positions.size):
+        movers[np.uint64(positions[i])] += np.uint16(own[i] != tuned[i])
+
+
+@kernel
+def _round_moved_bf16(words, total):
     for i in range(words.size):
-        words[i] = _narrowed(total[i]) if movers[i] else words[i]
+        same = np.uint32(np.uint32(words[i]) << _U16) == np.float32(total[i]).view(np.uint32)
+        words[i] = words[i] if same else _narrowed(total[i])
 
 
 @kernel
 def _put_alone(words, positions, own, tuned, movers):
     for i in range(positions.size):
-        p = positions[i]
+        p = np.uint64(positions[i])
         alone = (movers[p] == 1) & (own[i] != tuned[i])
         words[p] = tuned[i] if alone else words[p]
 
@@ -66,6 +75,54 @@ def _put_alone(words, positions, own, tuned, movers):
 def _deltas_bf16(own, tuned, factor, out):
     for i in range(own.size):
         out[i] = factor * np.float32(_widened(tuned[i]) - _widened(own[i]))
+
+
+@kernel
+def _masked_deltas_bf16(own, tuned, draws, threshold, factor, out):
+    zero = np.float32(0)
+    for i in range(own.size):
+        delta = np.float32(_widened(tuned[i]) - _widened(own[i]))
+        out[i] = np.float32(factor * delta) if draws[i] >= threshold else zero
+
+
+@inlined
+def _add_row(rows, first, size, weight, total):
+    for i in range(size):
+        total[i] += np.float32(rows[first + np.uint64(i)] * weight)
+
+
+@inlined
+def _add_agreeing(rows, first, size, weight, sums, total, counts):
+    zero, one = np.float32(0), np.float32(1)
+    for i in range(size):
+        sign = one if sums[i] >= zero else -one
+        along = np.float32(np.float32(rows[first + np.uint64(i)] * weight) * sign)
+        along = zero if along <= zero else along
+        total[i] += along
+        counts[i] += weight if along > zero else zero
+
+
+@kernel
+def _ties(rows, weights, normalize, out, sums, total, counts):
+    """`rows` holds weights.size rows of out.size; `sums`, `total` and `counts` as many elements as are worked on at a time."""
+    zero, one = np.float32(0), np.float32(1)
+    begun = 0
+    while begun < out.size:
+        size = min(sums.size, out.size - begun)
+        for i in range(size):
+            sums[i] = zero
+            total[i] = zero
+            counts[i] = zero
+        for n in range(weights.size):
+            _add_row(rows, np.uint64(n * out.size + begun), size, weights[n], sums)
+        for n in range(weights.size):
+            _add_agreeing(rows, np.uint64(n * out.size + begun), size, weights[n], sums, total, counts)
+        first = np.uint64(begun)
+        for i in range(size):
+            elected = np.float32(total[i] * (one if sums[i] >= zero else -one))
+            count = one if (counts[i] == zero) | (normalize == 0) else counts[i]
+            out[first + np.uint64(i)] = np.float32(elected / count)
+        begun += size
 
 
 @kernel
@@ -81,22 +138,25 @@ def _count_leading(bits, counts):
         counts[bits[i] >> _U16] += 1
 
 
-def add_at_bf16(
-    own: Words, tuned: Words, positions: Positions | None, factor: float, total: NDArray[np.float32], movers: NDArray[np.uint16]
-) -> None:
-    """`total[positions] += f32(factor) · (f32(tuned) - f32(own))` where words differ, in place; `movers` counts those.
+def add_at_bf16(own: Words, tuned: Words, positions: Positions | None, factor: float, total: NDArray[np.float32]) -> None:
+    """`total[positions] += f32(factor) · (f32(tuned) - f32(own))` where words differ, in place; NaNs become canonical.
 
     `own` and `tuned` are bfloat16 words at the positions; None stands for every element.
     """
     if positions is None:
-        _add_all_bf16(own, tuned, np.float32(factor), total, movers)
+        _add_all_bf16(own, tuned, np.float32(factor), total)
     else:
-        _add_at_bf16(own, tuned, positions, np.float32(factor), total, movers)
+        _add_at_bf16(own, tuned, positions, np.float32(factor), total)
 
 
-def round_moved_bf16(words: Words, total: NDArray[np.float32], movers: NDArray[np.uint16]) -> None:
-    """`words = bf16(total)` where something moved, in place."""
-    _round_moved_bf16(words, total, movers)
+def count_movers(own: Words, tuned: Words, positions: Positions, movers: NDArray[np.uint16]) -> None:
+    """`movers[positions] += own != tuned`, in place."""
+    _count_movers(own, tuned, positions, movers)
+
+
+def round_moved_bf16(words: Words, total: NDArray[np.float32]) -> None:
+    """`words = bf16(total)` where the total is no longer the word itself, in place."""
+    _round_moved_bf16(words, total)
 
 
 def put_alone(words: Words, positions: Positions, own: Words, tuned: Words, movers: NDArray[np.uint16]) -> None:
@@ -108,6 +168,20 @@ def deltas_bf16(own: Words, tuned: Words, factor: float) -> NDArray[np.float32]:
     """f32(factor) · (f32(tuned) - f32(own)) of bfloat16 words."""
     out = np.empty(own.size, np.float32)
     _deltas_bf16(own, tuned, np.float32(factor), out)
+    return out
+
+
+def masked_deltas_bf16(
+    own: Words, tuned: Words, draws: NDArray[np.uint16], threshold: int, factor: float, out: NDArray[np.float32]
+) -> None:
+    """`deltas_bf16` where the draw is at least the threshold, else zero, into `out`."""
+    _masked_deltas_bf16(own, tuned, draws, np.uint16(threshold), np.float32(factor), out)
+
+
+def ties(deltas: NDArray[np.float32], weights: NDArray[np.float32], *, normalize: bool) -> NDArray[np.float32]:
+    """`merge.elements.ties` of float32 deltas [n, k], to the bit."""
+    out = np.empty(deltas.shape[1], np.float32)
+    _ties(deltas.reshape(-1), weights, np.uint8(normalize), out, *np.empty((3, _AT_A_TIME), np.float32))
     return out
 
 

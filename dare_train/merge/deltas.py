@@ -16,7 +16,7 @@ from ..statistics_file import Floats
 from ..weights import TensorInfo
 from . import drops
 from .drops import DropRate
-from .inputs import Input
+from .inputs import CheckpointInput, Input
 from .methods import Dropping
 from .order import EVERY, NONE, Sizes, largest
 from .walk import Walk
@@ -70,6 +70,23 @@ class ModelDelta:
     def terms(self, start: int, words: Words) -> Sequence[Term]:
         """The delta after dropping."""
         return [self._trimmed(term, start, words) for term in self._dared(start, words)]
+
+    @property
+    def plain(self) -> bool:
+        """Whether a run's delta depends on nothing but the words in it: then `fill` is the fast way."""
+        name = self._walk.name
+        trimmed = self._magprune or self._keep is not EVERY or self._outliers is not NONE
+        same = self.member.input.tensors[name].dtype == self._walk.info.dtype
+        return isinstance(self.member.input, CheckpointInput) and self._walk.info.dtype.code == "BF16" and same and not trimmed
+
+    def fill(self, start: int, words: Words, row: FloatArray) -> None:
+        """The delta after dropping of a run whose base words are `words`, where it is `plain`, into a row."""
+        tuned = self.member.input.words(self._walk.name, start, words.size)
+        if self._rate is None:
+            sums.masked_deltas_bf16(words, tuned, words, 0, 1.0, row)
+        else:
+            draws = self._rate.draws(start, words.size)
+            sums.masked_deltas_bf16(words, tuned, draws, self._rate.threshold, self._rate_factor, row)
 
     # DARE
 

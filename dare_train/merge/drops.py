@@ -42,6 +42,11 @@ class DropRate:
         return Mask(kind="seeded", key=self.key, threshold=self.threshold).positions(start, count)
 
 
+    def draws(self, start: int, count: int) -> NDArray[np.uint16]:
+        """The draws of a run: those that reach the threshold are kept."""
+        return philox.draws(self.key, start, count, MASK_DOMAIN)
+
+
 def restricted(term: Term, positions: NDArray[np.int64], count: int, factor: float) -> Term:
     """The term at some of a run's positions only, ascending, times a factor."""
     if term.positions is None:

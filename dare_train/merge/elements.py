@@ -6,13 +6,14 @@ dropping. `weights` holds the n weights w. Sums run over the models in their ord
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import FloatArray
+from ..kernels import sums
 
 
 def ties(deltas: FloatArray, weights: FloatArray, *, normalize: bool) -> FloatArray:
@@ -67,8 +68,7 @@ def sce(deltas: FloatArray, weights: FloatArray, *, selected: NDArray[np.bool_],
     total = float(energies.sum())
     shares = (energies / total if total >= 1e-6 else np.full(energies.size, 1 / energies.size)).astype(deltas.dtype)
     chosen = deltas * selected
-    agree = _agreeing(chosen)
-    counts = agree * shares[:, None]
+    counts = (chosen * _elected(chosen) > 0) * shares[:, None]
     return _total(chosen * counts) / np.maximum(_total(counts), deltas.dtype.type(1e-6))
 
 
@@ -79,15 +79,16 @@ def _consensus(merged: FloatArray, undropped: FloatArray, mask_threshold: float,
 
 
 def _of_the_elected(weighted: FloatArray, weights: FloatArray, *, normalize: bool) -> FloatArray:
-    agree = _agreeing(weighted)
-    total = _total(weighted * agree)
-    return _ratio(total, _total(agree * weights[:, None])) if normalize else total
+    sign = _elected(weighted)
+    agreeing = np.maximum(weighted * sign, 0)
+    total = _total(agreeing) * sign
+    return _ratio(total, _total((agreeing > 0) * weights[:, None])) if normalize else total
 
 
-def _agreeing(deltas: FloatArray) -> NDArray[np.bool_]:
-    """Where each delta has the sign of their sum, shape (n, k); a zero agrees with none."""
-    positive = _total(deltas) >= 0
-    return np.where(positive, deltas > 0, deltas < 0)
+def _elected(deltas: FloatArray) -> FloatArray:
+    """The sign of their sum as 1 or -1, shape (k,); of zero, 1."""
+    one = deltas.dtype.type(1)
+    return np.where(_total(deltas) >= 0, one, -one)
 
 
 def _total(rows: Iterable[NDArray[Any]]) -> FloatArray:
@@ -103,3 +104,7 @@ def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
     """Their quotient; the numerator where the denominator is zero."""
     denominator[denominator == 0] = 1
     return numerator / denominator
+
+
+COMPILED: dict[Callable[..., FloatArray], Callable[..., FloatArray]] = {ties: sums.ties}
+"""The same functions of float32 deltas as machine code."""

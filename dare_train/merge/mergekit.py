@@ -25,6 +25,8 @@ _RANDOM = {"dare_linear", "dare_ties", "drop_only", "della", "della_linear"}
 _RESCALED = {"dare_linear", "dare_ties", "della", "della_linear"}
 _TRIMMED = {"ties", "magnitude", "breadcrumbs", "breadcrumbs_ties", "consensus_ties"}
 _NOT_RESCALED = _TRIMMED | {"task_arithmetic", "drop_only"}
+_KEEP_ALL = {"ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear"}
+"""Methods of mergekit's whose density is 1 where a file gives none."""
 
 _KEYS = "merge_method base_model models slices parameters dtype out_dtype tokenizer_source tokenizer rescale seed flavour"
 _WHOLE_MODELS = "merge whole models; mergekit's passthrough can move, repeat or leave out layers before or after"
@@ -134,8 +136,6 @@ def _notes(recipe: Recipe, given: set[str], dtype: str) -> Iterator[str]:
         yield "mergekit computes in float64; here in float32, except where the base is float64, and rounded once"
     if recipe.rescale == "paper" and recipe.method in _RESCALED:
         yield "mergekit rescales so that the L1 norm is kept; here by 1/(1 - p), as the papers do; rescale: norm gives mergekit's"
-    elif recipe.rescale == "paper" and recipe.method in _TRIMMED:
-        yield "mergekit rescales so that the L1 norm is kept; here by 1/density; rescale: norm gives mergekit's"
     if recipe.method in _RANDOM:
         yield f"masks come from a seed (seed: {recipe.seed}), not from a global generator: same file, same result"
     if "int8_mask" in given:
@@ -183,8 +183,12 @@ def _order(name: str, inputs: _Inputs, base: str | None, shared: Settings) -> li
 
 
 def _implied(method: str, base: str | None, given: set[str]) -> Settings:
-    """What mergekit decides by whether there is a base."""
-    return {"of": "weights" if base is None else "deltas"} if method == "nuslerp" and "of" not in given else {}
+    """What mergekit decides where a file says nothing, and this package otherwise."""
+    if method == "nuslerp" and "of" not in given:
+        return {"of": "weights" if base is None else "deltas"}
+    if method in ("dare_linear", "dare_ties") and not {"density", "p"} & given:
+        return {"p": 0.0}
+    return {"density": 1.0} if method in _KEEP_ALL and "density" not in given else {}
 
 
 def _only(top: Mapping[str, Any], shared: dict[str, Setting], name: str) -> Any:
@@ -205,7 +209,7 @@ def _rescale(given: object, method: str) -> str:
     if isinstance(given, str):
         return given
     if given in (0, 1):
-        return "paper" if given else "none"
+        return ("norm" if method in _TRIMMED else "paper") if given else "none"
     raise ConfigError("rescale", expected="true, false, or the name of a rule", found=repr(given))
 
 

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..kernels import cpu, sums
 from ..law import Term, combine, unrounded
 from ..weights import TensorInfo, Weights
-from . import combinations
+from . import combinations, elements
 from .deltas import Member, ModelDelta, ModelStatistics, dense
 from .methods import Method
 from .order import EVERY, Largest, Sizes, largest
@@ -149,23 +149,26 @@ class MergedTensor:
     # Methods that work element by element
 
     def _of_elements(self, start: int, words: Words) -> Words:
-        lists = [delta.terms(start, words) for delta in self._deltas]
-        rows, at = self._dense(lists, words), self._touched(lists, words.size)
+        rows, at = self._filled(start, words)
         if at is None:
             return self._moved(words, self._called(rows, start, words, slice(None)))
         result = self._as_base(words)
         cpu.put(result, at, self._moved(cpu.take(words, at), self._called(rows[:, at], start, words, at)))
         return result
 
-    def _touched(self, lists: Sequence[Sequence[Term]], count: int) -> NDArray[np.int64] | None:
-        """Elements that some model moves, where they are few: the others need no arithmetic."""
-        positions = [term.positions for terms in lists for term in terms]
-        if any(one is None for one in positions) or sum(one.size for one in positions if one is not None) > count // 2:
-            return None
-        touched = np.zeros(count, np.bool_)
-        for one in positions:
-            touched[one] = True
-        return np.flatnonzero(touched)
+    def _filled(self, start: int, words: Words) -> tuple[FloatArray, NDArray[np.int64] | None]:
+        """Every model's delta after dropping, [n, words.size], and the elements that some model moves, where they are few."""
+        rows = np.zeros((len(self._deltas), words.size), self.info.dtype.compute)
+        moved: list[NDArray[np.int64] | None] = []
+        for row, delta in zip(rows, self._deltas, strict=True):
+            if delta.plain:
+                delta.fill(start, words, row)
+                moved.append(None)
+            else:
+                terms = delta.terms(start, words)
+                dense(terms, words, self.info.dtype, row)
+                moved += [term.positions for term in terms]
+        return rows, _few(moved, words.size)
 
     def _called(self, deltas: FloatArray, start: int, words: Words, at: NDArray[np.int64] | slice) -> FloatArray:
         given: dict[str, Any] = {name: self._settings[name] for name in self._method.arguments}
@@ -175,7 +178,8 @@ class MergedTensor:
             given["undropped"] = self._dense([delta.raw(start, words) for delta in self._deltas], words)[:, at]
         elif self._method.needs == "variance":
             given |= {"selected": self._is_selected(deltas, start), "energies": self._energies}
-        return self._scaled(self._method.function(deltas, self._weights.astype(deltas.dtype), **given))
+        function = elements.COMPILED.get(self._method.function) if deltas.dtype == np.float32 else None
+        return self._scaled((function or self._method.function)(np.ascontiguousarray(deltas), self._weights.astype(deltas.dtype), **given))
 
     def _selection(self) -> tuple[Largest, NDArray[np.float64]]:
         """SCE's choice of elements, and the mean squares of what is chosen."""
@@ -234,6 +238,17 @@ def _row_length(info: TensorInfo, method: Method, per: str) -> int:
     if method.drops == "magprune":
         return max(prod(info.shape[1:]) if len(info.shape) > 1 else info.numel, 1)
     return max(info.shape[-1], 1) if per == "row" and info.shape else 1
+
+
+def _few(moved: Sequence[NDArray[np.int64] | None], count: int) -> NDArray[np.int64] | None:
+    """The union of positions among `count`, where they are few: the others need no arithmetic."""
+    positions = [one for one in moved if one is not None]
+    if len(positions) < len(moved) or sum(one.size for one in positions) > count // 2:
+        return None
+    touched = np.zeros(count, np.bool_)
+    for one in positions:
+        touched[one] = True
+    return np.flatnonzero(touched)
 
 
 def _dots(vectors: FloatArray, *, axis: int) -> NDArray[np.float64]:
