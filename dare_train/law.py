@@ -121,5 +121,5 @@ def _put_alone(words: Words, terms: Sequence[Term], owned: Sequence[Words]) -> N
         else:
             movers[where] += np.asarray(term.delta) != 0
     for term, own, where in zip(terms, owned, places, strict=True):
-        if _exact(term):
+        if term.tuned is not None and _exact(term):
             sums.put_alone(words, where, own, term.tuned, movers)

@@ -1,11 +1,16 @@
-"""What a snapshot tells wandb: figures, histograms and the package as an artifact, in the run that is already there."""
+"""What wandb is told: of a snapshot, in the run that is already there; and of a search, in a run of its own."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from .snapshot import Snapshot
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .snapshot import Snapshot
 
 
 def active_run() -> Any:
@@ -68,3 +73,30 @@ def _artifact(wandb: Any, snapshot: Snapshot, name: str) -> Any:
     artifact = wandb.Artifact(name, type="dare-package", metadata=metadata)
     artifact.add_dir(str(snapshot.package.path), policy="immutable")
     return artifact
+
+
+@contextmanager
+def searching(project: str | None) -> Iterator[Callable[[Any], None] | None]:
+    """A wandb run that is told of a search's trials one by one; None without a project.
+
+    Raises:
+        ConfigError: wandb is not installed.
+    """
+    if project is None:
+        yield None
+        return
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError("wandb", expected="wandb", found="not installed", remedy='pip install "dare_train[train]"') from error
+    with wandb.init(project=project, job_type="merge-search") as run:
+        trials: list[Any] = []
+
+        def told(trial: Any) -> None:
+            trials.append(trial)
+            run.log({**{f"search/{name}": value for name, value in trial.settings.items()}, "search/score": trial.score})
+
+        yield told
+        if trials:
+            rows = [[*trial.settings.values(), trial.score] for trial in trials]
+            run.log({"search/trials": wandb.Table(columns=[*trials[0].settings, "score"], data=rows)})

@@ -78,6 +78,26 @@ _BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": 0.0}, "seed"),
     ({"out_dtype": "bfloat16"}, "out_dtype: expected one of F64, F32, F16, BF16, found 'bfloat16'"),
     ({"tokenizer": "a"}, "tokenizer: expected one of base, union, found 'a'"),
+    ({"exclude": None}, "exclude: expected a list of name patterns, found None"),
+    ({"exclude": ("*.bias", 5)}, "exclude: expected a list of name patterns, found ('*.bias', 5)"),
+    ({"exclude": ""}, "exclude: expected a list of name patterns, found ('',)"),
+    ({"exclude": {"*": "a"}}, "exclude: expected a list of name patterns, found {'*': 'a'}"),
+    ({"take": {"*.bias": "c"}}, "take['*.bias']: expected one of a, b, found 'c'"),
+    ({"take": {"*.bias": "base"}}, "take['*.bias']: expected one of a, b, found 'base'; exclude keeps tensors of the base"),
+    ({"take": {"*.bias": 0}}, "take: expected models by name pattern, found {'*.bias': 0}"),
+    ({"take": {"": "a"}}, "take: expected models by name pattern, found {'': 'a'}"),
+    ({"take": ("*.bias",)}, "take: expected models by name pattern, found ('*.bias',)"),
+    ({"take": None}, "take: expected models by name pattern, found None"),
+    ({"rename": {"": "x"}}, "rename: expected new parts of names by old, found {'': 'x'}"),
+    ({"rename": {"x": None}}, "rename: expected new parts of names by old, found {'x': None}"),
+    ({"rename": "x"}, "rename: expected new parts of names by old, found 'x'"),
+    ({"cast_base": 1}, "cast_base: expected true or false, found 1"),
+    ({"cast_base": None}, "cast_base: expected true or false, found None"),
+    ({"fisher": "a"}, "fisher: expected a list of files, found 'a'"),
+    ({"fisher": ("a", "")}, "fisher: expected a list of files, found ('a', '')"),
+    ({"fisher": ("a",)}, "fisher: expected a file for each of a, b, found 1"),
+    ({"gram": ("a", None)}, "gram: expected a list of files, found ('a', None)"),
+    ({"gram": ("a", "b", "c")}, "gram: expected a file for each of a, b, found 3"),
 ]
 
 
@@ -133,6 +153,18 @@ def test_a_recipe_does_not_change_when_the_callers_settings_do() -> None:
     made = recipe(parameters=settings)
     settings["weight"] = 2.0
     assert made.parameters == {"weight": 1.0}
+
+
+def test_choices_by_name_are_copied_too() -> None:
+    take, rename = {"*": "a"}, {"old": "new"}
+    made = recipe(take=take, rename=rename, exclude=["x"], fisher=["1", "2"])
+    take["*"], rename["old"] = "b", ""
+    assert (made.take, made.rename, made.exclude, made.fisher) == ({"*": "a"}, {"old": "new"}, ("x",), ("1", "2"))
+
+
+def test_patterns_may_be_one_text_or_a_set() -> None:
+    assert recipe(exclude="*.bias").exclude == ("*.bias",)
+    assert recipe(exclude={"c", "a", "b"}).exclude == ("a", "b", "c")
 
 
 # Layers, by name.
@@ -429,9 +461,22 @@ _RICH = recipe(
     tokenizer="union",
 )
 
+_CHOSEN = replace(
+    _RICH,
+    models=(Model(model="a"), Model(model="org/b")),
+    exclude=("*.bias", "lm_head.*"),
+    take={"model.norm.*": "org/b", "*.norm.weight": "a"},
+    rename={"language_model.": "", "yes": "null"},
+    cast_base=True,
+    fisher=("./a b.fisher", "123"),
+    gram=("a: #é", "b.gram"),
+)
+
 _KEPT = {
     "plain": recipe(),
     "rich": _RICH,
+    "chosen": _CHOSEN,
+    "chosen with ranges": two_ranges(exclude="*", take={"*": "b"}, gram=("a", "b")),
     "ranges": two_ranges(parameters={"weight": Gradient((True, "x"))}),
     "average without its base": recipe(method="average"),
     "karcher without its base": recipe(method="karcher"),
@@ -451,6 +496,23 @@ _KEPT = {
 def test_a_recipe_comes_back_from_yaml(kept: Recipe) -> None:
     assert mergekit.read(kept.to_yaml()) == (kept, [])
     assert mergekit.read(kept.to_yaml())[0].digest() == kept.digest()
+
+
+def test_the_order_of_choices_comes_back_from_yaml() -> None:
+    made, _ = mergekit.read(_CHOSEN.to_yaml())
+    assert (list(made.take), list(made.rename)) == (["model.norm.*", "*.norm.weight"], ["language_model.", "yes"])
+
+
+def test_choices_are_written_where_they_are_made() -> None:
+    made = recipe(exclude="*.bias", take={"*.norm": "a"}, rename={"x.": ""}, cast_base=True, fisher=("1", "b"), gram=("c", "d"))
+    assert made.to_yaml().splitlines()[len(recipe().to_yaml().splitlines()) :] == [
+        "exclude: ['*.bias']",
+        "take: {'*.norm': a}",
+        "rename: {x.: ''}",
+        "cast_base: true",
+        "fisher: ['1', b]",
+        "gram: [c, d]",
+    ]
 
 
 def test_the_yaml_is_for_people() -> None:
@@ -514,6 +576,19 @@ _CHANGES: list[dict[str, Any]] = [
     {"seed": 1},
     {"out_dtype": "F32"},
     {"tokenizer": "base"},
+    {"exclude": ("a",)},
+    {"exclude": ("a", "b")},
+    {"take": {"x": "a"}},
+    {"take": {"x": "b"}},
+    {"take": {"x": "a", "y": "b"}},
+    {"take": {"y": "b", "x": "a"}},
+    {"rename": {"x": "a"}},
+    {"rename": {"x": "y", "y": "x"}},
+    {"rename": {"y": "x", "x": "y"}},
+    {"cast_base": True},
+    {"fisher": ("a", "b")},
+    {"fisher": ("b", "a")},
+    {"gram": ("a", "b")},
 ]
 
 
@@ -523,3 +598,4 @@ def test_a_digest_tells_every_change() -> None:
 
 def test_a_digest_stays_what_it_was() -> None:
     assert _RICH.digest() == "69caafe245565a02755e86267aec866952832a682432cef399e368380d4ba6e0"
+    assert _CHOSEN.digest() == "ac4805d017e5196c055eda533f7f5701905c01007448b1cc059b418a2bda8e4a"

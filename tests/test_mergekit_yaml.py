@@ -14,7 +14,8 @@ from dare_train.merge.parameters import Case, Gradient, Parameter
 from dare_train.merge.recipe import LayerRange, Model, Recipe
 
 WEIGHT = Parameter(name="weight", default=1.0, per_model=True)
-DENSITY = Parameter(name="density", default=1.0, per_model=True)
+DENSITY = Parameter(name="density", per_model=True)
+P = Parameter(name="p", per_model=True)
 T = Parameter(name="t")
 
 
@@ -373,6 +374,57 @@ def test_elsewhere_a_density_stays_one(name: str) -> None:
     assert recipe(merge_method=name, parameters={"density": 0.9}).parameters == {"density": 0.9}
 
 
+_KEEPING_ALL = [
+    *((name, DENSITY, 1.0) for name in ("ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear")),
+    *((name, P, 0.0) for name in ("dare_linear", "dare_ties")),
+]
+_HALF = {"density": 0.5}
+
+
+@pytest.mark.parametrize(("name", "parameter", "everything"), _KEEPING_ALL)
+def test_without_a_density_everything_is_kept(name: str, parameter: Parameter, everything: float) -> None:
+    """The default of mergekit's, which is not that of the method here."""
+    assert recipe(merge_method=name).parameters == {parameter.name: everything}
+    assert recipe(merge_method=name, parameters=_HALF).parameters == {parameter.name: 0.5}
+
+
+@pytest.mark.parametrize(("name", "parameter", "everything"), _KEEPING_ALL)
+def test_where_a_density_is_not_given_everything_is_kept(name: str, parameter: Parameter, everything: float) -> None:
+    def found(tensor: str, model: int, **keys: Any) -> Any:
+        return recipe(merge_method=name, **keys).resolver(2).value(parameter, tensor, model)
+
+    one_of_two = [{"model": "a", "parameters": _HALF}, {"model": "b"}]
+    assert [found("norm.weight", model, models=one_of_two) for model in (0, 1)] == [0.5, everything]
+    in_mlp = {"density": [{"filter": "mlp", "value": 0.5}]}
+    assert [found(tensor, 0, parameters=in_mlp) for tensor in ("mlp.weight", "norm.weight")] == [0.5, everything]
+    models = [{"model": "a", "parameters": in_mlp}]
+    assert [found(tensor, 0, models=models) for tensor in ("mlp.weight", "norm.weight")] == [0.5, everything]
+    first, second = slices((0, 1), (1, 2))
+    parts = [{**first, "parameters": _HALF}, second]
+    assert [found(f"layers.{layer}.w", 0, models=None, slices=parts) for layer in (0, 1)] == [0.5, everything]
+    assert found("norm.weight", 0, parameters={"density": []}) == everything
+
+
+@pytest.mark.parametrize(("name", "parameter"), [each[:2] for each in _KEEPING_ALL])
+def test_where_every_model_gives_a_density_nothing_is_added(name: str, parameter: Parameter) -> None:
+    rest = {"density": [{"filter": "mlp", "value": 0.1}, {"value": 0.5}]}
+    models = [{"model": "base"}, {"model": "a", "parameters": _HALF}, {"model": "b", "parameters": rest}]
+    assert recipe(merge_method=name, models=models).parameters == {}
+    first, second = slices((0, 1), (1, 2))
+    sources = [{**source, "parameters": _HALF} for source in second["sources"]]
+    assert recipe(merge_method=name, models=None, slices=[{**first, "parameters": _HALF}, {"sources": sources}]).parameters == {}
+
+
+@pytest.mark.parametrize("name", sorted(_OURS - {name for name, _, _ in _KEEPING_ALL} - {"nuslerp"}))
+def test_other_methods_keep_their_own_defaults(name: str) -> None:
+    assert recipe(merge_method=name).parameters == {}
+
+
+@pytest.mark.parametrize("name", [*(name for name, _, _ in _KEEPING_ALL), "nuslerp"])
+def test_our_own_flavour_implies_nothing(name: str) -> None:
+    assert recipe(flavour="dare_train", merge_method=name).parameters == {}
+
+
 def test_a_drop_rate_can_be_said_directly() -> None:
     assert recipe(merge_method="dare_linear", parameters={"p": 0.9}).parameters == {"p": 0.9}
 
@@ -388,10 +440,15 @@ def test_a_density_is_a_number(density: Any) -> None:
         recipe(merge_method="dare_ties", parameters={"density": density})
 
 
-@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "magnitude", "drop_only", "consensus_ties"])
-def test_some_methods_do_not_rescale_unless_told(name: str) -> None:
+_TRIMMING = ["ties", "magnitude", "breadcrumbs", "breadcrumbs_ties", "consensus_ties"]
+
+
+@pytest.mark.parametrize(("name", "told"), [*((name, "norm") for name in _TRIMMING), ("task_arithmetic", "paper"), ("drop_only", "paper")])
+def test_some_methods_do_not_rescale_unless_told(name: str, told: str) -> None:
+    """What trimming leaves has the L1 norm of the whole then, as in mergekit."""
     assert recipe(merge_method=name).rescale == "none"
-    assert recipe(merge_method=name, parameters={"rescale": True}).rescale == "paper"
+    assert recipe(merge_method=name, parameters={"rescale": True}).rescale == recipe(merge_method=name, rescale=True).rescale == told
+    assert recipe(merge_method=name, parameters={"rescale": False}).rescale == "none"
 
 
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della", "della_linear"])
@@ -400,9 +457,7 @@ def test_some_methods_rescale_unless_told(name: str) -> None:
     assert recipe(merge_method=name, parameters={"rescale": False}).rescale == "none"
 
 
-@pytest.mark.parametrize(
-    ("given", "meant"), [("norm", "norm"), ("q", "q"), ("none", "none"), ("paper", "paper"), (1, "paper"), (0, "none")]
-)
+@pytest.mark.parametrize(("given", "meant"), [("norm", "norm"), ("q", "q"), ("none", "none"), ("paper", "paper"), (1, "norm"), (0, "none")])
 def test_a_rescale_can_be_named(given: Any, meant: str) -> None:
     assert recipe(parameters={"rescale": given}).rescale == recipe(rescale=given).rescale == meant
 
@@ -434,9 +489,65 @@ def test_a_seed() -> None:
         recipe(seed="x")
 
 
+# What is ours: top-level keys of both flavours.
+
+_CHOSEN: dict[str, Any] = {
+    "exclude": ["*.bias", "lm_head.*"],
+    "take": {"*.norm.weight": "b", "*.norm.*": "a"},
+    "rename": {"language_model.": "", "gamma": "weight"},
+    "cast_base": True,
+    "fisher": ["a.safetensors", "b.safetensors"],
+    "gram": ["../a.gram", "b.gram"],
+}
+
+
+@pytest.mark.parametrize("flavour", [None, "dare_train"])
+def test_what_is_decided_by_name_stands_at_the_top(flavour: str | None) -> None:
+    made, said = read(config(merge_method="task_arithmetic", flavour=flavour, rescale="none", **_CHOSEN))
+    changes: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in _CHOSEN.items()}
+    models = (Model(model="a"), Model(model="b"))
+    assert made == Recipe(method="task_arithmetic", base="base", models=models, rescale="none", **changes)
+    assert [list(made.take), list(made.rename)] == [list(_CHOSEN["take"]), list(_CHOSEN["rename"])]
+    assert said == []
+
+
+@pytest.mark.parametrize("flavour", [None, "dare_train"])
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ({"exclude": [1]}, r"exclude: expected a list of name patterns, found \[1\]"),
+        ({"take": {"*": "c"}}, r"take\['\*'\]: expected one of a, b, found 'c'"),
+        ({"take": ["a"]}, r"take: expected models by name pattern, found \['a'\]"),
+        ({"rename": {"a": 1}}, "rename: expected new parts of names by old, found {'a': 1}"),
+        ({"cast_base": "true"}, "cast_base: expected true or false, found 'true'"),
+        ({"fisher": "a.fisher"}, "fisher: expected a list of files, found 'a.fisher'"),
+        ({"gram": ["a.gram"]}, "gram: expected a file for each of a, b, found 1"),
+    ],
+)
+def test_what_is_decided_by_name_is_checked(flavour: str | None, keys: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{text}"):
+        recipe(flavour=flavour, **keys)
+
+
+def test_a_single_pattern_needs_no_list() -> None:
+    assert recipe(exclude="*.bias").exclude == ("*.bias",)
+
+
+def test_files_of_statistics_follow_their_models() -> None:
+    """The base that a file lists is no input of most methods, and the first of slerp's."""
+    three = [{"model": "a"}, {"model": "base"}, {"model": "b"}]
+    files = ["a.gram", "base.gram", "b.gram"]
+    assert recipe(merge_method="regmean", models=three, gram=files).gram == ("a.gram", "b.gram")
+    assert recipe(merge_method="regmean", models=three, gram=["a.gram", "b.gram"]).gram == ("a.gram", "b.gram")
+    assert recipe(merge_method="slerp", models=three[:2], gram=files[:2]).gram == ("base.gram", "a.gram")
+    assert recipe(merge_method="slerp", models=three[:2], gram=files[:2], flavour="dare_train").gram == ("a.gram", "base.gram")
+    with pytest.raises(ConfigError, match="gram: expected a file for each of a, b, base, found 2"):
+        recipe(merge_method="karcher", gram=["a.gram", "b.gram"])
+
+
 def test_one_case_needs_no_list_and_a_star_is_everything() -> None:
-    assert recipe(parameters={"x": {"filter": "mlp", "value": 1}}).parameters == {"x": (Case(filter="mlp", value=1),)}
-    assert recipe(parameters={"x": {"filter": None, "value": 1}}).parameters == {"x": (Case(value=1),)}
+    assert recipe(parameters={"x": {"filter": "mlp", "value": 1}}).parameters["x"] == (Case(filter="mlp", value=1),)
+    assert recipe(parameters={"x": {"filter": None, "value": 1}}).parameters["x"] == (Case(value=1),)
     values = recipe(parameters={"t": [{"filter": "*", "value": 0.25}]}).resolver(1)
     assert values.value(T, "norm.weight") == 0.25
 
@@ -452,14 +563,14 @@ def test_an_empty_list_says_nothing() -> None:
 
 
 def test_null_is_as_good_as_nothing() -> None:
-    nothing = "parameters: null, dtype: null, tokenizer_source: ~, chat_template: null, unheard_of: null"
-    made, _ = read(f"{{merge_method: ties, base_model: base, models: [{{model: a, parameters: null}}], {nothing}}}")
-    assert made == Recipe(method="ties", base="base", models=(Model(model="a"),), rescale="none")
+    nothing = "parameters: null, dtype: null, tokenizer_source: ~, chat_template: null, unheard_of: null, take: null, exclude: ~"
+    made, _ = read(f"{{merge_method: task_arithmetic, base_model: base, models: [{{model: a, parameters: null}}], {nothing}}}")
+    assert made == Recipe(method="task_arithmetic", base="base", models=(Model(model="a"),), rescale="none")
 
 
 def test_int8_mask_is_left_out_everywhere() -> None:
     models = [{"model": "a", "parameters": {"int8_mask": True, "weight": 1}}]
-    made, said = read(config(models=models, parameters={"int8_mask": [{"value": True}]}))
+    made, said = read(config(merge_method="task_arithmetic", models=models, parameters={"int8_mask": [{"value": True}]}))
     assert (made.parameters, made.models[0].parameters) == ({}, {"weight": 1})
     assert said == ["int8_mask is ignored: it saves mergekit memory and changes no value"]
 
@@ -585,11 +696,10 @@ def test_a_note_on_rescaling(name: str, rescale: Any, noted: bool) -> None:
     assert any("here by 1/(1 - p), as the papers do" in note for note in notes(merge_method=name, rescale=rescale)) == noted
 
 
-@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties"])
-def test_a_note_on_rescaling_what_is_trimmed(name: str) -> None:
-    said = ["mergekit rescales so that the L1 norm is kept; here by 1/density; rescale: norm gives mergekit's"]
-    assert notes(merge_method=name, parameters={"rescale": True}) == said
-    assert notes(merge_method=name, parameters={"rescale": "norm"}) == []
+@pytest.mark.parametrize("name", _TRIMMING)
+@pytest.mark.parametrize("rescale", [None, True, False, "norm"])
+def test_no_note_on_rescaling_what_is_trimmed(name: str, rescale: Any) -> None:
+    assert notes(merge_method=name, rescale=rescale) == []
 
 
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della", "della_linear", "drop_only"])

@@ -23,6 +23,8 @@ MERGE = [
         "merged",
         "journal companions",
         "driver",
+        "search",
+        "arguments",
     )
 ]
 """The floors of the folder `merge`, from the lowest."""

@@ -73,16 +73,18 @@ def _put_alone(words, positions, own, tuned, movers):
 
 @kernel
 def _deltas_bf16(own, tuned, factor, out):
+    zero = np.float32(0)
     for i in range(own.size):
-        out[i] = factor * np.float32(_widened(tuned[i]) - _widened(own[i]))
+        delta = np.float32(factor * np.float32(_widened(tuned[i]) - _widened(own[i])))
+        out[i] = delta if own[i] != tuned[i] else zero
 
 
 @kernel
 def _masked_deltas_bf16(own, tuned, draws, threshold, factor, out):
     zero = np.float32(0)
     for i in range(own.size):
-        delta = np.float32(_widened(tuned[i]) - _widened(own[i]))
-        out[i] = np.float32(factor * delta) if draws[i] >= threshold else zero
+        delta = np.float32(factor * np.float32(_widened(tuned[i]) - _widened(own[i])))
+        out[i] = delta if (draws[i] >= threshold) & (own[i] != tuned[i]) else zero
 
 
 @inlined
@@ -135,7 +137,7 @@ def _moved_bf16(base, delta, out):
 @kernel
 def _count_leading(bits, counts):
     for i in range(bits.size):
-        counts[bits[i] >> _U16] += 1
+        counts[(bits[i] >> _U16) & _HALF] += 1
 
 
 def add_at_bf16(own: Words, tuned: Words, positions: Positions | None, factor: float, total: NDArray[np.float32]) -> None:
@@ -165,7 +167,7 @@ def put_alone(words: Words, positions: Positions, own: Words, tuned: Words, move
 
 
 def deltas_bf16(own: Words, tuned: Words, factor: float) -> NDArray[np.float32]:
-    """f32(factor) · (f32(tuned) - f32(own)) of bfloat16 words."""
+    """f32(factor) · (f32(tuned) - f32(own)) of bfloat16 words; of equal ones zero, whatever they are."""
     out = np.empty(own.size, np.float32)
     _deltas_bf16(own, tuned, np.float32(factor), out)
     return out
@@ -193,5 +195,5 @@ def moved_bf16(base: Words, delta: NDArray[np.float32]) -> Words:
 
 
 def count_leading(sizes: NDArray[np.float32], counts: NDArray[np.int64]) -> None:
-    """Count float32 magnitudes, none negative, by the leading 16 bits of each, into `counts`, shape (32768,)."""
+    """Count float32 magnitudes by the 15 bits after the sign, into `counts`, shape (32768,)."""
     _count_leading(sizes.view(np.uint32), counts)

@@ -27,17 +27,13 @@ tags:
 
 # A merge by {method}
 
-Made by `dare_train` from {count} models on `{base}`. `{record}` says what became of every tensor. The same again:
+Made by `dare_train` from {count} models on `{base}`. `{record}` says what became of every tensor, and this makes it again:
 
 ```bash
-dare-train merge merge.yml --out model
+dare-train merge {recipe} --out model
 ```
-
-with `merge.yml`:
-
-```yaml
-{recipe}```
 """
+RECIPE = "dare_merge.yml"
 
 
 def write(merged: Merged, base_folder: Path | None, vocabulary: Vocabulary | None, staging: Path, *, prefixed: bool) -> None:
@@ -73,7 +69,7 @@ def _settle_config(merged: Merged, staging: Path) -> None:
 
 
 def write_record(report: MergeReport, staging: Path) -> None:
-    """The report, and a card for the Hub."""
+    """The report, the recipe, and a card for the Hub."""
     (staging / MERGE_RECORD).write_text(json.dumps(report.as_json(), indent=1) + "\n")
     names = [report.recipe.base, *(one.model for one in report.recipe.models)]
     on_hub = [name for name in names if name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()]
@@ -81,8 +77,9 @@ def write_record(report: MergeReport, staging: Path) -> None:
     text = CARD.format(
         models=f"base_model:\n{lines}base_model_relation: merge\n" if lines else "",
         method=report.recipe.method, count=len(report.labels), base=Path(report.recipe.base).name,
-        record=MERGE_RECORD, recipe=report.recipe.to_yaml(),
+        record=MERGE_RECORD, recipe=RECIPE,
     )  # fmt: skip
+    (staging / RECIPE).write_text(report.recipe.to_yaml())
     (staging / "README.md").write_text(text)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -30,6 +30,7 @@ from .growth import Growth
 from .inputs import Input, PackageInput
 from .journal import Journal, resumable
 from .matching import Choices, fates
+from .matrices import one_thread
 from .merged import Merged, Statistics
 from .methods import Method, method_of
 from .naming import ModelLike, open_models
@@ -98,36 +99,90 @@ def merge(
         ConfigError, CheckpointError, PackageError, ChainError, TensorMismatch, DtypeMismatch, BaseMismatch, OutputExists,
         StorageError; RankError when it happened on another rank.
     """
-    given = {"weight": weights, "p": p, **{name.rstrip("_"): value for name, value in parameters.items()}}
-    recipe = _recipe(base, models, method, given, seed=seed, rescale=rescale, out_dtype=out_dtype, tokenizer=tokenizer)
-    task = MergeTask(
-        recipe=recipe, base=base, models=tuple(models), exclude=exclude, take=take or {}, rename=rename or {},
-        fisher=fisher, gram=gram, cast_base=cast_base,
+    task = task_of(
+        base, models, method=method, weights=weights, p=p, seed=seed, rescale=rescale, out_dtype=out_dtype, tokenizer=tokenizer,
+        exclude=exclude, take=take, rename=rename, fisher=fisher, gram=gram, cast_base=cast_base, **parameters,
     )  # fmt: skip
     return run(task, out, package=package, overwrite=overwrite, progress=progress, ranks=ranks)
 
 
-def _recipe(base: object, models: Sequence[object], name: str, given: Mapping[str, Any], **options: Any) -> Recipe:
-    method = method_of(name)
+@dataclass(frozen=True, kw_only=True)
+class MergeTask:
+    """A recipe and what it is about, which need not lie in folders."""
+
+    recipe: Recipe
+    base: WeightsLike
+    models: tuple[ModelLike, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> MergeTask:
+        """Of folders and Hub ids, which a recipe names."""
+        return cls(recipe=recipe, base=recipe.base, models=tuple(one.model for one in recipe.models))
+
+
+def task_of(
+    base: WeightsLike,
+    models: Sequence[ModelLike],
+    *,
+    method: str = "task_arithmetic",
+    weights: Sequence[float] | None = None,
+    p: float | Sequence[float] | None = None,
+    take: Mapping[str, int | str] | None = None,
+    rename: Mapping[str, str] | None = None,
+    fisher: Sequence[str | os.PathLike[str]] | None = None,
+    gram: Sequence[str | os.PathLike[str]] | None = None,
+    exclude: Patterns = (),
+    parameters: Mapping[str, Any] | None = None,
+    **rest: Any,
+) -> MergeTask:
+    """The task of a call of `merge`, whose arguments these are: options of the recipe, and parameters of the method by name.
+
+    Raises:
+        ConfigError: an argument is wrong.
+    """
+    options = {name: rest.pop(name) for name in ("seed", "rescale", "out_dtype", "tokenizer", "cast_base") if name in rest}
+    given = {"weight": weights, "p": p, **(parameters or {}), **{name.rstrip("_"): value for name, value in rest.items()}}
     if isinstance(models, (str, os.PathLike)) or not isinstance(models, Sequence):
         raise ConfigError("models", expected="a list of models", found=repr(models))
-    own: list[dict[str, Any]] = [{} for _ in models]
-    shared: dict[str, Any] = {}
+    labels = _labels(models)
+    shared, own = _settings(given, method_of(method), len(models))
+    recipe = Recipe(
+        method=method,
+        base=label_of(base),
+        models=tuple(Model(model=label, parameters=settings) for label, settings in zip(labels, own, strict=True)),
+        parameters=shared,
+        exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+        take={pattern: _labelled(model, labels) for pattern, model in (take or {}).items()},
+        rename=rename or {},
+        fisher=tuple(os.fspath(path) for path in fisher or ()),
+        gram=tuple(os.fspath(path) for path in gram or ()),
+        **options,
+    )
+    return MergeTask(recipe=recipe, base=base, models=tuple(models))
+
+
+def _settings(given: Mapping[str, Any], method: Method, count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Settings for all models, and those of each."""
     each = {parameter.name for parameter in method.parameters if parameter.per_model}
-    for key, value in given.items():
-        if value is None:
-            continue
-        if key in each and isinstance(value, Sequence) and not isinstance(value, (str, tuple)):
-            if len(value) != len(models):
+    shared: dict[str, Any] = {}
+    own: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, value in given.items():
+        if name in each and isinstance(value, Sequence) and not isinstance(value, (str, tuple)):
+            if len(value) != count:
                 raise ConfigError(
-                    f"{key}s" if key == "weight" else key, expected=f"one for each of {len(models)} models", found=str(len(value))
+                    "weights" if name == "weight" else name, expected=f"one for each of {count} models", found=str(len(value))
                 )
             for settings, one in zip(own, value, strict=True):
-                settings[key] = one
-        else:
-            shared[key] = value
-    listed = tuple(Model(model=label_of(model), parameters=settings) for model, settings in zip(models, own, strict=True))
-    return Recipe(method=name, base=label_of(base), models=listed, parameters=shared, **options)
+                settings[name] = one
+        elif value is not None:
+            shared[name] = value
+    return shared, own
+
+
+def _labels(models: Sequence[ModelLike]) -> list[str]:
+    """What the recipe calls each: numbered where two would have the same name."""
+    labels = [label_of(model) for model in models]
+    return [label if labels.count(label) == 1 else f"{label} ({number})" for number, label in enumerate(labels)]
 
 
 def label_of(what: object) -> str:
@@ -137,19 +192,9 @@ def label_of(what: object) -> str:
     return str(getattr(what, "name", None) or getattr(what, "label", None) or "model in memory")
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergeTask:
-    """A recipe with what it is about: weights that need not lie in folders, and what is decided tensor by tensor."""
-
-    recipe: Recipe
-    base: WeightsLike
-    models: tuple[ModelLike, ...]
-    exclude: Patterns = ()
-    take: Mapping[str, int | str]
-    rename: Mapping[str, str]
-    fisher: Sequence[str | os.PathLike[str]] | None = None
-    gram: Sequence[str | os.PathLike[str]] | None = None
-    cast_base: bool = False
+def _labelled(model: int | str, labels: Sequence[str]) -> str:
+    known = isinstance(model, int) and not isinstance(model, bool)
+    return labels[model] if known and 0 <= model < len(labels) else str(model)  # type: ignore[index, operator]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +226,9 @@ def run(
     ranks, out = ranks or Ranks(), Path(out)
     ready = ranks.each(lambda: _ready(task, ranks))
     write = _write_package if package else _write_checkpoint
-    return write(ready, task, out, tuple(notes), overwrite, progress, ranks)
+    by_matrices = ready.merged.method.reach == "matrix" or task.recipe.rescale == "q"
+    with one_thread() if by_matrices else nullcontext():
+        return write(ready, task, out, tuple(notes), overwrite, progress, ranks)
 
 
 def _ready(task: MergeTask, ranks: Ranks) -> _Ready:
@@ -189,15 +236,16 @@ def _ready(task: MergeTask, ranks: Ranks) -> _Ready:
     _check(recipe, method)
     base = open_weights(task.base)
     folder = base.folder if isinstance(base, Checkpoint) else None
-    named, inputs, prefix = open_models(base, task.models, rename=task.rename, cast_base=task.cast_base)
+    named, inputs, prefix = open_models(base, task.models, rename=recipe.rename, cast_base=recipe.cast_base)
     growth = Growth(named, folder, inputs, recipe.tokenizer)
-    choices = Choices(exclude=task.exclude, take={pattern: _number(model, recipe) for pattern, model in task.take.items()})
+    places = {one.model: number for number, one in enumerate(recipe.models)}
+    choices = Choices(exclude=recipe.exclude, take={pattern: places[model] for pattern, model in recipe.take.items()})
     out_dtype = DTYPES[recipe.out_dtype] if recipe.out_dtype else None
     merged = Merged(
         recipe, method, named, inputs, fates(named, inputs, choices, growth.rows, out_dtype),
         values=recipe.resolver(layer_counts(named.tensors)),
-        fisher=_statistics("fisher", task.fisher, inputs, needed=method.needs == "fisher"),
-        gram=_statistics("gram", task.gram, inputs, needed=method.needs == "gram" or recipe.rescale == "q"),
+        fisher=_statistics("fisher", recipe.fisher, inputs, needed=method.needs == "fisher"),
+        gram=_statistics("gram", recipe.gram, inputs, needed=method.needs == "gram" or recipe.rescale == "q"),
         threads=thread_share(ranks),
     )  # fmt: skip
     return _Ready(merged=merged, base=base, base_folder=folder, prefix=prefix, growth=growth)
@@ -211,24 +259,11 @@ def _check(recipe: Recipe, method: Method) -> None:
         raise ConfigError("models", expected=f"{wanted} for {method.name}", found=str(len(recipe.models)))
 
 
-def _number(model: int | str, recipe: Recipe) -> int:
-    labels = [one.model for one in recipe.models]
-    if isinstance(model, int) and 0 <= model < len(labels):
-        return model
-    if model in labels:
-        return labels.index(str(model))
-    raise ConfigError("take", expected=f"one of {', '.join(labels)}, or its number from 0", found=repr(model))
+def _statistics(kind: Kind, given: Sequence[str], inputs: Sequence[Input], *, needed: bool) -> list[Statistics]:
+    return [_statistics_of(kind, one, given[number] if given else None) for number, one in enumerate(inputs)] if needed else []
 
 
-def _statistics(kind: Kind, given: Sequence[str | os.PathLike[str]] | None, inputs: Sequence[Input], *, needed: bool) -> list[Statistics]:
-    if not needed:
-        return []
-    if given is not None and len(given) != len(inputs):
-        raise ConfigError(kind, expected=f"a file for each of {len(inputs)} models", found=str(len(given)))
-    return [_statistics_of(kind, one, given[number] if given is not None else None) for number, one in enumerate(inputs)]
-
-
-def _statistics_of(kind: Kind, one: Input, given: str | os.PathLike[str] | None) -> Statistics:
+def _statistics_of(kind: Kind, one: Input, given: str | None) -> Statistics:
     if given is None and one.folder is None:
         raise ConfigError(kind, expected=f"a file of {one.label}'s statistics", found="none", remedy=f"pass {kind}=[...]")
     path = Path(given) if given is not None else beside(one.folder or "", kind)
@@ -272,9 +307,9 @@ def _identity(task: MergeTask, ready: _Ready) -> str:
     """What must be the same for a merge to go on with what another process began."""
     files = sorted({path for folder in ready.folders for path in (folder.iterdir() if folder.is_dir() else [folder]) if path.is_file()})
     seen = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    told = [task.recipe.digest(), repr(task.exclude), repr(sorted(task.take.items())), repr(sorted(task.rename.items())), __version__]
-    memory = [str(id(one)) for one in (task.base, *task.models) if not isinstance(one, (str, os.PathLike))]
-    return hashlib.sha256(json.dumps([told, memory, seen, str(os.getpid()) if memory else ""]).encode()).hexdigest()
+    memory = [id(one) for one in (task.base, *task.models) if not isinstance(one, (str, os.PathLike))]
+    process = os.getpid() if memory else 0  # what lies in memory is gone with the process
+    return hashlib.sha256(json.dumps([task.recipe.digest(), __version__, memory, process, seen]).encode()).hexdigest()
 
 
 def _write_share(
@@ -315,7 +350,9 @@ def _recorded_bases(merged: Merged) -> dict[str, list[tuple[str, Fingerprint]]]:
     """What packages have on record of the base's tensors, by the result's names: package and fingerprint."""
     recorded: dict[str, list[tuple[str, Fingerprint]]] = {}
     for one in merged.inputs:
-        for name, own in one.names.items() if isinstance(one, PackageInput) else ():
+        if not isinstance(one, PackageInput):
+            continue
+        for name, own in one.names.items():
             print_ = one.package.records[own].base
             if print_ is not None and name in merged.base.tensors:
                 recorded.setdefault(name, []).append((one.label, print_))
@@ -369,7 +406,7 @@ def _write_package(
         report = _report(ready, out, notes, {name: Fingerprint() for name in merged.tensors})
         companions.write_record(report, folder)
         package = extract(
-            ready.base, view, out, p=0.0, values="exact", cast_base=task.cast_base, overwrite=overwrite, progress=progress, ranks=ranks,
+            ready.base, view, out, p=0.0, values="exact", cast_base=task.recipe.cast_base, overwrite=overwrite, progress=progress, ranks=ranks,
             base_model=task.recipe.base, allow_nonfinite=True,
         )  # fmt: skip
     return MergeReport(**{**vars(report), "fingerprint": package.manifest.result})

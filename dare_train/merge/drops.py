@@ -41,7 +41,6 @@ class DropRate:
         """Kept elements of a run."""
         return Mask(kind="seeded", key=self.key, threshold=self.threshold).positions(start, count)
 
-
     def draws(self, start: int, count: int) -> NDArray[np.uint16]:
         """The draws of a run: those that reach the threshold are kept."""
         return philox.draws(self.key, start, count, MASK_DOMAIN)

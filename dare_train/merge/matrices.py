@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import FloatArray
+
+
+def one_thread() -> AbstractContextManager[Any]:
+    """Within it, LAPACK and BLAS use one thread for each call, since their sums depend on how many there are."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1, user_api="blas")  # type: ignore[no-any-return]
 
 
 def regmean(

@@ -157,7 +157,14 @@ class Merged:
         shared: dict[str, Scalar] = {one.name: self._values.value(one, name, None) for one in self.method.parameters if not one.per_model}
         members = [self._member(name, number) for number in self.fates[name].models]
         return MergedTensor(
-            self.method, self.base, name, self.tensors[name].dtype, members, shared, rescale=self.method.rescale or self.recipe.rescale, threads=self._threads
+            self.method,
+            self.base,
+            name,
+            self.tensors[name].dtype,
+            members,
+            shared,
+            rescale=self.method.rescale or self.recipe.rescale,
+            threads=self._threads,
         )
 
     def _member(self, name: str, number: int) -> Member:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .parameters import Case, Gradient, Parameter, Scalar, Setting, Settings
-from .recipe import DTYPE_NAMES, FLAVOUR, LayerRange, Model, Recipe, Tokenizer
+from .recipe import CHOICES, DTYPE_NAMES, FLAVOUR, LayerRange, Model, Recipe, Tokenizer
 
 _NAMES = (
     "average task_arithmetic ties magnitude dare_linear dare_ties drop_only breadcrumbs breadcrumbs_ties della della_linear "
@@ -25,8 +25,11 @@ _RANDOM = {"dare_linear", "dare_ties", "drop_only", "della", "della_linear"}
 _RESCALED = {"dare_linear", "dare_ties", "della", "della_linear"}
 _TRIMMED = {"ties", "magnitude", "breadcrumbs", "breadcrumbs_ties", "consensus_ties"}
 _NOT_RESCALED = _TRIMMED | {"task_arithmetic", "drop_only"}
-_KEEP_ALL = {"ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear"}
-"""Methods of mergekit's whose density is 1 where a file gives none."""
+_IMPLIED: dict[str, tuple[str, Scalar]] = {
+    **dict.fromkeys(("ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear"), ("density", 1.0)),
+    **dict.fromkeys(("dare_linear", "dare_ties"), ("p", 0.0)),
+}
+"""What mergekit's methods keep where a file says nothing: everything."""
 
 _KEYS = "merge_method base_model models slices parameters dtype out_dtype tokenizer_source tokenizer rescale seed flavour"
 _WHOLE_MODELS = "merge whole models; mergekit's passthrough can move, repeat or leave out layers before or after"
@@ -42,7 +45,8 @@ _DENSITY = Parameter(name="density")
 
 
 def read(path_or_text: str | Path) -> tuple[Recipe, list[str]]:
-    """A recipe from a configuration for mergekit, or one that `Recipe.to_yaml` wrote.
+    """A recipe from a configuration for mergekit, or one that `Recipe.to_yaml` wrote. Both may have our own keys besides: `seed`,
+    `rescale`, and those of `CHOICES`.
 
     Args:
         path_or_text: a file, or YAML itself: text of several lines, or in braces.
@@ -53,7 +57,7 @@ def read(path_or_text: str | Path) -> tuple[Recipe, list[str]]:
     Raises:
         ConfigError: the file cannot be read, or asks for something that this package does not do.
     """
-    top = _fields(_parsed(path_or_text), _KEYS.split(), "")
+    top = _fields(_parsed(path_or_text), (*_KEYS.split(), *CHOICES), "")
     if "flavour" not in top:
         return _translated(top)
     if top["flavour"] != FLAVOUR:
@@ -85,6 +89,11 @@ class _Inputs:
             yield layers.parameters
             yield from layers.models
 
+    def say(self, parameter: str) -> bool:
+        """Whether a parameter is given for every model and tensor, so that what they share does not count."""
+        ranges = [[layers.parameters, *layers.models] for layers in self.layers] or [[{}, *(each.parameters for each in self.models)]]
+        return all(_says(shared, parameter) or all(_says(each, parameter) for each in own) for shared, *own in ranges)
+
 
 def _as_written(top: Mapping[str, Any]) -> Recipe:
     inputs = _inputs(top)
@@ -98,6 +107,7 @@ def _as_written(top: Mapping[str, Any]) -> Recipe:
         seed=top.get("seed", 0),
         out_dtype=_out_dtype(top),
         tokenizer=_tokenizer(top, _text(top, "base_model")),
+        **{name: top[name] for name in CHOICES if name in top},
     )
 
 
@@ -110,7 +120,8 @@ def _translated(top: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
     _check_names(base_model, [each.model for each in listed.models])
     shared = dict(_settings(top.get("parameters", {}), "parameters"))
     rescale, seed = _only(top, shared, "rescale"), _only(top, shared, "seed")
-    inputs = listed.arranged(_order(name, listed, base_model, shared), base)
+    order = _order(name, listed, base_model, shared)
+    inputs = listed.arranged(order, base)
     given = {parameter for settings in (shared, *inputs.settings()) for parameter in settings}
     change = _spelling(method, given)
     changed = inputs.changed(change)
@@ -119,11 +130,12 @@ def _translated(top: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
         base=base,
         models=changed.models,
         layers=changed.layers,
-        parameters={**_implied(method, base_model, given), **change(shared)},
+        parameters=_with_implied(method, base_model, changed, change(shared)),
         rescale=_rescale(rescale, method),
         seed=0 if seed is None else seed,
         out_dtype=_out_dtype(top),
         tokenizer=_tokenizer(top, base),
+        **_choices(top, order, len(listed.models)),
     )
     return recipe, list(_notes(recipe, given, top.get("dtype", "")))
 
@@ -182,13 +194,32 @@ def _order(name: str, inputs: _Inputs, base: str | None, shared: Settings) -> li
     return [*range(len(names)), None]
 
 
-def _implied(method: str, base: str | None, given: set[str]) -> Settings:
-    """What mergekit decides where a file says nothing, and this package otherwise."""
-    if method == "nuslerp" and "of" not in given:
-        return {"of": "weights" if base is None else "deltas"}
-    if method in ("dare_linear", "dare_ties") and not {"density", "p"} & given:
-        return {"p": 0.0}
-    return {"density": 1.0} if method in _KEEP_ALL and "density" not in given else {}
+def _with_implied(method: str, base: str | None, inputs: _Inputs, shared: Settings) -> Settings:
+    """What the models share, and with it what mergekit decides where a file says nothing, and this package otherwise."""
+    implied = {**_IMPLIED, "nuslerp": ("of", "weights" if base is None else "deltas")}
+    if method not in implied:
+        return shared
+    name, value = implied[method]
+    if inputs.say(name) or _says(shared, name):
+        return shared
+    said = shared.get(name)
+    return {**shared, name: (*said, Case(value=value)) if isinstance(said, tuple) and said else value}
+
+
+def _says(settings: Settings, name: str) -> bool:
+    """Whether settings give a parameter for every tensor: cases may leave some out."""
+    setting = settings.get(name, ())
+    return not isinstance(setting, tuple) or any(case.matches("") for case in setting)
+
+
+def _choices(top: Mapping[str, Any], order: Sequence[int | None], listed: int) -> dict[str, Any]:
+    """Files of statistics stand in the order of the models in the file, which is not always that of the inputs."""
+    chosen = {name: top[name] for name in CHOICES if name in top}
+    for name in ("fisher", "gram"):
+        files = chosen.get(name)
+        if isinstance(files, list) and len(files) == listed and None not in order:
+            chosen[name] = [files[place] for place in order if place is not None]
+    return chosen
 
 
 def _only(top: Mapping[str, Any], shared: dict[str, Setting], name: str) -> Any:

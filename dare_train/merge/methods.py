@@ -67,7 +67,7 @@ def _default(parameter: Parameter, value: float) -> Parameter:
 _DARE = (WEIGHT, _default(P, 0.9), Q)
 _GAMMA = Parameter(name="gamma", default=0.01, per_model=True, meaning="share of the elements, the largest, that are dropped as outliers")
 _EPSILON = Parameter(name="epsilon", default=0.15, per_model=True, meaning="drop rates go from p + ε to p - ε as magnitudes grow")
-_LARGEST = _default(DENSITY, 0.2)
+_LARGEST, _PRUNED = _default(DENSITY, 0.2), _default(DENSITY, 0.3)
 _TALL = (
     Parameter(name="mask_threshold", default=0.4, meaning="λ of the masks: how large a delta must be beside what the others add"),
     Parameter(name="agree", kind=int, default=2, meaning="in how many models' masks an element must be"),
@@ -101,14 +101,15 @@ _BUILT_IN = [
     Method(name="magnitude", **_SUM, drops="magnitude", parameters=(*_COMMON, LAMBDA, _default(DENSITY, 0.1), _normalize(False))),
     Method(name="breadcrumbs", **_SUM, drops="outliers", parameters=(*_COMMON, LAMBDA, DENSITY, _GAMMA, _normalize(False))),
     Method(name="breadcrumbs_ties", **_ELECTED, drops="outliers", parameters=(*_COMMON, LAMBDA, DENSITY, _GAMMA, _normalize(False))),
-    Method(name="della", **_ELECTED, drops="magprune", parameters=(*_COMMON, LAMBDA, _default(DENSITY, 0.3), _EPSILON, _normalize(True))),
-    Method(name="della_linear", **_SUM, drops="magprune", parameters=(*_COMMON, LAMBDA, _default(DENSITY, 0.3), _EPSILON, _normalize(False))),
+    Method(name="della", **_ELECTED, drops="magprune", parameters=(*_COMMON, LAMBDA, _PRUNED, _EPSILON, _normalize(True))),
+    Method(name="della_linear", **_SUM, drops="magprune", parameters=(*_COMMON, LAMBDA, _PRUNED, _EPSILON, _normalize(False))),
     Method(
         name="model_stock", function=combinations.model_stock, reach="coefficients", models=(2, None),
         parameters=(P, Q, Parameter(name="filter_wise", kind=bool, default=False, meaning="one ratio for each row instead of each tensor")),
     ),
     Method(
-        name="slerp", function=combinations.slerp, reach="coefficients", space="weights", models=(1, 2), parameters=(P, Q, _T), arguments=("t",)
+        name="slerp", function=combinations.slerp, reach="coefficients", space="weights", models=(2, 2),
+        parameters=(P, Q, _T), arguments=("t",),
     ),
     Method(
         name="nuslerp", function=combinations.nuslerp, reach="coefficients", models=(2, 2),

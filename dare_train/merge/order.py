@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from ..kernels import sums
 
 Sizes = NDArray[np.float32]
-"""Magnitudes of a run's elements, none negative. Elements that a run leaves out are zero."""
+"""Magnitudes of a run's elements, none negative. Elements that a run leaves out are zero. NaN is larger than infinity."""
+
+Bits = NDArray[np.uint32]
+"""Of magnitudes: in the same order, and NaNs have a place in it."""
 
 _LEADING = 1 << 15
-_ALL = np.float32(np.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,8 @@ class Largest:
     All those above `bound` do, and of those equal to it as many as are wanted: the first, or the last, by flat index.
     """
 
-    bound: np.float32
+    bound: np.uint32
+    """Bits of a magnitude."""
     wanted: int
     """Elements equal to the bound that belong."""
     before: dict[int, int]
@@ -35,15 +38,16 @@ class Largest:
 
     def among(self, sizes: Sizes, start: int) -> NDArray[np.bool_]:
         """Those of a run, which must begin where one of the runs began that were counted."""
-        keep = sizes > self.bound
-        equals = np.flatnonzero(sizes == self.bound)
+        bits = sizes.view(np.uint32)
+        keep = bits > self.bound
+        equals = np.flatnonzero(bits == self.bound)
         place = np.arange(equals.size) + self.before.get(start, 0)
         keep[equals[place >= self.equal - self.wanted if self.last else place < self.wanted]] = True
         return keep
 
 
-EVERY = Largest(bound=np.float32(-1), wanted=0, before={}, equal=0, last=False)
-NONE = Largest(bound=_ALL, wanted=0, before={}, equal=0, last=False)
+EVERY = Largest(bound=np.uint32(0), wanted=1 << 62, before={}, equal=0, last=False)
+NONE = Largest(bound=np.uint32(0xFFFFFFFF), wanted=0, before={}, equal=0, last=False)
 
 Runs = Callable[[Callable[[int, Sizes], object]], Iterable[object]]
 """Calls a function with the start and the sizes of every run of a tensor, on any thread; its results in order."""
@@ -66,7 +70,7 @@ def largest(each_run: Runs, k: int, *, last: bool = False) -> Largest:
     if above[0] + counts[0] <= k:
         return EVERY
     border = int(np.argmax(above < k))
-    found: list[tuple[int, Sizes]] = list(each_run(lambda start, sizes: (start, _within(sizes, border))))  # type: ignore[arg-type]
+    found: list[tuple[int, Bits]] = list(each_run(lambda start, sizes: (start, _within(sizes, border))))  # type: ignore[arg-type]
     values = np.concatenate([part for _, part in found])
     rest = k - int(above[border])
     bound = np.partition(values, values.size - rest)[values.size - rest]
@@ -87,6 +91,7 @@ def _counted(sizes: Sizes) -> NDArray[np.int64]:
     return counts
 
 
-def _within(sizes: Sizes, border: int) -> Sizes:
+def _within(sizes: Sizes, border: int) -> Bits:
     """Those whose leading bits are `border`."""
-    return np.asarray(sizes[sizes.view(np.uint32) >> np.uint32(16) == border])
+    bits = sizes.view(np.uint32)
+    return bits[bits >> np.uint32(16) == border]

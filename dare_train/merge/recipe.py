@@ -26,6 +26,9 @@ DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 FLAVOUR = "dare_train"
 """Marks a configuration of our own, which `mergekit.read` takes literally."""
 
+CHOICES = ("exclude", "take", "rename", "cast_base", "fisher", "gram")
+"""Fields of a recipe that mergekit has no word for, and that a configuration has by the same names, where it has them."""
+
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.([0-9]{1,6})(?=\.|$)")
 _BEFORE_LAYERS = re.compile(r"emb(?!ed_out)|wte|wpe|(?:^|\.)shared\.")
 _OF_THE_RECIPE = ("rescale", "seed")
@@ -93,6 +96,18 @@ class Recipe:
     """The result's, as a safetensors code such as "BF16"; None is that of the base, tensor by tensor."""
     tokenizer: Tokenizer | None = None
     """Whose vocabulary the result has: the base's, or that of all models; None when they need no comparison."""
+    exclude: tuple[str, ...] = ()
+    """Tensors whose name matches one of these patterns (`fnmatch`) stay as in the base. A single text is one pattern."""
+    take: Mapping[str, str] = field(default_factory=dict)
+    """By name pattern, the model, as `models` calls it, from which tensors are taken as they are; the first that matches counts."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """Parts of tensor names to replace in the models' names, one after another."""
+    cast_base: bool = False
+    """Round the base to the models' dtypes first."""
+    fisher: tuple[str, ...] = ()
+    """Files of the models' Fisher information, in their order; none: those beside the models."""
+    gram: tuple[str, ...] = ()
+    """Files of the models' Gram matrices, in their order; none: those beside the models."""
 
     def __post_init__(self) -> None:
         _check_text("method", self.method)
@@ -109,6 +124,14 @@ class Recipe:
             _check_choice("out_dtype", self.out_dtype, tuple(DTYPE_NAMES))
         if self.tokenizer is not None:
             _check_choice("tokenizer", self.tokenizer, get_args(Tokenizer))
+        object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
+        object.__setattr__(self, "take", _texts_by_text("take", self.take, "models by name pattern"))
+        object.__setattr__(self, "rename", _texts_by_text("rename", self.rename, "new parts of names by old"))
+        if not isinstance(self.cast_base, bool):
+            raise ConfigError("cast_base", expected="true or false", found=repr(self.cast_base))
+        for name in ("fisher", "gram"):
+            object.__setattr__(self, name, _texts(name, getattr(self, name), "a list of files"))
+        self._check_models_of_choices()
         self._check_ranges()
         self._check_places()
 
@@ -163,7 +186,10 @@ class Recipe:
 
     def digest(self) -> str:
         """SHA-256, in hex, of this recipe as canonical JSON: equal for recipes that say the same."""
-        text = json.dumps(_canonical(self._plain()), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        plain = self._plain()
+        # Their order says something, which sorted keys would not.
+        plain |= {name: [list(pair) for pair in plain[name].items()] for name in ("take", "rename") if name in plain}
+        text = json.dumps(_canonical(plain), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _plain(self) -> dict[str, Any]:
@@ -178,7 +204,8 @@ class Recipe:
             plain["out_dtype"] = DTYPE_NAMES[self.out_dtype]
         if self.tokenizer is not None:
             plain["tokenizer_source"] = self.tokenizer
-        return plain
+        chosen = {name: getattr(self, name) for name in CHOICES}
+        return plain | {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items() if value}
 
     def _plain_slice(self, layers: LayerRange) -> dict[str, Any]:
         sources = [
@@ -195,6 +222,16 @@ class Recipe:
             yield _Level(settings=layers.parameters, where=f" in {layers.label}", per_model=False)
             for model, own in zip(self.models, layers.models, strict=True):
                 yield _Level(settings=own, where=f" of {model.model!r} in {layers.label}", per_model=True)
+
+    def _check_models_of_choices(self) -> None:
+        names = [each.model for each in self.models]
+        for pattern, model in self.take.items():
+            if model not in names:
+                remedy = "exclude keeps tensors of the base" if model == self.base else ""
+                raise ConfigError(f"take[{pattern!r}]", expected=f"one of {', '.join(names)}", found=repr(model), remedy=remedy)
+        for name, files in (("fisher", self.fisher), ("gram", self.gram)):
+            if len(files) not in (0, len(names)):
+                raise ConfigError(name, expected=f"a file for each of {', '.join(names)}", found=str(len(files)))
 
     def _check_ranges(self) -> None:
         end = 0
@@ -343,6 +380,26 @@ def _sequence(name: str, given: object) -> tuple[Any, ...]:
     if not isinstance(given, (tuple, list)):
         raise ConfigError(name, expected="a tuple", found=repr(given))
     return tuple(given)
+
+
+def _patterns(name: str, given: object) -> tuple[str, ...]:
+    if isinstance(given, str):
+        given = (given,)
+    # A set has no order to keep, and a digest needs one.
+    return _texts(name, sorted(given, key=str) if isinstance(given, (set, frozenset)) else given, "a list of name patterns")
+
+
+def _texts(name: str, given: object, expected: str) -> tuple[str, ...]:
+    if not isinstance(given, (tuple, list)) or not all(isinstance(each, str) and each for each in given):
+        raise ConfigError(name, expected=expected, found=repr(given))
+    return tuple(given)
+
+
+def _texts_by_text(name: str, given: object, expected: str) -> dict[str, str]:
+    """A copy. Values may be empty: that is how `rename` takes something away."""
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) and key and isinstance(given[key], str) for key in given):
+        raise ConfigError(name, expected=expected, found=repr(given))
+    return dict(given)
 
 
 def _check_text(name: str, value: object) -> None:
