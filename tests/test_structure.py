@@ -16,10 +16,10 @@ PACKAGE = Path(dare_train.__file__).parent
 MERGE = [
     {f"merge.{name}" for name in floor.split()}
     for floor in (
-        "parameters inputs vocabulary elements combinations matrices order walk rows",
-        "recipe methods matching naming drops",
-        "deltas growth report mergekit",
-        "tensors",
+        "parameters inputs vocabulary elements combinations matrices order walk",
+        "recipe methods rows drops naming",
+        "matching deltas mergekit task",
+        "growth report tensors",
         "merged",
         "journal companions",
         "driver",

@@ -10,6 +10,7 @@ from .compiled import inlined, kernel
 from .philox import Positions
 
 _HALF = np.uint32(0x7FFF)
+_UNSIGNED = np.uint32(0x7FFF)
 _U16 = np.uint32(16)
 _ONE = np.uint32(1)
 _NAN = np.uint32(0x7FC0)
@@ -137,7 +138,7 @@ def _moved_bf16(base, delta, out):
 @kernel
 def _count_leading(bits, counts):
     for i in range(bits.size):
-        counts[(bits[i] >> _U16) & _HALF] += 1
+        counts[(bits[i] >> _U16) & _UNSIGNED] += 1
 
 
 def add_at_bf16(own: Words, tuned: Words, positions: Positions | None, factor: float, total: NDArray[np.float32]) -> None:

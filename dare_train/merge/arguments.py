@@ -8,9 +8,9 @@ from typing import Any
 
 from ..errors import ConfigError
 from . import mergekit
-from .driver import MergeTask, task_of
 from .parameters import Scalar
 from .search import Axis, scalar
+from .task import MergeTask, task_of
 
 _CONFIGURATIONS = (".yml", ".yaml")
 

@@ -301,7 +301,7 @@ def _tokenizer(top: Mapping[str, Any], base: str) -> Tokenizer | None:
 
 
 def _parsed(path_or_text: str | Path) -> object:
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     text = _text_of(path_or_text)
     try:

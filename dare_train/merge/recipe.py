@@ -179,7 +179,7 @@ class Recipe:
 
         Where both a range of layers and a model say something about a parameter, the model's part is folded into the range's.
         """
-        import yaml  # type: ignore[import-untyped]
+        import yaml
 
         text: str = yaml.safe_dump(self._plain(), sort_keys=False, allow_unicode=True, default_flow_style=None, width=1 << 30)
         return text

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .driver import MergeTask, run
+from .driver import run
 from .methods import method_of
 from .parameters import Scalar
 from .recipe import RESCALES, Recipe
 from .report import MergeReport
+from .task import MergeTask
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
