@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .merge.driver import merge as merge
     from .merge.methods import register_merge_method as register_merge_method
     from .package import DeltaPackage as DeltaPackage
+    from .rescaling import find_q as find_q
     from .snapshot import Snapshotter as Snapshotter
     from .statistics import StatisticsCallback as StatisticsCallback
     from .statistics import collect_fisher as collect_fisher
@@ -44,6 +45,7 @@ _HOMES = {
     "collect_gram": "statistics",
     "diagnose": "diagnose",
     "extract": "extract",
+    "find_q": "rescaling",
     "merge": "merge.driver",
     "register_merge_method": "merge.methods",
     "save_statistics": "statistics_file",

@@ -27,9 +27,13 @@ class Term:
     factor: float
     tuned: Words | None = None
     delta: FloatArray | None = None
+    base: Words | None = None
+    """The base's words at the positions, where they are at hand."""
 
     def own(self, words: Words) -> Words:
-        """Those of a run's words that the term is about."""
+        """Those of a run's base words that the term is about."""
+        if self.base is not None:
+            return self.base
         return words if self.positions is None else cpu.take(words, self.positions)
 
     def result(self, base: Words, dtype: DType) -> Words:

@@ -232,7 +232,8 @@ def clip(term: Term, segment: Segment, start: int, count: int) -> Term:
     inside = (positions >= 0) & (positions < count)
     tuned = term.tuned[inside] if term.tuned is not None else None
     delta = term.delta[inside] if term.delta is not None else None
-    return Term(positions=positions[inside], factor=term.factor, tuned=tuned, delta=delta)
+    base = term.base[inside] if term.base is not None else None
+    return Term(positions=positions[inside], factor=term.factor, tuned=tuned, delta=delta, base=base)
 
 
 def _clip_whole(words: Words, segment: Segment, start: int, count: int) -> tuple[slice, Words]:

@@ -188,8 +188,9 @@ def decode_delta(manifest: Manifest, record: TensorRecord, segment: Segment, fra
     factor = weight * manifest.factor(record)
     data = content[bitmap_size:]
     if record.values == "exact":
-        tuned = codec.decode_exact(data, cpu.take(base, positions), segment.changed, record.info.dtype, name=record.name)
-        return Term(positions=positions, factor=factor, tuned=tuned)
+        own = cpu.take(base, positions)
+        tuned = codec.decode_exact(data, own, segment.changed, record.info.dtype, name=record.name)
+        return Term(positions=positions, factor=factor, tuned=tuned, base=own)
     if record.values == "rounded":
         return Term(positions=positions, factor=factor, delta=codec.decode_rounded(data, segment.kept, segment.changed, name=record.name))
     numbers, _ = codec.groups_of(positions, segment.start, segment.length, group)

@@ -47,7 +47,7 @@ FLOORS = [
     {"assembly", "adapters"},
     {"extract", "resolve", "diagnose", "capture"},
     {"apply", "inplace", "origin"},
-    {"snapshot", "report"} | MERGE[0],
+    {"snapshot", "report", "rescaling"} | MERGE[0],
     {"tracking"} | MERGE[1],
     {"callback", "statistics"} | MERGE[2],
     *MERGE[3:],

@@ -62,6 +62,7 @@ def chosen(term: Term, places: NDArray[np.int64], factor: float) -> Term:
         factor=term.factor * factor,
         tuned=cpu.take(term.tuned, places) if term.tuned is not None else None,
         delta=term.delta[places] if term.delta is not None else None,
+        base=cpu.take(term.base, places) if term.base is not None else None,
     )
 
 
@@ -108,7 +109,7 @@ def magprune(delta: FloatArray, row: int, key: int, start: int, *, density: floa
     ranks = np.empty(order.shape, np.float64)
     np.put_along_axis(ranks, order, np.arange(row, dtype=np.float64)[None, :], axis=1)
     rates = (1 - density + epsilon) - ranks * (2 * epsilon / max(row - 1, 1))
-    thresholds = np.rint(rates.reshape(-1) * DRAW_RANGE).astype(np.int64)
+    thresholds = np.minimum(np.rint(rates.reshape(-1) * DRAW_RANGE), DRAW_RANGE - 1).astype(np.int64)
     kept = philox.draws(key, start, delta.size, MASK_DOMAIN) >= thresholds
     return kept, (DRAW_RANGE / (DRAW_RANGE - thresholds)).astype(delta.dtype)
 

@@ -75,7 +75,7 @@ def sce(deltas: FloatArray, weights: FloatArray, *, selected: NDArray[np.bool_],
 def _consensus(merged: FloatArray, undropped: FloatArray, mask_threshold: float, agree: int) -> FloatArray:
     factor = merged.dtype.type(mask_threshold)
     needing = _total(np.abs(own) >= factor * np.abs(merged - own) for own in undropped)
-    return np.where(needing >= agree, merged, merged.dtype.type(0))
+    return np.where((needing >= agree) | np.isnan(merged), merged, merged.dtype.type(0))
 
 
 def _of_the_elected(weighted: FloatArray, weights: FloatArray, *, normalize: bool) -> FloatArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -70,7 +71,8 @@ class MergedTensor:
         if self._is_matrix or self._method.reach == "tensor":
             return self._moved(words, self._of_whole(words))
         if self._method.reach == "matrix":  # no linear layer's: the plain mean, as in the paper
-            return self._combined(start, words, combinations.average(None, self._weights, normalize=True))
+            mean = combinations.average(None, self._weights, normalize=True)
+            return self._combined(start, words, mean * float(self._settings["lambda"]))
         return self._of_elements(start, words)
 
     # Deltas as rows
@@ -120,8 +122,9 @@ class MergedTensor:
 
     def _combined(self, start: int, words: Words, coefficients: NDArray[np.float64]) -> Words:
         """One coefficient for each model: the arithmetic law."""
+        result = words = np.array(words)  # gathering from a map of a file would be slow
         terms = [
-            Term(positions=term.positions, factor=term.factor * float(factor), tuned=term.tuned, delta=term.delta)
+            replace(term, factor=term.factor * float(factor))
             for delta, factor in zip(self._deltas, coefficients, strict=True)
             for term in delta.terms(start, words)
         ]
@@ -130,7 +133,6 @@ class MergedTensor:
             terms.append(Term(positions=None, factor=rest, delta=to_float(words, self.info.dtype)))
         if self._out != self.info.dtype:
             return from_float(unrounded(words, terms, self.info.dtype), self._out)
-        result = np.array(words)
         if terms:
             combine(result, terms, self.info.dtype)
         return result
@@ -258,7 +260,8 @@ def _dots(vectors: FloatArray, *, axis: int) -> NDArray[np.float64]:
 
 
 def _variance(deltas: FloatArray) -> Sizes:
-    return np.asarray(np.var(deltas, axis=0), np.float32)
+    """Over the models, in float32; of a NaN without the sign that hardware may give it."""
+    return np.abs(np.var(deltas, axis=0)).astype(np.float32, copy=False)
 
 
 def _has(statistics: ModelStatistics | None, name: str) -> bool:

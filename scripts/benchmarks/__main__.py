@@ -16,6 +16,7 @@ MODULES = {
     "apply": "apply",
     "memory": "memory",
     "peers": "peers",
+    "merge": "merge",
     "callback": "callback",
     "ranks": "ranks",
     "import": "startup",
