@@ -72,7 +72,8 @@ def combine(words: Words, terms: Sequence[Term], dtype: DType) -> None:
         else:
             cpu.put(words, term.positions, result)
         return
-    owned = [term.own(words) for term in terms]
+    before = words.copy() if any(_exact(term) for term in terms) else words  # a term may own them all, and they are about to change
+    owned = [term.own(before) for term in terms]
     total, touched = _added_up(words, terms, owned, dtype)
     if touched is None:
         sums.round_moved_bf16(words, total)

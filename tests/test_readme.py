@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training import classifier, examples, make_trainer, save_base, train
+
+import dare_train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_there_are_two_python_blocks() -> None:
-    assert len(BLOCKS) == 2
+def test_there_are_three_python_blocks() -> None:
+    assert len(BLOCKS) == 3
 
 
 def test_the_training_block_runs(tmp_path: Path) -> None:
@@ -32,6 +35,29 @@ def test_the_apply_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     exec(BLOCKS[1], {"model": classifier(base)})
     assert (tmp_path / "received/config.json").exists()
+
+
+def test_the_merge_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path / "base"
+    classifier(save_base(tmp_path / "encoder")).save_pretrained(base)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"dare_train": dare_train}
+    for seed, name in enumerate(("math-package", "code-package")):
+        dare_train.extract(base, moved(base, seed), name, seed=seed)
+    classifier(base).save_pretrained("chat-model")
+    exec(BLOCKS[2], names)
+    assert (tmp_path / "merged/config.json").exists()
+    assert names["report"].counts()["merged"] > 0
+
+
+def moved(base: Path, seed: int) -> torch.nn.Module:
+    """A fine-tune of the base: every weight a little off."""
+    generator = torch.Generator().manual_seed(seed)
+    model = classifier(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    return model
 
 
 def test_the_commands_exist() -> None:

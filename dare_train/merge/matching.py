@@ -97,11 +97,11 @@ def _merged(name: str, info: TensorInfo, holders: list[int], inputs: Sequence[In
     absent = [one.label for number, one in enumerate(inputs) if number not in holders]
     note = f"not in {', '.join(absent)}" if absent else ""
     added = grown(name, larger)
-    rows = info.shape[0] if added is None or not added.rows.size else max(info.shape[0], int(added.rows[-1]) + 1)
     if larger and added is None:
         note = "; ".join(filter(None, [note, "added rows left out"]))
-    shape = (rows, *info.shape[1:]) if info.shape else ()
-    return Fate(name=name, info=TensorInfo(info.dtype, shape), how="merged", models=tuple(holders), note=note, added=added)
+    if added is not None and added.rows.size:
+        info = TensorInfo(info.dtype, (max(info.shape[0], int(added.rows[-1]) + 1), *info.shape[1:]))
+    return Fate(name=name, info=info, how="merged", models=tuple(holders), note=note, added=added)
 
 
 def _check_grown(name: str, info: TensorInfo, one: Input) -> None:
