@@ -69,7 +69,7 @@ class ModelDelta:
 
     def terms(self, start: int, words: Words) -> Sequence[Term]:
         """The delta after dropping."""
-        return [self._trimmed(term, start, words) for term in self._dared(start, words)]
+        return self._trimmed(self._dared(start, words), start, words)
 
     @property
     def plain(self) -> bool:
@@ -124,7 +124,7 @@ class ModelDelta:
             lists = before(start, words), after(start, words)
             return np.array([sum(float(size.sum(dtype=np.float64)) for size in self._all_sizes(terms, words)) for terms in lists])
 
-        whole, rest = self._walk.total(norms)
+        whole, rest = self._walk.total(norms) if self._walk.runs else (0.0, 0.0)
         return float(whole / rest) if whole >= 1e-7 and rest >= 1e-7 else 1.0
 
     def _dared(self, start: int, words: Words) -> Sequence[Term]:
@@ -141,7 +141,8 @@ class ModelDelta:
         if rule == "magprune":
             self._magprune = not self.member.input.dropped(self._walk.name)
         elif rule == "magnitude":
-            self._keep = largest(self._each_sizes, drops.trim_rank(numel, density))
+            rank = drops.trim_rank(numel, density)
+            self._keep = largest(self._each_sizes, rank) if rank < self.member.input.kept(self._walk.name) else EVERY
         else:
             looked_at, dropped = drops.outlier_ranks(numel, density, self.member.settings["gamma"])
             self._keep = largest(self._each_sizes, looked_at, last=True)
@@ -158,19 +159,22 @@ class ModelDelta:
     def _all_sizes(self, terms: Sequence[Term], words: Words) -> list[Sizes]:
         return [np.abs(delta_of(term, words, self._walk.info.dtype)).astype(np.float32, copy=False) for term in terms]
 
-    def _trimmed(self, term: Term, start: int, words: Words) -> Term:
+    def _trimmed(self, terms: Sequence[Term], start: int, words: Words) -> Sequence[Term]:
+        """What is left of the terms of a run, which are trimmed together: a rank is one among all its elements."""
+        if not terms or (self._keep is EVERY and self._outliers is NONE and not self._magprune):
+            return terms
         if self._magprune:
-            return self._pruned(term, start, words)
-        if self._keep is EVERY and self._outliers is NONE:
-            return term
-        (sizes,) = self._all_sizes([term], words)
+            return [self._pruned(terms, start, words)]
+        parts = self._all_sizes(terms, words)
+        sizes = np.concatenate(parts)
         kept = self._keep.among(sizes, start)
         if self._outliers is not NONE:
-            kept &= ~self._outliers.among(sizes, start)
-        return drops.chosen(term, np.flatnonzero(kept), self._trimmed_factor)
+            kept &= ~self._outliers.among(sizes, start) | np.isnan(sizes)
+        own = np.split(kept, np.cumsum([part.size for part in parts])[:-1])
+        return [drops.chosen(term, np.flatnonzero(one), self._trimmed_factor) for term, one in zip(terms, own, strict=True)]
 
-    def _pruned(self, term: Term, start: int, words: Words) -> Term:
-        settings, delta = self.member.settings, dense([term], words, self._walk.info.dtype)
+    def _pruned(self, terms: Sequence[Term], start: int, words: Words) -> Term:
+        settings, delta = self.member.settings, dense(terms, words, self._walk.info.dtype)
         key = DropRate.of(0.0, self.member.seed, self._walk.name).key
         kept, factors = drops.magprune(delta, self._walk.row, key, start, density=settings["density"], epsilon=settings["epsilon"])
         positions = np.flatnonzero(kept)

@@ -155,7 +155,7 @@ def _ready(task: MergeTask, ranks: Ranks) -> _Ready:
         recipe, method, named, inputs, fates(named, inputs, choices, growth.rows, out_dtype),
         values=recipe.resolver(layer_counts(named.tensors)),
         fisher=_statistics("fisher", recipe.fisher, inputs, needed=method.needs == "fisher"),
-        gram=_statistics("gram", recipe.gram, inputs, needed=method.needs == "gram" or recipe.rescale == "q"),
+        gram=_statistics("gram", recipe.gram, inputs, needed=method.needs == "gram" or (recipe.rescale == "q" and not _gives_q(recipe))),
         threads=thread_share(ranks),
     )  # fmt: skip
     return _Ready(merged=merged, base=base, base_folder=folder, prefix=prefix, growth=growth)
@@ -167,6 +167,11 @@ def _check(recipe: Recipe, method: Method) -> None:
     if len(recipe.models) < least or (most is not None and len(recipe.models) > most):
         wanted = f"{least} to {most}" if most not in (None, least) else f"exactly {least}" if most else f"at least {least}"
         raise ConfigError("models", expected=f"{wanted} for {method.name}", found=str(len(recipe.models)))
+
+
+def _gives_q(recipe: Recipe) -> bool:
+    """Whether the recipe says what q is, so that no Gram matrices are asked for it."""
+    return "q" in recipe.parameters or all("q" in model.parameters for model in recipe.models)
 
 
 def _statistics(kind: Kind, given: Sequence[str], inputs: Sequence[Input], *, needed: bool) -> list[Statistics]:
@@ -298,7 +303,17 @@ def _report(ready: _Ready, out: Path, notes: tuple[str, ...], prints: Mapping[st
 def _own_notes(merged: Merged) -> Iterator[str]:
     dropped = [one.label for one in merged.inputs if any(one.dropped(name) for name in one.tensors)]
     if dropped:
-        yield f"dropped in their packages already, and not dropped again: {', '.join(dropped)}"
+        yield f"dropped in their packages already, and not dropped at random again: {', '.join(dropped)}"
+    averaged = [name for name, fate in merged.fates.items() if fate.how == "merged" and merged.averaged(name)]
+    if averaged:
+        yield f"averaged, since not every model has {merged.method.needs} statistics of them: {_some(averaged)}"
+    if merged.recipe.rescale == "q" and not _gives_q(merged.recipe):
+        plain = [name for name, fate in merged.fates.items() if fate.how == "merged" and not merged.has_gram(name)]
+        yield f"rescaled by 1/(1 - p), since not every model has Gram matrices of them: {_some(plain)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
 # Into a package
@@ -316,8 +331,8 @@ def _write_package(
         report = _report(ready, out, notes, {name: Fingerprint() for name in merged.tensors})
         companions.write_record(report, folder)
         package = extract(
-            ready.base, view, out, p=0.0, values="exact", cast_base=task.recipe.cast_base, overwrite=overwrite, progress=progress, ranks=ranks,
-            base_model=task.recipe.base, allow_nonfinite=True,
+            ready.base, view, out, p=0.0, values="exact", allow_nonfinite=True, base_model=task.recipe.base,
+            cast_base=task.recipe.cast_base, overwrite=overwrite, progress=progress, ranks=ranks,
         )  # fmt: skip
     return MergeReport(**{**vars(report), "fingerprint": package.manifest.result})
 

@@ -39,6 +39,9 @@ class Input(Protocol):
     def moves(self, name: str) -> bool:
         """Whether the tensor may differ from the base's."""
 
+    def kept(self, name: str) -> int:
+        """At most so many elements of the tensor differ from the base's."""
+
     def whole(self, name: str) -> bool:
         """Whether the tensor is carried as it is, so that its difference from the base means nothing."""
 
@@ -61,6 +64,9 @@ class CheckpointInput:
 
     def moves(self, name: str) -> bool:
         return True
+
+    def kept(self, name: str) -> int:
+        return self.tensors[name].numel
 
     def whole(self, name: str) -> bool:
         return name not in self._base.tensors
@@ -101,6 +107,10 @@ class PackageInput:
 
     def moves(self, name: str) -> bool:
         return self.package.records[self.names[name]].kind != "base"
+
+    def kept(self, name: str) -> int:
+        record = self.package.records[self.names[name]]
+        return record.kept if record.kind == "delta" else record.info.numel
 
     def whole(self, name: str) -> bool:
         return self.package.records[self.names[name]].kind == "whole"

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import FloatArray
+from ..errors import ConfigError
 
 
 def one_thread() -> AbstractContextManager[Any]:
@@ -35,6 +36,9 @@ def regmean(
 
     Returns:
         The merged delta in the dtype of `deltas`; float64 in between.
+
+    Raises:
+        ConfigError: the sum of the Gram matrices has no inverse.
     """
     size = grams.shape[-1]
     scale = np.full((size, size), shrink)
@@ -48,7 +52,11 @@ def regmean(
         matrix = delta.astype(np.float64)
         numerator += own @ (matrix if transposed else matrix.T)
         denominator += own
-    merged = np.linalg.solve(denominator, numerator)
+    try:
+        merged = np.linalg.solve(denominator, numerator)
+    except np.linalg.LinAlgError as error:
+        remedy = "give a ridge above 0, and weights that do not cancel"
+        raise ConfigError("ridge", expected="Gram matrices that add up to one with an inverse", found=repr(ridge), remedy=remedy) from error
     return np.ascontiguousarray(merged if transposed else merged.T, deltas.dtype)
 
 

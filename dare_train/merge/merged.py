@@ -7,13 +7,14 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..codec import SEGMENT
 from ..dtypes import Words, cast
+from ..errors import CheckpointError
 from ..statistics_file import Floats, StatisticsFile
 from ..weights import TensorInfo, Weights, runs
 from .deltas import Member
@@ -22,20 +23,20 @@ from .matching import Fate, carried_words
 from .methods import Method
 from .parameters import Scalar
 from .recipe import Recipe, SettingResolver
-from .tensors import MergedTensor
+from .tensors import MergedTensor, lacks
 
 _PREPARED = 16
 """Tensors whose thresholds and coefficients are remembered: as many as threads may be at work on at a time, and more."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Statistics:
     """A model's statistics by the result's names."""
 
     file: StatisticsFile
     names: Mapping[str, str]
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return {name: self.file.tensors[own] for name, own in self.names.items()}
 
@@ -47,6 +48,13 @@ class Statistics:
 
     def transposed(self, name: str) -> bool:
         return self.file.transposed(self.names[name])
+
+    def fits(self, name: str, info: TensorInfo) -> bool:
+        """Whether these can be the statistics of a tensor that the base has like this."""
+        own = self.tensors[name].shape
+        if self.file.kind == "fisher":
+            return own == info.shape or (len(own) == len(info.shape) > 0 and own[1:] == info.shape[1:] and own[0] > info.shape[0])
+        return len(info.shape) == 2 and own[0] == info.shape[0 if self.transposed(name) else 1]
 
 
 class Merged:
@@ -66,8 +74,8 @@ class Merged:
         fates: Sequence[Fate],
         *,
         values: SettingResolver,
-        fisher: Sequence[Any] = (),
-        gram: Sequence[Any] = (),
+        fisher: Sequence[Statistics] = (),
+        gram: Sequence[Statistics] = (),
         threads: int = 1,
     ) -> None:
         self.folder: Path | None = None
@@ -79,6 +87,39 @@ class Merged:
         self._lock, self._busy = threading.Lock(), dict[str, threading.Lock]()
         self._prepared: OrderedDict[str, MergedTensor] = OrderedDict()
         self._last: OrderedDict[tuple[str, int], Words] = OrderedDict()
+        for given in (fisher, gram):
+            self._check_statistics(given)
+
+    def _check_statistics(self, given: Sequence[Statistics]) -> None:
+        """Before any arithmetic: they are about these tensors, and about all models of a tensor or none.
+
+        Raises:
+            CheckpointError: they are not.
+        """
+        for one, label in zip(given, (one.label for one in self.inputs), strict=False):
+            if not one.names:
+                expected, found = f"statistics of tensors that {label} has", ", ".join([*one.file.tensors][:3]) or "no tensor"
+                raise CheckpointError(str(one.file.path), expected=expected, found=found, remedy="are they another model's?")
+        for fate in self.fates.values():
+            held = [given[number] for number in fate.models if fate.how == "merged" and given and fate.name in given[number].names]
+            for one in held:
+                if not one.fits(fate.name, info := self.base.tensors[fate.name]):
+                    expected, found = f"statistics for shape {list(info.shape)}", str(list(one.tensors[fate.name].shape))
+                    raise CheckpointError(f"{one.file.path}: {fate.name}", expected=expected, found=found)
+            if held and len(held) < len(fate.models) and self.method.needs in ("fisher", "gram"):
+                absent = next(given[number] for number in fate.models if fate.name not in given[number].names)
+                remedy = f"gather them for every model, or exclude={fate.name!r}"
+                raise CheckpointError(
+                    f"{absent.file.path}: {fate.name}", expected="statistics as for other models", found="none", remedy=remedy
+                )
+
+    def averaged(self, name: str) -> bool:
+        """Whether a tensor is averaged, since statistics of it are missing."""
+        return lacks(self.method, [self._member(name, number) for number in self.fates[name].models], name) is not None
+
+    def has_gram(self, name: str) -> bool:
+        """Whether every model has a Gram matrix of a tensor."""
+        return all(name in self._gram[number].tensors for number in self.fates[name].models)
 
     def beside(self, folder: Path) -> Merged:
         """The same, with configuration and tokenizer in a folder."""

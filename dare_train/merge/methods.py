@@ -115,7 +115,7 @@ _BUILT_IN = [
         name="nuslerp", function=combinations.nuslerp, reach="coefficients", models=(2, 2),
         parameters=(
             *_COMMON,
-            Parameter(name="of", kind=str, default="deltas", meaning="`deltas` or `weights`: what is interpolated"),
+            Parameter(name="of", kind=str, default="deltas", choices=("deltas", "weights"), meaning="what is interpolated"),
             Parameter(name="nuslerp_flatten", kind=bool, default=True, meaning="one angle for the tensor"),
             Parameter(name="nuslerp_row_wise", kind=bool, default=False, meaning="not flattened: an angle along the first dimension"),
         ),

@@ -93,5 +93,6 @@ def _counted(sizes: Sizes) -> NDArray[np.int64]:
 
 def _within(sizes: Sizes, border: int) -> Bits:
     """Those whose leading bits are `border`."""
-    bits = sizes.view(np.uint32)
-    return bits[bits >> np.uint32(16) == border]
+    bits: Bits = sizes.view(np.uint32)
+    found: Bits = bits[bits >> np.uint32(16) == border]
+    return found

@@ -26,14 +26,18 @@ class Parameter:
     per_model: bool = False
     """Each model may have its own value; otherwise there is one for the merge."""
     meaning: str = ""
+    choices: tuple[Scalar, ...] = ()
+    """The only values that there are, where they can be counted."""
 
     def convert(self, value: Scalar, where: str) -> Scalar:
         """`value` as this parameter's kind. Text may stand for numbers, since YAML reads 1e-3 as text; a bool is no number.
 
         Raises:
-            ConfigError: it cannot be; the message begins with `where`.
+            ConfigError: it cannot be, or is none of the `choices`; the message begins with `where`.
         """
         found = {bool: _as_bool, int: _as_int, float: _as_float, str: _as_text}[self.kind](value)
+        if found is not None and self.choices and found not in self.choices:
+            raise ConfigError(where, expected=" or ".join(map(str, self.choices)), found=repr(value))
         if found is None:
             expected = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}[self.kind]
             raise ConfigError(where, expected=expected, found=repr(value))

@@ -49,11 +49,14 @@ class MergedTensor:
         self._method, self._settings, self._out = method, settings, out
         self._members, self.info = members, base.tensors[name]
         self._weights = np.array([member.settings.get("weight", 1.0) for member in members], np.float64)
-        self._is_matrix = method.reach == "matrix" and all(_has(member.gram, name) for member in members)
+        self._is_matrix = method.reach == "matrix" and lacks(method, members, name) is None
+        self._averaged = lacks(method, members, name) is not None
         whole = self._is_matrix or method.reach == "tensor" or self._per == "column"
         self._walk = Walk(base, name, row=_row_length(self.info, method, self._per), whole=whole, threads=threads)
         self._deltas = [ModelDelta(member, self._walk, drops=method.drops, rescale=rescale) for member in members]
-        self._coefficients = self._one_set() if method.reach == "coefficients" and self._per == "tensor" else None
+        alone = len(members) < method.models[0]  # where a method wants two, what one model has is that model's, as in mergekit
+        one_set = method.reach == "coefficients" and self._per == "tensor"
+        self._coefficients = np.ones(len(members)) if alone else self._one_set() if one_set else None
         self._selected, self._energies = self._selection() if method.needs == "variance" else (EVERY, np.zeros(0))
 
     @property
@@ -64,6 +67,8 @@ class MergedTensor:
     def merged(self, start: int, count: int) -> Words:
         """Words of the result of one of the runs."""
         words = self._walk.words(start, count)
+        if self._averaged:
+            return self._combined(start, words, combinations.average(None, self._weights, normalize=True))
         if self._coefficients is not None:
             return self._combined(start, words, self._coefficients)
         if self._method.reach == "coefficients":
@@ -139,7 +144,7 @@ class MergedTensor:
 
     def _by_rows(self, start: int, words: Words) -> FloatArray:
         """Coefficients for each row, or column, of its own."""
-        shape, axis = (self.info.shape, 0) if self._per == "column" else ((-1, self._walk.row), -1)
+        shape, axis = (self.info.shape or (1,), 0) if self._per == "column" else ((-1, self._walk.row), -1)
         vectors = self._vectors(start, words).reshape(len(self._deltas), *shape)
         factors = self._factors(_dots(vectors, axis=axis))
         merged = np.zeros(vectors.shape[1:], vectors.dtype)
@@ -261,11 +266,16 @@ def _dots(vectors: FloatArray, *, axis: int) -> NDArray[np.float64]:
 
 def _variance(deltas: FloatArray) -> Sizes:
     """Over the models, in float32; of a NaN without the sign that hardware may give it."""
-    return np.abs(np.var(deltas, axis=0)).astype(np.float32, copy=False)
+    variance: Sizes = np.abs(np.var(deltas, axis=0)).astype(np.float32, copy=False)
+    return variance
 
 
-def _has(statistics: ModelStatistics | None, name: str) -> bool:
-    return statistics is not None and name in statistics.tensors
+def lacks(method: Method, members: Sequence[Member], name: str) -> str | None:
+    """The label of a model without the statistics that the method needs of a tensor; then the tensor is averaged."""
+    if method.needs not in ("fisher", "gram"):
+        return None
+    own = {member.input.label: member.fisher if method.needs == "fisher" else member.gram for member in members}
+    return next((label for label, found in own.items() if found is None or name not in found.tensors), None)
 
 
 def _of(statistics: ModelStatistics | None) -> ModelStatistics:
