@@ -64,7 +64,7 @@ def find_q(
     if not kept:
         raise ConfigError("batches", expected="at least one", found="none")
     was_training = model.training
-    model.eval()
+    model.train(False)
     try:
         return _measured(model, base, kept, values, p=p, seed=seed)
     finally:
