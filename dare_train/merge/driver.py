@@ -7,7 +7,8 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -199,7 +200,7 @@ def _write_checkpoint(
     layout = layout_like(
         ready.base if isinstance(ready.base, Checkpoint) else None, merged.tensors, lambda name: without_prefix(name, ready.prefix)
     )
-    going_on = lambda staging: resumable(staging, identity)  # noqa: E731
+    going_on = partial(resumable, identity=identity)
     with shared_staging(out, ranks, overwrite=overwrite, sync=False, inputs=ready.folders, resume=going_on) as staging:
         on_disk, journal = storage_errors(out), Journal(staging, identity, ranks.rank)
         before = ranks.each(lambda: journal.found(merged.tensors) if journal.begun() else {})
@@ -220,7 +221,9 @@ def _write_checkpoint(
 
 def _identity(task: MergeTask, ready: _Ready) -> str:
     """What must be the same for a merge to go on with what another process began."""
-    files = sorted({path for folder in ready.folders for path in (folder.iterdir() if folder.is_dir() else [folder]) if path.is_file()})
+    merged = ready.merged
+    inside = {path for folder in ready.folders for path in (folder.iterdir() if folder.is_dir() else [folder]) if path.is_file()}
+    files = sorted(inside.union(one.file.path for one in (*merged.fisher, *merged.gram)))
     seen = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     memory = [id(one) for one in (task.base, *task.models) if not isinstance(one, (str, os.PathLike))]
     process = os.getpid() if memory else 0  # what lies in memory is gone with the process
@@ -291,12 +294,13 @@ def _finish(ready: _Ready, report: MergeReport, journal: Journal, staging: Path)
     companions.write_record(report, staging)
 
 
-def _report(ready: _Ready, out: Path, notes: tuple[str, ...], prints: Mapping[str, Fingerprint]) -> MergeReport:
+def _report(ready: _Ready, out: Path, notes: tuple[str, ...], prints: Mapping[str, Fingerprint] | None) -> MergeReport:
     merged = ready.merged
+    records = [(name, info.dtype.code, info.shape, prints[name]) for name, info in merged.tensors.items()] if prints else []
     return MergeReport(
         out=str(out), recipe=merged.recipe, notes=(*notes, *_own_notes(merged)), tensors=tuple(merged.fates.values()),
         labels=tuple(one.label for one in merged.inputs),
-        fingerprint=model_fingerprint((name, info.dtype.code, info.shape, prints[name]) for name, info in merged.tensors.items()),
+        fingerprint=model_fingerprint(records) if records else "",
     )  # fmt: skip
 
 
@@ -328,13 +332,13 @@ def _write_package(
     ranks.each(lambda: _check_bases(merged, ranks))
     with companions.folder(merged, ready.base_folder, ready.growth.vocabulary, prefixed=bool(ready.prefix)) as folder:
         view = merged.beside(folder)
-        report = _report(ready, out, notes, {name: Fingerprint() for name in merged.tensors})
+        report = _report(ready, out, notes, None)
         companions.write_record(report, folder)
         package = extract(
             ready.base, view, out, p=0.0, values="exact", allow_nonfinite=True, base_model=task.recipe.base,
             cast_base=task.recipe.cast_base, overwrite=overwrite, progress=progress, ranks=ranks,
         )  # fmt: skip
-    return MergeReport(**{**vars(report), "fingerprint": package.manifest.result})
+    return replace(report, fingerprint=package.manifest.result)
 
 
 def _check_bases(merged: Merged, ranks: Ranks) -> None:

@@ -83,7 +83,7 @@ class Merged:
         self.recipe, self.method, self.base, self.inputs = recipe, method, base, inputs
         self.fates = {fate.name: fate for fate in fates}
         self.tensors = {fate.name: fate.info for fate in fates}
-        self._values, self._fisher, self._gram, self._threads = values, fisher, gram, threads
+        self._values, self.fisher, self.gram, self._threads = values, fisher, gram, threads
         self._lock, self._busy = threading.Lock(), dict[str, threading.Lock]()
         self._prepared: OrderedDict[str, MergedTensor] = OrderedDict()
         self._last: OrderedDict[tuple[str, int], Words] = OrderedDict()
@@ -91,7 +91,7 @@ class Merged:
             self._check_statistics(given)
 
     def _check_statistics(self, given: Sequence[Statistics]) -> None:
-        """Before any arithmetic: they are about these tensors, and about all models of a tensor or none.
+        """Before any arithmetic: they are about these models, and have shapes that fit.
 
         Raises:
             CheckpointError: they are not.
@@ -106,12 +106,6 @@ class Merged:
                 if not one.fits(fate.name, info := self.base.tensors[fate.name]):
                     expected, found = f"statistics for shape {list(info.shape)}", str(list(one.tensors[fate.name].shape))
                     raise CheckpointError(f"{one.file.path}: {fate.name}", expected=expected, found=found)
-            if held and len(held) < len(fate.models) and self.method.needs in ("fisher", "gram"):
-                absent = next(given[number] for number in fate.models if fate.name not in given[number].names)
-                remedy = f"gather them for every model, or exclude={fate.name!r}"
-                raise CheckpointError(
-                    f"{absent.file.path}: {fate.name}", expected="statistics as for other models", found="none", remedy=remedy
-                )
 
     def averaged(self, name: str) -> bool:
         """Whether a tensor is averaged, since statistics of it are missing."""
@@ -119,7 +113,7 @@ class Merged:
 
     def has_gram(self, name: str) -> bool:
         """Whether every model has a Gram matrix of a tensor."""
-        return all(name in self._gram[number].tensors for number in self.fates[name].models)
+        return all(name in self.gram[number].tensors for number in self.fates[name].models)
 
     def beside(self, folder: Path) -> Merged:
         """The same, with configuration and tokenizer in a folder."""
@@ -214,6 +208,6 @@ class Merged:
             input=self.inputs[number],
             seed=(self.recipe.seed + number) % (1 << 64),
             settings=own,
-            fisher=self._fisher[number] if self._fisher else None,
-            gram=self._gram[number] if self._gram else None,
+            fisher=self.fisher[number] if self.fisher else None,
+            gram=self.gram[number] if self.gram else None,
         )

@@ -15,7 +15,7 @@ from ..manifest import MANIFEST
 from ..package import DeltaPackage
 from ..plan import WeightsLike, align, cast_to, open_weights, with_prefix, without_prefix
 from ..resolve import open_chain
-from ..weights import Mapped, Weights
+from ..weights import Mapped, TensorInfo, Weights
 from .inputs import CheckpointInput, Input, PackageInput
 
 ModelLike = Union[WeightsLike, DeltaPackage]
@@ -45,17 +45,24 @@ class Opened:
         self.names = _renamed(self.weights.tensors, base.tensors, rename)
         _, self.prefix = align(base, self.names, model=self.label)
 
-    def as_input(self, named_base: Weights, base: Weights, *, common: bool, cast_base: bool) -> Input:
-        """The model under the result's names. `common`: these have every model's prefix; else the base's names count."""
+    def names_in(self, named_base: Weights, *, common: bool) -> dict[str, str]:
+        """The model's own name of each of the result's tensors. `common`: these have every model's prefix; else the base's names."""
         names = self.names if common else {without_prefix(name, self.prefix): own for name, own in self.names.items()}
-        names |= self._tied(names, named_base)
+        return {**names, **{head: names[embedding] for head, embedding in tied(names, named_base.tensors, self.folder).items()}}
+
+    def bases(self, names: Mapping[str, str]) -> dict[str, TensorInfo]:
+        """What the base's tensors are where it has the model's dtypes."""
+        if self.package is not None:
+            return {name: self.package.records[own].base_info for name, own in names.items()}
+        assert self.weights is not None
+        return {name: self.weights.tensors[own] for name, own in names.items()}
+
+    def as_input(self, names: Mapping[str, str], named_base: Weights, base: Weights, *, cast_base: bool) -> Input:
+        """The model under the result's names."""
         if self.package is not None:
             return PackageInput(self.package, base, names, cast_base=cast_base)
         assert self.weights is not None
         return CheckpointInput(self.weights, named_base, names, folder=self.folder)
-
-    def _tied(self, names: Mapping[str, str], base: Weights) -> dict[str, str]:
-        return {head: names[embedding] for head, embedding in tied(names, base.tensors, self.folder).items()}
 
 
 def open_models(
@@ -76,10 +83,11 @@ def open_models(
     aliases = tied(named.tensors, heads, folder)
     if aliases:
         named = Mapped(named, {**{name: name for name in named.tensors}, **aliases})
+    names = [one.names_in(named, common=common) for one in opened]
     if cast_base:
-        infos = [one.weights.tensors for one in opened if one.weights is not None]
-        named = cast_to(named, {name: info for tensors in reversed(infos) for name, info in tensors.items()})
-    return named, [one.as_input(named, base, common=common, cast_base=cast_base) for one in opened], prefix
+        wanted = [one.bases(own) for one, own in zip(opened, names, strict=True)]
+        named = cast_to(named, {name: info for infos in reversed(wanted) for name, info in infos.items()})
+    return named, [one.as_input(own, named, base, cast_base=cast_base) for one, own in zip(opened, names, strict=True)], prefix
 
 
 def tied(names: Collection[str], wanted: Iterable[str], folder: Path | None) -> dict[str, str]:

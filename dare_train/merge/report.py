@@ -27,7 +27,7 @@ class MergeReport:
     labels: tuple[str, ...]
     """Of the models, by the numbers that tensors go by."""
     fingerprint: str
-    """Of the result's weights (docs/format.md §3.3): the same on every machine."""
+    """Of the result's weights (docs/format.md §3.3): the same on every machine. A package has it in its own manifest."""
 
     def counts(self) -> dict[str, int]:
         """How many tensors were merged, copied and carried."""
@@ -39,7 +39,7 @@ class MergeReport:
             "recipe": self.recipe.to_yaml(),
             "notes": list(self.notes),
             "models": list(self.labels),
-            "fingerprint": self.fingerprint,
+            **({"fingerprint": self.fingerprint} if self.fingerprint else {}),
             "tensors": [self._row(fate) for fate in self.tensors],
         }
 

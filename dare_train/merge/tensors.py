@@ -49,8 +49,8 @@ class MergedTensor:
         self._method, self._settings, self._out = method, settings, out
         self._members, self.info = members, base.tensors[name]
         self._weights = np.array([member.settings.get("weight", 1.0) for member in members], np.float64)
-        self._is_matrix = method.reach == "matrix" and lacks(method, members, name) is None
         self._averaged = lacks(method, members, name) is not None
+        self._is_matrix = method.reach == "matrix" and not self._averaged
         whole = self._is_matrix or method.reach == "tensor" or self._per == "column"
         self._walk = Walk(base, name, row=_row_length(self.info, method, self._per), whole=whole, threads=threads)
         self._deltas = [ModelDelta(member, self._walk, drops=method.drops, rescale=rescale) for member in members]
@@ -68,16 +68,14 @@ class MergedTensor:
         """Words of the result of one of the runs."""
         words = self._walk.words(start, count)
         if self._averaged:
-            return self._combined(start, words, combinations.average(None, self._weights, normalize=True))
+            mean = combinations.average(None, self._weights, normalize=True)
+            return self._combined(start, words, mean * float(self._settings["lambda"]))
         if self._coefficients is not None:
             return self._combined(start, words, self._coefficients)
         if self._method.reach == "coefficients":
             return self._moved(words, self._by_rows(start, words))
         if self._is_matrix or self._method.reach == "tensor":
             return self._moved(words, self._of_whole(words))
-        if self._method.reach == "matrix":  # no linear layer's: the plain mean, as in the paper
-            mean = combinations.average(None, self._weights, normalize=True)
-            return self._combined(start, words, mean * float(self._settings["lambda"]))
         return self._of_elements(start, words)
 
     # Deltas as rows
@@ -274,8 +272,8 @@ def lacks(method: Method, members: Sequence[Member], name: str) -> str | None:
     """The label of a model without the statistics that the method needs of a tensor; then the tensor is averaged."""
     if method.needs not in ("fisher", "gram"):
         return None
-    own = {member.input.label: member.fisher if method.needs == "fisher" else member.gram for member in members}
-    return next((label for label, found in own.items() if found is None or name not in found.tensors), None)
+    own = [(member.input.label, member.fisher if method.needs == "fisher" else member.gram) for member in members]
+    return next((label for label, found in own if found is None or name not in found.tensors), None)
 
 
 def _of(statistics: ModelStatistics | None) -> ModelStatistics:

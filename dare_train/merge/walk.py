@@ -35,6 +35,9 @@ class Walk:
 
     def each(self, function: Callable[[int, Words], Result]) -> Iterator[Result]:
         """Call a function with the start and the base's words of every run; results in order."""
+        if len(self.runs) == 1:  # threads would take longer to start than it does
+            yield function(self.runs[0][0], self.words(*self.runs[0]))
+            return
         with closing(ordered_map(lambda run: function(run[0], self.words(*run)), self.runs, threads=self._threads)) as results:
             yield from results
 
