@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 from dare_train import merge, save_statistics
 from dare_train.errors import ConfigError
-from dare_train.masks import MASK_DOMAIN
 from dare_train.kernels import philox
+from dare_train.masks import MASK_DOMAIN
 from dare_train.merge import combinations, drops, elements
 from dare_train.merge.matrices import regmean
 

@@ -121,11 +121,13 @@ class ModelDelta:
         """What gives the rest the L1 norm of the whole, as mergekit does it."""
 
         def norms(start: int, words: Words) -> NDArray[np.float64]:
-            lists = before(start, words), after(start, words)
-            return np.array([sum(float(size.sum(dtype=np.float64)) for size in self._all_sizes(terms, words)) for terms in lists])
+            return np.array([self._norm(terms(start, words), words) for terms in (before, after)])
 
         whole, rest = self._walk.total(norms) if self._walk.runs else (0.0, 0.0)
         return float(whole / rest) if whole >= 1e-7 and rest >= 1e-7 else 1.0
+
+    def _norm(self, terms: Sequence[Term], words: Words) -> float:
+        return sum(float(np.abs(delta_of(term, words, self._walk.info.dtype)).sum(dtype=np.float64)) for term in terms)
 
     def _dared(self, start: int, words: Words) -> Sequence[Term]:
         terms = self.raw(start, words)

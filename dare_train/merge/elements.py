@@ -36,7 +36,7 @@ def fisher(deltas: FloatArray, weights: FloatArray, *, fisher: FloatArray, floor
     Matena and Raffel, https://arxiv.org/abs/2111.09832, eq. 6. `fisher`, shape (n, k): the diagonals Fᵢ, none below `floor`.
     """
     counts = np.maximum(fisher, fisher.dtype.type(floor)).astype(deltas.dtype, copy=False) * weights[:, None]
-    return _ratio(_total(counts * deltas), _total(counts))
+    return _ratio(summed(counts * deltas), summed(counts))
 
 
 def consensus_ta(deltas: FloatArray, weights: FloatArray, *, undropped: FloatArray, mask_threshold: float, agree: int) -> FloatArray:
@@ -47,7 +47,7 @@ def consensus_ta(deltas: FloatArray, weights: FloatArray, *, undropped: FloatArr
     Wang et al., "Localizing Task Information for Improved Model Merging and Compression", https://arxiv.org/abs/2405.07813,
     eq. 5-6. `undropped`, shape (n, k): the models' deltas as they were before anything was dropped. `mask_threshold` is λ.
     """
-    return _consensus(_total(deltas * weights[:, None]), undropped, mask_threshold, agree)
+    return _consensus(summed(deltas * weights[:, None]), undropped, mask_threshold, agree)
 
 
 def consensus_ties(
@@ -69,29 +69,29 @@ def sce(deltas: FloatArray, weights: FloatArray, *, selected: NDArray[np.bool_],
     shares = (energies / total if total >= 1e-6 else np.full(energies.size, 1 / energies.size)).astype(deltas.dtype)
     chosen = deltas * selected
     counts = (chosen * _elected(chosen) > 0) * shares[:, None]
-    return _total(chosen * counts) / np.maximum(_total(counts), deltas.dtype.type(1e-6))
+    return summed(chosen * counts) / np.maximum(summed(counts), deltas.dtype.type(1e-6))
 
 
 def _consensus(merged: FloatArray, undropped: FloatArray, mask_threshold: float, agree: int) -> FloatArray:
     factor = merged.dtype.type(mask_threshold)
-    needing = _total(np.abs(own) >= factor * np.abs(merged - own) for own in undropped)
+    needing = summed(np.abs(own) >= factor * np.abs(merged - own) for own in undropped)
     return np.where((needing >= agree) | np.isnan(merged), merged, merged.dtype.type(0))
 
 
 def _of_the_elected(weighted: FloatArray, weights: FloatArray, *, normalize: bool) -> FloatArray:
     sign = _elected(weighted)
     agreeing = np.maximum(weighted * sign, 0)
-    total = _total(agreeing) * sign
-    return _ratio(total, _total((agreeing > 0) * weights[:, None])) if normalize else total
+    total = summed(agreeing) * sign
+    return _ratio(total, summed((agreeing > 0) * weights[:, None])) if normalize else total
 
 
 def _elected(deltas: FloatArray) -> FloatArray:
     """The sign of their sum as 1 or -1, shape (k,); of zero, 1."""
     one = deltas.dtype.type(1)
-    return np.where(_total(deltas) >= 0, one, -one)
+    return np.where(summed(deltas) >= 0, one, -one)
 
 
-def _total(rows: Iterable[NDArray[Any]]) -> FloatArray:
+def summed(rows: Iterable[NDArray[Any]]) -> FloatArray:
     """Their sum, one after the other: numpy would choose the order by the shape."""
     first, *others = rows
     total: FloatArray = first.astype(np.float32) if first.dtype == np.bool_ else first.copy()

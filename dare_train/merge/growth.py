@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from .rows import AddedRows
 from .vocabulary import TOKENIZER, Vocabulary, read_tokens, unite
 
 Tokenizer = Literal["base", "union"]
+_BIASES = (*(f"{head.removesuffix('.weight')}.bias" for head in HEADS), ".predictions.bias")
 _NONE = AddedRows(rows=np.empty(0, np.int64), sources=np.empty((0, 0), np.int64))
 
 
@@ -41,13 +43,24 @@ class Growth:
         """The rows that a tensor gains, of which models `larger` have more than the base; None: they are left out.
 
         Raises:
-            TensorMismatch: several models added rows, and nothing says which belong together.
+            TensorMismatch: several models added rows, and nothing says which belong together; or no model has those of a token;
+                or the rows are not those of tokens.
         """
+        if larger and self._axis and not self._is_vocabulary(name):
+            self._refuse(name, self._inputs[larger[0]])
         if self._tokenizer == "base":
             return None if larger else _NONE
         if self.vocabulary is not None and self._is_vocabulary(name):
             return self._of_tokens(self.vocabulary, name)
         return self._in_place(name, larger) if larger else _NONE
+
+    def _refuse(self, name: str, one: Input) -> NoReturn:
+        raise TensorMismatch(
+            name,
+            expected=f"shape {list(self._base.tensors[name].shape)}, as in the base",
+            found=f"{list(one.tensors[name].shape)} in {one.label}",
+            remedy=f"exclude={name!r} (--exclude) leaves the base's, take={{{name!r}: model}} (--take) takes a model's",
+        )
 
     # Rows that belong to tokens
 
@@ -70,14 +83,14 @@ class Growth:
         ]
         return unite(base, own, labels=[one.label for one in self._inputs], base_rows=self._height, input_rows=heights)
 
-    @property
-    def _axis(self) -> list[str]:
-        """Embeddings and heads of the base: tensors with a row for each token."""
-        tensors = self._base.tensors
+    @cached_property
+    def _axis(self) -> set[str]:
+        """Embeddings, heads and their biases in the base: tensors with a row for each token."""
+        tensors, known = self._base.tensors, (*EMBEDDINGS, *HEADS, *_BIASES)
         embeddings = {tensors[name].shape[0] for name in tensors if name.endswith(EMBEDDINGS)}
-        return [name for name, info in tensors.items() if name.endswith((*EMBEDDINGS, *HEADS)) and info.shape[0] in embeddings]
+        return {name for name, info in tensors.items() if name.endswith(known) and info.shape and info.shape[0] in embeddings}
 
-    @property
+    @cached_property
     def _height(self) -> int:
         return max((self._base.tensors[name].shape[0] for name in self._axis), default=0)
 
@@ -97,6 +110,15 @@ class Growth:
         for number, one in enumerate(self._inputs):
             height = one.tensors[name].shape[0] if name in one.tensors else 0
             sources[number, sources[number] >= height] = -1
+        lacking = rows[(rows >= self._base.tensors[name].shape[0]) & (sources < 0).all(axis=0)]
+        if lacking.size:
+            token = next(token for token, id in vocabulary.tokens.items() if id == lacking[0])
+            raise TensorMismatch(
+                name,
+                expected="a row for each added token",
+                found=f"none for {token!r} in any model",
+                remedy="merge a model that has it; or tokenizer='base' (--tokenizer base) leaves added tokens out",
+            )
         return AddedRows(rows=rows, sources=sources)
 
     # Rows without tokenizers

@@ -12,9 +12,10 @@ import numpy as np
 from ..codec import SEGMENT
 from ..config import Patterns, matches
 from ..dtypes import DType, cast
-from ..errors import ConfigError, TensorMismatch
+from ..errors import ConfigError, DtypeMismatch, TensorMismatch
 from ..weights import TensorInfo, Weights, runs
 from .inputs import Input
+from .naming import EMBEDDINGS, HEADS
 from .rows import AddedRows
 
 How = Literal["merged", "copied", "carried"]
@@ -54,11 +55,28 @@ def fates(base: Weights, inputs: Sequence[Input], choices: Choices, grown: Grown
 
     Raises:
         TensorMismatch: shapes do not fit, or models carry different content that cannot be merged.
+        DtypeMismatch: a model has integers where the base has floating-point numbers.
         ConfigError: `take` names a model that has no such tensor.
     """
     names = sorted(set(base.tensors).union(*(one.tensors for one in inputs)))
-    found = (_fate(name, base, inputs, choices, grown) for name in names)
-    return [_in_dtype(fate, out) for fate in found if fate is not None]
+    found = [fate for name in names if (fate := _fate(name, base, inputs, choices, grown)) is not None]
+    _check_heights(found, base)
+    return [_in_dtype(fate, out) for fate in found]
+
+
+def _check_heights(found: Sequence[Fate], base: Weights) -> None:
+    """Embeddings and heads that have as many rows in the base have as many in the result: others could not be loaded."""
+    tallest: dict[int, Fate] = {}
+    shared = [fate for fate in found if fate.name.endswith((*EMBEDDINGS, *HEADS)) and fate.name in base.tensors and fate.info.shape]
+    for fate in sorted(shared, key=lambda fate: -fate.info.shape[0]):
+        first = tallest.setdefault(base.tensors[fate.name].shape[0], fate)
+        if fate.info.shape[0] != first.info.shape[0]:
+            raise TensorMismatch(
+                fate.name,
+                expected=f"{first.info.shape[0]} rows, as {first.name} has",
+                found=f"{fate.info.shape[0]}{f' ({fate.note})' if fate.note else ''}",
+                remedy="merge models that have added rows in both; or tokenizer='base' (--tokenizer base) leaves them out",
+            )
 
 
 def _in_dtype(fate: Fate, out: DType | None) -> Fate:
@@ -74,9 +92,12 @@ def _fate(name: str, base: Weights, inputs: Sequence[Input], choices: Choices, g
         return Fate(name=name, info=info, how="copied", note="excluded") if info is not None else None
     if taken is not None:
         return _taken(name, taken, inputs)
-    if info is None or any(inputs[number].whole(name) for number in holders):
-        whole = [number for number in holders if info is None or inputs[number].whole(name)]
-        return _carried(name, whole, inputs)
+    if info is None:
+        return _carried(name, holders, inputs)
+    whole = [number for number in holders if inputs[number].whole(name)]
+    if whole:
+        moved = [number for number in holders if number not in whole and not _as_base(name, inputs[number], base)]
+        return _carried(name, [*whole, *moved], inputs)
     if not any(inputs[number].moves(name) for number in holders):
         return Fate(name=name, info=info, how="copied", note="" if holders else "in no model")
     if not info.dtype.can_be_delta:
@@ -86,11 +107,13 @@ def _fate(name: str, base: Weights, inputs: Sequence[Input], choices: Choices, g
 
 def _taken(name: str, number: int, inputs: Sequence[Input]) -> Fate:
     if name not in inputs[number].tensors:
-        raise ConfigError(f"take for {name}", expected=f"a model that has it, found none of that name in {inputs[number].label}")
+        raise ConfigError(f"take for {name}", expected="a model that has it", found=f"none of that name in {inputs[number].label}")
     return Fate(name=name, info=inputs[number].tensors[name], how="carried", models=(number,), note="taken")
 
 
 def _merged(name: str, info: TensorInfo, holders: list[int], inputs: Sequence[Input], grown: GrownRows) -> Fate:
+    for number in holders:
+        _check_float(name, inputs[number])
     larger = [number for number in holders if inputs[number].tensors[name].shape != info.shape]
     for number in larger:
         _check_grown(name, info, inputs[number])
@@ -104,6 +127,13 @@ def _merged(name: str, info: TensorInfo, holders: list[int], inputs: Sequence[In
     return Fate(name=name, info=info, how="merged", models=tuple(holders), note=note, added=added)
 
 
+def _check_float(name: str, one: Input) -> None:
+    dtype = one.tensors[name].dtype
+    if not dtype.can_be_delta:
+        remedy = f"give the model in full precision; or exclude={name!r} (--exclude) leaves the base's, take={{{name!r}: model}} (--take) takes it"
+        raise DtypeMismatch(name, expected="floating-point numbers of 16 bits or more", found=f"{dtype.code} in {one.label}", remedy=remedy)
+
+
 def _check_grown(name: str, info: TensorInfo, one: Input) -> None:
     shape = one.tensors[name].shape
     if not info.shape or shape[1:] != info.shape[1:] or shape[0] < info.shape[0]:
@@ -111,17 +141,21 @@ def _check_grown(name: str, info: TensorInfo, one: Input) -> None:
             name,
             expected=f"shape {list(info.shape)}, as in the base",
             found=f"{list(shape)} in {one.label}",
-            remedy=f"is it a model of this base? exclude={name!r} leaves the base's, take={{{name!r}: model}} takes a model's",
+            remedy=f"is it a model of this base? exclude={name!r} (--exclude) leaves the base's, take={{{name!r}: model}} (--take) takes a model's",
         )
 
 
 def _not_float(name: str, info: TensorInfo, holders: list[int], base: Weights, inputs: Sequence[Input]) -> Fate:
-    other = [
-        number for number in holders if inputs[number].tensors[name] != info or not equal(name, info.numel, base.read, inputs[number].words)
-    ]
+    other = [number for number in holders if not _as_base(name, inputs[number], base)]
     if not other:
         return Fate(name=name, info=info, how="copied", note="not floating point, equal in all")
     return _carried(name, other, inputs)
+
+
+def _as_base(name: str, one: Input, base: Weights) -> bool:
+    """Whether a model's tensor is the base's to the bit."""
+    info = base.tensors[name]
+    return not one.moves(name) or (one.tensors[name] == info and equal(name, info.numel, base.read, one.words))
 
 
 def _carried(name: str, holders: list[int], inputs: Sequence[Input]) -> Fate:

@@ -53,14 +53,15 @@ class MergeReport:
 
     def table(self, *, every_tensor: bool = False) -> RenderableType:
         """For a terminal: a row for each kind of fate, or for every tensor."""
+        from rich.markup import escape
         from rich.table import Table
 
         counts = ", ".join(f"{count} {how}" for how, count in self.counts().items() if count)
-        table = Table(title=f"{self.recipe.method}: {counts} tensors", caption="\n".join(self.notes) or None)
+        table = Table(title=f"{escape(self.recipe.method)}: {counts} tensors", caption=escape("\n".join(self.notes)) or None)
         for title in ("tensor" if every_tensor else "tensors", "dtype", "elements", "what became of it", "from", "note"):
             table.add_column(title, justify="right" if title == "elements" else "left")
         for row in self._rows(every_tensor):
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         return table
 
     def _rows(self, every_tensor: bool) -> Iterator[tuple[str, ...]]:

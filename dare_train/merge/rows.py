@@ -47,8 +47,10 @@ def _mean(name: str, own: Sequence[tuple[Input, float, int]], count: int, out: D
     if len(own) == 1:
         ((one, _, start),) = own
         return cast(one.words(name, start, count), one.tensors[name].dtype, out)
+    everything = sum(weight for _, weight, _ in own)
+    weighted = abs(everything) >= 1e-8  # otherwise there is no weighted mean: the plain one
     total = np.zeros(count, out.compute)
     for one, weight, start in own:
-        total += total.dtype.type(weight) * to_float(one.words(name, start, count), one.tensors[name].dtype).astype(total.dtype)
-    everything = sum(weight for _, weight, _ in own)
-    return from_float(total / total.dtype.type(everything if abs(everything) >= 1e-8 else len(own)), out)
+        factor = total.dtype.type(weight if weighted else 1)
+        total += factor * to_float(one.words(name, start, count), one.tensors[name].dtype).astype(total.dtype)
+    return from_float(total / total.dtype.type(everything if weighted else len(own)), out)

@@ -243,6 +243,6 @@ def results(found: Found) -> RenderableType:
     table = Table(title=f"{len(found.trials)} merges", caption=f"{found.report.out} is the first; its recipe is in dare_merge.yml")
     for name in (*found.best.settings, "score"):
         table.add_column(name, justify="right")
-    for trial in [found.best, *sorted((one for one in found.trials if one is not found.best), key=lambda one: -one.score)]:
+    for trial in sorted(found.trials, key=lambda one: abs(one.score - found.best.score)):
         table.add_row(*(f"{value}" for value in trial.settings.values()), f"{trial.score:.6g}")
     return table

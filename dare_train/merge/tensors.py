@@ -20,7 +20,7 @@ from .deltas import Member, ModelDelta, ModelStatistics, dense
 from .methods import Method
 from .order import EVERY, Largest, Sizes, largest
 from .parameters import Scalar
-from .walk import Walk
+from .walk import Walk, quiet
 
 
 class MergedTensor:
@@ -66,7 +66,10 @@ class MergedTensor:
 
     def merged(self, start: int, count: int) -> Words:
         """Words of the result of one of the runs."""
-        words = self._walk.words(start, count)
+        with quiet():
+            return self._merged(start, self._walk.words(start, count))
+
+    def _merged(self, start: int, words: Words) -> Words:
         if self._averaged:
             mean = combinations.average(None, self._weights, normalize=True)
             return self._combined(start, words, mean * float(self._settings["lambda"]))
@@ -112,7 +115,8 @@ class MergedTensor:
         if gram is None and self._method.needs_gram:
             return np.zeros(len(self._deltas))
         given = {name: self._settings[name] for name in self._method.arguments}
-        made: NDArray[np.float64] = self._method.function(gram, self._weights, **given)
+        with quiet():
+            made: NDArray[np.float64] = self._method.function(gram, self._weights, **given)
         return made * float(self._settings.get("lambda", 1.0))
 
     def _vectors(self, start: int, words: Words) -> FloatArray:
@@ -263,9 +267,11 @@ def _dots(vectors: FloatArray, *, axis: int) -> NDArray[np.float64]:
 
 
 def _variance(deltas: FloatArray) -> Sizes:
-    """Over the models, in float32; of a NaN without the sign that hardware may give it."""
-    variance: Sizes = np.abs(np.var(deltas, axis=0)).astype(np.float32, copy=False)
-    return variance
+    """Over the models, in their order, in float32; of a NaN without the sign that hardware may give it."""
+    count = deltas.dtype.type(len(deltas))
+    mean = elements.summed(deltas) / count
+    variance = elements.summed(np.square(row - mean) for row in deltas) / count
+    return np.abs(variance).astype(np.float32, copy=False)
 
 
 def lacks(method: Method, members: Sequence[Member], name: str) -> str | None:

@@ -274,11 +274,12 @@ def _files(folder: Path, base: Path | None) -> dict[str, Path]:
     """Tokenizer files by name."""
     if not folder.is_dir():
         raise CheckpointError(str(folder), expected="a folder", found="none")
-    found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _of_tokenizer(path)}
+    found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and is_tokenizer_file(path)}
     return {**_files(base, None), **found} if base is not None and (folder / MANIFEST).exists() else found
 
 
-def _of_tokenizer(path: Path) -> bool:
+def is_tokenizer_file(path: Path) -> bool:
+    """Whether a file is a part of a tokenizer, by its name."""
     return path.name in _NAMES or path.suffix in _SEALED
 
 

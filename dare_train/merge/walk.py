@@ -6,12 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, TypeVar
 
+import numpy as np
+
 from ..codec import SEGMENT
 from ..dtypes import Words
 from ..parallel import ordered_map
 from ..weights import TensorInfo, Weights, runs
 
 Result = TypeVar("Result")
+
+
+def quiet() -> np.errstate:
+    """No warnings of NaN and infinity: where a model diverged, the result shows it."""
+    return np.errstate(over="ignore", invalid="ignore")
 
 
 class Walk:
@@ -35,10 +42,15 @@ class Walk:
 
     def each(self, function: Callable[[int, Words], Result]) -> Iterator[Result]:
         """Call a function with the start and the base's words of every run; results in order."""
+
+        def one(run: tuple[int, int]) -> Result:
+            with quiet():
+                return function(run[0], self.words(*run))
+
         if len(self.runs) == 1:  # threads would take longer to start than it does
-            yield function(self.runs[0][0], self.words(*self.runs[0]))
+            yield one(self.runs[0])
             return
-        with closing(ordered_map(lambda run: function(run[0], self.words(*run)), self.runs, threads=self._threads)) as results:
+        with closing(ordered_map(one, self.runs, threads=self._threads)) as results:
             yield from results
 
     def total(self, function: Callable[[int, Words], Any]) -> Any:
