@@ -492,6 +492,25 @@ def test_what_nuslerp_interpolates_is_one_of_two(tmp_path: Path) -> None:
         merge(BASE, MODELS[:2], tmp_path / "out", method="nuslerp", of="weight")
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "text"),
+    [
+        ("ties", {"density": 1.5}, r"density: expected a number in \[0, 1\], found 1.5"),
+        ("ties", {"density": [0.5, -0.1]}, r"density.*: expected a number in \[0, 1\], found -0.1"),
+        ("breadcrumbs", {"gamma": -0.5}, r"gamma: expected a number in \[0, 1\], found -0.5"),
+        ("sce", {"select_topk": 2}, r"select_topk: expected a number in \[0, 1\], found 2"),
+        ("dare_ties", {"q": -1}, r"q: expected a number in \[0, 1\], found -1"),
+        ("karcher", {"max_iter": -1}, "max_iter: expected at least 0, found -1"),
+        ("regmean", {"ridge": -1e-6}, "ridge: expected at least 0, found -1e-06"),
+        ("fisher", {"floor": -1.0}, "floor: expected at least 0, found -1.0"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(method: str, options: dict[str, Any], text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=text):
+        merge(BASE, MODELS[:2], tmp_path / "out", method=method, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
 # Statistics that are about something else.
 
 

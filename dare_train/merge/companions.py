@@ -100,10 +100,16 @@ def _vocabulary_sizes(tensors: Mapping[str, TensorInfo]) -> set[int]:
     return {info.shape[0] for name, info in tensors.items() if name.endswith(EMBEDDINGS)}
 
 
-def _with(config: Mapping[str, Any], key: str, value: object, *, add: bool = False, instead_of: Collection[int] | None = None) -> dict[str, Any]:
+def _with(
+    config: Mapping[str, Any], key: str, value: object, *, add: bool = False, instead_of: Collection[int] | None = None
+) -> dict[str, Any]:
     """A configuration with another value of a key, also in its parts, such as `text_config`; where they have it, or it is to be
     added, and where it is one of certain values."""
-    parts = {name: _with(part, key, value, instead_of=instead_of) for name, part in config.items() if name.endswith("_config") and isinstance(part, dict)}
+    parts = {
+        name: _with(part, key, value, instead_of=instead_of)
+        for name, part in config.items()
+        if name.endswith("_config") and isinstance(part, dict)
+    }
     here = (instead_of is None or config[key] in instead_of) if key in config else add
     return {**config, **parts, **({key: value} if here else {})}
 

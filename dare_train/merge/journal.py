@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from ..weights import TensorInfo, runs
 
 _STEM = "merge-journal"
 _DONE = f"{_STEM}.begun"
+_LARGEST_HEADER = 100_000_000
+"""That the safetensors library reads."""
 
 
 class Journal:
@@ -32,7 +35,7 @@ class Journal:
 
     def begin(self) -> None:
         """The files of the result are there, empty."""
-        (self._staging / _DONE).write_text(self._identity)
+        (self._staging / _DONE).write_text(_seal(self._staging, self._identity))
 
     def finished(self, name: str, print_: Fingerprint) -> None:
         with self._path.open("a") as file:
@@ -64,7 +67,19 @@ def resumable(staging: Path, identity: str) -> bool:
 
 def _begun_as(staging: Path, identity: str) -> bool:
     path = staging / _DONE
-    return path.is_file() and path.read_text() == identity
+    return path.is_file() and path.read_text() == _seal(staging, identity)
+
+
+def _seal(staging: Path, identity: str) -> str:
+    """What stays as it is from the first tensor to the last: the merge's identity, the files, their sizes and headers."""
+    digest = hashlib.sha256(identity.encode())
+    for path in sorted(path for path in staging.iterdir() if path.is_file() and not path.name.startswith(_STEM)):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            size = file.read(8)
+            header = min(int.from_bytes(size, "little"), _LARGEST_HEADER) if path.suffix == ".safetensors" else -1
+            digest.update(size + file.read(header))
+    return digest.hexdigest()
 
 
 def _print_of(checkpoint: Checkpoint, name: str) -> Fingerprint:

@@ -130,7 +130,7 @@ def _merged(name: str, info: TensorInfo, holders: list[int], inputs: Sequence[In
 def _check_float(name: str, one: Input) -> None:
     dtype = one.tensors[name].dtype
     if not dtype.can_be_delta:
-        remedy = f"give the model in full precision; or exclude={name!r} (--exclude) leaves the base's, take={{{name!r}: model}} (--take) takes it"
+        remedy = f"give the model in full precision; exclude={name!r} (--exclude) leaves the base's, take={{{name!r}: model}} takes it"
         raise DtypeMismatch(name, expected="floating-point numbers of 16 bits or more", found=f"{dtype.code} in {one.label}", remedy=remedy)
 
 
@@ -141,7 +141,7 @@ def _check_grown(name: str, info: TensorInfo, one: Input) -> None:
             name,
             expected=f"shape {list(info.shape)}, as in the base",
             found=f"{list(shape)} in {one.label}",
-            remedy=f"is it a model of this base? exclude={name!r} (--exclude) leaves the base's, take={{{name!r}: model}} (--take) takes a model's",
+            remedy=f"is it a model of this base? exclude={name!r} (--exclude) leaves the base's, take={{{name!r}: model}} takes a model's",
         )
 
 

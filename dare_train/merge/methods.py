@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 from ..errors import ConfigError
@@ -50,9 +51,12 @@ WEIGHT = Parameter(name="weight", default=1.0, per_model=True, meaning="factor w
 P = Parameter(
     name="p", default=0.0, per_model=True, meaning="drop rate: DARE before the method, on deltas of which nothing was dropped yet"
 )
-Q = Parameter(name="q", default=0.0, per_model=True, meaning="survivors are multiplied by 1/q where the rescale rule is q; 0: worked out")
+Q = Parameter(
+    name="q", default=0.0, between=(0, 1), per_model=True,
+    meaning="survivors are multiplied by 1/q where the rescale rule is q; 0: worked out",
+)  # fmt: skip
 LAMBDA = Parameter(name="lambda", default=1.0, meaning="factor of the merged delta")
-DENSITY = Parameter(name="density", default=1.0, per_model=True, meaning="share of each tensor's elements that are kept")
+DENSITY = Parameter(name="density", default=1.0, between=(0, 1), per_model=True, meaning="share of each tensor's elements that are kept")
 _COMMON = (WEIGHT, P, Q)
 
 
@@ -65,7 +69,9 @@ def _default(parameter: Parameter, value: float) -> Parameter:
 
 
 _DARE = (WEIGHT, _default(P, 0.9), Q)
-_GAMMA = Parameter(name="gamma", default=0.01, per_model=True, meaning="share of the elements, the largest, that are dropped as outliers")
+_GAMMA = Parameter(
+    name="gamma", default=0.01, between=(0, 1), per_model=True, meaning="share of the elements, the largest, that are dropped as outliers"
+)
 _EPSILON = Parameter(name="epsilon", default=0.15, per_model=True, meaning="drop rates go from p + ε to p - ε as magnitudes grow")
 _LARGEST, _PRUNED = _default(DENSITY, 0.2), _default(DENSITY, 0.3)
 _TALL = (
@@ -85,14 +91,14 @@ _BUILT_IN = [
     Method(name="ties", **_ELECTED, drops="magnitude", parameters=(*_COMMON, LAMBDA, _LARGEST, _normalize(True))),
     Method(
         name="fisher", function=elements.fisher, reach="elements", needs="fisher", arguments=("floor",),
-        parameters=(*_COMMON, LAMBDA, Parameter(name="floor", default=1e-6, meaning="least Fisher information of an element")),
+        parameters=(*_COMMON, LAMBDA, Parameter(name="floor", default=1e-6, between=(0, inf), meaning="least Fisher information that counts")),
     ),
     Method(
         name="regmean", function=matrices.regmean, reach="matrix", needs="gram", arguments=("shrink", "ridge"),
         parameters=(
             *_COMMON, LAMBDA,
             Parameter(name="shrink", default=0.9, meaning="factor α of the Gram matrices off the diagonal"),
-            Parameter(name="ridge", default=1e-6, meaning="added to each diagonal, as a share of its mean"),
+            Parameter(name="ridge", default=1e-6, between=(0, inf), meaning="added to each diagonal, as a share of its mean"),
         ),
     ),
     Method(name="dare_linear", **_SUM, parameters=(*_DARE, LAMBDA, _normalize(False))),
@@ -124,14 +130,14 @@ _BUILT_IN = [
         name="karcher", function=combinations.karcher, reach="coefficients", space="weights",
         parameters=(
             *_COMMON,
-            Parameter(name="max_iter", kind=int, default=10, meaning="most steps"),
+            Parameter(name="max_iter", kind=int, default=10, between=(0, inf), meaning="most steps"),
             Parameter(name="tol", default=1e-5, meaning="a step shorter than this is the last"),
         ),
         arguments=("max_iter", "tol"),
     ),
     Method(
         name="sce", function=elements.sce, reach="elements", needs="variance",
-        parameters=(P, Q, LAMBDA, Parameter(name="select_topk", default=1.0, meaning="share of the elements, those that vary most")),
+        parameters=(P, Q, LAMBDA, Parameter(name="select_topk", default=1.0, between=(0, 1), meaning="share of elements, those that vary most")),
     ),
     Method(
         name="consensus_ta", function=elements.consensus_ta, reach="elements", needs="undropped",

@@ -64,7 +64,9 @@ class Opened:
             _put(names, renamed if as_it_is else f"{prefix}{plain}", own)
         return names
 
-    def tied_heads(self, names: Mapping[str, str], own_heads: Collection[str], aliases: Collection[str], *, base_is_tied: bool) -> dict[str, str]:
+    def tied_heads(
+        self, names: Mapping[str, str], own_heads: Collection[str], aliases: Collection[str], *, base_is_tied: bool
+    ) -> dict[str, str]:
         """The model's own name of each head that it lacks since it is tied.
 
         Args:

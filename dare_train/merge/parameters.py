@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from numbers import Integral, Real
 from typing import Union
 
@@ -28,18 +28,24 @@ class Parameter:
     meaning: str = ""
     choices: tuple[Scalar, ...] = ()
     """The only values that there are, where they can be counted."""
+    between: tuple[float, float] | None = None
+    """The least and the greatest number that means something."""
 
     def convert(self, value: Scalar, where: str) -> Scalar:
         """`value` as this parameter's kind. Text may stand for numbers, since YAML reads 1e-3 as text; a bool is no number.
 
         Raises:
-            ConfigError: it cannot be, or is none of the `choices`; the message begins with `where`.
+            ConfigError: it cannot be, or means nothing; the message begins with `where`.
         """
         found = {bool: _as_bool, int: _as_int, float: _as_float, str: _as_text}[self.kind](value)
         if found is not None and self.choices and found not in self.choices:
             raise ConfigError(where, expected=" or ".join(map(str, self.choices)), found=repr(value))
         if found is None:
             expected = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}[self.kind]
+            raise ConfigError(where, expected=expected, found=repr(value))
+        if self.between is not None and not self.between[0] <= float(found) <= self.between[1]:
+            least, most = self.between
+            expected = f"at least {least:g}" if most == inf else f"a number in [{least:g}, {most:g}]"
             raise ConfigError(where, expected=expected, found=repr(value))
         return found
 
