@@ -78,6 +78,8 @@ _TALL = (
     Parameter(name="mask_threshold", default=0.4, meaning="λ of the masks: how large a delta must be beside what the others add"),
     Parameter(name="agree", kind=int, default=2, meaning="in how many models' masks an element must be"),
 )
+_FLOOR = Parameter(name="floor", default=1e-6, between=(0, inf), meaning="least Fisher information that counts")
+_TOPK = Parameter(name="select_topk", default=1.0, between=(0, 1), meaning="share of the elements, those that vary most")
 _SUM: dict[str, Any] = dict(function=combinations.task_arithmetic, reach="coefficients", arguments=("normalize",))
 _ELECTED: dict[str, Any] = dict(function=elements.ties, reach="elements", arguments=("normalize",))
 _T = Parameter(name="t", default=0.5, meaning="where on the arc: 0 is the first model, 1 the second")
@@ -91,7 +93,7 @@ _BUILT_IN = [
     Method(name="ties", **_ELECTED, drops="magnitude", parameters=(*_COMMON, LAMBDA, _LARGEST, _normalize(True))),
     Method(
         name="fisher", function=elements.fisher, reach="elements", needs="fisher", arguments=("floor",),
-        parameters=(*_COMMON, LAMBDA, Parameter(name="floor", default=1e-6, between=(0, inf), meaning="least Fisher information that counts")),
+        parameters=(*_COMMON, LAMBDA, _FLOOR),
     ),
     Method(
         name="regmean", function=matrices.regmean, reach="matrix", needs="gram", arguments=("shrink", "ridge"),
@@ -137,7 +139,7 @@ _BUILT_IN = [
     ),
     Method(
         name="sce", function=elements.sce, reach="elements", needs="variance",
-        parameters=(P, Q, LAMBDA, Parameter(name="select_topk", default=1.0, between=(0, 1), meaning="share of elements, those that vary most")),
+        parameters=(P, Q, LAMBDA, _TOPK),
     ),
     Method(
         name="consensus_ta", function=elements.consensus_ta, reach="elements", needs="undropped",
