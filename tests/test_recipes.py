@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -70,6 +71,19 @@ def test_zero3_with_a_configuration_file(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("checkpoint-10/global_step10/*_optim_states.pt"))) == 2, "ZeRO-3 was at work"
 
 
+def test_three_tasks_are_merged_with_dare_and_without(tmp_path: Path) -> None:
+    data = ROOT.parent / "shared" / "data"
+    assert (data / "clinc150").is_dir(), f"this test needs {data}"
+    few = ("--steps", "2", "--validation", "8", "--test", "8", "--statistics", "4")
+    command = [sys.executable, "recipes/merge_tasks.py", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "rows.json"), *few]
+    done = subprocess.run(
+        [*command, "--methods", "average", "ties"], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    names = [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]]
+    assert names[-4:] == ["average", "average + DARE", "ties", "ties + DARE"]
+
+
 def test_recipes_are_all_here() -> None:
     found = {path.name for path in (ROOT / "recipes").iterdir() if path.is_file()}
-    assert found == {"quickstart.py", "counting.py", "accelerate_loop.py", "deepspeed_zero3.py", "deepspeed_zero3.json"}
+    assert found == {"quickstart.py", "counting.py", "merge_tasks.py", "accelerate_loop.py", "deepspeed_zero3.py", "deepspeed_zero3.json"}

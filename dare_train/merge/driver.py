@@ -200,10 +200,11 @@ def _write_checkpoint(
     layout = layout_like(
         ready.base if isinstance(ready.base, Checkpoint) else None, merged.tensors, lambda name: without_prefix(name, ready.prefix)
     )
-    going_on = partial(resumable, identity=identity)
+    on_disk_only = all(isinstance(one, (str, os.PathLike)) for one in (task.base, *task.models))  # what lies in memory may change
+    going_on = partial(resumable, identity=identity) if on_disk_only else None
     with shared_staging(out, ranks, overwrite=overwrite, sync=False, inputs=ready.folders, resume=going_on) as staging:
         on_disk, journal = storage_errors(out), Journal(staging, identity, ranks.rank)
-        before = ranks.each(lambda: journal.found(merged.tensors) if journal.begun() else {})
+        before = ranks.each(lambda: journal.found(merged.tensors) if going_on and journal.begun() else {})
         made = ranks.each(on_disk(lambda: CheckpointWriter(staging, layout, join=journal.begun()) if ranks.first else None))
         if ranks.first:
             journal.begin()
@@ -225,9 +226,7 @@ def _identity(task: MergeTask, ready: _Ready) -> str:
     inside = {path for folder in ready.folders for path in (folder.iterdir() if folder.is_dir() else [folder]) if path.is_file()}
     files = sorted(inside.union(one.file.path for one in (*merged.fisher, *merged.gram)))
     seen = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    memory = [id(one) for one in (task.base, *task.models) if not isinstance(one, (str, os.PathLike))]
-    process = os.getpid() if memory else 0  # what lies in memory is gone with the process
-    return hashlib.sha256(json.dumps([task.recipe.digest(), __version__, memory, process, seen]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([task.recipe.digest(), __version__, seen]).encode()).hexdigest()
 
 
 def _write_share(
@@ -329,8 +328,10 @@ def _write_package(
     from ..extract import extract
 
     merged = ready.merged
+    if out.exists() and any(out.resolve() == folder.resolve() for folder in ready.folders):
+        raise ConfigError("out", expected="another folder than those that are read", found=str(out))
     ranks.each(lambda: _check_bases(merged, ranks))
-    with companions.folder(merged, ready.base_folder, ready.growth.vocabulary, prefixed=bool(ready.prefix)) as folder:
+    with storage_errors(out), companions.folder(merged, ready.base_folder, ready.growth.vocabulary, prefixed=bool(ready.prefix)) as folder:
         view = merged.beside(folder)
         report = _report(ready, out, notes, None)
         companions.write_record(report, folder)
