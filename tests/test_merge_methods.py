@@ -531,7 +531,7 @@ class Grams(dict[str, Any]):
 
 
 def merged_by(method: str, base: Arrays, tuned: Sequence[Arrays], files: Sequence[Path], out: Path, **options: Any) -> Arrays:
-    statistics = {"fisher": files} if method == "fisher" else {"gram": files}
+    statistics: dict[str, Any] = {"fisher" if method == "fisher" else "gram": files}
     merge(base, list(tuned), out, method=method, **statistics, **options)
     result: Arrays = load_file(out / "model.safetensors")
     return result

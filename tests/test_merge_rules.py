@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +225,7 @@ def strongest(deltas: FloatArray, weights: FloatArray, *, limit: float, flip: bo
     """Of each element the largest delta, at most the limit."""
     weighted = deltas * weights.reshape(-1, *[1] * (deltas.ndim - 1))
     chosen = np.take_along_axis(weighted, np.abs(weighted).argmax(axis=0)[None], axis=0)[0].clip(-limit, limit)
-    return -chosen if flip else chosen
+    return np.asarray(-chosen if flip else chosen)
 
 
 @pytest.mark.usefixtures("own")
@@ -356,11 +356,11 @@ def test_a_nan_in_a_model_is_one_in_the_result(method: str, code: str, tmp_path:
         models[1][name].view(-1)[700] = torch.nan
     options: dict[str, Any] = {} if not any(one.name == "p" for one in METHODS[method].parameters) else {"p": 0.0}
     if method in ("fisher", "regmean"):
-        kind = METHODS[method].needs
+        kind: Any = METHODS[method].needs
         ones = {
             name: np.ones(tuple(base[name].shape), np.float32) if kind == "fisher" else np.eye(60, dtype=np.float32) for name in names[:1]
         }
-        options[str(kind)] = [save_statistics(tmp_path / str(n), kind, ones, examples=1) for n in range(3)]
+        options[kind] = [save_statistics(tmp_path / str(n), kind, ones, examples=1) for n in range(3)]
     if METHODS[method].drops == "magprune":
         options |= {"density": 0.6, "epsilon": 0.3, "seed": kept_seed(names)}
     found, _ = result(base, models, tmp_path / "out", method=method, **options)
@@ -418,9 +418,9 @@ def test_a_merged_package_applied_is_the_merged_checkpoint(method: str, tmp_path
     models = [{name: one[name] for name in names} for one in MODELS[: METHODS[method].models[1] or 3]]
     options: dict[str, Any] = {"method": method, "seed": 3}
     if method in ("fisher", "regmean"):
-        kind = METHODS[method].needs
+        kind: Any = METHODS[method].needs
         one = {names[0]: np.ones((29, 60), np.float32) if kind == "fisher" else np.eye(60, dtype=np.float32)}
-        options[str(kind)] = [save_statistics(tmp_path / str(n), kind, one, examples=1) for n in range(len(models))]
+        options[kind] = [save_statistics(tmp_path / str(n), kind, one, examples=1) for n in range(len(models))]
     found, report = result(start, models, tmp_path / "checkpoint", **options)
     packed = merge(start, models, tmp_path / "package", package=True, **options)
     assert packed.fingerprint == report.fingerprint == apply(start, tmp_path / "package", tmp_path / "applied")
@@ -514,10 +514,10 @@ def test_numbers_that_mean_nothing_are_refused(method: str, options: dict[str, A
 # Statistics that are about something else.
 
 
-def statistics(folder: Path, kind: Any, *files: dict[str, tuple[int, ...]]) -> list[Path]:
-    """Of these names and shapes."""
+def statistics(folder: Path, kind: Any, *files: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """As an argument of `merge`: files with these names and shapes."""
     made = [{name: np.ones(shape, np.float32) for name, shape in one.items()} for one in files]
-    return [save_statistics(folder / f"{n}.safetensors", kind, one, examples=1) for n, one in enumerate(made)]
+    return {kind: [save_statistics(folder / f"{n}.safetensors", kind, one, examples=1) for n, one in enumerate(made)]}
 
 
 @pytest.mark.parametrize(
@@ -534,7 +534,7 @@ def test_statistics_must_fit(method: str, kind: Any, shapes: dict[str, tuple[int
     base = {"w": torch.zeros(2, 3), "v": torch.zeros(3)}
     right = {"w": (2, 3)} if kind == "fisher" else {"w": (3, 3)}
     with pytest.raises(CheckpointError, match=text):
-        merge(base, [base, base], tmp_path / "out", method=method, **{kind: statistics(tmp_path, kind, right, shapes)})
+        merge(base, [base, base], tmp_path / "out", method=method, **statistics(tmp_path, kind, right, shapes))
 
 
 @pytest.mark.parametrize("method", ["fisher", "regmean"])
@@ -545,7 +545,7 @@ def test_a_tensor_without_everyones_statistics_is_averaged(method: str, holders:
     kind, shape = METHODS[method].needs, (3, 3)
     files = [{"w": (2, 3) if kind == "fisher" else shape, **({"v": shape} if n in holders else {})} for n in range(2)]
     found, report = result(
-        base, models, tmp_path / "out", method=method, weights=[1.0, 3.0], lambda_=0.5, **{str(kind): statistics(tmp_path, kind, *files)}
+        base, models, tmp_path / "out", method=method, weights=[1.0, 3.0], lambda_=0.5, **statistics(tmp_path, kind, *files)
     )
     assert torch.allclose(found["v"], torch.full((3, 3), 0.5 * 2.5))
     assert report.notes == (f"averaged, since not every model has {kind} statistics of them: v",)
