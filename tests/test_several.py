@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import wandb
 from engines import run_ranks, train_on
-from test_tracking import history, offline_run
 from training import classifier, save_base, train
 from transformers import EarlyStoppingCallback
+from wandb_files import history, offline_run
 
 from dare_train import DareCallback, DeltaPackage, apply, shards
 from dare_train.errors import BaseMismatch
