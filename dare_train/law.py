@@ -90,12 +90,14 @@ def unrounded(words: Words, terms: Sequence[Term], dtype: DType) -> FloatArray:
 
 def _added_up(words: Words, terms: Sequence[Term], owned: Sequence[Words], dtype: DType) -> tuple[FloatArray, NDArray[np.int64] | None]:
     """Base plus deltas, in order, and which elements moved; None where the sums tell that themselves."""
-    total = _widened(words, dtype)
     if dtype.code == "BF16" and all(term.tuned is not None for term in terms):
+        total = sums.widened_bf16(words)
         for term, own in zip(terms, owned, strict=True):
             assert term.tuned is not None
             sums.add_at_bf16(own, term.tuned, term.positions, term.factor, total)
         return total, None
+    wide = to_float(words, dtype)
+    total = wide.astype(dtype.compute) if np.shares_memory(wide, words) else wide
     touched = np.zeros(words.size, np.bool_)
     for term, own in zip(terms, owned, strict=True):
         where = slice(None) if term.positions is None else term.positions
@@ -104,11 +106,6 @@ def _added_up(words: Words, terms: Sequence[Term], owned: Sequence[Words], dtype
             total[where] = np.where(moved, total[where] + added, total[where])
         touched[where] |= moved
     return total, np.flatnonzero(touched)
-
-
-def _widened(words: Words, dtype: DType) -> FloatArray:
-    wide = to_float(words, dtype)
-    return wide.astype(dtype.compute) if np.shares_memory(wide, words) else wide
 
 
 def _exact(term: Term) -> bool:

@@ -26,7 +26,7 @@ def test_every_public_function_is_tested_here() -> None:
     public = {name for name, thing in vars(sums).items() if getattr(thing, "__module__", "") == sums.__name__ and not name.startswith("_")}
     assert public == {
         "add_at_bf16", "count_movers", "round_moved_bf16", "put_alone", "deltas_bf16", "masked_deltas_bf16", "ties", "moved_bf16",
-        "count_leading",
+        "count_leading", "widened_bf16",
     }  # fmt: skip
 
 
@@ -109,6 +109,12 @@ def test_special_deltas_are_added_to_special_sums(factor: float) -> None:
     own, tuned = special_pair()
     for start in special_words(F32).view(np.float32):
         check_add(own, tuned, None, factor, np.full(own.size, start))
+
+
+@given(seed=SEEDS, size=SIZES)
+def test_words_are_widened(seed: int, size: int) -> None:
+    words = random_words(BF16, size, seed)
+    assert sums.widened_bf16(words).tobytes() == wide(words).tobytes()
 
 
 @given(seed=SEEDS, size=SIZES)

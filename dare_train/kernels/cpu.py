@@ -31,6 +31,10 @@ __all__ = [
 
 _LOW = np.uint64(0xFFFFFFFF)
 _U32 = np.uint64(32)
+_ZERO = np.uint64(0)
+_ONE = np.uint64(1)
+_THREE = np.uint64(3)
+_FOUR = np.uint64(4)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
@@ -92,51 +96,93 @@ def _any_all_ones(words, mask) -> int:
 
 
 @inlined
-def _group_starts(base, shift, groups, starts):
-    """Histogram of the exponent fields as exclusive prefix sums; shape (groups + 1,)."""
-    for g in range(groups + 1):
-        starts[g] = 0
-    mask = base.dtype.type(groups - 1)
-    for i in range(base.size):
-        starts[np.int64((base[i] >> shift) & mask) + 1] += 1
+def _group_of(word, shift, groups):
+    return (np.uint64(word) >> shift) & (groups - _ONE)
+
+
+@inlined
+def _count_groups(base, shift, groups, cursor):
+    """Where in a stable sort by exponent field each quarter of `base` puts its first word of each group: cursor[quarter * groups + group].
+
+    Quarters, because neighbours are often of one group, and a counter cannot be raised again before it has been written.
+    """
+    quarter = np.uint64(base.size // 4)
+    for g in range(cursor.size):
+        cursor[g] = 0
+    for i in range(quarter):
+        for lane in range(_ZERO, _FOUR):
+            cursor[lane * groups + _group_of(base[lane * quarter + i], shift, groups)] += _ONE
+    for i in range(_FOUR * quarter, np.uint64(base.size)):
+        cursor[_THREE * groups + _group_of(base[i], shift, groups)] += _ONE
+    before = _ZERO
     for g in range(groups):
-        starts[g + 1] += starts[g]
+        for lane in range(_ZERO, _FOUR):
+            count = cursor[lane * groups + g]
+            cursor[lane * groups + g] = before
+            before += count
+
+
+@inlined
+def _next(cursor, place):
+    at = cursor[place]
+    cursor[place] = at + _ONE
+    return at
+
+
+@inlined
+def _all_if(bit):
+    """All ones or all zeros."""
+    return _ZERO - (bit & _ONE)
+
+
+@inlined
+def _order(word, top):
+    """Words of floats as uint64 that ascend with their values, in the bits of a word; what is above them means nothing."""
+    wide = np.uint64(word)
+    return wide ^ (_all_if(wide >> top) | (_ONE << top))
+
+
+@inlined
+def _distance(base, tuned, top):
+    """Zigzag ordered-bits distance, in the bits of a word. `top` is the place of the sign bit."""
+    distance = _order(tuned, top) - _order(base, top)
+    return (distance << _ONE) ^ _all_if(distance >> top)
+
+
+@inlined
+def _at_distance(base, zigzag, top):
+    """The word at that distance from `base`."""
+    z = np.uint64(zigzag)
+    order = _order(base, top) + ((z >> _ONE) ^ _all_if(z))
+    return order ^ (~_all_if(order >> top) | (_ONE << top))
 
 
 @kernel
-def _distances_by_exponent(base, tuned, shift, groups, sign, out, starts, cursor):
-    """Zigzag ordered-bits distances, stably sorted by the base's exponent field; fills the group starts."""
-    one = sign // sign
-    top = base.dtype.type(base.itemsize * 8 - 1)
-    mask = base.dtype.type(groups - 1)
-    _group_starts(base, shift, groups, starts)
-    for group in range(groups):
-        cursor[group] = starts[group]
-    for i in range(base.size):
-        b, t = base[i], tuned[i]
-        b_order = ~b if b & sign else b | sign
-        t_order = ~t if t & sign else t | sign
-        d = base.dtype.type(t_order - b_order)
-        zigzag = base.dtype.type((d << one) ^ (base.dtype.type(0) - (d >> top)))
-        g = np.int64((b >> shift) & mask)
-        out[cursor[g]] = zigzag
-        cursor[g] += 1
+def _distances_by_exponent(base, tuned, shift, groups, top, out, starts, cursor):
+    """Distances stably sorted by the base's exponent field; fills the group starts."""
+    word, quarter = out.dtype.type, np.uint64(base.size // 4)
+    _count_groups(base, shift, groups, cursor)
+    for g in range(groups):
+        starts[g] = cursor[g]
+    starts[groups] = base.size
+    for i in range(quarter):
+        for lane in range(_ZERO, _FOUR):
+            b, t = base[lane * quarter + i], tuned[lane * quarter + i]
+            out[_next(cursor, lane * groups + _group_of(b, shift, groups))] = word(_distance(b, t, top))
+    for i in range(_FOUR * quarter, np.uint64(base.size)):
+        out[_next(cursor, _THREE * groups + _group_of(base[i], shift, groups))] = word(_distance(base[i], tuned[i], top))
 
 
 @kernel
-def _from_distances(base, symbols, shift, groups, sign, out, cursor):
-    one = sign // sign
-    zero = base.dtype.type(0)
-    mask = base.dtype.type(groups - 1)
-    _group_starts(base, shift, groups, cursor)
-    for i in range(base.size):
-        b = base[i]
-        g = np.int64((b >> shift) & mask)
-        z = symbols[cursor[g]]
-        cursor[g] += 1
-        b_order = ~b if b & sign else b | sign
-        order = base.dtype.type(b_order + ((z >> one) ^ (zero - (z & one))))
-        out[i] = order ^ sign if order & sign else ~order
+def _from_distances(base, symbols, shift, groups, top, out, cursor):
+    word, quarter = out.dtype.type, np.uint64(base.size // 4)
+    _count_groups(base, shift, groups, cursor)
+    for i in range(quarter):
+        for lane in range(_ZERO, _FOUR):
+            b = base[lane * quarter + i]
+            out[lane * quarter + i] = word(_at_distance(b, symbols[_next(cursor, lane * groups + _group_of(b, shift, groups))], top))
+    for i in range(_FOUR * quarter, np.uint64(base.size)):
+        out[i] = word(_at_distance(base[i], symbols[_next(cursor, _THREE * groups + _group_of(base[i], shift, groups))], top))
 
 
 @kernel
@@ -250,7 +296,7 @@ def has_nonfinite(words: Words, exponent_mask: int) -> bool:
 def distances_by_exponent(base: Words, tuned: Words, exponent_bits: int) -> tuple[Words, NDArray[np.int64]]:
     """Distances from `base` to `tuned`, grouped by base exponent, and the group starts; see `reference`."""
     out = np.empty_like(base)
-    starts, cursor = np.empty((2, (1 << exponent_bits) + 1), np.int64)
+    starts, cursor = np.empty((1 << exponent_bits) + 1, np.int64), np.empty(4 << exponent_bits, np.uint64)
     _distances_by_exponent(base, tuned, *_layout(base, exponent_bits), out, starts, cursor)
     return out, starts
 
@@ -258,7 +304,7 @@ def distances_by_exponent(base: Words, tuned: Words, exponent_bits: int) -> tupl
 def from_distances(base: Words, symbols: Words, exponent_bits: int) -> Words:
     """Undo `distances_by_exponent`: the tuned words."""
     out = np.empty_like(base)
-    cursor = np.empty((1 << exponent_bits) + 1, np.int64)
+    cursor = np.empty(4 << exponent_bits, np.uint64)
     _from_distances(base, symbols, *_layout(base, exponent_bits), out, cursor)
     return out
 
@@ -293,7 +339,7 @@ def magnitudes_bf16(own: Words, tuned: Words, counts: NDArray[np.int64]) -> tupl
     return float(largest.view(np.float32)[0]), strange
 
 
-def _layout(base: Words, exponent_bits: int) -> tuple[np.unsignedinteger, int, np.unsignedinteger]:
+def _layout(base: Words, exponent_bits: int) -> tuple[np.uint64, np.uint64, np.uint64]:
+    """Where the exponent field begins, how many exponents there are, and where the sign is."""
     bits = base.itemsize * 8
-    word = base.dtype.type
-    return word(bits - 1 - exponent_bits), 1 << exponent_bits, word(1 << (bits - 1))
+    return np.uint64(bits - 1 - exponent_bits), np.uint64(1 << exponent_bits), np.uint64(bits - 1)

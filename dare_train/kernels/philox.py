@@ -23,6 +23,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _U16 = np.uint64(16)
 _U32 = np.uint64(32)
 _S56 = np.uint64(56)
+_SLACK = 12
 _GATHER = np.uint64(0x0102040810204080)
 """Multiplies eight bytes of 0 or 1 so that their bits meet in the highest byte."""
 
@@ -95,9 +96,8 @@ def _draws(key, start, domain, out, buffer):
 
 
 @inlined
-def _trailing_zeros(word):
-    """Position of the lowest set bit of a uint64 that is not zero: a count of bits, which compilers know by this form."""
-    n = ~word & (word - np.uint64(1))
+def _ones(n):
+    """How many bits of a uint64 are set; compilers know it by this form."""
     n = n - ((n >> np.uint64(1)) & np.uint64(0x5555555555555555))
     n = (n & np.uint64(0x3333333333333333)) + ((n >> np.uint64(2)) & np.uint64(0x3333333333333333))
     n = (n + (n >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
@@ -111,6 +111,27 @@ def _bits_of(flags, first):
     for k in range(8):
         bits |= ((flags[first + k] * _GATHER) >> _S56) << np.uint64(8 * k)
     return bits
+
+
+@inlined
+def _write_positions(bits, first, out, at):
+    """first + position of each set bit, from out[at] on; up to 12 places behind the last may hold anything afterwards.
+
+    How many there are is hard to predict, so they are written a few at a time, whether there are as many or not.
+    """
+    for k in range(4):
+        out[at + k] = first + _ones(~bits & (bits - np.uint64(1)))
+        bits &= bits - np.uint64(1)
+    at += 4
+    if bits:
+        for k in range(8):
+            out[at + k] = first + _ones(~bits & (bits - np.uint64(1)))
+            bits &= bits - np.uint64(1)
+        at += 8
+    while bits:
+        out[at] = first + _ones(~bits & (bits - np.uint64(1)))
+        at += 1
+        bits &= bits - np.uint64(1)
 
 
 @kernel
@@ -130,10 +151,8 @@ def _kept_positions(key, start, count, threshold, out, buffer, flags, words) -> 
             flags[i] = 0
         for group in range(BLOCK // 64):
             bits = _bits_of(words, 8 * group)
-            while bits:  # as many turns as elements are kept: few
-                out[kept] = done - offset + 64 * group + _trailing_zeros(bits)
-                kept += 1
-                bits &= bits - np.uint64(1)
+            _write_positions(bits, done - offset + 64 * group, out, kept)
+            kept += _ones(bits)
         done += take
     return kept
 
@@ -152,7 +171,7 @@ def keep_mask(key: int, start: int, count: int, threshold: int) -> NDArray[np.bo
 
 def kept_positions(key: int, start: int, count: int, threshold: int) -> Positions:
     """Ascending positions relative to `start` of the kept elements among `count`: the set bits of `keep_mask`."""
-    room = _scratch.positions(count + 1)
+    room = _scratch.positions(count + _SLACK)
     flags = _scratch.flags
     kept = _kept_positions(
         np.uint64(key), np.uint64(start), count, np.uint16(threshold), room, _scratch.draws, flags, flags.view(np.uint64)

@@ -39,6 +39,12 @@ def _sum(total, own, tuned, factor):
 
 
 @kernel
+def _widen_bf16(words, out):
+    for i in range(words.size):
+        out[i] = _widened(words[i])
+
+
+@kernel
 def _add_at_bf16(own, tuned, positions, factor, total):
     for i in range(positions.size):
         p = np.uint64(positions[i])
@@ -139,6 +145,13 @@ def _moved_bf16(base, delta, out):
 def _count_leading(bits, counts):
     for i in range(bits.size):
         counts[(bits[i] >> _U16) & _UNSIGNED] += 1
+
+
+def widened_bf16(words: Words) -> NDArray[np.float32]:
+    """bfloat16 words as numbers."""
+    out = np.empty(words.size, np.float32)
+    _widen_bf16(words, out)
+    return out
 
 
 def add_at_bf16(own: Words, tuned: Words, positions: Positions | None, factor: float, total: NDArray[np.float32]) -> None:
