@@ -1,4 +1,4 @@
-"""What all tests share: no network, a bounded Hypothesis, and a way to put weights on disk."""
+"""What all tests share: no network, a bounded Hypothesis, a device for kernels, and a way to put weights on disk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ os.environ["WANDB_MODE"] = "offline"
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before kernels are defined
 from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 
@@ -22,6 +25,12 @@ settings.register_profile(
 settings.load_profile("tests")
 
 MakeCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where Triton's kernels are tested: a GPU where there is one, else their interpreter, on tensors of the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

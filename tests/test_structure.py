@@ -33,9 +33,9 @@ FLOORS = [
     {"errors", "_version"},
     {"dtypes", "config"},
     {"ranks"},
-    {"parallel", "weights", "publish", "kernels.compiler", "kernels.reference"},
-    {"kernels.compiled", "ownership", "engines", "lowrank"},
-    {"kernels.philox", "lora", "filenames"},
+    {"parallel", "weights", "publish", "kernels.compiler", "kernels.reference", "kernels.rows"},
+    {"kernels.compiled", "kernels.cuda", "kernels.plain", "ownership", "engines", "lowrank"},
+    {"kernels.philox", "kernels.choice", "lora", "filenames"},
     {"kernels.cpu", "kernels.sums"},
     {"masks", "fingerprint", "checkpoint", "shards", "stats", "law"},
     {"codec", "statistics_file"},
@@ -59,7 +59,7 @@ FLOORS = [
 LAZY = {("package", "apply")}
 """`DeltaPackage.verify(base)` rehearses an application: a convenience that points up, resolved when it is called."""
 
-FRAMEWORKS = {"torch", "transformers", "accelerate", "deepspeed", "wandb", "numba", "matplotlib"}
+FRAMEWORKS = {"torch", "triton", "transformers", "accelerate", "deepspeed", "wandb", "numba", "matplotlib"}
 
 
 def modules() -> dict[str, Path]:

@@ -25,13 +25,13 @@ def philox(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Ten
     return [c0, c1, c2, c3]
 
 
-def draws(key: int, start: int, count: int, domain: int) -> Tensor:
+def draws(key: int, start: int, count: int, domain: int, device: torch.device | None = None) -> Tensor:
     """The 16-bit draws of flat indices [start, start + count), int64 in [0, 65536).
 
     Index i lies in block i // 8192 at r = i % 8192. It takes half (r // 1024) % 2, low first, of word r // 2048 of
     counter 1024 · block + r % 1024.
     """
-    index = torch.arange(start, start + count)
+    index = torch.arange(start, start + count, device=device)
     block, r = index // BLOCK, index % BLOCK
     counter = block * COUNTERS + r % COUNTERS
     zero = torch.zeros_like(counter)
@@ -40,9 +40,9 @@ def draws(key: int, start: int, count: int, domain: int) -> Tensor:
     return (chosen >> (16 * ((r // COUNTERS) % 2))) & 0xFFFF
 
 
-def keep_mask(key: int, start: int, count: int, threshold: int) -> Tensor:
+def keep_mask(key: int, start: int, count: int, threshold: int, device: torch.device | None = None) -> Tensor:
     """Boolean, True where the element is kept: draw ≥ threshold."""
-    return draws(key, start, count, domain=0) >= threshold
+    return draws(key, start, count, 0, device) >= threshold
 
 
 def kept_positions(key: int, start: int, count: int, threshold: int) -> Tensor:
@@ -62,16 +62,23 @@ def put(words: Tensor, positions: Tensor, values: Tensor) -> None:
 
 def fingerprint(words: Tensor, start: int) -> tuple[int, int]:
     """Two lanes in [0, 2**64): sums over the elements of two mixes of (flat index, bits)."""
-    return fingerprint_at(words, torch.arange(words.numel()), start)
+    first, second = lanes(words, torch.arange(words.numel(), device=words.device), start).tolist()
+    return first % 2**64, second % 2**64
 
 
 def fingerprint_at(words: Tensor, positions: Tensor, start: int) -> tuple[int, int]:
     """The share that elements at flat indices `start + positions` have in a fingerprint."""
+    first, second = lanes(words, positions, start).tolist()
+    return first % 2**64, second % 2**64
+
+
+def lanes(words: Tensor, positions: Tensor, start: int) -> Tensor:
+    """The same as the bits of two uint64, int64 [2]."""
     v = words + (start + positions) * _signed(0x9E3779B97F4A7C15)
     v = (v ^ _right(v, 30)) * _signed(0xBF58476D1CE4E5B9)
     v = (v ^ _right(v, 27)) * _signed(0x94D049BB133111EB)
     v = v ^ _right(v, 31)
-    return int(v.sum()) % 2**64, int(((v & _LOW) * _right(v, 32)).sum()) % 2**64
+    return torch.stack([v.sum(), ((v & _LOW) * _right(v, 32)).sum()])
 
 
 def ordered(words: Tensor, bits: int) -> Tensor:

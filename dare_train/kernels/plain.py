@@ -1,0 +1,101 @@
+"""The operations of `cuda` in plain torch, on any device: what they are tested against, and what runs where Triton is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .rows import BLOCK, PLANES, Masks, Rows, Term
+
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+def fingerprint(rows: Rows) -> Tensor:
+    """int64 [rows, 2]: both lanes of each row's share of its tensor's fingerprint, as bits of uint64."""
+    ones = -1 if rows.dtype.itemsize == 8 else (1 << 8 * rows.dtype.itemsize) - 1
+    shares = [reference.lanes(row.words.long() & ones, torch.arange(row.count, device=rows.device), row.start) for row in rows.rows]
+    return torch.stack(shares)
+
+
+def counts(rows: Rows, masks: Masks) -> Tensor:
+    """int64 [blocks, 8]: how many elements each plane of 1,024 keeps."""
+    found = [torch.zeros((0, PLANES), dtype=torch.int64, device=rows.device)]
+    for number, row in enumerate(rows.rows):
+        blocks = rows.first_blocks[number + 1] - rows.first_blocks[number]
+        padded = torch.zeros(blocks * BLOCK, dtype=torch.int64, device=rows.device)
+        padded[row.start % BLOCK : row.start % BLOCK + row.count] = _kept(rows, masks, number).long()
+        found.append(padded.reshape(blocks, PLANES, BLOCK // PLANES).sum(dim=2))
+    return torch.cat(found)
+
+
+def take(rows: Rows, masks: Masks, offsets: Tensor, out: Tensor) -> None:
+    """Write kept words into `out`, each plane's from its offset on, in their order."""
+    for number, row in enumerate(rows.rows):
+        if row.count:
+            words = row.words[_kept(rows, masks, number)]
+            _values(rows, offsets, out, number, words.numel()).copy_(words)
+
+
+def put(rows: Rows, masks: Masks, offsets: Tensor, values: Tensor) -> None:
+    """Make `values` the kept words, in place: the inverse of `take`."""
+    for number, row in enumerate(rows.rows):
+        if row.count:
+            kept = _kept(rows, masks, number)
+            row.words[kept] = _values(rows, offsets, values, number, int(kept.sum()))
+
+
+def add(rows: Rows, terms: Sequence[Term]) -> None:
+    """What packages together make of the rows, in place (docs/format.md §5)."""
+    for number, row in enumerate(rows.rows):
+        if row.count and terms:
+            row.words.copy_(_sum(rows, terms, number))
+
+
+def _sum(rows: Rows, terms: Sequence[Term], number: int) -> Tensor:
+    words, dtype = rows.rows[number].words, _FLOATS[rows.dtype.code]
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    own = words.view(dtype).to(compute)
+    total, alone = own.clone(), words.clone()
+    movers, exact = torch.zeros_like(words, dtype=torch.int64), torch.zeros_like(words, dtype=torch.int64)
+    for term in terms:
+        kept = _kept(rows, term.masks, number)
+        values = _values(rows, term.offsets, term.values, number, int(kept.sum()))
+        factor = torch.tensor(term.factors[number], dtype=compute, device=words.device)
+        if term.deltas:
+            delta = torch.zeros_like(own)
+            delta[kept] = values
+            moves = delta != 0
+        else:
+            tuned = words.clone()
+            tuned[kept] = values
+            delta = tuned.view(dtype).to(compute) - own
+            moves = tuned != words
+            as_it_is = moves & (factor == 1)
+            alone = torch.where(as_it_is, tuned, alone)
+            exact += as_it_is
+        total = torch.where(moves, total + factor * delta, total)
+        movers += moves
+    moved = torch.where((movers == 1) & (exact == 1), alone, _narrow(total, dtype).view(words.dtype))
+    return torch.where(movers > 0, moved, words)
+
+
+def _narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
+    narrow = values.to(dtype)
+    return torch.where(narrow.isnan(), torch.full_like(narrow, torch.nan), narrow)
+
+
+def _kept(rows: Rows, masks: Masks, number: int) -> Tensor:
+    row, bitmap = rows.rows[number], masks.bitmap(number)
+    if bitmap is None:
+        return reference.keep_mask(masks.keys[number], row.start, row.count, masks.thresholds[number], rows.device)
+    bits = (bitmap[:, None] >> torch.arange(8, dtype=torch.uint8, device=rows.device)) & 1
+    return bits.reshape(-1)[: row.count].bool()
+
+
+def _values(rows: Rows, offsets: Tensor, values: Tensor, number: int, count: int) -> Tensor:
+    """Those of one row: its planes' lie one after another."""
+    first = int(offsets[rows.first_blocks[number], 0])
+    return values[first : first + count]
