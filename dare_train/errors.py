@@ -4,6 +4,7 @@
     ├── ConfigError                 an argument is wrong or two arguments conflict     (exit code 2)
     ├── OutputExists                the place to write to is taken                     (exit code 2)
     ├── StorageError                the disk did not take what was written             (exit code 1)
+    ├── DeviceMemoryError           a device has too little memory; nothing was changed (exit code 1)
     ├── RankError                   another process of the job failed, or is gone      (exit code of that failure, or 1)
     └── DataError                   the data said no                                   (exit code 1)
         ├── CheckpointError         a checkpoint cannot be read
@@ -63,6 +64,10 @@ class OutputExists(DareError, FileExistsError):
 
 
 class StorageError(DareError, OSError):
+    pass
+
+
+class DeviceMemoryError(DareError, MemoryError):
     pass
 
 

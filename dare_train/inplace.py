@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
+from . import device
 from .dtypes import Words
 from .errors import BaseMismatch
 from .fingerprint import Fingerprint, total
@@ -27,7 +28,7 @@ class Undo:
     """What `apply_` overwrote. `revert()` puts it back, exactly; the log holds changed elements only."""
 
     _live: LiveWeights
-    _log: list[Change]
+    _log: list[Change | device.Overwritten]
     _applied: dict[str, Fingerprint]
     reverted: bool = False
 
@@ -47,8 +48,9 @@ class Undo:
             self._restore()
 
     def _check_untouched(self) -> None:
+        found = _prints(self._live, {name: self._live.held[name] for name in self._applied})
         for name, expected in self._applied.items():
-            if _print(self._live, name, self._live.held[name]) != expected:
+            if found[name] != expected:
                 remedy = "revert before training on, or load the base again"
                 raise BaseMismatch(name, expected="the weights that apply_ left", found="others", remedy=remedy)
 
@@ -83,8 +85,10 @@ def apply_(model: Live, packages: Packages | str | os.PathLike[str] | DeltaPacka
     _compare(live, lambda name: _clipped(live.owned[name], resolver.base_numel(name)), resolver.check_base_print, resolver.source)
     undo = Undo(live, [], {})
     try:
+        done = _apply_on_devices(live, resolver, undo)
         for name in resolver.tensors:
-            _apply_tensor(name, live, base, resolver, undo)
+            if name not in done:
+                _apply_tensor(name, live, base, resolver, undo)
         live.settle()
         _compare(live, lambda name: live.owned[name], resolver.check_result_print, resolver.tensors)
     except BaseException:
@@ -176,14 +180,40 @@ def _print(live: LiveWeights, name: str, spans: tuple[Span, ...]) -> Fingerprint
     return share
 
 
+def _prints(live: LiveWeights, spans: Mapping[str, tuple[Span, ...]]) -> dict[str, Fingerprint]:
+    """The fingerprint of spans of tensors, where they lie if all of a tensor is asked for."""
+    whole = [name for name, its in spans.items() if its == ((0, live.tensors[name].numel),)]
+    found = device.fingerprints(live, whole)
+    rest = [name for name in spans if name not in found]
+    return found | dict(zip(rest, ordered_map(lambda name: _print(live, name, spans[name]), rest), strict=True))
+
+
 def _compare(
     live: LiveWeights, spans: Callable[[str], tuple[Span, ...]], check: Callable[[str, Fingerprint], None], names: Iterable[str]
 ) -> None:
     """Check the fingerprint of each tensor's spans, which all ranks together have."""
-    shared = [name for name in names if name in live.tensors]
-    prints = live.ranks.together(lambda: list(ordered_map(lambda name: _print(live, name, spans(name)), shared)))
+    shared = {name: spans(name) for name in names if name in live.tensors}
+
+    def own() -> list[Fingerprint]:
+        prints = _prints(live, shared)
+        return [prints[name] for name in shared]
+
+    prints = live.ranks.together(own)
     for name, shares in zip(shared, zip(*prints, strict=True), strict=True):
         check(name, total((first, second) for first, second in shares))
+
+
+def _apply_on_devices(live: LiveWeights, resolver: Resolver, undo: Undo) -> set[str]:
+    """Apply to the tensors that kernels can work on where they lie. Returns their names."""
+    names = [name for name in resolver.tensors if all(device.decodable(link, name) for link in resolver.links)] if live.whole else []
+    found = device.groups(live, names)
+    for link in resolver.links:
+        for resident in [resident for group in found for resident in device.residents(group, link)]:
+            undo._log.append(resident.before)
+            resident.apply()
+    done = {name for group in found for name in group.flats}
+    undo._applied |= device.fingerprints(live, (name for name in done if resolver.windows(name)))
+    return done
 
 
 def _apply_tensor(name: str, live: LiveWeights, base: _Base, resolver: Resolver, undo: Undo) -> None:
@@ -192,7 +222,7 @@ def _apply_tensor(name: str, live: LiveWeights, base: _Base, resolver: Resolver,
     windows = [(start, stop, any(start < edge < stop for edge in edges)) for start, stop in resolver.windows(name)]
 
     def put(start: int, stop: int) -> None:
-        live.put(name, start, resolver.resolve(name, start, stop - start), undo._log)
+        live.put(name, start, resolver.resolve(name, start, stop - start), undo._log.append)
 
     for start, stop, cut in windows:
         if cut:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -171,28 +171,58 @@ def decode_delta(manifest: Manifest, record: TensorRecord, segment: Segment, fra
     Raises:
         PackageError: the frame is damaged or contradicts the table.
     """
-    mask = record.mask_of(manifest.seed)
-    bitmap_size = -(-segment.length // 8) if record.mask == "stored" else 0
-    group = codec.group_length(record.threshold)
-    _, groups = codec.groups_of(np.empty(0, np.int64), segment.start, segment.length, group)
-    size = codec.content_size(record.values, record.info.dtype, segment.kept, segment.changed, groups)
-    content = memoryview(codec.decompress(frame, bitmap_size + size, name=record.name))
-    positions = mask.positions(segment.start, segment.length, bytes(content[:bitmap_size]))
-    if positions.size != segment.kept:
-        raise PackageError(
-            record.name,
-            expected=f"{positions.size} kept elements, as its mask says",
-            found=f"{segment.kept}",
-            remedy="fetch the package again",
-        )
-    factor = weight * manifest.factor(record)
-    data = content[bitmap_size:]
-    if record.values == "exact":
-        own = cpu.take(base, positions)
-        tuned = codec.decode_exact(data, own, segment.changed, record.info.dtype, name=record.name)
-        return Term(positions=positions, factor=factor, tuned=tuned, base=own)
-    if record.values == "rounded":
-        return Term(positions=positions, factor=factor, delta=codec.decode_rounded(data, segment.kept, segment.changed, name=record.name))
-    numbers, _ = codec.groups_of(positions, segment.start, segment.length, group)
-    scales, codes = codec.decode_codes(data, segment.kept, groups, record.values, name=record.name)
-    return Term(positions=positions, factor=factor, delta=codec.dequantize(scales, codes, numbers, record.values))
+    opened = Opened.of(manifest, record, segment, frame)
+    positions = opened.positions()
+    opened.check_kept(positions.size)
+    own = cpu.take(base, positions) if record.values == "exact" else None
+    return replace(opened.term(own, weight, positions), positions=positions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A segment of a delta, decompressed."""
+
+    manifest: Manifest
+    record: TensorRecord
+    segment: Segment
+    bitmap: memoryview
+    """Of a `stored` mask, else empty."""
+    data: memoryview
+
+    @classmethod
+    def of(cls, manifest: Manifest, record: TensorRecord, segment: Segment, frame: memoryview) -> Opened:
+        """Raises PackageError: the frame is damaged, or is not of the size that the table says."""
+        bitmap_size = -(-segment.length // 8) if record.mask == "stored" else 0
+        _, groups = codec.groups_of(np.empty(0, np.int64), segment.start, segment.length, codec.group_length(record.threshold))
+        size = codec.content_size(record.values, record.info.dtype, segment.kept, segment.changed, groups)
+        content = memoryview(codec.decompress(frame, bitmap_size + size, name=record.name))
+        return cls(manifest=manifest, record=record, segment=segment, bitmap=content[:bitmap_size], data=content[bitmap_size:])
+
+    def positions(self) -> Positions:
+        """Kept elements, relative to the segment."""
+        return self.record.mask_of(self.manifest.seed).positions(self.segment.start, self.segment.length, bytes(self.bitmap))
+
+    def check_kept(self, kept: int) -> None:
+        """Raises PackageError: the mask keeps another number of elements than the table says."""
+        if kept != self.segment.kept:
+            expected = f"{kept} kept elements, as its mask says"
+            raise PackageError(self.record.name, expected=expected, found=f"{self.segment.kept}", remedy="fetch the package again")
+
+    def term(self, own: Words | None, weight: float, positions: Positions | None = None) -> Term:
+        """What the segment adds to its kept elements, whose base words are `own`; those are needed for `exact` values only.
+
+        Raises:
+            PackageError: the content contradicts the table.
+        """
+        record, segment, factor = self.record, self.segment, weight * self.manifest.factor(self.record)
+        if record.values == "exact":
+            assert own is not None
+            tuned = codec.decode_exact(self.data, own, segment.changed, record.info.dtype, name=record.name)
+            return Term(positions=None, factor=factor, tuned=tuned, base=own)
+        if record.values == "rounded":
+            rounded = codec.decode_rounded(self.data, segment.kept, segment.changed, name=record.name)
+            return Term(positions=None, factor=factor, delta=rounded)
+        places = self.positions() if positions is None else positions
+        numbers, groups = codec.groups_of(places, segment.start, segment.length, codec.group_length(record.threshold))
+        scales, codes = codec.decode_codes(self.data, segment.kept, groups, record.values, name=record.name)
+        return Term(positions=None, factor=factor, delta=codec.dequantize(scales, codes, numbers, record.values))

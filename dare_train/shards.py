@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Union
@@ -16,6 +16,7 @@ from .dtypes import DTYPES, DType, Words
 from .engines import Held, Piece
 from .errors import CheckpointError, ConfigError, TensorMismatch
 from .filenames import as_in_files
+from .kernels.rows import INTEGERS
 from .lowrank import LowRank
 from .ownership import Span, Spans, shares
 from .ranks import Ranks
@@ -114,7 +115,18 @@ class LiveWeights:
             return self._words(name, pieces[0])
         return np.concatenate([np.empty(0, self.tensors[name].dtype.word), *(self._words(name, piece) for piece in pieces)])
 
-    def put(self, name: str, start: int, words: Words, log: list[Change]) -> None:
+    def flat(self, name: str) -> torch.Tensor | None:
+        """All words of a tensor where they lie, 1-D, to be changed in place; None where they are not in one piece in this process,
+        or an engine keeps masters that would have to follow."""
+        held = self._held[name]
+        if held.masters is not None or len(held.pieces) != 1:
+            return None
+        (piece,) = held.pieces
+        if piece.length != self.tensors[name].numel or not piece.tensor.is_contiguous():
+            return None
+        return piece.flat().view(INTEGERS[piece.tensor.itemsize])
+
+    def put(self, name: str, start: int, words: Words, log: Callable[[Change], object]) -> None:
         """Make `words` the elements from flat index `start` on, as far as they lie here. What they were goes to `log` first.
 
         Masters of the elements that change take their new values; call `settle` when all is put.
@@ -174,19 +186,16 @@ class Change:
         _bits(self.tensor).put_(self.places, self.bits)
 
 
-def _overwrite(piece: Piece, positions: NDArray[np.int64], values: torch.Tensor, log: list[Change]) -> None:
+def _overwrite(piece: Piece, positions: NDArray[np.int64], values: torch.Tensor, log: Callable[[Change], object]) -> None:
     places = torch.from_numpy(positions + piece.offset).to(piece.tensor.device)
     bits = _bits(piece.tensor)
-    log.append(Change(piece.tensor, places, bits.take(places)))
+    log(Change(piece.tensor, places, bits.take(places)))
     bits.put_(places, _bits(values).to(bits.device))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The same elements as integers: what can be moved without being interpreted."""
-    return tensor.detach().view(_INTEGERS[tensor.dtype.itemsize])
-
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().view(INTEGERS[tensor.dtype.itemsize])
 
 
 def _as_tensor(words: Words, dtype: torch.dtype) -> torch.Tensor:

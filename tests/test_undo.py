@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import State, base_state, moved, random_tensor
@@ -18,6 +19,17 @@ from dare_train.errors import BaseMismatch, PackageError, ResultMismatch, Tensor
 
 inplace = importlib.import_module("dare_train.inplace")
 resolve_module = importlib.import_module("dare_train.resolve")
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The kernels that work on the weights: Numba's, torch's in place of a device's, and Triton's, in its interpreter without a GPU."""
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", request.param)
+    with np.errstate(all="ignore"):
+        yield request.param
+
+
+everywhere = pytest.mark.parametrize("kernels", ["cpu", "reference", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 
 
 def _copy(state: State) -> State:
@@ -40,7 +52,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[State, Path]:
     return base, extract(base, {"a": base["a"] * 2, "b": base["b"] + 1}, tmp_path_factory.mktemp("large") / "package", p=0.9).path
 
 
-def test_revert_restores_every_bit(package: Path) -> None:
+@everywhere
+def test_revert_restores_every_bit(kernels: str, package: Path) -> None:
     state = base_state()
     undo = apply_(state, package)
     assert not _same(state, base_state())
@@ -90,7 +103,8 @@ def test_an_interruption_between_tensors_restores_what_was_changed(
     assert _same(state, base_state())
 
 
-def test_a_result_that_is_not_the_recorded_one_restores_the_weights(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@everywhere
+def test_a_result_that_is_not_the_recorded_one_restores_the_weights(kernels: str, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state, honest = base_state(), resolve_module.Resolver.check_result_print
 
     def strict(self: Any, name: str, found: Any) -> None:
@@ -112,6 +126,7 @@ def test_a_wrong_base_is_found_before_the_first_weight_is_touched(package: Path,
     assert _same(state, before)
 
 
+@everywhere
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -120,7 +135,7 @@ def test_a_wrong_base_is_found_before_the_first_weight_is_touched(package: Path,
         (lambda state: state.update({"b.weight": torch.zeros(49).bfloat16()}), "b.weight: expected shape [50], found [49]"),
     ],
 )
-def test_a_model_with_other_tensors_is_refused_untouched(package: Path, change: Any, text: str) -> None:
+def test_a_model_with_other_tensors_is_refused_untouched(kernels: str, package: Path, change: Any, text: str) -> None:
     state = base_state()
     change(state)
     before = _copy(state)
@@ -130,8 +145,9 @@ def test_a_model_with_other_tensors_is_refused_untouched(package: Path, change: 
     assert _same(state, before)
 
 
+@everywhere
 @pytest.mark.parametrize("name", ["a.weight", "b.weight"])
-def test_revert_after_training_went_on_is_refused_and_touches_nothing(package: Path, name: str) -> None:
+def test_revert_after_training_went_on_is_refused_and_touches_nothing(kernels: str, package: Path, name: str) -> None:
     state = base_state()
     undo = apply_(state, package)
     state[name].view(-1)[3] += 1
@@ -143,7 +159,8 @@ def test_revert_after_training_went_on_is_refused_and_touches_nothing(package: P
     state[name].view(-1)[3] = moved(base_state())[name].view(-1)[3]
 
 
-def test_reverts_in_the_wrong_order_are_refused(package: Path, tmp_path: Path) -> None:
+@everywhere
+def test_reverts_in_the_wrong_order_are_refused(kernels: str, package: Path, tmp_path: Path) -> None:
     state = base_state()
     first = apply_(state, package)
     middle = _copy(state)
@@ -162,14 +179,16 @@ def _inside(state: State, package: Path, body: Callable[[], object]) -> None:
         body()
 
 
-def test_the_with_block_restores_the_weights_when_its_body_fails(package: Path) -> None:
+@everywhere
+def test_the_with_block_restores_the_weights_when_its_body_fails(kernels: str, package: Path) -> None:
     state = base_state()
     with pytest.raises(ZeroDivisionError):
         _inside(state, package, lambda: 1 / 0)
     assert _same(state, base_state())
 
 
-def test_an_error_in_a_with_block_that_trained_is_not_hidden_by_the_failing_revert(package: Path) -> None:
+@everywhere
+def test_an_error_in_a_with_block_that_trained_is_not_hidden_by_the_failing_revert(kernels: str, package: Path) -> None:
     state = base_state()
     with pytest.raises(BaseMismatch) as caught:
         _inside(state, package, lambda: [state["a.weight"].add_(1), 1 / 0])
