@@ -14,6 +14,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .apply import apply as apply
+    from .cache import PackageCache as PackageCache
     from .callback import DareCallback as DareCallback
     from .config import DareConfig as DareConfig
     from .diagnose import diagnose as diagnose
@@ -36,6 +37,7 @@ _HOMES = {
     "DareConfig": "config",
     "DareError": "errors",
     "DeltaPackage": "package",
+    "PackageCache": "cache",
     "Snapshotter": "snapshot",
     "StatisticsCallback": "statistics",
     "applied": "inplace",

@@ -20,12 +20,14 @@ from .dtypes import DType, Words
 from .errors import DeviceMemoryError
 from .fingerprint import Fingerprint
 from .kernels.choice import kernels_for
-from .kernels.rows import ABSENT, Masks, Row, Rows, Term, offsets_of, to_device
+from .kernels.rows import ABSENT, BLOCK, PLANES, Masks, Row, Rows, Term, offsets_of, to_device
 from .law import Term as LawTerm
+from .manifest import TensorRecord
+from .masks import Mask
 from .package import DeltaPackage, Segment
 from .parallel import ordered_map
 from .resolve import Link
-from .segments import Opened
+from .segments import Opened, decode_whole
 from .shards import LiveWeights
 
 _AT_ONCE = 1 << 20
@@ -55,11 +57,14 @@ def groups(live: LiveWeights, names: Iterable[str]) -> list[Group]:
     return [Group(kernels=kernels, dtype=dtype, flats=flats) for (_, dtype), (kernels, flats) in found.items()]
 
 
-def fingerprints(live: LiveWeights, names: Iterable[str]) -> dict[str, Fingerprint]:
-    """Of those tensors that kernels can work on where they lie. One launch for each dtype, and one wait for each."""
+def fingerprints(live: LiveWeights, leading: Mapping[str, int]) -> dict[str, Fingerprint]:
+    """Of so many leading elements of each of those tensors that kernels can work on where they lie.
+
+    One launch for each dtype, and one wait for each.
+    """
     prints: dict[str, Fingerprint] = {}
-    for group in groups(live, names):
-        rows = Rows(dtype=group.dtype, rows=tuple(Row(flat=flat, start=0, count=flat.numel()) for flat in group.flats.values()))
+    for group in groups(live, leading):
+        rows = Rows(dtype=group.dtype, rows=tuple(Row(flat=flat, start=0, count=leading[name]) for name, flat in group.flats.items()))
         lanes = group.kernels.fingerprint(rows).cpu().tolist()
         prints |= {name: Fingerprint(first % 2**64, second % 2**64) for name, (first, second) in zip(group.flats, lanes, strict=True)}
     return prints
@@ -134,9 +139,9 @@ class Resident:
 
 
 def decodable(link: Link, name: str) -> bool:
-    """Whether a tensor's part of a link can be decoded for a device: deltas all through, in segments that do not overlap."""
+    """Whether a tensor's part of a link can be decoded for a device: its segments do not overlap, and what adds up are deltas."""
     records = [record for package in link.packages if (record := package.records.get(name)) is not None]
-    if any(record.kind == "whole" or record.base_rows is not None for record in records):
+    if len(link.packages) > 1 and any(record.kind == "whole" or record.base_rows is not None for record in records):
         return False
     return all(stop <= start for (_, stop), (start, _) in pairwise(_spans(link, name)))
 
@@ -185,13 +190,21 @@ def _resident(group: Group, link: Link, places: Sequence[tuple[str, Span]]) -> R
     return Resident(before=before, values=tuple(values for _, values in decoded))
 
 
+def bytes_needed(groups: Iterable[Group], link: Link) -> int:
+    """Memory that a link's residents take on devices: two words for each kept element, and places of the planes of blocks."""
+    return sum(_needed(group.dtype, link, name) for group in groups for name in group.flats)
+
+
+def _needed(dtype: DType, link: Link, name: str) -> int:
+    segments = [segment for package in link.packages for segment, _ in _frames(package, name)]
+    return sum(2 * segment.kept * dtype.itemsize + 8 * PLANES * (segment.length // BLOCK + 2) for segment in segments)
+
+
 def _too_little(rows: Rows, places: Sequence[tuple[str, Span]], link: Link, error: Exception) -> DeviceMemoryError:
-    names = {name for name, _ in places}
-    kept = sum(segment.kept for package in link.packages for name in names for segment, _ in _frames(package, name))
-    needed = 2 * kept * rows.dtype.itemsize + 64 * rows.blocks * len(link.packages)
+    needed = sum(_needed(rows.dtype, link, name) for name in {name for name, _ in places})
     return DeviceMemoryError(
         str(rows.device),
-        expected=f"{needed / 1e6:,.0f} MB for {kept:,} kept values and the words they replace",
+        expected=f"{needed / 1e6:,.1f} MB for kept values and the words they replace",
         found=str(error).partition(". Process")[0],
         remedy="free some memory, or set DARE_TRAIN_KERNELS=cpu; the model is as it was",
     )
@@ -202,7 +215,7 @@ def _decoded(
 ) -> tuple[Kept, Values]:
     segments = {(name, (s.start, s.stop)): (s, frame) for name in group.flats for s, frame in _frames(package, name)}
     opened = [_open(package, name, segments.get((name, span))) for name, span in places]
-    masks = _masks(package, opened, rows.device)
+    masks = _masks(opened, rows.device)
     counts = group.kernels.counts(rows, masks)
     sizes = rows.per_row(counts)
     for one, size in zip(opened, sizes, strict=True):
@@ -215,17 +228,43 @@ def _decoded(
     kept = Kept(masks=masks, offsets=offsets_of(counts), own=own)
     group.kernels.take(rows, masks, kept.offsets, own)
     _decode(opened, sizes, own, values, weight, group.dtype, alone=alone, deltas=deltas)
-    factors = tuple(weight * package.manifest.factor(one.record) if one is not None else 1.0 for one in opened)
+    factors = tuple(weight * one.factor if one is not None else 1.0 for one in opened)
     return kept, Values(tensor=values, factors=factors, deltas=deltas)
 
 
-def _open(package: DeltaPackage, name: str, found: tuple[Segment, memoryview] | None) -> Opened | None:
-    return None if found is None else Opened.of(package.manifest, package.records[name], *found)
+@dataclass(frozen=True, kw_only=True)
+class _Carried:
+    """A segment that is no delta: every element becomes what it says."""
+
+    record: TensorRecord
+    segment: Segment
+    words: Words
+    bitmap: bytes = b""
+    factor: float = 1.0
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(kind="all")
+
+    def check_kept(self, kept: int) -> None:
+        """Nothing is dropped."""
+
+    def term(self, own: Words, weight: float) -> LawTerm:
+        return LawTerm(positions=None, factor=1.0, tuned=self.words)
 
 
-def _masks(package: DeltaPackage, opened: Sequence[Opened | None], device: torch.device) -> Masks:
+def _open(package: DeltaPackage, name: str, found: tuple[Segment, memoryview] | None) -> Opened | _Carried | None:
+    if found is None:
+        return None
+    record, (segment, frame) = package.records[name], found
+    if record.kind == "whole" or segment.start >= record.base_info.numel:
+        return _Carried(record=record, segment=segment, words=decode_whole(record, segment, frame))
+    return Opened.of(package.manifest, record, segment, frame)
+
+
+def _masks(opened: Sequence[Opened | _Carried | None], device: torch.device) -> Masks:
     """Where a package has no segment, it keeps nothing."""
-    masks = [one.record.mask_of(package.manifest.seed) if one is not None else None for one in opened]
+    masks = [one.mask if one is not None else None for one in opened]
     stored = any(mask is not None and mask.kind == "stored" for mask in masks)
     return Masks(
         keys=[mask.key if mask is not None else 0 for mask in masks],
@@ -234,12 +273,12 @@ def _masks(package: DeltaPackage, opened: Sequence[Opened | None], device: torch
     )
 
 
-def _bitmap(one: Opened | None, device: torch.device) -> Tensor | None:
+def _bitmap(one: Opened | _Carried | None, device: torch.device) -> Tensor | None:
     return to_device(torch.from_numpy(np.frombuffer(one.bitmap, np.uint8).copy()), device) if one is not None and one.bitmap else None
 
 
 def _decode(
-    opened: Sequence[Opened | None],
+    opened: Sequence[Opened | _Carried | None],
     sizes: Sequence[int],
     own: Tensor,
     values: Tensor,
@@ -251,7 +290,7 @@ def _decode(
 ) -> None:
     """Fill `values` on threads: each copies some of the base's words to the host, decodes, and copies the values back."""
 
-    def one(work: tuple[int, list[Opened]]) -> None:
+    def one(work: tuple[int, list[Opened | _Carried]]) -> None:
         first, several = work
         count = sum(each.segment.kept for each in several)
         words = _to_host(own[first : first + count]).view(dtype.word)
@@ -267,9 +306,9 @@ def _decode(
             pass
 
 
-def _in_shares(opened: Sequence[Opened | None], sizes: Sequence[int]) -> Iterator[tuple[int, list[Opened]]]:
+def _in_shares(opened: Sequence[Opened | _Carried | None], sizes: Sequence[int]) -> Iterator[tuple[int, list[Opened | _Carried]]]:
     """Segments that lie one after another, with the place of their first value, about `_AT_ONCE` at a time."""
-    first, at, several = 0, 0, list[Opened]()
+    first, at, several = 0, 0, list[Opened | _Carried]()
     for one, size in zip(opened, sizes, strict=True):
         if one is not None:
             several.append(one)

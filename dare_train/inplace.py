@@ -153,7 +153,7 @@ class _Opened:
         links = open_chain(listed(packages), weights)
         self.base = _Base(live, links[0].packages[0])
         self.resolver = Resolver(self.base, links, live=True)
-        _check_fits(live, self.resolver)
+        check_fits(live, self.resolver)
 
 
 def _base_part(info: TensorInfo, record: TensorRecord | None) -> TensorInfo:
@@ -162,7 +162,7 @@ def _base_part(info: TensorInfo, record: TensorRecord | None) -> TensorInfo:
     return TensorInfo(info.dtype, record.base_info.shape)
 
 
-def _check_fits(live: LiveWeights, resolver: Resolver) -> None:
+def check_fits(live: LiveWeights, resolver: Resolver) -> None:
     """Every tensor of the result has a place of its shape and dtype in the model: it was built for the tuned checkpoint."""
     expected = {name: record.info for name, record in resolver.tensors.items()}
     remedy = "build the model as for the fine-tuned checkpoint (same head, same vocabulary), then apply"
@@ -181,9 +181,9 @@ def _print(live: LiveWeights, name: str, spans: tuple[Span, ...]) -> Fingerprint
 
 
 def _prints(live: LiveWeights, spans: Mapping[str, tuple[Span, ...]]) -> dict[str, Fingerprint]:
-    """The fingerprint of spans of tensors, where they lie if all of a tensor is asked for."""
-    whole = [name for name, its in spans.items() if its == ((0, live.tensors[name].numel),)]
-    found = device.fingerprints(live, whole)
+    """The fingerprint of spans of tensors, where they lie if one span begins with the tensor."""
+    leading = {name: its[0][1] for name, its in spans.items() if len(its) == 1 and its[0][0] == 0}
+    found = device.fingerprints(live, leading)
     rest = [name for name in spans if name not in found]
     return found | dict(zip(rest, ordered_map(lambda name: _print(live, name, spans[name]), rest), strict=True))
 
@@ -212,7 +212,7 @@ def _apply_on_devices(live: LiveWeights, resolver: Resolver, undo: Undo) -> set[
             undo._log.append(resident.before)
             resident.apply()
     done = {name for group in found for name in group.flats}
-    undo._applied |= device.fingerprints(live, (name for name in done if resolver.windows(name)))
+    undo._applied |= device.fingerprints(live, {name: live.tensors[name].numel for name in done if resolver.windows(name)})
     return done
 
 

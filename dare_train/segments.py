@@ -198,9 +198,18 @@ class Opened:
         content = memoryview(codec.decompress(frame, bitmap_size + size, name=record.name))
         return cls(manifest=manifest, record=record, segment=segment, bitmap=content[:bitmap_size], data=content[bitmap_size:])
 
+    @property
+    def mask(self) -> Mask:
+        return self.record.mask_of(self.manifest.seed)
+
+    @property
+    def factor(self) -> float:
+        """The rescale γ."""
+        return self.manifest.factor(self.record)
+
     def positions(self) -> Positions:
         """Kept elements, relative to the segment."""
-        return self.record.mask_of(self.manifest.seed).positions(self.segment.start, self.segment.length, bytes(self.bitmap))
+        return self.mask.positions(self.segment.start, self.segment.length, bytes(self.bitmap))
 
     def check_kept(self, kept: int) -> None:
         """Raises PackageError: the mask keeps another number of elements than the table says."""
@@ -214,7 +223,7 @@ class Opened:
         Raises:
             PackageError: the content contradicts the table.
         """
-        record, segment, factor = self.record, self.segment, weight * self.manifest.factor(self.record)
+        record, segment, factor = self.record, self.segment, weight * self.factor
         if record.values == "exact":
             assert own is not None
             tuned = codec.decode_exact(self.data, own, segment.changed, record.info.dtype, name=record.name)

@@ -152,8 +152,13 @@ def test_segments_that_did_not_change_are_not_there(device: torch.device, tmp_pa
     assert same(state, base)
 
 
-def test_what_is_no_delta_goes_over_the_cpu(kernels: str, device: torch.device, tmp_path: Path) -> None:
-    """Tensors carried whole, rows that were added, and tensors that are not contiguous."""
+def test_tensors_carried_whole(kernels: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = {**tuned_state(1), "count": torch.tensor([5, 6, 7, 8])}
+    check(extract(base_state(), tuned, tmp_path / "package", p=0.5, whole=["f16", "bf16.2"]), device, monkeypatch)
+
+
+def test_tensors_that_are_not_contiguous_go_over_the_cpu(kernels: str, device: torch.device, tmp_path: Path) -> None:
+    """Beside others that do not: among them one with rows that were added."""
     base, tuned = base_state(), tuned_state(1)
     tuned["f32"] = torch.cat([tuned["f32"], torch.ones(2, 70)])
     package = extract(base, tuned, tmp_path / "package", p=0.5, whole="f16")

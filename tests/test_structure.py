@@ -48,7 +48,7 @@ FLOORS = [
     {"extract", "resolve", "diagnose", "capture"},
     {"apply", "device", "origin"},
     {"inplace"},
-    {"snapshot", "report", "rescaling"} | MERGE[0],
+    {"snapshot", "report", "rescaling", "cache"} | MERGE[0],
     {"tracking"} | MERGE[1],
     {"callback", "statistics"} | MERGE[2],
     *MERGE[3:],
