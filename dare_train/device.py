@@ -20,7 +20,7 @@ from .dtypes import DType, Words
 from .errors import DeviceMemoryError
 from .fingerprint import Fingerprint
 from .kernels.choice import kernels_for
-from .kernels.rows import ABSENT, BLOCK, PLANES, Masks, Row, Rows, Term, offsets_of, to_device
+from .kernels.rows import ABSENT, BLOCK, PLANES, Masks, Row, Rows, Term, offsets_of, to_device, to_host
 from .law import Term as LawTerm
 from .manifest import TensorRecord
 from .masks import Mask
@@ -293,7 +293,7 @@ def _decode(
     def one(work: tuple[int, list[Opened | _Carried]]) -> None:
         first, several = work
         count = sum(each.segment.kept for each in several)
-        words = _to_host(own[first : first + count]).view(dtype.word)
+        words = to_host(own[first : first + count]).view(dtype.word)
         made, at = [], 0
         for each in several:
             before = words[at : at + each.segment.kept]
@@ -328,15 +328,6 @@ def _values(term: LawTerm, own: Words, dtype: DType, *, alone: bool, deltas: boo
         return term.tuned
     assert term.delta is not None
     return np.asarray(term.delta, dtype.compute)
-
-
-def _to_host(words: Tensor) -> np.ndarray:
-    if words.device.type != "cuda":
-        return words.cpu().numpy()
-    host = torch.empty(words.shape, dtype=words.dtype, pin_memory=True)
-    host.copy_(words, non_blocking=True)
-    torch.cuda.current_stream(words.device).synchronize()
-    return host.numpy()
 
 
 def _as_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:

@@ -115,16 +115,20 @@ class LiveWeights:
             return self._words(name, pieces[0])
         return np.concatenate([np.empty(0, self.tensors[name].dtype.word), *(self._words(name, piece) for piece in pieces)])
 
+    def lying(self, name: str, start: int, count: int) -> tuple[torch.Tensor, int] | None:
+        """Where elements [start, start + count) lie, if that is one place: words in memory, 1-D, and how many are before the first."""
+        pieces = self._within(self._held[name].pieces, start, start + count)
+        if len(pieces) != 1 or pieces[0].length != count or not pieces[0].tensor.is_contiguous():
+            return None
+        (piece,) = pieces
+        return piece.tensor.detach().reshape(-1).view(INTEGERS[piece.tensor.itemsize]), piece.offset
+
     def flat(self, name: str) -> torch.Tensor | None:
         """All words of a tensor where they lie, 1-D, to be changed in place; None where they are not in one piece in this process,
         or an engine keeps masters that would have to follow."""
-        held = self._held[name]
-        if held.masters is not None or len(held.pieces) != 1:
-            return None
-        (piece,) = held.pieces
-        if piece.length != self.tensors[name].numel or not piece.tensor.is_contiguous():
-            return None
-        return piece.flat().view(INTEGERS[piece.tensor.itemsize])
+        numel = self.tensors[name].numel
+        found = self.lying(name, 0, numel) if self._held[name].masters is None else None
+        return None if found is None else found[0][found[1] : found[1] + numel]
 
     def put(self, name: str, start: int, words: Words, log: Callable[[Change], object]) -> None:
         """Make `words` the elements from flat index `start` on, as far as they lie here. What they were goes to `log` first.

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .assembly import Provenance, Work, load_tallies, save_tallies, summed, work_of, write_manifest, write_parts
+from .assembly import Provenance, load_tallies, save_tallies, summed, work_of, write_manifest, write_parts
 from .capture import LastRead, Taken, cut_groups, encode, encode_link, largest_of, link_plan, merged, received, take_run
 from .config import DareConfig
 from .dtypes import Words
 from .errors import SnapshotError
 from .extract import carry_files
+from .gather import gathered
 from .kernels import cpu
 from .lowrank import LowRank
 from .manifest import FileRecord
@@ -321,19 +322,24 @@ def take_together(orders: Sequence[Order], model: Live, *, step: int) -> list[Sn
 
 
 def _copied(live: LiveWeights, takers: list[Snapshotter], plans: list[list[TensorPlan]], later: Collection[str]) -> list[list[Taken]]:
-    """The runs of each; those of the same place are copied one after another, while it is in the processor's cache."""
+    """The runs of each. What a device holds is gathered there; of the rest, runs of the same place are copied one after another,
+    while it is in the processor's cache."""
     everything = [(number, work) for number, taker in enumerate(takers) for work in work_of(plans[number], taker._owned)]
     everything.sort(key=lambda item: (item[1][0].name, item[1][1]))
-    shares = in_shares(everything, thread_count(), size=lambda item: item[1][2])
+    found = gathered(live, [work for _, work in everything], later)
+    rest = [place for place, run in enumerate(found) if run is None]
 
-    def copy(share: list[tuple[int, Work]]) -> list[tuple[int, Taken]]:
+    def copy(share: list[int]) -> list[tuple[int, Taken]]:
         once = LastRead(live)
-        return [(number, take_run(once, *work, takers[number]._positions, later)) for number, work in share]
+        return [(place, take_run(once, *everything[place][1], takers[everything[place][0]]._positions, later)) for place in share]
 
+    for own in ordered_map(copy, in_shares(rest, thread_count(), size=lambda place: everything[place][1][2])):
+        for place, copied_run in own:
+            found[place] = copied_run
     copied: list[list[Taken]] = [[] for _ in takers]
-    for share in ordered_map(copy, shares):
-        for number, run in share:
-            copied[number].append(run)
+    for (number, _), run in zip(everything, found, strict=True):
+        assert run is not None
+        copied[number].append(run)
     return copied
 
 

@@ -46,7 +46,7 @@ FLOORS = [
     {"plan", "adapter_config"},
     {"assembly", "adapters"},
     {"extract", "resolve", "diagnose", "capture"},
-    {"apply", "device", "origin"},
+    {"apply", "device", "gather", "origin"},
     {"inplace"},
     {"snapshot", "report", "rescaling", "cache"} | MERGE[0],
     {"tracking"} | MERGE[1],

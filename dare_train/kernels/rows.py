@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..dtypes import DType
@@ -144,3 +146,13 @@ def offsets_of(counts: Tensor) -> Tensor:
 def to_device(table: Tensor, device: torch.device) -> Tensor:
     """Without waiting for what the device is doing."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+
+
+def to_host(words: Tensor) -> NDArray[np.signedinteger]:
+    """Through pinned memory, which torch keeps for the next time; waits for this copy, and not for what other streams are doing."""
+    if words.device.type != "cuda":
+        return words.cpu().numpy()
+    host = torch.empty(words.shape, dtype=words.dtype, pin_memory=True)
+    host.copy_(words, non_blocking=True)
+    torch.cuda.current_stream(words.device).synchronize()
+    return host.numpy()
