@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from operator import itemgetter
@@ -26,8 +26,11 @@ from .parallel import ordered_map, thread_share
 from .plan import WeightsLike, align, cast_to, open_weights, plan_tensors
 from .publish import shared_staging, storage_errors
 from .ranks import Ranks
-from .segments import Encoded, TensorPlan, encode_delta, encode_whole
+from .segments import Encoded, TensorPlan, encode_delta, encode_kept, encode_whole
 from .weights import Weights
+
+_AT_ONCE = 1 << 28
+"""Elements of which a device gathers the kept ones at a time."""
 
 Progress = Callable[[int, int], object]
 """Called with the bytes of the tuned weights that have been read and with all that there are."""
@@ -127,7 +130,7 @@ def _folder_of(weights: Weights) -> Path | None:
 def _write_share(task: _Task, staging: Path, writer: PackageWriter, ranks: Ranks, progress: Progress | None) -> Tallies:
     """Encode this rank's share of the runs: the first rank for the package, the others for the first."""
     work = ranks.share(list(work_of(task.plans)), size=itemgetter(2))
-    with closing(ordered_map(lambda run: _encode(task.base, task.tuned, *run), work, threads=thread_share(ranks))) as encoded:
+    with closing(_encoded(task, work, thread_share(ranks))) as encoded:
         reported = _reported(encoded, work, progress)
         return tallied(reported, writer.add) if ranks.first else Spool(staging, ranks.rank).write(reported)
 
@@ -147,6 +150,40 @@ def _reported(encoded: Iterable[Encoded], work: list[Work], progress: Progress |
         if progress is not None:
             progress(done, everything)
         yield run
+
+
+def _encoded(task: _Task, work: list[Work], threads: int) -> Generator[Encoded, None, None]:
+    """The runs in order. Of models on a device kept words are gathered there, some runs ahead of those that are encoded."""
+    on_device = all(hasattr(weights, "lying") for weights in (task.base, task.tuned))
+    for batch in _in_batches(work) if on_device else [work]:
+        pairs = _pairs(task, batch) if on_device else [None] * len(batch)
+        with closing(ordered_map(lambda run: _encode_pair(task, *run), zip(batch, pairs, strict=True), threads=threads)) as encoded:
+            yield from encoded
+
+
+def _in_batches(work: list[Work]) -> Iterator[list[Work]]:
+    batch, elements = list[Work](), 0
+    for run in work:
+        batch.append(run)
+        elements += run[2]
+        if elements >= _AT_ONCE:
+            yield batch
+            batch, elements = [], 0
+    if batch:
+        yield batch
+
+
+def _pairs(task: _Task, work: list[Work]) -> list[Any]:
+    from .gather import pairs
+
+    return pairs(task.base, task.tuned, work)  # type: ignore[arg-type]
+
+
+def _encode_pair(task: _Task, work: Work, pair: Any) -> Encoded:
+    if pair is None:
+        return _encode(task.base, task.tuned, *work)
+    plan, start, count = work
+    return encode_kept(plan, start, count, plan.positions(start, count), pair.own, pair.tuned, pair.base)
 
 
 def _encode(base: Weights, tuned: Weights, plan: TensorPlan, start: int, count: int) -> Encoded:

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .assembly import Work
 from .capture import Taken
-from .dtypes import DType
+from .dtypes import DType, Words
+from .fingerprint import Fingerprint
 from .kernels.choice import kernels_for
 from .kernels.rows import Masks, Row, Rows, offsets_of, to_device, to_host
 from .segments import TensorPlan
-from .shards import LiveWeights
+from .shards import LiveWeights, torch_dtype
+
+
+class Pair(NamedTuple):
+    """What a run of a delta needs to be encoded: the kept words of base and tuned weights, and the base's fingerprint."""
+
+    own: Words
+    tuned: Words
+    base: Fingerprint
+
+
+class _Batch(NamedTuple):
+    """Runs of one dtype on one device, by their places in a list of work."""
+
+    kernels: ModuleType
+    dtype: DType
+    places: list[int]
+    rows: list[Row]
 
 
 def gathered(live: LiveWeights, work: Sequence[Work], later: Collection[str] = ()) -> list[Taken | None]:
@@ -23,37 +43,80 @@ def gathered(live: LiveWeights, work: Sequence[Work], later: Collection[str] = (
 
     One launch for each dtype and device counts the kept words, and one gathers them.
     """
-    found: dict[tuple[torch.device, DType], tuple[ModuleType, list[tuple[int, Row]]]] = {}
-    for place, (plan, start, count) in enumerate(work):
-        wanted = plan.kind == "delta" and start < plan.base_numel and plan.name not in later
-        lying = live.lying(plan.name, start, count) if wanted else None
-        kernels = kernels_for(lying[0].device) if lying is not None else None
-        if lying is not None and kernels is not None:
-            row = Row(flat=lying[0], start=start, count=count, offset=lying[1])
-            found.setdefault((row.flat.device, live.tensors[plan.name].dtype), (kernels, []))[1].append((place, row))
     taken: list[Taken | None] = [None] * len(work)
-    for (_, dtype), (kernels, rows) in found.items():
-        words = _gather(kernels, Rows(dtype=dtype, rows=tuple(row for _, row in rows)), [work[place] for place, _ in rows])
-        for (place, row), own in zip(rows, words, strict=True):
+    for batch in _batches(live, work, lambda name: name not in later):
+        words = _kept(batch, batch.rows, [work[place] for place in batch.places])
+        for place, row, own in zip(batch.places, batch.rows, words, strict=True):
             taken[place] = Taken(work[place][0], row.start, row.count, own)
     return taken
 
 
-def _gather(kernels: ModuleType, rows: Rows, work: Sequence[Work]) -> list[np.ndarray]:
-    bitmaps = [_bitmap(*one, rows.device) for one in work]
+def pairs(base: LiveWeights, tuned: LiveWeights, work: Sequence[Work]) -> list[Pair | None]:
+    """Of each run of a delta what encoding needs; None where base and tuned do not lie on one device that has kernels, and
+    where tuned weights are not finite and would have to be: there one has to look closer."""
+    found: list[Pair | None] = [None] * len(work)
+    for batch in _batches(base, work, lambda name: base.tensors[name] == tuned.tensors[name]):
+        beside = [_row(tuned, *work[place]) for place in batch.places]
+        both = [(n, row) for n, row in enumerate(beside) if row is not None and row.flat.device == batch.rows[0].flat.device]
+        if both:
+            for place, pair in _paired(batch, [n for n, _ in both], [row for _, row in both], work):
+                found[place] = pair
+    return found
+
+
+def _paired(batch: _Batch, numbers: list[int], tuned: list[Row], work: Sequence[Work]) -> list[tuple[int, Pair]]:
+    places, base = [batch.places[n] for n in numbers], [batch.rows[n] for n in numbers]
+    runs = [work[place] for place in places]
+    finite = _finite(tuned, batch.dtype)
+    lanes = batch.kernels.fingerprint(Rows(dtype=batch.dtype, rows=tuple(base))).cpu().tolist()
+    prints = [Fingerprint(first % 2**64, second % 2**64) for first, second in lanes]
+    made = map(Pair, _kept(batch, base, runs), _kept(batch, tuned, runs), prints)
+    return [(place, pair) for place, (plan, _, _), pair, is_ in zip(places, runs, made, finite, strict=True) if is_ or plan.allow_nonfinite]
+
+
+def _finite(rows: Sequence[Row], dtype: DType) -> list[bool]:
+    """Of each row, whether all its numbers are."""
+    flags: list[bool] = torch.stack([torch.isfinite(row.words.view(torch_dtype(dtype))).all() for row in rows]).tolist()
+    return flags
+
+
+def _batches(live: LiveWeights, work: Sequence[Work], wanted: Callable[[str], bool]) -> list[_Batch]:
+    """Runs of deltas that kernels can work on where they lie."""
+    found: dict[tuple[torch.device, DType], _Batch] = {}
+    for place, (plan, start, count) in enumerate(work):
+        is_delta = plan.kind == "delta" and start < plan.base_numel and wanted(plan.name)
+        row = _row(live, plan, start, count) if is_delta else None
+        kernels = kernels_for(row.flat.device) if row is not None else None
+        if row is not None and kernels is not None:
+            dtype = live.tensors[plan.name].dtype
+            batch = found.setdefault((row.flat.device, dtype), _Batch(kernels, dtype, [], []))
+            batch.places.append(place)
+            batch.rows.append(row)
+    return list(found.values())
+
+
+def _row(live: LiveWeights, plan: TensorPlan, start: int, count: int) -> Row | None:
+    lying = live.lying(plan.name, start, count)
+    return None if lying is None else Row(flat=lying[0], start=start, count=count, offset=lying[1])
+
+
+def _kept(batch: _Batch, rows: Sequence[Row], work: Sequence[Work]) -> list[Words]:
+    """The kept words of each row."""
+    table = Rows(dtype=batch.dtype, rows=tuple(rows))
+    bitmaps = [_bitmap(*one, table.device) for one in work]
     masks = Masks(
         keys=[plan.mask.key for plan, _, _ in work],
         thresholds=[plan.mask.threshold if plan.mask.kind == "seeded" else 0 for plan, _, _ in work],
         bitmaps=bitmaps if any(bitmap is not None for bitmap in bitmaps) else (),
     )
-    counts = kernels.counts(rows, masks)
-    sizes = rows.per_row(counts)
-    out = torch.empty(sum(sizes), dtype=rows.word, device=rows.device)
-    kernels.take(rows, masks, offsets_of(counts), out)
-    return np.split(to_host(out).view(rows.dtype.word), np.cumsum(sizes)[:-1])
+    counts = batch.kernels.counts(table, masks)
+    sizes = table.per_row(counts)
+    out = torch.empty(sum(sizes), dtype=table.word, device=table.device)
+    batch.kernels.take(table, masks, offsets_of(counts), out)
+    return np.split(to_host(out).view(batch.dtype.word), np.cumsum(sizes)[:-1])
 
 
-def _bitmap(plan: TensorPlan, start: int, count: int, device: torch.device) -> torch.Tensor | None:
+def _bitmap(plan: TensorPlan, start: int, count: int, device: torch.device) -> Tensor | None:
     if plan.stored is None:
         return None
     return to_device(torch.from_numpy(np.packbits(plan.stored[start : start + count], bitorder="little")), device)

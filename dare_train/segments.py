@@ -88,20 +88,27 @@ def encode_delta(plan: TensorPlan, start: int, base: Words, positions: Positions
     Raises:
         NonFiniteDelta: a kept element is NaN or infinite, or the delta does not fit float32; unless allowed.
     """
-    own = cpu.take(base, positions)
-    print_ = Fingerprint.of(base, start)
+    return encode_kept(plan, start, base.size, positions, cpu.take(base, positions), tuned, Fingerprint.of(base, start))
+
+
+def encode_kept(plan: TensorPlan, start: int, length: int, positions: Positions, own: Words, tuned: Words, base: Fingerprint) -> Encoded:
+    """The same of a run of which only the kept words are at hand: `own` of the base, whose fingerprint the run's is, and `tuned`.
+
+    Raises:
+        NonFiniteDelta: as `encode_delta`.
+    """
     magnitudes, strange = Magnitudes.between(own, tuned, plan.info.dtype)
     if strange and not (plan.values == "exact" and plan.allow_nonfinite):
         _refuse_nonfinite(plan, strange)
-    content, term, changed, symbols = _encode_values(plan, start, base.size, positions, own, tuned)
-    common: dict[str, Any] = dict(index=plan.index, base=print_, kept=positions.size, changed=changed, magnitudes=magnitudes)
+    content, term, changed, symbols = _encode_values(plan, start, length, positions, own, tuned)
+    common: dict[str, Any] = dict(index=plan.index, base=base, kept=positions.size, changed=changed, magnitudes=magnitudes)
     if not changed:
-        return Encoded(result=print_, **common)
+        return Encoded(result=base, **common)
     new = term.result(own, plan.info.dtype)
     before, after = cpu.fingerprint_at(own, positions, start), cpu.fingerprint_at(new, positions, start)
-    frame = codec.compress(_with_bitmap(plan, start, base.size, content))
-    segment = Segment(tensor=plan.index, start=start, length=base.size, kept=positions.size, changed=symbols, size=len(frame))
-    return Encoded(result=print_.plus(after).minus(before), segment=segment, frame=frame, **common)
+    frame = codec.compress(_with_bitmap(plan, start, length, content))
+    segment = Segment(tensor=plan.index, start=start, length=length, kept=positions.size, changed=symbols, size=len(frame))
+    return Encoded(result=base.plus(after).minus(before), segment=segment, frame=frame, **common)
 
 
 def receiver_words(plan: TensorPlan, start: int, length: int, positions: Positions, own: Words, tuned: Words) -> Words:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 import torch
 from merging import files_of
 from test_device import base_state, tuned_state
+from tiny import extract_refused, save
 from training import classifier, save_base, train
 
-from dare_train import DareCallback, DareConfig
+from dare_train import DareCallback, DareConfig, apply_, extract
 from dare_train.assembly import work_of
 from dare_train.capture import take_run
+from dare_train.errors import NonFiniteDelta
 from dare_train.gather import gathered
 from dare_train.masks import Mask
 from dare_train.plan import plan_tensors
@@ -83,5 +86,55 @@ def test_packages_of_a_training_run_are_the_same(kernels: str, tmp_path: Path, m
     assert "delta" not in seen, "whole tensors were copied to the host"
     monkeypatch.setenv("DARE_TRAIN_KERNELS", "cpu")
     train(classifier(base, dtype=torch.bfloat16), tmp_path / "host", DareCallback(**options))
-    ours, theirs = files_of(tmp_path / "device/dare/final"), files_of(tmp_path / "host/dare/final")
-    assert [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)] == []
+    assert same_package(tmp_path / "device/dare/final", tmp_path / "host/dare/final")
+
+
+def same_package(ours: Path, theirs: Path) -> bool:
+    left, right = files_of(ours), files_of(theirs)
+    return [name for name in left.keys() | right.keys() if left.get(name) != right.get(name)] == []
+
+
+@pytest.mark.parametrize(
+    "options", [dict(p=0.9), dict(p=0.0), dict(p=0.5, values="int8", seed=3), dict(p={"bf16": 0.5, "*": 0.0}, whole="f16", exclude="f64")]
+)
+def test_packages_of_two_models_on_a_device(
+    options: dict[str, Any], kernels: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes of those that the CPU's kernels make; no delta is read whole."""
+    base, tuned = ({name: tensor.to(device) for name, tensor in state.items()} for state in (base_state(), tuned_state(1)))
+    masks = {"f32": np.random.default_rng(1).random((50, 70)) < 0.2}
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["dare_train.extract"], "encode_delta", lambda *_: pytest.fail("a delta was read whole"))
+        extract(base, tuned, tmp_path / "device", masks=masks, **options)
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "cpu")
+    extract(base_state(), tuned_state(1), tmp_path / "host", masks=masks, **options)
+    assert same_package(tmp_path / "device", tmp_path / "host")
+
+
+def test_batches_of_runs_make_the_same_package(kernels: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["dare_train.extract"], "_AT_ONCE", 1000)
+    base, tuned = ({name: tensor.to(device) for name, tensor in state.items()} for state in (base_state(), tuned_state(1)))
+    extract(base, tuned, tmp_path / "device", p=0.5)
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "cpu")
+    extract(base_state(), tuned_state(1), tmp_path / "host", p=0.5)
+    assert same_package(tmp_path / "device", tmp_path / "host")
+
+
+def test_nan_on_a_device_is_refused_by_name_and_place(kernels: str, device: torch.device, tmp_path: Path) -> None:
+    base, tuned = ({name: tensor.to(device) for name, tensor in state.items()} for state in (base_state(), tuned_state(1)))
+    tuned["f32"].view(-1)[7] = torch.nan
+    extract_refused(
+        base, tuned, tmp_path / "place", NonFiniteDelta, "f32: expected finite weights, found NaN or infinity at flat index 7", p=0.5
+    )
+    package = extract(base, tuned, tmp_path / "allowed", p=0.0, allow_nonfinite=True)
+    state = {name: tensor.clone() for name, tensor in base.items()}
+    apply_(state, package)
+    assert state["f32"].view(-1)[7].isnan()
+
+
+def test_a_model_on_a_device_beside_one_on_disk(kernels: str, device: torch.device, tmp_path: Path) -> None:
+    save(base_state(), tmp_path / "base")
+    tuned = {name: tensor.to(device) for name, tensor in tuned_state(1).items()}
+    extract(tmp_path / "base", tuned, tmp_path / "mixed", p=0.5, base_model="base")
+    extract(base_state(), tuned_state(1), tmp_path / "memory", p=0.5, base_model="base")
+    assert same_package(tmp_path / "mixed", tmp_path / "memory")

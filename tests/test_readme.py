@@ -17,8 +17,8 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_there_are_three_python_blocks() -> None:
-    assert len(BLOCKS) == 3
+def test_there_are_four_python_blocks() -> None:
+    assert len(BLOCKS) == 4
 
 
 def test_the_training_block_runs(tmp_path: Path) -> None:
@@ -48,6 +48,21 @@ def test_the_merge_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     exec(BLOCKS[2], names)
     assert (tmp_path / "merged/config.json").exists()
     assert names["report"].counts()["merged"] > 0
+
+
+@pytest.mark.parametrize("text", [BLOCKS[3], re.findall(r"```python\n(.*?)```", (ROOT / "docs/gpu.md").read_text(), re.DOTALL)[0]])
+def test_the_blocks_about_gpus_run(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's kernels, which work anywhere."""
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "reference")
+    base = tmp_path / "base"
+    classifier(save_base(tmp_path / "encoder")).save_pretrained(base)
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("math-package", "chat-package", "code-package")):
+        dare_train.extract(base, moved(base, seed), name, seed=seed)
+    names: dict[str, Any] = {"dare_train": dare_train, "model": classifier(base)}
+    exec(text, names)
+    assert names["cache"].packages[-1] in ("math-package", "code-package")
+    assert names["cache"].active is None
 
 
 def moved(base: Path, seed: int) -> torch.nn.Module:

@@ -1,7 +1,7 @@
 """What kernels of a device are called with: flat runs of many tensors as one table, so that one launch does a whole model.
 
 Rows lie where their tensors lie, and are changed in place. A launch has one program for each *block* of 8,192 elements that
-share Philox counters, in eight *planes* of 1,024 (docs/format.md §2); a table says which row a program belongs to.
+share Philox counters, in eight *planes* of 1,024 (docs/format.md §4.3); a table says which row a program belongs to.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ MODULES = {
     "merge": "merge",
     "callback": "callback",
     "ranks": "ranks",
+    "gpu": "gpu",
     "import": "startup",
 }
 BUSY = 0.5
@@ -27,7 +28,7 @@ BUSY = 0.5
 
 def main() -> None:
     options = parser().parse_args()
-    names = list(MODULES) if options.benchmark == "all" else [options.benchmark]
+    names = everything() if options.benchmark == "all" else [options.benchmark]
     reports: dict[str, Report] = {}
     where = machine()
     if where["load_before"] > BUSY:
@@ -37,6 +38,16 @@ def main() -> None:
         show(reports[name])
         if options.json:
             options.json.write_text(json.dumps({"machine": where, **{key: value.plain() for key, value in reports.items()}}, indent=1))
+
+
+def everything() -> list[str]:
+    """All that this machine can measure."""
+    import torch
+
+    if torch.cuda.is_available():
+        return list(MODULES)
+    say("[yellow]gpu: not measured, this machine has none[/]")
+    return [name for name in MODULES if name != "gpu"]
 
 
 def parser() -> argparse.ArgumentParser:
