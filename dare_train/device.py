@@ -6,14 +6,16 @@ one after another; which elements they are, the seed says. Putting them into pla
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .dtypes import DType, Words
@@ -27,7 +29,7 @@ from .masks import Mask
 from .package import DeltaPackage, Segment
 from .parallel import ordered_map
 from .resolve import Link
-from .segments import Opened, decode_whole
+from .segments import Opened, check_kept, decode_whole
 from .shards import LiveWeights
 
 _AT_ONCE = 1 << 20
@@ -94,7 +96,7 @@ class Overwritten:
 
     @property
     def nbytes(self) -> int:
-        return sum(one.nbytes for one in self.kept)
+        return self.rows.nbytes + sum(one.nbytes for one in self.kept)
 
     def undo(self) -> None:
         """Make the rows the base again."""
@@ -191,13 +193,13 @@ def _resident(group: Group, link: Link, places: Sequence[tuple[str, Span]]) -> R
 
 
 def bytes_needed(groups: Iterable[Group], link: Link) -> int:
-    """Memory that a link's residents take on devices: two words for each kept element, and places of the planes of blocks."""
+    """Memory that a link's residents take on devices: two words for each kept element, and where the planes of blocks begin."""
     return sum(_needed(group.dtype, link, name) for group in groups for name in group.flats)
 
 
 def _needed(dtype: DType, link: Link, name: str) -> int:
     segments = [segment for package in link.packages for segment, _ in _frames(package, name)]
-    return sum(2 * segment.kept * dtype.itemsize + 8 * PLANES * (segment.length // BLOCK + 2) for segment in segments)
+    return sum(2 * segment.kept * dtype.itemsize + (8 * PLANES + 4) * (segment.length // BLOCK + 2) + 64 for segment in segments)
 
 
 def _too_little(rows: Rows, places: Sequence[tuple[str, Span]], link: Link, error: Exception) -> DeviceMemoryError:
@@ -210,117 +212,125 @@ def _too_little(rows: Rows, places: Sequence[tuple[str, Span]], link: Link, erro
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A segment, still compressed: threads open it when its turn comes."""
+
+    package: DeltaPackage
+    record: TensorRecord
+    segment: Segment
+    frame: memoryview
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is no delta: every element becomes what it says."""
+        return self.record.kind == "whole" or self.segment.start >= self.record.base_info.numel
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(kind="all") if self.whole else self.record.mask_of(self.package.manifest.seed)
+
+    def factor(self, weight: float) -> float:
+        """w·γ."""
+        return 1.0 if self.whole else weight * self.package.manifest.factor(self.record)
+
+    def bitmap(self, device: torch.device) -> Tensor | None:
+        """Of a stored mask."""
+        if self.mask.kind != "stored":
+            return None
+        return to_device(torch.from_numpy(np.frombuffer(self._opened().bitmap, np.uint8).copy()), device)
+
+    def check_kept(self, kept: int) -> None:
+        if not self.whole:
+            check_kept(self.record, self.segment, kept)
+
+    def term(self, own: Words, weight: float) -> LawTerm:
+        """What it adds to its kept elements, whose words are `own`."""
+        if self.whole:
+            return LawTerm(positions=None, factor=1.0, tuned=decode_whole(self.record, self.segment, self.frame))
+        return self._opened().term(own, weight)
+
+    def _opened(self) -> Opened:
+        return Opened.of(self.package.manifest, self.record, self.segment, self.frame)
+
+
+def _parts(package: DeltaPackage, places: Sequence[tuple[str, Span]]) -> list[_Part | None]:
+    """A package's segment at each place, or None where it has none: there it changes nothing."""
+    found = {(name, (s.start, s.stop)): (s, frame) for name in {name for name, _ in places} for s, frame in _frames(package, name)}
+    parts = [found.get(place) for place in places]
+    return [
+        None if one is None else _Part(package=package, record=package.records[name], segment=one[0], frame=one[1])
+        for (name, _), one in zip(places, parts, strict=True)
+    ]
+
+
 def _decoded(
     group: Group, rows: Rows, places: Sequence[tuple[str, Span]], package: DeltaPackage, weight: float, *, alone: bool
 ) -> tuple[Kept, Values]:
-    segments = {(name, (s.start, s.stop)): (s, frame) for name in group.flats for s, frame in _frames(package, name)}
-    opened = [_open(package, name, segments.get((name, span))) for name, span in places]
-    masks = _masks(opened, rows.device)
+    parts = _parts(package, places)
+    masks = _masks(parts, rows.device)
     counts = group.kernels.counts(rows, masks)
     sizes = rows.per_row(counts)
-    for one, size in zip(opened, sizes, strict=True):
-        if one is not None:
-            one.check_kept(size)
-    deltas = not alone and any(one is not None and one.record.values != "exact" for one in opened)
+    for part, size in zip(parts, sizes, strict=True):
+        if part is not None:
+            part.check_kept(size)
+    deltas = not alone and any(part is not None and part.record.values != "exact" for part in parts)
     own = torch.empty(sum(sizes), dtype=rows.word, device=rows.device)
     compute = torch.float64 if group.dtype.code == "F64" else torch.float32
     values = torch.empty_like(own, dtype=compute if deltas else rows.word)
     kept = Kept(masks=masks, offsets=offsets_of(counts), own=own)
     group.kernels.take(rows, masks, kept.offsets, own)
-    _decode(opened, sizes, own, values, weight, group.dtype, alone=alone, deltas=deltas)
-    factors = tuple(weight * one.factor if one is not None else 1.0 for one in opened)
-    return kept, Values(tensor=values, factors=factors, deltas=deltas)
+
+    def words_of(part: _Part, before: Words) -> NDArray[Any]:
+        return _values(part.term(before, weight), before, group.dtype, alone=alone, deltas=deltas)
+
+    _decode([part for part in parts if part is not None], own, values, group.dtype, words_of)
+    return kept, Values(tensor=values, factors=tuple(1.0 if part is None else part.factor(weight) for part in parts), deltas=deltas)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Carried:
-    """A segment that is no delta: every element becomes what it says."""
-
-    record: TensorRecord
-    segment: Segment
-    words: Words
-    bitmap: bytes = b""
-    factor: float = 1.0
-
-    @property
-    def mask(self) -> Mask:
-        return Mask(kind="all")
-
-    def check_kept(self, kept: int) -> None:
-        """Nothing is dropped."""
-
-    def term(self, own: Words, weight: float) -> LawTerm:
-        return LawTerm(positions=None, factor=1.0, tuned=self.words)
-
-
-def _open(package: DeltaPackage, name: str, found: tuple[Segment, memoryview] | None) -> Opened | _Carried | None:
-    if found is None:
-        return None
-    record, (segment, frame) = package.records[name], found
-    if record.kind == "whole" or segment.start >= record.base_info.numel:
-        return _Carried(record=record, segment=segment, words=decode_whole(record, segment, frame))
-    return Opened.of(package.manifest, record, segment, frame)
-
-
-def _masks(opened: Sequence[Opened | _Carried | None], device: torch.device) -> Masks:
+def _masks(parts: Sequence[_Part | None], device: torch.device) -> Masks:
     """Where a package has no segment, it keeps nothing."""
-    masks = [one.mask if one is not None else None for one in opened]
+    masks = [part.mask if part is not None else None for part in parts]
     stored = any(mask is not None and mask.kind == "stored" for mask in masks)
     return Masks(
         keys=[mask.key if mask is not None else 0 for mask in masks],
         thresholds=[ABSENT if mask is None else mask.threshold if mask.kind == "seeded" else 0 for mask in masks],
-        bitmaps=[_bitmap(one, device) for one in opened] if stored else (),
+        bitmaps=[part.bitmap(device) if part is not None else None for part in parts] if stored else (),
     )
 
 
-def _bitmap(one: Opened | _Carried | None, device: torch.device) -> Tensor | None:
-    return to_device(torch.from_numpy(np.frombuffer(one.bitmap, np.uint8).copy()), device) if one is not None and one.bitmap else None
-
-
-def _decode(
-    opened: Sequence[Opened | _Carried | None],
-    sizes: Sequence[int],
-    own: Tensor,
-    values: Tensor,
-    weight: float,
-    dtype: DType,
-    *,
-    alone: bool,
-    deltas: bool,
-) -> None:
+def _decode(parts: Sequence[_Part], own: Tensor, values: Tensor, dtype: DType, words_of: Callable[[_Part, Words], NDArray[Any]]) -> None:
     """Fill `values` on threads: each copies some of the base's words to the host, decodes, and copies the values back."""
+    stream = torch.cuda.current_stream(own.device) if own.device.type == "cuda" else None
 
-    def one(work: tuple[int, list[Opened | _Carried]]) -> None:
+    def one(work: tuple[int, list[_Part]]) -> None:
         first, several = work
-        count = sum(each.segment.kept for each in several)
-        words = to_host(own[first : first + count]).view(dtype.word)
-        made, at = [], 0
-        for each in several:
-            before = words[at : at + each.segment.kept]
-            made.append(_values(each.term(before, weight), before, dtype, alone=alone, deltas=deltas))
-            at += each.segment.kept
-        values[first : first + count].copy_(_as_tensor(np.concatenate(made), values.dtype))
+        count = sum(part.segment.kept for part in several)
+        with torch.cuda.stream(stream):  # a new thread would use another, which does not wait for what this one is doing
+            words = to_host(own[first : first + count]).view(dtype.word)
+            borders = np.cumsum([part.segment.kept for part in several])[:-1]
+            made = [words_of(part, before) for part, before in zip(several, np.split(words, borders), strict=True)]
+            values[first : first + count].copy_(_as_tensor(np.concatenate(made), values.dtype))
 
-    with closing(ordered_map(one, _in_shares(opened, sizes))) as done:
+    with closing(ordered_map(one, _in_shares(parts))) as done:
         for _ in done:
             pass
 
 
-def _in_shares(opened: Sequence[Opened | _Carried | None], sizes: Sequence[int]) -> Iterator[tuple[int, list[Opened | _Carried]]]:
+def _in_shares(parts: Sequence[_Part]) -> Iterator[tuple[int, list[_Part]]]:
     """Segments that lie one after another, with the place of their first value, about `_AT_ONCE` at a time."""
-    first, at, several = 0, 0, list[Opened | _Carried]()
-    for one, size in zip(opened, sizes, strict=True):
-        if one is not None:
-            several.append(one)
-        at += size
-        if several and at - first >= _AT_ONCE:
+    first, at, several = 0, 0, list[_Part]()
+    for part in parts:
+        several.append(part)
+        at += part.segment.kept
+        if at - first >= _AT_ONCE:
             yield first, several
             first, several = at, []
     if several:
         yield first, several
 
 
-def _values(term: LawTerm, own: Words, dtype: DType, *, alone: bool, deltas: bool) -> np.ndarray:
+def _values(term: LawTerm, own: Words, dtype: DType, *, alone: bool, deltas: bool) -> NDArray[Any]:
     if alone:
         return term.result(own, dtype)
     if not deltas:
@@ -330,5 +340,5 @@ def _values(term: LawTerm, own: Words, dtype: DType, *, alone: bool, deltas: boo
     return np.asarray(term.delta, dtype.compute)
 
 
-def _as_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(array if dtype.is_floating_point else array.view(f"i{array.itemsize}"))
+def _as_tensor(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(array if dtype.is_floating_point else array.view(f"i{array.itemsize}" if array.itemsize > 1 else "u1"))

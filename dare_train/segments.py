@@ -180,9 +180,20 @@ def decode_delta(manifest: Manifest, record: TensorRecord, segment: Segment, fra
     """
     opened = Opened.of(manifest, record, segment, frame)
     positions = opened.positions()
-    opened.check_kept(positions.size)
+    check_kept(record, segment, positions.size)
     own = cpu.take(base, positions) if record.values == "exact" else None
     return replace(opened.term(own, weight, positions), positions=positions)
+
+
+def check_kept(record: TensorRecord, segment: Segment, kept: int) -> None:
+    """A segment's mask keeps as many elements as the table says.
+
+    Raises:
+        PackageError: it does not.
+    """
+    if kept != segment.kept:
+        expected = f"{kept} kept elements, as its mask says"
+        raise PackageError(record.name, expected=expected, found=f"{segment.kept}", remedy="fetch the package again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,24 +216,9 @@ class Opened:
         content = memoryview(codec.decompress(frame, bitmap_size + size, name=record.name))
         return cls(manifest=manifest, record=record, segment=segment, bitmap=content[:bitmap_size], data=content[bitmap_size:])
 
-    @property
-    def mask(self) -> Mask:
-        return self.record.mask_of(self.manifest.seed)
-
-    @property
-    def factor(self) -> float:
-        """The rescale γ."""
-        return self.manifest.factor(self.record)
-
     def positions(self) -> Positions:
         """Kept elements, relative to the segment."""
-        return self.mask.positions(self.segment.start, self.segment.length, bytes(self.bitmap))
-
-    def check_kept(self, kept: int) -> None:
-        """Raises PackageError: the mask keeps another number of elements than the table says."""
-        if kept != self.segment.kept:
-            expected = f"{kept} kept elements, as its mask says"
-            raise PackageError(self.record.name, expected=expected, found=f"{self.segment.kept}", remedy="fetch the package again")
+        return self.record.mask_of(self.manifest.seed).positions(self.segment.start, self.segment.length, bytes(self.bitmap))
 
     def term(self, own: Words | None, weight: float, positions: Positions | None = None) -> Term:
         """What the segment adds to its kept elements, whose base words are `own`; those are needed for `exact` values only.
@@ -230,7 +226,7 @@ class Opened:
         Raises:
             PackageError: the content contradicts the table.
         """
-        record, segment, factor = self.record, self.segment, weight * self.factor
+        record, segment, factor = self.record, self.segment, weight * self.manifest.factor(self.record)
         if record.values == "exact":
             assert own is not None
             tuned = codec.decode_exact(self.data, own, segment.changed, record.info.dtype, name=record.name)

@@ -16,7 +16,6 @@ from dare_train import applied, apply, apply_, extract
 from dare_train import device as on_devices
 from dare_train.codec import SEGMENT
 from dare_train.errors import DeviceMemoryError, PackageError
-from dare_train.segments import Opened
 from dare_train.shards import LiveWeights
 
 pytestmark = pytest.mark.gpu
@@ -40,6 +39,8 @@ def base_state() -> State:
         "f64": random_tensor(33, seed=5).double() / 3,
         "count": torch.arange(4),
         "same": random_tensor(20, seed=6),
+        "flags": torch.arange(9) > 2,
+        "bytes": torch.arange(9).byte(),
     }
 
 
@@ -49,7 +50,7 @@ def tuned_state(seed: int, base: State | None = None) -> State:
     for number, (name, tensor) in enumerate((base or base_state()).items()):
         generator = torch.Generator().manual_seed(100 * seed + number)
         noise = torch.randn(tensor.shape, generator=generator) * (torch.rand(tensor.shape, generator=generator) < 0.7) * 0.05
-        state[name] = tensor if name in ("count", "same") else (tensor + noise).to(tensor.dtype)
+        state[name] = tensor if name in ("count", "same", "flags", "bytes") else (tensor + noise).to(tensor.dtype)
     return state
 
 
@@ -153,7 +154,7 @@ def test_segments_that_did_not_change_are_not_there(device: torch.device, tmp_pa
 
 
 def test_tensors_carried_whole(kernels: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuned = {**tuned_state(1), "count": torch.tensor([5, 6, 7, 8])}
+    tuned = {**tuned_state(1), "count": torch.tensor([5, 6, 7, 8]), "flags": torch.arange(9) > 4, "bytes": torch.arange(200, 209).byte()}
     check(extract(base_state(), tuned, tmp_path / "package", p=0.5, whole=["f16", "bf16.2"]), device, monkeypatch)
 
 
@@ -224,8 +225,8 @@ def test_a_device_without_memory_leaves_the_model_and_says_what_was_needed(
 def test_a_table_that_contradicts_the_mask_is_found_before_a_weight_changes(
     kernels: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package, honest = extract(base_state(), tuned_state(1), tmp_path / "package", p=0.5), Opened.check_kept
-    monkeypatch.setattr(Opened, "check_kept", lambda self, kept: honest(self, kept + (self.record.name == "f64")))
+    package, honest = extract(base_state(), tuned_state(1), tmp_path / "package", p=0.5), on_devices.check_kept
+    monkeypatch.setattr(on_devices, "check_kept", lambda record, segment, kept: honest(record, segment, kept + (record.name == "f64")))
     state = to(base_state(), device)
     with pytest.raises(PackageError, match=r"f64: expected \d+ kept elements, as its mask says"):
         apply_(state, package)

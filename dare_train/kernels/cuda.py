@@ -283,48 +283,47 @@ def fingerprint(rows: Rows) -> Tensor:
     """int64 [rows, 2]: both lanes of each row's share of its tensor's fingerprint, as bits of uint64."""
     lanes = torch.zeros((len(rows.rows), 2), dtype=torch.int64, device=rows.device)
     unsigned = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}[rows.dtype.itemsize]
-    if rows.blocks:
-        _fingerprint[(rows.blocks,)](rows.table, rows.row_of_block, lanes, _WORDS[rows.word], unsigned, rows.aligned, **_LAUNCH)
+    _launch(_fingerprint, rows, lanes, _WORDS[rows.word], unsigned, rows.aligned)
     return lanes
 
 
 def counts(rows: Rows, masks: Masks) -> Tensor:
     """int64 [blocks, 8]: how many elements each plane of 1,024 keeps."""
     found = torch.empty((rows.blocks, PLANES), dtype=torch.int64, device=rows.device)
-    if rows.blocks:
-        _count[(rows.blocks,)](rows.table, rows.row_of_block, masks.table(rows.device), found, masks.stored, **_LAUNCH)
+    _launch(_count, rows, masks.table(rows.device), found, masks.stored)
     return found
 
 
 def take(rows: Rows, masks: Masks, offsets: Tensor, out: Tensor) -> None:
     """Write kept words into `out`, each plane's from its offset on, in their order."""
-    _with_values(_take, rows, masks, offsets, out)
+    _launch(_take, rows, masks.table(rows.device), offsets, out, _WORDS[rows.word], masks.stored, rows.aligned)
 
 
 def put(rows: Rows, masks: Masks, offsets: Tensor, values: Tensor) -> None:
     """Make `values` the kept words, in place: the inverse of `take`."""
-    _with_values(_put, rows, masks, offsets, values)
+    _launch(_put, rows, masks.table(rows.device), offsets, values, _WORDS[rows.word], masks.stored, rows.aligned)
 
 
-def _with_values(kernel: Any, rows: Rows, masks: Masks, offsets: Tensor, values: Tensor) -> None:
+def _launch(kernel: Any, rows: Rows, *arguments: Any) -> None:
+    """A program for each block, on the rows' own device, whichever is the current one."""
     if rows.blocks:
-        table, word = masks.table(rows.device), _WORDS[rows.word]
-        kernel[(rows.blocks,)](rows.table, rows.row_of_block, table, offsets, values, word, masks.stored, rows.aligned, **_LAUNCH)
+        with torch.cuda.device_of(rows.rows[0].flat):
+            kernel[(rows.blocks,)](rows.table, rows.row_of_block, *arguments, **_LAUNCH)
 
 
 def add(rows: Rows, terms: Sequence[Term]) -> None:
     """What packages together make of the rows, in place."""
-    if not rows.blocks or not terms:
+    if not terms:
         return
     device, compute = rows.device, torch.float64 if rows.dtype.code == "F64" else torch.float32
     masks = torch.cat([term.masks.table(device) for term in terms])
     factors = to_device(torch.tensor([list(term.factors) for term in terms], dtype=compute), device)
     offsets = torch.cat([term.offsets for term in terms])
     values = to_device(torch.tensor([term.values.data_ptr() for term in terms], dtype=torch.int64), device)
-    _add[(rows.blocks,)](
-        rows.table, rows.row_of_block, masks, factors, offsets, values, len(rows.rows), rows.blocks,
+    _launch(
+        _add, rows, masks, factors, offsets, values, len(rows.rows), rows.blocks,
         len(terms), _bits(term.deltas for term in terms), _bits(term.masks.stored for term in terms),
-        _WORDS[rows.word], rows.dtype.code, rows.aligned, **_LAUNCH,
+        _WORDS[rows.word], rows.dtype.code, rows.aligned,
     )  # fmt: skip
 
 

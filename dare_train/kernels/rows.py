@@ -7,7 +7,7 @@ share Philox counters, in eight *planes* of 1,024 (docs/format.md §4.3); a tabl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -90,6 +90,11 @@ class Rows:
         """Whether every row's eights of elements lie where they can be read at once."""
         return all(row.address % 16 == 0 and row.start % 8 == 0 for row in self.rows)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the tables take."""
+        return 32 * len(self.rows) + 4 * self.blocks
+
     def per_row(self, counts: Tensor) -> list[int]:
         """Sums over each row's blocks of int64 [blocks, 8]. Waits for the device."""
         through = torch.cat([counts.new_zeros(1), counts.sum(dim=1).cumsum(0)]).cpu()
@@ -109,8 +114,15 @@ class Masks:
     def bitmap(self, row: int) -> Tensor | None:
         return self.bitmaps[row] if self.bitmaps else None
 
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+
     def table(self, device: torch.device) -> Tensor:
-        """int64 [rows, 3]: key, threshold, address of the bitmap or 0."""
+        """int64 [rows, 3]: key, threshold, address of the bitmap or 0. Made once for each device."""
+        if device not in self._tables:
+            self._tables[device] = self._table(device)
+        return self._tables[device]
+
+    def _table(self, device: torch.device) -> Tensor:
         lines = []
         for row, (key, threshold) in enumerate(zip(self.keys, self.thresholds, strict=True)):
             bitmap = self.bitmap(row)

@@ -14,12 +14,18 @@ from statistics import median
 from typing import Any
 
 import torch
+import zstandard
+from safetensors.torch import load_file
 from torch import Tensor
 
+from dare_train import apply_, extract
 from dare_train.config import threshold_of
 from dare_train.dtypes import DTYPES
 from dare_train.kernels.rows import Masks, Row, Rows, Term, offsets_of
+from dare_train.parallel import ordered_map
 
+from . import llama
+from .common import WEIGHTS, scratch
 from .report import Report
 from .report import Row as Line
 
@@ -37,8 +43,8 @@ def run(runs: int) -> Report:
     """
     if not torch.cuda.is_available():
         raise SystemExit("scripts/bench gpu needs a CUDA device, and this machine has none")
-    model = Model.random()
-    rows = [*_memory(model, runs), *_beside_torch(runs)]
+    model = Model.random()  # before anything is loaded: it takes most of the memory
+    rows = [*_memory(model, runs), *_beside_torch(runs), *_cold(runs)]
     return Report(title=f"Kernels on {torch.cuda.get_device_name()}, 7 B-shaped, bf16, p = {DROP_RATE}", rows=rows, notes=_versions())
 
 
@@ -161,6 +167,38 @@ def _beside_torch(runs: int) -> list[Line]:
         Line(what="torch (mask, where, index_add) / ours", values=[median(theirs) / one for one in ours], unit="×", at_least=8),
         Line(what="our peak extra memory / torch's", values=[extra / _peak(dense)], unit="×", at_most=0.25),
     ]
+
+
+def _cold(runs: int) -> list[Line]:
+    """A package file in the page cache, until the model has it on it and both fingerprints agree; wall time."""
+    pair = llama.pair("468M")
+    state = load_file(pair.base / WEIGHTS, device="cuda")
+    with scratch() as folder:
+        package = extract(pair.base, pair.tuned, folder / "package", p=DROP_RATE)
+        frames = [bytes(frame) for name, record in package.records.items() for _, frame in package.frames(name, 0, record.info.numel)]
+
+        def least() -> None:
+            torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8).cuda()
+            for _ in ordered_map(zstandard.decompress, frames):
+                pass
+
+        times, applied = [], list[Any]()
+        for _ in range(runs + 1):
+            floor = _wall(least)
+            times.append((_wall(lambda: applied.append(apply_(state, package.path))), floor))
+            applied.pop().revert()
+    return [
+        Line(what="cold: apply_ of a 468 M package", values=[1e3 * own for own, _ in times[1:]], unit="ms"),
+        Line(what="cold / (compressed bytes to the device + zstd on all cores)", values=[a / b for a, b in times[1:]], unit="×", at_most=3),
+    ]
+
+
+def _wall(work: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
 
 
 def _seconds(work: Callable[[], Any], runs: int) -> list[float]:
