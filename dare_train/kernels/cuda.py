@@ -99,10 +99,11 @@ def _kept(w0, w1, w2, w3, masks, before, low, high, PLANE: tl.constexpr, STORED:
 
 
 @triton.jit
-def _ranks(kept):
-    """[1024]: how many kept elements of the plane come before each."""
-    ones = kept.to(tl.int32)
-    return tl.cumsum(ones, axis=0) - ones
+def _ranks(kept, others):
+    """[1024] each, for two planes: how many kept elements come before each. One prefix sum counts both, in halves of its words."""
+    ones = kept.to(tl.int32) + (others.to(tl.int32) << 16)
+    before = tl.cumsum(ones, axis=0) - ones
+    return before & 0xFFFF, before >> 16
 
 
 @triton.jit
@@ -193,9 +194,12 @@ def _count(table, row_of_block, masks, counts, STORED: tl.constexpr):
 @triton.jit
 def _take_block(words, offsets, out, masks, block, before, low, high, STORED: tl.constexpr, WHOLE: tl.constexpr):
     w0, w1, w2, w3 = _philox(tl.load(masks), block)
-    for plane in tl.static_range(8):
-        kept = _kept(w0, w1, w2, w3, masks, before, low, high, plane, STORED, WHOLE)
-        tl.store(out + tl.load(offsets + plane) + _ranks(kept), _read(words, low, high, plane, WHOLE), mask=kept)
+    for pair in tl.static_range(4):
+        kept = _kept(w0, w1, w2, w3, masks, before, low, high, 2 * pair, STORED, WHOLE)
+        others = _kept(w0, w1, w2, w3, masks, before, low, high, 2 * pair + 1, STORED, WHOLE)
+        at, others_at = _ranks(kept, others)
+        tl.store(out + tl.load(offsets + 2 * pair) + at, _read(words, low, high, 2 * pair, WHOLE), mask=kept)
+        tl.store(out + tl.load(offsets + 2 * pair + 1) + others_at, _read(words, low, high, 2 * pair + 1, WHOLE), mask=others)
 
 
 @triton.jit
@@ -209,12 +213,20 @@ def _take(table, row_of_block, masks, offsets, out, WORD: tl.constexpr, STORED: 
 
 
 @triton.jit
+def _put_plane(words, values, at, kept, low, high, PLANE: tl.constexpr, WHOLE: tl.constexpr):
+    value = tl.load(values + at, mask=kept, other=0)
+    _write(words, tl.where(kept, value, _read(words, low, high, PLANE, WHOLE)), low, high, PLANE, WHOLE)
+
+
+@triton.jit
 def _put_block(words, offsets, values, masks, block, before, low, high, STORED: tl.constexpr, WHOLE: tl.constexpr):
     w0, w1, w2, w3 = _philox(tl.load(masks), block)
-    for plane in tl.static_range(8):
-        kept = _kept(w0, w1, w2, w3, masks, before, low, high, plane, STORED, WHOLE)
-        value = tl.load(values + tl.load(offsets + plane) + _ranks(kept), mask=kept, other=0)
-        _write(words, tl.where(kept, value, _read(words, low, high, plane, WHOLE)), low, high, plane, WHOLE)
+    for pair in tl.static_range(4):
+        kept = _kept(w0, w1, w2, w3, masks, before, low, high, 2 * pair, STORED, WHOLE)
+        others = _kept(w0, w1, w2, w3, masks, before, low, high, 2 * pair + 1, STORED, WHOLE)
+        at, others_at = _ranks(kept, others)
+        _put_plane(words, values + tl.load(offsets + 2 * pair), at, kept, low, high, 2 * pair, WHOLE)
+        _put_plane(words, values + tl.load(offsets + 2 * pair + 1), others_at, others, low, high, 2 * pair + 1, WHOLE)
 
 
 @triton.jit
@@ -228,38 +240,55 @@ def _put(table, row_of_block, masks, offsets, values, WORD: tl.constexpr, STORED
 
 
 @triton.jit
+def _add_plane(
+    words, offsets, values, factors, kept, ranks, low, high, rows, blocks,
+    PLANE: tl.constexpr, TERMS: tl.constexpr, DELTAS: tl.constexpr, WORD: tl.constexpr, CODE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """`kept` and `ranks` are tuples, of each term."""
+    word = _read(words, low, high, PLANE, WHOLE)
+    own = _widen(word, CODE)
+    total, alone = own, word
+    movers = tl.zeros((_COUNTERS,), tl.int32)  # how many, and in the upper half how many of them are exact
+    for t in tl.static_range(TERMS):
+        at = tl.load(offsets + 8 * t * blocks + PLANE) + ranks[t]
+        factor = tl.load(factors + t * rows)
+        if (DELTAS >> t) & 1:
+            delta = tl.load(tl.load(values + t).to(tl.pointer_type(own.dtype)) + at, mask=kept[t], other=0)
+            moves = kept[t] & (delta != 0)
+        else:
+            tuned = tl.load(tl.load(values + t).to(tl.pointer_type(WORD)) + at, mask=kept[t], other=0)
+            delta = _widen(tuned, CODE) - own
+            moves = kept[t] & (tuned != word)
+            as_it_is = moves & (tl.zeros_like(own) + factor == 1)
+            alone = tl.where(as_it_is, tuned, alone)
+            movers += as_it_is.to(tl.int32) << 16
+        total = tl.where(moves, total + factor * delta, total)
+        movers += moves.to(tl.int32)
+    moved = tl.where(movers == 0x10001, alone, _narrow(total, CODE))
+    _write(words, tl.where(movers > 0, moved, word), low, high, PLANE, WHOLE)
+
+
+@triton.jit
 def _add_block(
-    words, offsets, values, factors, masks, row, block, before, low, high, rows, blocks,
+    words, offsets, values, factors, masks, block, before, low, high, rows, blocks,
     TERMS: tl.constexpr, DELTAS: tl.constexpr, STORED: tl.constexpr, WORD: tl.constexpr, CODE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     keys = ()
     for t in tl.static_range(TERMS):  # loaded once, so that draws are computed once for all planes
-        keys = keys + (tl.load(masks + 3 * (t * rows + row)),)  # type: ignore[assignment]
-    for plane in tl.static_range(8):
-        word = _read(words, low, high, plane, WHOLE)
-        own = _widen(word, CODE)
-        total, alone = own, word
-        movers, exact = tl.zeros((_COUNTERS,), tl.int32), tl.zeros((_COUNTERS,), tl.int32)
+        keys = keys + (tl.load(masks + 3 * t * rows),)  # type: ignore[assignment]
+    for pair in tl.static_range(4):
+        kept, others, ranks, others_ranks = (), (), (), ()
         for t in tl.static_range(TERMS):
-            its_masks = masks + 3 * (t * rows + row)
             w0, w1, w2, w3 = _philox(keys[t], block)
-            kept = _kept(w0, w1, w2, w3, its_masks, before, low, high, plane, ((STORED >> t) & 1) != 0, WHOLE)
-            at = tl.load(offsets + 8 * (t * blocks + tl.program_id(0)) + plane) + _ranks(kept)
-            factor = tl.load(factors + t * rows + row)
-            if (DELTAS >> t) & 1:
-                delta = tl.load(tl.load(values + t).to(tl.pointer_type(own.dtype)) + at, mask=kept, other=0)
-                moves = kept & (delta != 0)
-            else:
-                tuned = tl.load(tl.load(values + t).to(tl.pointer_type(WORD)) + at, mask=kept, other=0)
-                delta = _widen(tuned, CODE) - own
-                moves = kept & (tuned != word)
-                as_it_is = moves & (tl.zeros_like(own) + factor == 1)
-                alone = tl.where(as_it_is, tuned, alone)
-                exact += as_it_is.to(tl.int32)
-            total = tl.where(moves, total + factor * delta, total)
-            movers += moves.to(tl.int32)
-        moved = tl.where((movers == 1) & (exact == 1), alone, _narrow(total, CODE))
-        _write(words, tl.where(movers > 0, moved, word), low, high, plane, WHOLE)
+            own_masks, stored = masks + 3 * t * rows, tl.constexpr(((STORED >> t) & 1) != 0)
+            kept = kept + (_kept(w0, w1, w2, w3, own_masks, before, low, high, 2 * pair, stored, WHOLE),)  # type: ignore[assignment]
+            others = others + (_kept(w0, w1, w2, w3, own_masks, before, low, high, 2 * pair + 1, stored, WHOLE),)  # type: ignore[assignment]
+            both = _ranks(kept[t], others[t])
+            ranks, others_ranks = ranks + (both[0],), others_ranks + (both[1],)  # type: ignore[assignment]
+        _add_plane(words, offsets, values, factors, kept, ranks, low, high, rows, blocks, 2 * pair, TERMS, DELTAS, WORD, CODE, WHOLE)
+        _add_plane(
+            words, offsets, values, factors, others, others_ranks, low, high, rows, blocks, 2 * pair + 1, TERMS, DELTAS, WORD, CODE, WHOLE
+        )
 
 
 @triton.jit
@@ -269,14 +298,11 @@ def _add(
 ):  # fmt: skip
     """The arithmetic law (docs/format.md §5) for TERMS packages. Bit t of DELTAS and STORED says whether term t has deltas, bitmaps."""
     row, block, before, words, low, high = _place(table, row_of_block, WORD, ALIGNED)
+    masks, offsets, factors = masks + 3 * row, offsets + 8 * tl.program_id(0), factors + row
     if high - low == _BLOCK:
-        _add_block(
-            words, offsets, values, factors, masks, row, block, before, low, high, rows, blocks, TERMS, DELTAS, STORED, WORD, CODE, True
-        )
+        _add_block(words, offsets, values, factors, masks, block, before, low, high, rows, blocks, TERMS, DELTAS, STORED, WORD, CODE, True)
     else:
-        _add_block(
-            words, offsets, values, factors, masks, row, block, before, low, high, rows, blocks, TERMS, DELTAS, STORED, WORD, CODE, False
-        )
+        _add_block(words, offsets, values, factors, masks, block, before, low, high, rows, blocks, TERMS, DELTAS, STORED, WORD, CODE, False)
 
 
 def fingerprint(rows: Rows) -> Tensor:
