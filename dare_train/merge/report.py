@@ -67,9 +67,7 @@ class MergeReport:
     def _rows(self, every_tensor: bool) -> Iterator[tuple[str, ...]]:
         groups: dict[tuple[str, ...], list[Fate]] = {}
         for fate in self.tensors:
-            note = fate.note + (
-                f"{', ' if fate.note else ''}{fate.added.rows.size} added rows" if fate.added and fate.added.rows.size else ""
-            )
+            note = ", ".join(part for part in (fate.note, _rows_of(fate)) if part)
             key = (fate.info.dtype.code, fate.how, self._from(fate), note, fate.name if every_tensor else "")
             groups.setdefault(key, []).append(fate)
         for (dtype, how, origin, note, _), fates in groups.items():
@@ -81,3 +79,8 @@ class MergeReport:
             return "base"
         everyone = len(fate.models) == len(self.labels) > 1
         return "all models" if everyone else ", ".join(self.labels[number].rstrip("/").split("/")[-1] for number in fate.models)
+
+
+def _rows_of(fate: Fate) -> str:
+    count = fate.added.rows.size if fate.added else 0
+    return f"{count} added row{'s' if count > 1 else ''}" if count else ""
