@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .statistics import collect_fisher as collect_fisher
     from .statistics import collect_gram as collect_gram
     from .statistics_file import save_statistics as save_statistics
+    from .sweep import sweep as sweep
 
 _HOMES = {
     "DareCallback": "callback",
@@ -51,6 +52,7 @@ _HOMES = {
     "merge": "merge.driver",
     "register_merge_method": "merge.methods",
     "save_statistics": "statistics_file",
+    "sweep": "sweep",
 }
 
 __all__ = ["__version__", *_HOMES]

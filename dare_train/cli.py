@@ -178,6 +178,49 @@ def _searched(task: Any, axes: Any, evaluate: str, out: Path, *, project: str | 
 
 
 @app.command()
+def sweep(
+    base: Base,
+    tuned: Annotated[str, typer.Argument(help="Folder or Hub id of the fine-tuned model.")],
+    out: Out,
+    evaluate: Annotated[str, typer.Option("--eval", help="MODULE:FUNCTION, called with the model; returns a number, or several by name.")],
+    p: Annotated[Optional[str], typer.Option("--p", help="Drop rates, such as 0,0.5,0.9; 0 to 0.99 by default.")] = None,
+    seeds: Annotated[int, typer.Option(help="Masks at each rate.")] = 5,
+    first_seed: Annotated[int, typer.Option(help="Seed of the first mask.")] = 0,
+    variants: Annotated[
+        str, typer.Option(help="What to compare: dare, drop_only, magnitude, weights, norm.")
+    ] = "dare,drop_only,magnitude,weights",
+) -> None:
+    """How much can be dropped: a metric against the drop rate, into OUT. Goes on where it was when it runs again."""
+    from . import sweep_report
+    from .merge.search import metric_of
+    from .ranks import Ranks
+    from .sweep import RATES, load_model, planned
+    from .sweep import sweep as run
+
+    rates, names = _numbers("--p", p) if p is not None else RATES, variants.split(",")
+    planned(rates, seeds, first_seed, names)
+    function = metric_of(evaluate)
+    gc.enable()
+    with _progress("sweeping", Ranks(), of_bytes=False) as progress:
+        found = run(
+            load_model(tuned), base, function, out=out, p=rates, seeds=seeds, first_seed=first_seed, variants=names,
+            tuned=tuned, progress=progress,
+        )  # fmt: skip
+    for metric in found.metrics:
+        text = sweep_report.markdown(found, metric)
+        (out / f"{metric}.md").write_text(text)
+        sweep_report.draw(found, metric, out / f"{metric}.png")
+        typer.echo(text)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(option, expected="numbers with commas between them", found=text) from error
+
+
+@app.command()
 def inspect(
     package: Package,
     as_json: AsJson = False,
@@ -267,15 +310,16 @@ def _ranks() -> Iterator[Ranks]:
 
 
 @contextmanager
-def _progress(what: str, ranks: Ranks) -> Iterator[Callable[[int, int], object] | None]:
-    """A bar on the first rank's stderr, if it is a terminal, fed with (bytes done, bytes in all); nothing elsewhere."""
+def _progress(what: str, ranks: Ranks, *, of_bytes: bool = True) -> Iterator[Callable[[int, int], object] | None]:
+    """A bar on the first rank's stderr, if it is a terminal, fed with what is done and all there is; nothing elsewhere."""
     if not ranks.first or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    done = DownloadColumn() if of_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), done, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

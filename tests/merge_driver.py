@@ -23,6 +23,7 @@ _EVENTS = ("open", "os.", "shutil.", "mmap.")
 
 
 def slowly(seconds: str, out: str, options: str, base: str, *models: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background with it ignored
     run = Merged.run
 
     def slow(self: Merged, name: str, start: int, count: int) -> Any:

@@ -89,7 +89,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.
 def test_what_was_done_before_a_kill_is_not_done_again(inputs: list[Path], tmp_path: Path, work: list[str], stop: signal.Signals) -> None:
     place, options = tmp_path / "place", dict(weights=[0.5, 0.25])
     place.mkdir()
-    command = driver("slowly", 0.2, place / "out", json.dumps(options), *inputs)
+    command = driver("slowly", 0.05, place / "out", json.dumps(options), *inputs)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT) as process:
         assert process.stdout is not None
         for _ in range(7):

@@ -52,7 +52,9 @@ FLOORS = [
     {"snapshot", "report", "rescaling", "cache"} | MERGE[0],
     {"tracking"} | MERGE[1],
     {"callback", "statistics"} | MERGE[2],
-    *MERGE[3:],
+    *MERGE[3:7],
+    {"sweep"} | MERGE[7],
+    {"sweep_report"} | MERGE[8],
     {"cli"},
     {"__main__"},
 ]

@@ -142,6 +142,15 @@ def run(
         return write(ready, task, out, tuple(notes), overwrite, progress, ranks)
 
 
+def merged_weights(task: MergeTask) -> Merged:
+    """The result of a merge as weights that are worked out when they are read, with nothing written.
+
+    Raises:
+        As `merge`.
+    """
+    return _ready(task, Ranks()).merged
+
+
 def _ready(task: MergeTask, ranks: Ranks) -> _Ready:
     recipe, method = task.recipe, method_of(task.recipe.method)
     _check(recipe, method)

@@ -214,7 +214,7 @@ def _asked(trial: Any, axis: Axis) -> Scalar:
     return round(float(trial.suggest_float(axis.name, low, high, step=axis.step)), 12)
 
 
-def metric_of(name: str) -> Metric:
+def metric_of(name: str) -> Callable[..., Any]:
     """The function that `module:function` names; modules are also looked for in the current folder.
 
     Raises:
