@@ -20,6 +20,7 @@ MODULES = {
     "callback": "callback",
     "ranks": "ranks",
     "gpu": "gpu",
+    "sweep": "sweep",
     "import": "startup",
 }
 BUSY = 0.5
