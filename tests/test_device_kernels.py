@@ -291,12 +291,13 @@ def ptx(kernel, signature, constants, capability):
     return made.asm["ptx"]
 
 table = {"table": "*i64", "row_of_block": "*i32"}
+moves = {**table, "masks": "*i64", "offsets": "*i64", "values": "*i16"}
 common = {"STORED": False, "ALIGNED": True, "WORD": tl.int16}
 for capability in (80, 90):
     moved = [
         ptx(cuda._fingerprint, {**table, "lanes": "*i64"}, {"WORD": tl.int16, "UNSIGNED": tl.uint16, "ALIGNED": True}, capability),
-        ptx(cuda._take, {**table, "masks": "*i64", "offsets": "*i64", "out": "*i16"}, common, capability),
-        ptx(cuda._put, {**table, "masks": "*i64", "offsets": "*i64", "values": "*i16"}, common, capability),
+        ptx(cuda._move, moves, {**common, "PUT": False}, capability),
+        ptx(cuda._move, moves, {**common, "PUT": True}, capability),
     ]
     ptx(cuda._count, {**table, "masks": "*i64", "counts": "*i64"}, {"STORED": True}, capability)
     signature = {**table, "masks": "*i64", "factors": "*fp32", "offsets": "*i64", "values": "*i64", "rows": "i32", "blocks": "i32"}

@@ -192,51 +192,38 @@ def _count(table, row_of_block, masks, counts, STORED: tl.constexpr):
 
 
 @triton.jit
-def _take_block(words, offsets, out, masks, block, before, low, high, STORED: tl.constexpr, WHOLE: tl.constexpr):
+def _move_plane(words, values, at, kept, low, high, PLANE: tl.constexpr, WHOLE: tl.constexpr, PUT: tl.constexpr):
+    word = _read(words, low, high, PLANE, WHOLE)
+    if PUT:
+        _write(words, tl.where(kept, tl.load(values + at, mask=kept, other=0), word), low, high, PLANE, WHOLE)
+    else:
+        tl.store(values + at, word, mask=kept)
+
+
+@triton.jit
+def _move_block(
+    words, offsets, values, masks, block, before, low, high, STORED: tl.constexpr, WHOLE: tl.constexpr, PUT: tl.constexpr
+):  # fmt: skip
     w0, w1, w2, w3 = _philox(tl.load(masks), block)
     for pair in tl.static_range(4):
         kept = _kept(w0, w1, w2, w3, masks, before, low, high, 2 * pair, STORED, WHOLE)
         others = _kept(w0, w1, w2, w3, masks, before, low, high, 2 * pair + 1, STORED, WHOLE)
         at, others_at = _ranks(kept, others)
-        tl.store(out + tl.load(offsets + 2 * pair) + at, _read(words, low, high, 2 * pair, WHOLE), mask=kept)
-        tl.store(out + tl.load(offsets + 2 * pair + 1) + others_at, _read(words, low, high, 2 * pair + 1, WHOLE), mask=others)
+        _move_plane(words, values + tl.load(offsets + 2 * pair), at, kept, low, high, 2 * pair, WHOLE, PUT)
+        _move_plane(words, values + tl.load(offsets + 2 * pair + 1), others_at, others, low, high, 2 * pair + 1, WHOLE, PUT)
 
 
 @triton.jit
-def _take(table, row_of_block, masks, offsets, out, WORD: tl.constexpr, STORED: tl.constexpr, ALIGNED: tl.constexpr):
+def _move(
+    table, row_of_block, masks, offsets, values, WORD: tl.constexpr, STORED: tl.constexpr, ALIGNED: tl.constexpr, PUT: tl.constexpr
+):  # fmt: skip
+    """Kept words from the rows to `values`, or with PUT from there to the rows."""
     row, block, before, words, low, high = _place(table, row_of_block, WORD, ALIGNED)
     masks, offsets = masks + 3 * row, offsets + 8 * tl.program_id(0)
     if high - low == _BLOCK:
-        _take_block(words, offsets, out, masks, block, before, low, high, STORED, True)
+        _move_block(words, offsets, values, masks, block, before, low, high, STORED, True, PUT)
     else:
-        _take_block(words, offsets, out, masks, block, before, low, high, STORED, False)
-
-
-@triton.jit
-def _put_plane(words, values, at, kept, low, high, PLANE: tl.constexpr, WHOLE: tl.constexpr):
-    value = tl.load(values + at, mask=kept, other=0)
-    _write(words, tl.where(kept, value, _read(words, low, high, PLANE, WHOLE)), low, high, PLANE, WHOLE)
-
-
-@triton.jit
-def _put_block(words, offsets, values, masks, block, before, low, high, STORED: tl.constexpr, WHOLE: tl.constexpr):
-    w0, w1, w2, w3 = _philox(tl.load(masks), block)
-    for pair in tl.static_range(4):
-        kept = _kept(w0, w1, w2, w3, masks, before, low, high, 2 * pair, STORED, WHOLE)
-        others = _kept(w0, w1, w2, w3, masks, before, low, high, 2 * pair + 1, STORED, WHOLE)
-        at, others_at = _ranks(kept, others)
-        _put_plane(words, values + tl.load(offsets + 2 * pair), at, kept, low, high, 2 * pair, WHOLE)
-        _put_plane(words, values + tl.load(offsets + 2 * pair + 1), others_at, others, low, high, 2 * pair + 1, WHOLE)
-
-
-@triton.jit
-def _put(table, row_of_block, masks, offsets, values, WORD: tl.constexpr, STORED: tl.constexpr, ALIGNED: tl.constexpr):
-    row, block, before, words, low, high = _place(table, row_of_block, WORD, ALIGNED)
-    masks, offsets = masks + 3 * row, offsets + 8 * tl.program_id(0)
-    if high - low == _BLOCK:
-        _put_block(words, offsets, values, masks, block, before, low, high, STORED, True)
-    else:
-        _put_block(words, offsets, values, masks, block, before, low, high, STORED, False)
+        _move_block(words, offsets, values, masks, block, before, low, high, STORED, False, PUT)
 
 
 @triton.jit
@@ -322,12 +309,12 @@ def counts(rows: Rows, masks: Masks) -> Tensor:
 
 def take(rows: Rows, masks: Masks, offsets: Tensor, out: Tensor) -> None:
     """Write kept words into `out`, each plane's from its offset on, in their order."""
-    _launch(_take, rows, masks.table(rows.device), offsets, out, _WORDS[rows.word], masks.stored, rows.aligned)
+    _launch(_move, rows, masks.table(rows.device), offsets, out, _WORDS[rows.word], masks.stored, rows.aligned, False)
 
 
 def put(rows: Rows, masks: Masks, offsets: Tensor, values: Tensor) -> None:
     """Make `values` the kept words, in place: the inverse of `take`."""
-    _launch(_put, rows, masks.table(rows.device), offsets, values, _WORDS[rows.word], masks.stored, rows.aligned)
+    _launch(_move, rows, masks.table(rows.device), offsets, values, _WORDS[rows.word], masks.stored, rows.aligned, True)
 
 
 def _launch(kernel: Any, rows: Rows, *arguments: Any) -> None:
