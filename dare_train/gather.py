@@ -51,6 +51,16 @@ def gathered(live: LiveWeights, work: Sequence[Work], later: Collection[str] = (
     return taken
 
 
+def on_devices(live: LiveWeights) -> set[str]:
+    """Tensors that kernels can work on where they lie, as far as they lie in this process."""
+
+    def one(name: str, start: int, stop: int) -> bool:
+        lying = live.lying(name, start, stop - start)
+        return lying is not None and kernels_for(lying[0].device) is not None
+
+    return {name for name, spans in live.held.items() if spans and all(one(name, *span) for span in spans)}
+
+
 def pairs(base: LiveWeights, tuned: LiveWeights, work: Sequence[Work]) -> list[Pair | None]:
     """Of each run of a delta what encoding needs; None where base and tuned do not lie on one device that has kernels, and
     where tuned weights are not finite and would have to be: there one has to look closer."""

@@ -20,7 +20,7 @@ from .config import DareConfig
 from .dtypes import Words
 from .errors import SnapshotError
 from .extract import carry_files
-from .gather import gathered
+from .gather import gathered, on_devices
 from .kernels import cpu
 from .lowrank import LowRank
 from .manifest import FileRecord
@@ -107,7 +107,7 @@ class Snapshotter:
         self._positions: dict[tuple[str, int], NDArray[np.int32]] = {}
         self._owned, self._held, self._planned_for = live.owned, live.held, live.tensors
         self._plans = plan_tensors(origin.weights, live, config, fresh=origin.fresh)
-        self._prepared = self._writer.submit(self._prepare)
+        self._prepared = self._writer.submit(self._prepare, on_devices(live))
 
     @classmethod
     def begin(
@@ -146,10 +146,10 @@ class Snapshotter:
         """Plain data to save with a checkpoint, from which a resumed run finds the same base."""
         return self.origin.record()
 
-    def _prepare(self) -> None:
-        """Work out masks ahead of the first snapshot, behind training, as far as `POSITIONS_LIMIT` allows."""
+    def _prepare(self, on_devices: Collection[str]) -> None:
+        """Work out masks ahead of the first snapshot, behind training, as far as `POSITIONS_LIMIT` allows; devices make their own."""
         held = 0
-        for plan, start, count in work_of(self._plans, self._owned):
+        for plan, start, count in work_of([plan for plan in self._plans if plan.name not in on_devices], self._owned):
             if plan.kind == "delta" and start < plan.base_numel and held < POSITIONS_LIMIT:
                 self._positions[plan.name, start] = positions = plan.positions(start, count).astype(np.int32)
                 cpu.take(np.empty(0, plan.info.dtype.word), positions[:0])  # compiled by now, should this be the first run ever
