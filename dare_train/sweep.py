@@ -174,7 +174,7 @@ def load_model(folder: str) -> torch.nn.Module:
     if kind is None:
         expected, remedy = "architectures that transformers knows in config.json", "call dare_train.sweep with a model of your own"
         raise CheckpointError(folder, expected=expected, found=", ".join(names) or "none", remedy=remedy)
-    model: torch.nn.Module = kind.from_pretrained(folder, dtype="auto").eval()
+    model: torch.nn.Module = kind.from_pretrained(folder, dtype="auto").train(False)
     return model
 
 
