@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from .statistics import collect_fisher as collect_fisher
     from .statistics import collect_gram as collect_gram
     from .statistics_file import save_statistics as save_statistics
-    from .sweep import sweep as sweep
+    from .study.comparison import compare as compare
+    from .study.inside import inside as inside
+    from .study.reporting import write_report as write_report
+    from .study.sweep import sweep as sweep
 
 _HOMES = {
     "DareCallback": "callback",
@@ -46,13 +49,16 @@ _HOMES = {
     "apply_": "inplace",
     "collect_fisher": "statistics",
     "collect_gram": "statistics",
+    "compare": "study.comparison",
     "diagnose": "diagnose",
     "extract": "extract",
     "find_q": "rescaling",
+    "inside": "study.inside",
     "merge": "merge.driver",
     "register_merge_method": "merge.methods",
     "save_statistics": "statistics_file",
-    "sweep": "sweep",
+    "sweep": "study.sweep",
+    "write_report": "study.reporting",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 
 from .errors import ConfigError, DareError
+from .study import commands as studies
+from .terminal import AsJson, Base, CastBase, Out, Overwrite, Package, Tuned, debugging, exit_code, joined_ranks, progress_bar, show
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from .ranks import Ranks
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
@@ -30,14 +27,6 @@ app = typer.Typer(
     name="dare-train", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Delta packages: what fine-tuning changed, small, verifiable, applied to the bit.",
 )  # fmt: skip
-
-Base = Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")]
-Tuned = Annotated[str, typer.Argument(help="Folder or Hub id of the fine-tuned model, or of a LoRA adapter.")]
-Package = Annotated[str, typer.Argument(metavar="PKG", help="Folder or Hub id of a package.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder to create.")]
-CastBase = Annotated[bool, typer.Option("--cast-base", help="Round the base to the dtype of the fine-tuned weights first.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is already there.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -78,8 +67,8 @@ def extract(
     from .extract import extract as run
 
     rates = _drop_rates(p)
-    with _ranks() as ranks:
-        with _progress("extracting", ranks) as progress:
+    with joined_ranks() as ranks:
+        with progress_bar("extracting", ranks) as progress:
             package = run(
                 base, tuned, out, p=rates, seed=seed, rescale=rescale, values=values, include=include, exclude=exclude, whole=whole,  # type: ignore[arg-type]
                 cast_base=cast_base, allow_nonfinite=allow_nonfinite, overwrite=overwrite, progress=progress, ranks=ranks,
@@ -102,8 +91,8 @@ def apply(
     """Write the checkpoint that packages make of a base, verified."""
     from .apply import apply as run
 
-    with _ranks() as ranks:
-        with _progress("applying", ranks) as progress:
+    with joined_ranks() as ranks:
+        with progress_bar("applying", ranks) as progress:
             result = run(base, packages, out, weights=weight, cast_base=cast_base, overwrite=overwrite, progress=progress, ranks=ranks)
         if ranks.first:
             verified = "as on record" if weight is None and len(packages) == 1 else "of the combination"
@@ -154,15 +143,15 @@ def merge(
     if axes:
         if evaluate is None or package:
             raise ConfigError("--search", expected="--eval, and no --package", found="--package" if package else "no --eval")
-        _show(_searched(task, axes, evaluate, out, trials=trials, minimize=minimize, overwrite=overwrite, project=wandb))
+        show(_searched(task, axes, evaluate, out, trials=trials, minimize=minimize, overwrite=overwrite, project=wandb))
         return
     for note in notes:
         typer.echo(f"dare-train: {note}", err=True)
-    with _ranks() as ranks:
-        with _progress("merging", ranks) as progress:
+    with joined_ranks() as ranks:
+        with progress_bar("merging", ranks) as progress:
             report = run(task, out, notes=notes, package=package, overwrite=overwrite, progress=progress, ranks=ranks)
         if ranks.first:
-            _show(report.table(every_tensor=tensors))
+            show(report.table(every_tensor=tensors))
             typer.echo(f"{out}: fingerprint {report.fingerprint[:12]}…")
 
 
@@ -177,47 +166,7 @@ def _searched(task: Any, axes: Any, evaluate: str, out: Path, *, project: str | 
     return results(found)
 
 
-@app.command()
-def sweep(
-    base: Base,
-    tuned: Annotated[str, typer.Argument(help="Folder or Hub id of the fine-tuned model.")],
-    out: Out,
-    evaluate: Annotated[str, typer.Option("--eval", help="MODULE:FUNCTION, called with the model; returns a number, or several by name.")],
-    p: Annotated[Optional[str], typer.Option("--p", help="Drop rates, such as 0,0.5,0.9; 0 to 0.99 by default.")] = None,
-    seeds: Annotated[int, typer.Option(help="Masks at each rate.")] = 5,
-    first_seed: Annotated[int, typer.Option(help="Seed of the first mask.")] = 0,
-    variants: Annotated[
-        str, typer.Option(help="What to compare: dare, drop_only, magnitude, weights, norm.")
-    ] = "dare,drop_only,magnitude,weights",
-) -> None:
-    """How much can be dropped: a metric against the drop rate, into OUT. Goes on where it was when it runs again."""
-    from . import sweep_report
-    from .merge.search import metric_of
-    from .ranks import Ranks
-    from .sweep import RATES, load_model, planned
-    from .sweep import sweep as run
-
-    rates, names = _numbers("--p", p) if p is not None else RATES, variants.split(",")
-    planned(rates, seeds, first_seed, names)
-    function = metric_of(evaluate)
-    gc.enable()
-    with _progress("sweeping", Ranks(), of_bytes=False) as progress:
-        found = run(
-            load_model(tuned), base, function, out=out, p=rates, seeds=seeds, first_seed=first_seed, variants=names,
-            tuned=tuned, progress=progress,
-        )  # fmt: skip
-    for metric in found.metrics:
-        text = sweep_report.markdown(found, metric)
-        (out / f"{metric}.md").write_text(text)
-        sweep_report.draw(found, metric, out / f"{metric}.png")
-        typer.echo(text)
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(word) for word in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(option, expected="numbers with commas between them", found=text) from error
+app.add_typer(studies.app)
 
 
 @app.command()
@@ -232,7 +181,7 @@ def inspect(
     from .package import DeltaPackage
 
     opened = DeltaPackage.open(package)
-    _show(report.inspect_json(opened) if as_json else report.inspect_table(opened, every_tensor=tensors))
+    show(report.inspect_json(opened) if as_json else report.inspect_table(opened, every_tensor=tensors))
     if plot is not None:
         report.plot(opened, plot)
         typer.echo(f"drew {plot}", err=True)
@@ -264,7 +213,7 @@ def diagnose(base: Base, tuned: Tuned, cast_base: CastBase = False, as_json: AsJ
     from .diagnose import diagnose as run
 
     diagnosis = run(base, tuned, cast_base=cast_base)
-    _show(report.diagnosis_json(diagnosis) if as_json else report.diagnosis_table(diagnosis))
+    show(report.diagnosis_json(diagnosis) if as_json else report.diagnosis_table(diagnosis))
 
 
 def _drop_rates(given: list[str]) -> float | dict[str, float]:
@@ -274,55 +223,6 @@ def _drop_rates(given: list[str]) -> float | dict[str, float]:
     except ValueError as error:
         raise ConfigError("--p", expected="a number, or PATTERN=NUMBER", found=" ".join(given)) from error
     return rates["*"] if list(rates) == ["*"] else rates
-
-
-def _show(what: dict[str, Any] | RenderableType) -> None:
-    if isinstance(what, dict):
-        typer.echo(json.dumps(what, indent=2))
-        return
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(what)
-
-
-@contextmanager
-def _ranks() -> Iterator[Ranks]:
-    """The processes that a launcher started for this command, or this one alone. One error is told once, by the first of them.
-
-    None of them leaves before all are done: the launcher would kill the others, and with them what they still clear up.
-    """
-    from .errors import RankError
-    from .ranks import launched
-
-    with launched() as ranks:
-        try:
-            yield ranks
-        except (DareError, OSError) as error:
-            if not ranks.lost:
-                with suppress(RankError):
-                    ranks.gather(None)
-            if ranks.first or ranks.lost or _debugging():
-                raise
-            raise typer.Exit(_exit_code(error)) from error
-
-
-@contextmanager
-def _progress(what: str, ranks: Ranks, *, of_bytes: bool = True) -> Iterator[Callable[[int, int], object] | None]:
-    """A bar on the first rank's stderr, if it is a terminal, fed with what is done and all there is; nothing elsewhere."""
-    if not ranks.first or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    done = DownloadColumn() if of_bytes else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), done, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _settle_process() -> None:
@@ -355,16 +255,8 @@ def main() -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except (DareError, OSError) as error:
-        if _debugging():
+        if debugging():
             raise
         print(f"dare-train: {error}", file=sys.stderr)
-        return _exit_code(error)
+        return exit_code(error)
     return 0
-
-
-def _debugging() -> bool:
-    return "--debug" in sys.argv[1:]
-
-
-def _exit_code(error: DareError | OSError) -> int:
-    return getattr(error, "exit_code", 1)

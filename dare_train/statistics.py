@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,19 +16,27 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from . import engines, lora, tracking
+from . import tracking
 from .engines import Held
 from .errors import ConfigError
-from .filenames import as_in_files, unwrapped
+from .filenames import unwrapped
+from .layers import (
+    Batch,
+    batch_part,
+    batch_size,
+    evaluating,
+    examples_of,
+    has_two_sequences,
+    linear_layers,
+    named_places,
+    watch_inputs,
+    width_of,
+)
 from .ranks import Ranks
-from .shards import LiveWeights, checkpoint_tensors
 from .statistics_file import Kind, beside, save_statistics
 
 Labels = Literal["data", "model"]
 """Whose labels y a log-likelihood log p(y|x) is about: those of the data, or all that the model may give, by their probability."""
-
-Batch = Mapping[str, Any]
-"""Arguments of the model by name. Tensors have one row for each example."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -131,8 +137,8 @@ class StatisticsCallback(TrainerCallback):  # type: ignore[misc]
         self.seconds = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
-        _places(unwrapped(model), adapters="fisher" not in self.kinds)
-        if "gram" in self.kinds and _has_two_sequences(model):
+        named_places(unwrapped(model), adapters="fisher" not in self.kinds)
+        if "gram" in self.kinds and has_two_sequences(model):
             remedy = 'kinds="fisher"; or collect_gram on batches without padding'
             raise ConfigError("kinds", expected="no gram for a model with encoder and decoder", found=repr(self.kinds), remedy=remedy)
 
@@ -148,7 +154,7 @@ class StatisticsCallback(TrainerCallback):  # type: ignore[misc]
         begin, ranks = time.perf_counter(), Ranks.joined()
         share = -(-self.examples // ranks.world)
         with torch.random.fork_rng(devices=[]):  # a data loader's iterator draws from torch's generator, which is the user's
-            batches: list[Batch] = ranks.each(lambda: list(_examples_of(model, train_dataloader, share)))
+            batches: list[Batch] = ranks.each(lambda: list(examples_of(model, train_dataloader, share)))
         count = [self._write(kind, model, batches, Path(args.output_dir) / self.name / "final", ranks) for kind in self.kinds][-1]
         self.seconds = time.perf_counter() - begin
         run = tracking.active_run()
@@ -177,12 +183,12 @@ def _check(examples: int | None, labels: str) -> None:
 def _fisher(model: torch.nn.Module, batches: Iterable[Batch], examples: int | None, labels: Labels, ranks: Ranks) -> tuple[Tensors, int]:
     """`collect_fisher`, and how many examples counted on all ranks."""
     model = unwrapped(model)
-    places = _places(model, adapters=False)
+    places = named_places(model, adapters=False)
     trained = {id(piece.tensor): piece.tensor for one in places.values() for piece in one.pieces if piece.tensor.requires_grad}
     if not trained:
         raise ConfigError("model", expected="parameters that need gradients", found="none", remedy="call requires_grad_(True)")
     sums = {key: torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False) for key, tensor in trained.items()}
-    singles = (one for batch in _examples_of(model, batches, examples) for one in _singles(model, batch))
+    singles = (one for batch in examples_of(model, batches, examples) for one in _singles(model, batch))
     if labels == "data":
         singles = (one for one in singles if not _is_without_labels(one))
     counted = ranks.each(lambda: _add_squares(model, singles, labels, [*trained.values()], [*sums.values()]))
@@ -197,7 +203,7 @@ def _add_squares(
 ) -> int:
     """Add each example's expected squared gradient to `sums`; how many examples there were."""
     count = 0
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for example in singles:
             chances, values = _log_likelihoods(model, example, labels)
             if not torch.isfinite(values).all():
@@ -261,15 +267,8 @@ class _Inputs:
     """Σ x xᵀ by name of the layer's weight."""
     tokens: dict[str, int]
     """How many x those are sums over."""
-    mask: torch.Tensor | None = None
-    """bool [batch, seq] of the batch that is going through the model: the positions that count."""
 
-    def see(self, name: str, layer: torch.nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        """A forward pre-hook of one layer."""
-        inputs: torch.Tensor = (*args, *named.values())[0]
-        rows = inputs.detach().reshape(-1, inputs.shape[-1])
-        if self.mask is not None and inputs.shape[:-1] in (self.mask.shape, (self.mask.numel(),)):
-            rows = rows[self.mask.reshape(-1)]
+    def see(self, name: str, rows: torch.Tensor) -> None:
         rows = rows.float()
         self.sums[name].addmm_(rows.T, rows)
         self.tokens[name] += rows.shape[0]
@@ -278,94 +277,17 @@ class _Inputs:
 def _gram(model: torch.nn.Module, batches: Iterable[Batch], examples: int | None, ranks: Ranks) -> tuple[Grams, int]:
     """`collect_gram`, and how many examples counted on all ranks."""
     model = unwrapped(model)
-    layers = _linear_layers(model)
+    layers = linear_layers(model)
     inputs = _Inputs(sums={}, tokens=dict.fromkeys((name for name, _ in layers), 0))
     for name, layer in layers:
-        inputs.sums[name] = torch.zeros(_width(layer), _width(layer), dtype=torch.float32, device=layer.weight.device)
-    counted = ranks.each(lambda: _run(model, _examples_of(model, batches, examples), layers, inputs))
+        inputs.sums[name] = torch.zeros(width_of(layer), width_of(layer), dtype=torch.float32, device=layer.weight.device)
+    counted = ranks.each(lambda: watch_inputs(model, examples_of(model, batches, examples), layers, inputs.see))
     count, *tokens = _total(ranks, inputs.sums.values(), [counted, *inputs.tokens.values()])
     found = {name: inputs.sums[name].div_(seen).cpu() for name, seen in zip(inputs.tokens, tokens, strict=True) if seen}
     return Grams(found, transposed=[name for name, layer in layers if isinstance(layer, Conv1D) and name in found]), count
 
 
-def _run(model: torch.nn.Module, batches: Iterable[Batch], layers: list[tuple[str, Any]], inputs: _Inputs) -> int:
-    """Let the model run while `inputs` looks on; how many examples there were."""
-    count = 0
-    with _evaluating(model), torch.no_grad(), ExitStack() as hooks:
-        for name, layer in layers:
-            hooks.callback(layer.register_forward_pre_hook(partial(inputs.see, name), with_kwargs=True).remove)
-        for batch in batches:
-            inputs.mask = _mask(model, batch)
-            model(**batch)
-            count += _size(model, batch)
-    return count
-
-
-def _mask(model: torch.nn.Module, batch: Batch) -> torch.Tensor | None:
-    mask = batch.get("attention_mask")
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or bool(mask.all()):
-        return None
-    if _has_two_sequences(model):
-        remedy = "pass batches of one example each, without padding"
-        raise ConfigError("attention_mask", expected="no padding, with encoder and decoder", found="padding", remedy=remedy)
-    return mask.bool()
-
-
-def _has_two_sequences(model: Any) -> bool:
-    """Whether it has encoder and decoder: the mask of one says nothing about the other."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _linear_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """(checkpoint name of the weight, layer), layers that share a weight one after another.
-
-    Raises:
-        ConfigError: files hold a layer's weight in parts.
-    """
-    names: dict[int, list[tuple[str, Held]]] = {}
-    for name, one in _places(model).items():
-        for piece in one.pieces:
-            names.setdefault(id(piece.tensor), []).append((name, one))
-    linear = {part: isinstance(part, (torch.nn.Linear, Conv1D)) for part in model.modules()}
-    elsewhere = {id(tensor) for part, is_linear in linear.items() if not is_linear for tensor in part.parameters(recurse=False)}
-    found = []
-    for layer in (part for part, is_linear in linear.items() if is_linear):
-        weight: Any = layer.weight
-        places = names.get(id(weight), []) if weight.dtype.is_floating_point and id(weight) not in elsewhere else []
-        for name, one in places:
-            if one.shape != tuple(weight.shape):
-                remedy = "use a model whose modules hold this tensor as its files do"
-                raise ConfigError(name, expected=f"shape {tuple(weight.shape)}, as in the model", found=str(one.shape), remedy=remedy)
-            found.append((name, layer))
-    return found
-
-
-def _width(layer: Any) -> int:
-    """Number of inputs."""
-    return int(layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.weight.shape[1])
-
-
-# What both need: names, examples, a quiet model, sums over ranks.
-
-
-def _places(model: Any, *, adapters: bool = True) -> dict[str, Held]:
-    """Where each tensor of the model's files lies: in one of its parameters or buffers, or in a run of one.
-
-    Raises:
-        ConfigError: they are not whole in this process; or there are adapters where there should be none.
-    """
-    live = LiveWeights(model)
-    if live.adapted and not adapters:
-        found, remedy = "a PEFT model", "merge_and_unload() first, and collect from what it returns; gram needs no merging"
-        raise ConfigError("model", expected="no adapters: the Fisher information is that of merged weights", found=found, remedy=remedy)
-    tensors: Mapping[str, torch.Tensor] = dict(checkpoint_tensors(model))
-    if live.adapted:
-        tensors, _ = lora.base_tensors(model, tensors)
-    held, own = engines.held(tensors.items(), model), {id(tensor) for tensor in tensors.values()}
-    if not live.whole or any(id(piece.tensor) not in own for one in held.values() for piece in one.pieces):
-        remedy = "save the model, load it with from_pretrained in one process or under DDP, and collect there"
-        raise ConfigError("model", expected="weights that are whole in this process", found="shards (FSDP, ZeRO-3)", remedy=remedy)
-    return as_in_files(model.get_base_model() if live.adapted else model, held)
+# What both need.
 
 
 def _as_cut(one: Held, values: torch.Tensor) -> torch.Tensor:
@@ -373,58 +295,10 @@ def _as_cut(one: Held, values: torch.Tensor) -> torch.Tensor:
     return replace(one.pieces[0], tensor=values).flat().reshape(one.shape)
 
 
-def _examples_of(model: torch.nn.Module, batches: Iterable[Batch], examples: int | None) -> Iterator[dict[str, Any]]:
-    """The first so many examples, in the batches they come in, on the model's device; no batch is asked for without need."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    left = examples
-    for batch in batches:
-        size = _size(model, batch)
-        rows = size if left is None else min(size, left)
-        yield {name: value.to(device) if hasattr(value, "to") else value for name, value in _part(batch, 0, rows, size).items()}
-        if left is not None:
-            left -= rows
-            if not left:
-                return
-
-
 def _singles(model: torch.nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
-    size = _size(model, batch)
+    size = batch_size(model, batch)
     for row in range(size):
-        yield _part(batch, row, row + 1, size)
-
-
-def _size(model: Any, batch: Batch) -> int:
-    """How many examples a batch holds."""
-    if not isinstance(batch, Mapping):
-        raise ConfigError("batches", expected="mappings from arguments of the model to tensors", found=f"a {type(batch).__name__}")
-    main = batch.get(getattr(model, "main_input_name", "input_ids"))
-    tensors = [value for value in (main, *batch.values()) if isinstance(value, torch.Tensor) and value.dim()]
-    if not tensors:
-        raise ConfigError("batches", expected="mappings from arguments of the model to tensors", found=f"{sorted(batch)} and no tensor")
-    return int(tensors[0].shape[0])
-
-
-def _part(batch: Batch, start: int, stop: int, size: int) -> dict[str, Any]:
-    """Examples [start, stop) of a batch of `size`."""
-    if stop - start == size:
-        return dict(batch)
-    for name, value in batch.items():
-        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] != size:
-            expected, found = f"{size} rows, one for each example", f"shape {tuple(value.shape)}"
-            raise ConfigError(f"batches: {name}", expected=expected, found=found, remedy="pass batches of one example each")
-    return {name: value[start:stop] if isinstance(value, torch.Tensor) and value.dim() else value for name, value in batch.items()}
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """A block in which all modules are in evaluation mode; afterwards each is in its own again."""
-    flags = [(part, part.training) for part in model.modules()]
-    model.train(False)
-    try:
-        yield
-    finally:
-        for part, training in flags:
-            part.training = training
+        yield batch_part(batch, row, row + 1, size)
 
 
 def _total(ranks: Ranks, sums: Iterable[torch.Tensor], counts: list[int]) -> list[int]:

@@ -1,16 +1,18 @@
-"""What wandb is told: of a snapshot, in the run that is already there; and of a search, in a run of its own."""
+"""What wandb is told: of a snapshot or a study, in the run that is already there; and of a search, in a run of its own."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .snapshot import Snapshot
+    from .study.document import Chart, Study
 
 
 def active_run() -> Any:
@@ -85,10 +87,7 @@ def searching(project: str | None) -> Iterator[Callable[[Any], None] | None]:
     if project is None:
         yield None
         return
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError("wandb", expected="wandb", found="not installed", remedy='pip install "dare_train[train]"') from error
+    wandb = _wandb()
     with wandb.init(project=project, job_type="merge-search") as run:
         trials: list[Any] = []
 
@@ -100,3 +99,49 @@ def searching(project: str | None) -> Iterator[Callable[[Any], None] | None]:
         if trials:
             rows = [[*trial.settings.values(), trial.score] for trial in trials]
             run.log({"search/trials": wandb.Table(columns=[*trials[0].settings, "score"], data=rows)})
+
+
+@contextmanager
+def studying(project: str | None) -> Iterator[None]:
+    """A wandb run of its own for a study, which `log_study` finds; none without a project.
+
+    Raises:
+        ConfigError: wandb is not installed.
+    """
+    if project is None:
+        yield
+        return
+    with _wandb().init(project=project, job_type="study"):
+        yield
+
+
+def log_study(study: Study, pictures: Mapping[str, Path], page: Path) -> None:
+    """Log a study to the active run: each chart as curves and as a picture, each table, the page. Nothing happens without one."""
+    run = active_run()
+    if run is None:
+        return
+    wandb = _wandb()
+    charts = {f"{study.name}/{chart.name}": _series(wandb, chart) for chart in study.charts}
+    shown = {f"{study.name}/{name}/picture": wandb.Image(str(path)) for name, path in pictures.items()}
+    tables = {
+        f"{study.name}/table/{number}": wandb.Table(columns=[*table.columns], data=table.cells())
+        for number, table in enumerate(study.tables)
+    }
+    run.log({**charts, **shown, **tables, f"{study.name}/page": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+    run.summary.update({f"{study.name}/findings": list(study.findings)})
+
+
+def _series(wandb: Any, chart: Chart) -> Any:
+    curves = chart.curves
+    return wandb.plot.line_series(
+        xs=[list(curve.x) for curve in curves], ys=[list(curve.y) for curve in curves], keys=[curve.label for curve in curves],
+        title=chart.title, xname=chart.x,
+    )  # fmt: skip
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError("wandb", expected="wandb", found="not installed", remedy='pip install "dare_train[wandb]"') from error
+    return wandb

@@ -1,7 +1,8 @@
 """DARE's table on three real tasks: an encoder fine-tuned for each, and merged by every method, with DARE and without.
 
-    python recipes/merge_tasks.py
-    python recipes/merge_tasks.py --methods ties della breadcrumbs --p 0.7
+    python recipes/merge_tasks.py             # small: a minute
+    python recipes/merge_tasks.py --full      # as in docs/results.md: a quarter of an hour on two cores
+    python recipes/merge_tasks.py --full --methods ties della breadcrumbs --p 0.7
 
 all-MiniLM-L6-v2 learns to tell positive film reviews from negative ones (rt_polarity), opinions from plots (subjectivity), and 105
 intents from each other (clinc150). The three models are one body and a linear head each. Bodies are merged; heads are kept aside, and
@@ -13,16 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import time
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from inputs import DATA, OPINIONS, REVIEWS, Split, present, two_files
 from quickstart import Examples, TimeIsUp, carried_model, console, encode, say
 from rich.table import Table
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
@@ -33,14 +33,14 @@ import dare_train
 from dare_train.merge.methods import METHODS
 from dare_train.statistics_file import Kind, beside, save_statistics
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PAPER = ("average", "task_arithmetic", "ties", "fisher", "regmean")
 BASELINES = ("drop_only", "magnitude")
 DROPPING = {*BASELINES, "dare_linear", "dare_ties", "della", "della_linear"}
 """Methods that drop elements where others have DARE: they have no second row with it."""
 LAMBDAS = (0.4, 0.7, 1.0, 1.4)
 """Factors of the merged delta. Each row has the one that is best on validation examples, with DARE and without alike."""
-Split = Literal["train", "validation", "test"]
+SMALL = {"methods": ["average", "ties"], "steps": 20, "statistics": 16, "validation": 20, "test": 50}
+FULL = {"methods": [*PAPER, *BASELINES], "steps": 250, "statistics": 200, "validation": 200, "test": 600}
 Rows = list[dict[str, Any]]
 """Encoded examples."""
 
@@ -100,19 +100,23 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/merge_tasks"), help="where the models go (default: %(default)s)")
     add("--data", type=Path, default=DATA, help="folder with rt_polarity, subjectivity and clinc150 (default: ../shared/data)")
-    add("--methods", nargs="+", default=[*PAPER, *BASELINES], choices=choices, metavar="METHOD", help=f"some of {', '.join(choices)}")
+    add("--full", action="store_true", help="more of everything, as in docs/results.md")
+    add("--methods", nargs="+", choices=choices, metavar="METHOD", help=f"some of {', '.join(choices)}")
     add("--p", type=float, default=0.9, help="drop rate (default: %(default)s)")
-    add("--steps", type=int, default=250, help="of fine-tuning, for each task (default: %(default)s)")
+    add("--steps", type=int, help="of fine-tuning, for each task")
     add("--seconds", type=float, default=120, help="fine-tuning for a task ends after so many (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="(default: %(default)s)")
     add("--learning-rate", type=float, default=2e-4, help="(default: %(default)s)")
     add("--max-length", type=int, default=64, help="tokens of a text (default: %(default)s)")
-    add("--statistics", type=int, default=200, help="training examples for Fisher merging and RegMean (default: %(default)s)")
-    add("--validation", type=int, default=200, help="examples of each task that choose lambda (default: %(default)s)")
-    add("--test", type=int, default=600, help="examples of each task that the table is about (default: %(default)s)")
+    add("--statistics", type=int, help="training examples for Fisher merging and RegMean")
+    add("--validation", type=int, help="examples of each task that choose lambda")
+    add("--test", type=int, help="examples of each task that the table is about")
     add("--seed", type=int, default=0, help="of training and of DARE's masks (default: %(default)s)")
     add("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
+    for name, value in (FULL if options.full else SMALL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     options.model = carried_model()
     return options
 
@@ -121,14 +125,12 @@ def parse() -> argparse.Namespace:
 
 
 def load_tasks(options: argparse.Namespace) -> list[Task]:
-    absent = [name for name in ("rt_polarity", "subjectivity", "clinc150") if not (options.data / name).is_dir()]
-    if absent:
-        sys.exit(f"no data: {', '.join(absent)} not found in {options.data}; pass --data")
+    places = {name: present(options.data / name) for name in ("rt_polarity", "subjectivity", "clinc150")}
     sizes = options.validation, options.test
     sources = {
-        "rt_polarity": two_files(options.data / "rt_polarity/sentence_polarity.zip", ["rt-polarity.neg", "rt-polarity.pos"], *sizes),
-        "subjectivity": two_files(options.data / "subjectivity/subjectivity.zip", ["plot.tok.gt9.5000", "quote.tok.gt9.5000"], *sizes),
-        "clinc150": intents(options.data / "clinc150/clinc150.json", *sizes),
+        "rt_polarity": sentences(places["rt_polarity"] / "sentence_polarity.zip", REVIEWS, *sizes),
+        "subjectivity": sentences(places["subjectivity"] / "subjectivity.zip", OPINIONS, *sizes),
+        "clinc150": intents(places["clinc150"] / "clinc150.json", *sizes),
     }
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tasks = []
@@ -138,12 +140,10 @@ def load_tasks(options: argparse.Namespace) -> list[Task]:
     return tasks
 
 
-def two_files(archive: Path, members: Sequence[str], validation: int, test: int) -> dict[Split, Examples]:
+def sentences(archive: Path, classes: Mapping[str, str], validation: int, test: int) -> dict[Split, Examples]:
     """Sentences of two classes, a file each: shuffled, and split by counts."""
-    with zipfile.ZipFile(archive) as file:
-        paths = {Path(path).name: path for path in file.namelist()}
-        texts = [file.read(paths[member]).decode().splitlines() for member in members]
-    rows = [(text.strip(), label) for label, lines in enumerate(texts) for text in lines]
+    numbers = {label: number for number, label in enumerate(classes.values())}
+    rows = [(row["text"], numbers[row["label"]]) for row in two_files(archive, classes)]
     random.Random(0).shuffle(rows)
     held_out = test + validation
     return {"test": examples(rows[:test]), "validation": examples(rows[test:held_out]), "train": examples(rows[held_out:])}

@@ -77,9 +77,11 @@ def moved(base: Path, seed: int) -> torch.nn.Module:
 
 def test_the_commands_exist() -> None:
     from dare_train.cli import app
+    from dare_train.study.commands import app as studies
 
     commands = set(re.findall(r"^dare-train (\w+)", README, re.MULTILINE))
-    assert commands == {command.callback.__name__ for command in app.registered_commands if command.callback}
+    registered = [*app.registered_commands, *studies.registered_commands]
+    assert commands == {command.callback.__name__ for command in registered if command.callback}
     assert all((ROOT / script).exists() for script in re.findall(r"^(scripts/\w+)", README, re.MULTILINE))
 
 

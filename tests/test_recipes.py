@@ -1,19 +1,25 @@
-"""The recipes for many devices, started as their users start them."""
+"""The recipes, started as their users start them."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
+import torch
 from engines import ENVIRONMENT
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dare_train import DeltaPackage
 
 ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 LAUNCHERS = {1: (sys.executable,), 2: TORCHRUN}
 
@@ -71,19 +77,93 @@ def test_zero3_with_a_configuration_file(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("checkpoint-10/global_step10/*_optim_states.pt"))) == 2, "ZeRO-3 was at work"
 
 
-def test_three_tasks_are_merged_with_dare_and_without(tmp_path: Path) -> None:
-    data = ROOT.parent / "shared" / "data"
-    assert (data / "clinc150").is_dir(), f"this test needs {data}"
-    few = ("--steps", "2", "--validation", "8", "--test", "8", "--statistics", "4")
-    command = [sys.executable, "recipes/merge_tasks.py", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "rows.json"), *few]
-    done = subprocess.run(
-        [*command, "--methods", "average", "ties"], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False
-    )
+# Recipes on real texts, as small as they are by default.
+
+
+def told(recipe: str, *options: str) -> str:
+    """What a recipe that needs shared/data prints. By default each is done in under two minutes; a busy machine may take longer."""
+    assert SHARED.is_dir(), f"this test needs {SHARED}"
+    command, environment = [sys.executable, f"recipes/{recipe}", *options], {**os.environ, "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def measured(folder: Path, name: str) -> dict[str, Any]:
+    """The figures of a study; its page and its pictures are there, too."""
+    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    assert (folder / f"{name}.html").stat().st_size > 20_000
+    assert list(folder.glob(f"{name}-*.png"))
+    return found
+
+
+def means(found: dict[str, Any], metric: str) -> dict[tuple[str, float], float]:
+    """By variant and drop rate."""
+    groups: dict[tuple[str, float], list[float]] = {}
+    for point in found["points"]:
+        groups.setdefault((point["variant"], point["p"]), []).append(point["metrics"][metric])
+    return {key: fmean(values) for key, values in groups.items()}
+
+
+def test_three_tasks_are_merged_with_dare_and_without(tmp_path: Path) -> None:
+    told("merge_tasks.py", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "rows.json"))
     names = [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]]
     assert names[-4:] == ["average", "average + DARE", "ties", "ties + DARE"]
 
 
+def test_the_encoder_study(tmp_path: Path) -> None:
+    text = told("encoder.py", "--out", str(tmp_path))
+    assert "accuracy at p = 0.9" in text
+    folder = tmp_path / "subjectivity"
+    accuracy = means(measured(folder, "sweep"), "accuracy")
+    assert accuracy["dense", 0.0] > 0.85 > 0.7 > accuracy["base", 1.0]
+    assert accuracy["dare", 0.9] > accuracy["dense", 0.0] - 0.05
+    assert accuracy["drop_only", 0.9] < accuracy["dense", 0.0] - 0.1
+    assert len(measured(folder, "inside")["layers"]) == 6 * 6 + 1
+    bits = means(measured(folder, "compare"), "bits")
+    assert bits["dare_sign", 0.9] < bits["dare", 0.9] < bits["one_bit", 1.0] < bits["dense", 0.0]
+    assert measured(tmp_path, "encoder")["models"].keys() == {"subjectivity"}
+
+
+def test_the_decoder_study(tmp_path: Path) -> None:
+    told("decoder.py", "--out", str(tmp_path))
+    loss = means(measured(tmp_path / "stories260K-instructions", "sweep"), "loss")
+    assert loss["base", 1.0] > loss["drop_only", 0.9] > loss["magnitude", 0.9] > loss["dare", 0.9] > loss["dense", 0.0]
+    assert measured(tmp_path, "decoder")["models"].keys() == {"stories260K-instructions"}
+
+
+def test_a_decoder_is_pretrained_and_loads(tmp_path: Path) -> None:
+    text = told("pretrain_decoder.py", "--out", str(tmp_path / "model"))
+    loss = float(re.findall(r"held-out loss (\d+\.\d+)", text)[0])
+    model, tokenizer = (kind.from_pretrained(tmp_path / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.dtype == torch.bfloat16
+    assert loss < math.log(len(tokenizer)) - 0.5, "it learnt something"
+    assert tokenizer.decode(tokenizer("def main(): pass  # naïve")["input_ids"]) == "def main(): pass  # naïve"
+
+
+def test_what_breaks_is_foreseen(tmp_path: Path) -> None:
+    text = told("when_it_breaks.py", "--out", str(tmp_path))
+    assert "diagnose was right" in text
+    models = measured(tmp_path, "when_it_breaks")["models"]
+    assert [*models] == [
+        "instructions, rate 0.0003", "instructions, rate 0.003", "continued pretraining on Shakespeare",
+        "instructions, rate 0.0003, wrong base",
+    ]  # fmt: skip
+    assert models["instructions, rate 0.0003"]["predicted"] >= 0.5
+    assert [models[name]["predicted"] for name in [*models][1:]] == [None, None, None]
+
+
+def test_a_file_of_ones_own_is_a_task_as_well(tmp_path: Path) -> None:
+    rows = [{"text": f"{'good' if n % 2 else 'bad'} number {n}", "label": "good" if n % 2 else "bad"} for n in range(200)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    few = ("--steps", "2", "--examples", "10", "--seeds", "1")
+    told("encoder.py", "--out", str(tmp_path / "out"), "--tasks", str(tmp_path / "mine.jsonl"), *few)
+    assert measured(tmp_path / "out" / "mine", "sweep")["setup"]["held_out_texts"] == 10
+
+
 def test_recipes_are_all_here() -> None:
     found = {path.name for path in (ROOT / "recipes").iterdir() if path.is_file()}
-    assert found == {"quickstart.py", "counting.py", "merge_tasks.py", "accelerate_loop.py", "deepspeed_zero3.py", "deepspeed_zero3.json"}
+    assert found == {
+        "quickstart.py", "counting.py", "merge_tasks.py", "accelerate_loop.py", "deepspeed_zero3.py", "deepspeed_zero3.json",
+        "encoder.py", "decoder.py", "pretrain_decoder.py", "when_it_breaks.py", "inputs.py", "tuning.py", "studies.py",
+    }  # fmt: skip

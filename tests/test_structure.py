@@ -29,16 +29,22 @@ MERGE = [
 ]
 """The floors of the folder `merge`, from the lowest."""
 
+STUDY = [
+    {f"study.{name}" for name in floor.split()}
+    for floor in ("seat variants", "points", "sweep inside comparison", "sweep_report inside_report comparison_report", "reporting")
+]
+"""The floors of the folder `study` that measure; those that draw lie below."""
+
 FLOORS = [
     {"errors", "_version"},
-    {"dtypes", "config"},
-    {"ranks"},
-    {"parallel", "weights", "publish", "kernels.compiler", "kernels.reference", "kernels.rows"},
+    {"dtypes", "config", "study.document", "study.loading", "study.texts"},
+    {"ranks", "study.drawing", "study.page"},
+    {"terminal", "parallel", "weights", "publish", "kernels.compiler", "kernels.reference", "kernels.rows"},
     {"kernels.compiled", "kernels.cuda", "kernels.plain", "ownership", "engines", "lowrank"},
     {"kernels.philox", "kernels.choice", "lora", "filenames"},
     {"kernels.cpu", "kernels.sums"},
     {"masks", "fingerprint", "checkpoint", "shards", "stats", "law"},
-    {"codec", "statistics_file"},
+    {"codec", "statistics_file", "layers"},
     {"manifest"},
     {"manifest_reader"},
     {"package", "card"},
@@ -53,8 +59,10 @@ FLOORS = [
     {"tracking"} | MERGE[1],
     {"callback", "statistics"} | MERGE[2],
     *MERGE[3:7],
-    {"sweep"} | MERGE[7],
-    {"sweep_report"} | MERGE[8],
+    MERGE[7] | {"study.publish"},
+    MERGE[8] | STUDY[0],
+    *STUDY[1:],
+    {"study.commands"},
     {"cli"},
     {"__main__"},
 ]

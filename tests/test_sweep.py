@@ -13,13 +13,19 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from studying import tuned_model
 from tiny import refusal
 from training import classifier, examples, save_base, weights_print
 
-from dare_train import applied, extract, sweep
+from dare_train import applied, extract, sweep, write_report
 from dare_train.errors import CheckpointError, ConfigError
-from dare_train.sweep import Point, Sweep
-from dare_train.sweep_report import interval, markdown
+from dare_train.statistics import collect_gram
+from dare_train.statistics_file import save_statistics
+from dare_train.study.document import interval
+from dare_train.study.points import Point
+from dare_train.study.sweep import Sweep
+from dare_train.study.sweep_report import several_study, sweep_study, verdict
+from dare_train.study.variants import VARIANTS, dropped
 
 State = dict[str, torch.Tensor]
 HEAD = "classifier.weight"
@@ -29,14 +35,6 @@ KEY = "bert.encoder.layer.0.attention.self.key.weight"
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return save_base(tmp_path / "base")
-
-
-def tuned_model(base: Path, seed: int = 1, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    model, generator = classifier(base, dtype=dtype), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += (0.02 * torch.randn(parameter.shape, generator=generator)).to(dtype)
-    return model.eval()
 
 
 def state_of(model: torch.nn.Module) -> State:
@@ -66,13 +64,18 @@ def test_points_are_those_of_packages(base: Path, tmp_path: Path, dtype: torch.d
     model, seen = tuned_model(base, dtype=dtype), Seen()
     before = weights_print(model)
     found = sweep(model, base, seen, out=tmp_path / "out", p=[0.9, 0, 0.5], seeds=2, first_seed=3, variants=["dare", "drop_only"])
-    keys = [("dense", 0.0, 0), *((name, p, seed) for name in ("dare", "drop_only") for p in (0.5, 0.9) for seed in (3, 4))]
+    keys = [
+        ("dense", 0.0, 0),
+        ("base", 1.0, 0),
+        *((name, p, seed) for name in ("dare", "drop_only") for p in (0.5, 0.9) for seed in (3, 4)),
+    ]
     assert [point.key for point in found.points] == keys
     assert weights_print(model) == before == seen.prints[0]
     assert found.tuned == before
-    assert found.values("dare", 0.9, "loss") == [4.0, 5.0]
+    assert found.values("dare", 0.9, "loss") == [5.0, 6.0]
     start = {name: tensor for name, tensor in state_of(classifier(base, dtype=dtype)).items() if not name.startswith("classifier")}
-    for (name, p, seed), expected in list(zip(keys, seen.prints, strict=True))[1:]:
+    assert all(torch.equal(seen.states[1][name], tensor) for name, tensor in start.items())
+    for (name, p, seed), expected in list(zip(keys, seen.prints, strict=True))[2:]:
         options: dict[str, Any] = dict(p=p, seed=seed, values="exact", rescale="paper" if name == "dare" else "none")
         package = extract(start, model, tmp_path / f"{name}-{p}-{seed}", **options)
         as_base = classifier(base, dtype=dtype)
@@ -87,7 +90,8 @@ def test_points_are_those_of_packages(base: Path, tmp_path: Path, dtype: torch.d
 def test_magnitude_pruning_and_dropping_weights_themselves(base: Path, tmp_path: Path) -> None:
     model, seen = tuned_model(base), Seen()
     found = sweep(model, base, seen, out=tmp_path / "out", p=[0.5], seeds=2, variants=["magnitude", "weights"])
-    assert [point.key for point in found.points] == [("magnitude", 0.5, 0), ("weights", 0.5, 0), ("weights", 0.5, 1)]
+    assert [point.key for point in found.points][2:] == [("magnitude", 0.5, 0), ("weights", 0.5, 0), ("weights", 0.5, 1)]
+    del seen.states[:2]
     start, end = state_of(classifier(base))[KEY].numpy(), state_of(model)[KEY].numpy()
     delta = end - start
     smallest_kept = np.sort(np.abs(delta).ravel())[-delta.size // 2]
@@ -127,11 +131,14 @@ def test_a_failing_evaluation_leaves_the_model_as_it_was_and_the_points_before_i
     told: list[tuple[int, int]] = []
     counted: list[float] = []
     found = sweep(model, base, lambda m: counted.append(distance(m)) or counted[-1], progress=lambda *at: told.append(at), **options)
-    assert len(counted) == 7 - 3
-    assert told[-1] == (7, 7)
+    assert len(counted) == 8 - 3
+    assert told[-1] == (8, 8)
     whole = sweep(model, base, distance, **{**options, "out": tmp_path / "whole"})
     assert whole.points == found.points
-    assert (tmp_path / "out/sweep.json").read_bytes() == (tmp_path / "whole/sweep.json").read_bytes()
+    for result, folder in ((found, "out"), (whole, "whole")):
+        write_report(result, tmp_path / folder)
+    for name in ("sweep.json", "sweep.md", "sweep.html", "sweep-metric.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_more_points_of_the_same_model_are_added(base: Path, tmp_path: Path) -> None:
@@ -141,10 +148,10 @@ def test_more_points_of_the_same_model_are_added(base: Path, tmp_path: Path) -> 
     evaluate = lambda m: seen(m)["norm"]  # noqa: E731
     found = sweep(model, base, evaluate, out=tmp_path / "out", p=[0.5, 0.7], seeds=2, variants=["dare"])
     assert len(seen.states) == 3
-    assert [point.key[1:] for point in found.points] == [(0.5, 0), (0.5, 1), (0.7, 0), (0.7, 1)]
+    assert [point.key[1:] for point in found.points][2:] == [(0.5, 0), (0.5, 1), (0.7, 0), (0.7, 1)]
     with pytest.raises(CheckpointError) as caught:
         sweep(tuned_model(base, seed=2), base, distance, out=tmp_path / "out", p=[0.5], seeds=1)
-    refusal(caught.value, CheckpointError, "sweep.jsonl: expected a sweep of", "found one of a model", "choose another folder")
+    refusal(caught.value, CheckpointError, "sweep.jsonl: expected a study of", "found one of a model", "choose another folder")
 
 
 def test_weights_on_disk_are_the_models_or_refused(base: Path, tmp_path: Path) -> None:
@@ -161,10 +168,11 @@ def test_weights_on_disk_are_the_models_or_refused(base: Path, tmp_path: Path) -
     ("options", "text"),
     [
         (dict(seeds=0), "seeds: expected at least 1, found 0"),
-        (dict(variants=["dear"]), "variants: expected one of dare, drop_only, magnitude, weights, norm, found 'dear'"),
+        (dict(variants=["dear"]), "variants: expected one of dare, drop_only, magnitude, weights, norm, q, found 'dear'"),
         (dict(variants=[]), "variants: expected at least one"),
         (dict(p=[]), "p: expected at least one"),
         (dict(p=[1.0]), "p: expected a number in [0, 1), found 1.0"),
+        (dict(variants=["q"]), "batches: expected some, from which the variant q works out its factors, found none"),
         (dict(evaluate=lambda model: float("nan")), "evaluate: expected a finite number, or several by name, found nan"),
         (dict(evaluate=lambda model: {}), "evaluate: expected a finite number"),
         (dict(evaluate=lambda model: "good"), "evaluate: expected a finite number"),
@@ -185,15 +193,84 @@ def test_intervals_are_students() -> None:
     assert interval([0.25]) == (0.25, 0.0)
 
 
-def test_the_table_has_a_row_for_each_rate() -> None:
-    points = [Point(variant="dense", p=0.0, seed=0, metrics={"accuracy": 0.9})]
-    points += [Point(variant="dare", p=0.5, seed=n, metrics={"accuracy": 0.8 + n / 10}) for n in range(2)]
-    points += [Point(variant="magnitude", p=0.5, seed=0, metrics={"accuracy": 0.25})]
-    table = markdown(Sweep(base="", tuned="", points=tuple(points)), "accuracy")
-    assert table.splitlines()[:4] == [
-        "| accuracy at p | DARE | magnitude pruning |", "|---|---|---|", "| 0 | 0.9 | 0.9 |", "| 0.5 | 0.85 ± 0.64 | 0.25 |",
+def test_q_has_each_layers_own_factor(base: Path, tmp_path: Path) -> None:
+    model, seen = tuned_model(base), Seen()
+    batches = [{"input_ids": torch.tensor([row["input_ids"] for row in examples()])}]
+    sweep(model, base, seen, out=tmp_path / "out", p=[0.9], seeds=1, variants=["q", "dare"], batches=batches)
+    gram = save_statistics(tmp_path / "gram.safetensors", "gram", collect_gram(model, batches), examples=48)
+    expected = dropped(base, model, VARIANTS["q"], p=0.9, seed=0, gram=gram)
+    q, dare, start = (state[KEY].numpy().reshape(-1) for state in (seen.states[2], seen.states[3], state_of(classifier(base))))
+    assert np.array_equal(q.view(np.uint32), expected.read(KEY, 0, q.size))
+    kept = dare != start
+    factors = (q - start)[kept] / (dare - start)[kept]
+    np.testing.assert_allclose(factors, np.median(factors), rtol=1e-2)
+    assert 0.1 < np.median(factors) < 0.9
+
+
+def swept(predicted: float | None = 0.5, **metrics: dict[tuple[str, float], list[float]]) -> Sweep:
+    """A sweep with these values, by variant and rate."""
+    (name, values), *_ = metrics.items()
+    points = [Point(variant=one, p=p, seed=n, metrics={name: x}) for (one, p), found in values.items() for n, x in enumerate(found)]
+    return Sweep(base="b", tuned="t", points=tuple(points), predicted=predicted)
+
+
+ENDS = {("dense", 0.0): [0.9], ("base", 1.0): [0.1]}
+
+
+def test_the_report_has_a_row_for_each_rate() -> None:
+    found = swept(accuracy={**ENDS, ("dare", 0.5): [0.8, 0.9], ("magnitude", 0.5): [0.25]})
+    study = sweep_study(found)
+    rates, limits = study.tables
+    assert rates.markdown().splitlines()[2:7] == [
+        "| p | DARE | magnitude pruning |", "| --- | --- | --- |", "| 0 (fine-tuned) | 0.9 | 0.9 |", "| 0.5 | 0.85 ± 0.64 | 0.25 |",
+        "| 1 (base) | 0.1 | 0.1 |",
     ]  # fmt: skip
-    assert "Mean over 2 masks ± half of the 95 % confidence interval." in table
+    assert "Mean over 2 masks ± half of the 95 % confidence interval." in rates.note
+    assert limits.rows == (("accuracy", "0.1 → 0.9", "0.5", "none", "too bold"),)
+    (chart,) = study.charts
+    assert [curve.label for curve in chart.curves] == ["DARE", "magnitude pruning"]
+    assert chart.curves[0].y == (0.9, pytest.approx(0.85))
+    assert chart.levels == {"fine-tuned, nothing dropped": 0.9, "base, everything dropped": 0.1}
+    assert study.findings[0] == "Fine-tuning moved accuracy from 0.1 to 0.9."
+
+
+@pytest.mark.parametrize(("dense", "base"), [(0.9, 0.1), (0.1, 0.9)])
+def test_what_is_left_of_the_gain(dense: float, base: float) -> None:
+    """Whether more is better or less: the first rate that loses too much ends what holds, whatever comes after."""
+    shares = {0.5: 0.97, 0.7: 1.01, 0.9: 0.94, 0.95: 0.99}
+    values = {("dare", p): [base + share * (dense - base)] * 2 for p, share in shares.items()}
+    found = swept(metric={("dense", 0.0): [dense], ("base", 1.0): [base], **values})
+    assert found.retained("dare", "metric") == pytest.approx(shares)
+    assert found.holds_to("dare", "metric") == 0.7
+    assert found.holds_to("dare", "metric", tolerance=0.1) == 0.95
+    assert found.holds_to("dare", "metric", tolerance=0.01) is None
+
+
+@pytest.mark.parametrize(
+    ("predicted", "held", "expected"),
+    [
+        (0.9, 0.9, "right"), (0.9, 0.8, "too bold"), (0.5, None, "too bold"), (0.9, 0.95, "too careful"), (0.9, 0.93, "right"),
+        (None, None, "right"), (None, 0.4, "right"), (None, 0.5, "too careful"), (0.99, 0.99, "right"),
+    ],
+)  # fmt: skip
+def test_predictions_are_judged(predicted: float | None, held: float | None, expected: str) -> None:
+    assert verdict(predicted, held) == expected
+
+
+def test_several_models_are_counted() -> None:
+    good = swept(0.9, accuracy={**ENDS, ("dare", 0.5): [0.9], ("dare", 0.9): [0.88]})
+    bad = swept(0.9, accuracy={**ENDS, ("dare", 0.5): [0.9], ("dare", 0.9): [0.2]})
+    study = several_study({"good": good, "bad": bad})
+    assert study.findings == ("diagnose was right 1 times of 2, too bold 1 and too careful 0 times.",)
+    assert [row[0] for row in study.tables[0].rows] == ["good", "bad"]
+    assert study.charts[0].curves[1].y == pytest.approx((1.0, 1.0, 0.125))
+
+
+def test_a_curve_that_leaves_the_picture_does_not_flatten_the_others() -> None:
+    wild = {("dare", 0.9): [0.88], ("weights", 0.9): [160.0]}
+    (chart,) = sweep_study(swept(loss={**ENDS, **wild})).charts
+    assert chart.y_range == pytest.approx((0.1, 1.38))
+    assert "goes on in the table" in chart.caption
 
 
 METRIC = """
@@ -218,19 +295,49 @@ def test_the_command_measures_draws_and_goes_on(base: Path, tmp_path: Path) -> N
         command = [sys.executable, "-m", "dare_train", "sweep", *words, *more]
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
-    done = run("--out", "one")
+    done = run("--out", "one", "--variants", "dare,drop_only")
     assert done.returncode == 0, done.stderr
-    assert "| accuracy at p | DARE | drop only | magnitude pruning | DARE on the weights themselves |" in done.stdout
-    assert (tmp_path / "one/accuracy.md").read_text() in done.stdout
-    picture = matplotlib.image.imread(tmp_path / "one/accuracy.png")
+    assert "| p | DARE | drop only |" in done.stdout
+    assert (tmp_path / "one/sweep.md").read_text() in done.stdout
+    assert "| accuracy |" in done.stdout
+    picture = matplotlib.image.imread(tmp_path / "one/sweep-accuracy.png")
     assert picture.shape[0] > 500
     assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 10
-    again = run("--out", "one")
+    again = run("--out", "one", "--variants", "dare,drop_only")
     assert again.stdout == done.stdout
-    assert run("--out", "two").returncode == 0
-    for name in ("sweep.json", "accuracy.md", "accuracy.png"):
+    assert run("--out", "two", "--variants", "dare,drop_only").returncode == 0
+    for name in ("sweep.json", "sweep.md", "sweep-accuracy.png", "sweep.html"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    points = json.loads((tmp_path / "one/sweep.json").read_text())["points"]
-    assert len(points) == 1 + 2 * 2 + 2 * 2 + 2 + 2 * 2
+    found = json.loads((tmp_path / "one/sweep.json").read_text())
+    assert len(found["points"]) == 2 + 2 * 2 + 2 * 2
+    assert found["setup"]["eval"] == "metrics:accuracy"
+    assert found["setup"]["torch"] == torch.__version__.partition("+")[0] or found["setup"]["torch"] == torch.__version__
     wrong = run("--out", "three", "--variants", "dear")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    nothing = run_without_eval(tmp_path)
+    assert (nothing.returncode, nothing.stderr) == (
+        2,
+        "dare-train: --eval: expected MODULE:FUNCTION, or a file of texts as --data, found neither\n",
+    )
+
+
+def run_without_eval(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dare_train", "sweep", "base", "tuned", "--out", "four"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    done.stderr = "".join(line + "\n" for line in done.stderr.splitlines() if line.startswith("dare-train"))
+    return done
+
+
+def test_the_command_takes_several_models_of_one_base(base: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        tuned_model(base, seed=number).save_pretrained(tmp_path / f"tuned-{number}")
+    (tmp_path / "metrics.py").write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{METRIC}")
+    words = ["base", "tuned-1", "tuned-2", "--eval", "metrics:accuracy", "--p", "0.5", "--seeds", "2", "--variants", "dare", "--out", "out"]
+    done = subprocess.run([sys.executable, "-m", "dare_train", "sweep", *words], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| model | metric | base → fine-tuned |" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "sweeps-accuracy.png", "sweeps.html", "sweeps.json", "sweeps.md", "tuned-1", "tuned-2",
+    ]  # fmt: skip
+    found = json.loads((tmp_path / "out/sweeps.json").read_text())["models"]
+    assert {name: len(one["points"]) for name, one in found.items()} == {"tuned-1": 4, "tuned-2": 4}

@@ -18,7 +18,7 @@ FACTOR = 1.15
 def run(runs: int) -> Report:
     """One sweep, whatever `runs`: it is 177 evaluations already."""
     from dare_train import sweep
-    from dare_train.sweep import load_model
+    from dare_train.study.loading import load_model
 
     pair, evaluation = finetune.pair(), Evaluation()
     model: Any = load_model(str(pair.tuned)).float()

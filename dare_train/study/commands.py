@@ -1,0 +1,214 @@
+"""The studies as commands: arguments only."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from ..errors import ConfigError
+from ..terminal import Base, Out, progress_bar
+
+if TYPE_CHECKING:
+    import torch
+
+    from .points import Evaluate
+    from .reporting import Found
+    from .texts import Texts
+
+app = typer.Typer()
+
+Model = Annotated[str, typer.Argument(metavar="TUNED", help="Folder or Hub id of the fine-tuned model.")]
+Models = Annotated[list[str], typer.Argument(metavar="TUNED...", help="Folders or Hub ids of fine-tuned models of that base.")]
+Eval = Annotated[
+    Optional[str], typer.Option("--eval", help="MODULE:FUNCTION, called with the model; returns a number, or several by name.")
+]
+Data = Annotated[Optional[Path], typer.Option("--data", help="Texts to evaluate on: .jsonl, .json, .csv or .txt.")]
+Columns = Annotated[list[str], typer.Option("--column", help="NAME=COLUMN: what the columns text, label and prompt are called in --data.")]
+MaxLength = Annotated[int, typer.Option("--max-length", help="Tokens that count of a text.")]
+Examples = Annotated[Optional[int], typer.Option("--examples", help="Only the first so many texts.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="To compute in: auto (that of the files), float32, bfloat16 or float16.")]
+Wandb = Annotated[Optional[str], typer.Option("--wandb", help="Log to this wandb project.")]
+Seeds = Annotated[int, typer.Option("--seeds", help="Masks at each rate.")]
+FirstSeed = Annotated[int, typer.Option("--first-seed", help="Seed of the first mask.")]
+
+
+@app.command()
+def sweep(
+    base: Base,
+    tuned: Models,
+    out: Out,
+    evaluate: Eval = None,
+    data: Data = None,
+    p: Annotated[Optional[str], typer.Option("--p", help="Drop rates, such as 0.5,0.9; twelve from 0 to 0.99 by default.")] = None,
+    seeds: Seeds = 5,
+    first_seed: FirstSeed = 0,
+    variants: Annotated[
+        str, typer.Option(help="What to compare: dare, drop_only, magnitude, weights, norm, q.")
+    ] = "dare,drop_only,magnitude,weights",
+    column: Columns = [],  # noqa: B006
+    max_length: MaxLength = 128,
+    examples: Examples = None,
+    dtype: Dtype = "auto",
+    wandb: Wandb = None,
+) -> None:
+    """How much can be dropped: a metric against the drop rate, into OUT. Goes on where it was when it runs again."""
+    from .sweep import RATES, Sweep, planned
+    from .sweep import sweep as run
+
+    rates, names = _numbers("--p", p) if p is not None else RATES, variants.split(",")
+    planned(rates, seeds, first_seed, names)
+    labels, found = _labels(tuned), dict[str, Sweep]()
+    for label, folder in zip(labels, tuned, strict=True):
+        model = _loaded(folder, dtype)
+        metric, texts = _metric(model, folder, evaluate, data, column, max_length, examples)
+        place = out / label if len(tuned) > 1 else out
+        with progress_bar(f"sweeping {label}", of_bytes=False) as progress:
+            found[label] = run(
+                model, base, metric, out=place, p=rates, seeds=seeds, first_seed=first_seed, variants=names,
+                tuned=folder if dtype == "auto" else None, batches=texts.batches if texts is not None else None, progress=progress,
+                setup={"base_model": base, "model": folder, **_told(evaluate, data, max_length, examples, dtype)},
+            )  # fmt: skip
+        _publish(found[label], f"How much can be dropped of {label}", place, wandb, quiet=len(tuned) > 1)
+    if len(tuned) > 1:
+        _publish(found, "When it breaks", out, wandb)
+
+
+@app.command()
+def inside(
+    base: Base,
+    tuned: Model,
+    out: Out,
+    data: Annotated[Path, typer.Option("--data", help="Texts for the model to read: .jsonl, .json, .csv or .txt.")],
+    p: Annotated[str, typer.Option("--p", help="Drop rates.")] = "0.5,0.9,0.99",
+    seeds: Seeds = 5,
+    first_seed: FirstSeed = 0,
+    masks: Annotated[int, typer.Option(help="How many masks the mean error of layer outputs is taken over.")] = 64,
+    tokens: Annotated[int, typer.Option(help="How many tokens the figures are about.")] = 2048,
+    column: Columns = [],  # noqa: B006
+    max_length: MaxLength = 128,
+    dtype: Dtype = "auto",
+    wandb: Wandb = None,
+) -> None:
+    """What happens inside: embeddings and layer outputs after dropping, against what is calculated, into OUT."""
+    from .inside import inside as run
+
+    rates = _numbers("--p", p)
+    model = _loaded(tuned, dtype)
+    texts = _texts(model, tuned, data, column, max_length, None, labels=False)
+    with progress_bar(f"looking into {_labels([tuned])[0]}", of_bytes=False) as progress:
+        found = run(
+            model, base, texts.batches, p=rates, seeds=seeds, first_seed=first_seed, masks=masks, tokens=tokens, progress=progress,
+            setup={"base_model": base, "model": tuned, **_told(None, data, max_length, None, dtype)},
+        )  # fmt: skip
+    _publish(found, f"What happens inside {_labels([tuned])[0]}", out, wandb)
+
+
+@app.command()
+def compare(
+    base: Base,
+    tuned: Model,
+    out: Out,
+    evaluate: Eval = None,
+    data: Data = None,
+    p: Annotated[Optional[str], typer.Option("--p", help="Drop rates; six from 0.5 to 0.99 by default.")] = None,
+    rank: Annotated[Optional[str], typer.Option("--rank", help="Ranks of truncated SVDs, such as 1,4,16.")] = None,
+    adapter: Annotated[list[str], typer.Option("--adapter", help="Folder of a LoRA adapter trained for the same task.")] = [],  # noqa: B006
+    seeds: Seeds = 5,
+    first_seed: FirstSeed = 0,
+    column: Columns = [],  # noqa: B006
+    max_length: MaxLength = 128,
+    examples: Examples = None,
+    dtype: Dtype = "auto",
+    wandb: Wandb = None,
+) -> None:
+    """Quality against bytes: DARE's packages, low rank, 1 bit, magnitude pruning and LoRA, into OUT. Goes on where it was."""
+    from .comparison import RANKS, RATES
+    from .comparison import compare as run
+
+    rates = _numbers("--p", p) if p is not None else RATES
+    ranks = [int(one) for one in _numbers("--rank", rank)] if rank is not None else RANKS
+    model = _loaded(tuned, dtype)
+    metric, _ = _metric(model, tuned, evaluate, data, column, max_length, examples)
+    with progress_bar("comparing", of_bytes=False) as progress:
+        found = run(
+            model, base, tuned, metric, out=out, p=rates, ranks=ranks, seeds=seeds, first_seed=first_seed, adapters=adapter,
+            setup={"base_model": base, "model": tuned, **_told(evaluate, data, max_length, examples, dtype)}, progress=progress,
+        )  # fmt: skip
+    _publish(found, f"What the delta of {_labels([tuned])[0]} is worth in bytes", out, wandb)
+
+
+def _loaded(folder: str, dtype: str) -> torch.nn.Module:
+    """The model. From here on the process is no longer settled for a small command."""
+    gc.enable()
+    from .loading import load_model
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ConfigError("--dtype", expected="auto, float32, bfloat16 or float16", found=dtype)
+    return load_model(folder, dtype)
+
+
+def _metric(
+    model: torch.nn.Module, folder: str, evaluate: str | None, data: Path | None, columns: Sequence[str], max_length: int, limit: int | None
+) -> tuple[Evaluate, Texts | None]:
+    """What is measured, and the texts, if there are any."""
+    from ..merge.search import metric_of
+
+    if evaluate is None and data is None:
+        raise ConfigError("--eval", expected="MODULE:FUNCTION, or a file of texts as --data", found="neither")
+    texts = _texts(model, folder, data, columns, max_length, limit) if data is not None else None
+    if evaluate is not None:
+        return metric_of(evaluate), texts
+    assert texts is not None
+    return texts, texts
+
+
+def _texts(
+    model: torch.nn.Module, folder: str, data: Path, columns: Sequence[str], max_length: int, limit: int | None, *, labels: bool = True
+) -> Texts:
+    from transformers import AutoTokenizer
+
+    from .texts import load_texts
+
+    pairs = [pair.partition("=") for pair in columns]
+    for pair, (name, _, column) in zip(columns, pairs, strict=True):
+        if name not in ("text", "label", "prompt") or not column:
+            raise ConfigError("--column", expected="text=, label= or prompt= and the name of a column", found=pair)
+    named = {name: column for name, _, column in pairs}
+    return load_texts(model, AutoTokenizer.from_pretrained(folder), data, columns=named, max_length=max_length, limit=limit, labels=labels)
+
+
+def _told(evaluate: str | None, data: Path | None, max_length: int, examples: int | None, dtype: str) -> dict[str, Any]:
+    """What the figures depend on besides the weights."""
+    told = {"eval": evaluate, "data": str(data) if data is not None else None, "examples": examples}
+    return {name: value for name, value in told.items() if value is not None} | {"max_length": max_length, "dtype": dtype}
+
+
+def _publish(found: Found, title: str, out: Path, project: str | None, *, quiet: bool = False) -> None:
+    """Files, wandb, and unless `quiet` the tables on the terminal."""
+    from ..tracking import studying
+    from .publish import publish
+    from .reporting import study_of
+
+    study = study_of(found, title)
+    with studying(project):
+        page = publish(study, out)
+    if not quiet:
+        typer.echo(study.markdown())
+    typer.echo(f"{page}", err=True)
+
+
+def _labels(folders: Sequence[str]) -> list[str]:
+    """The folders' own names, numbered where two would have the same."""
+    names = [Path(folder).name or folder for folder in folders]
+    return [name if names.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(names)]
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(option, expected="numbers with commas between them", found=text) from error

@@ -1,0 +1,79 @@
+"""Charts as pictures."""
+
+from __future__ import annotations
+
+import textwrap
+from io import BytesIO
+from typing import Any
+
+from ..errors import ConfigError
+from .document import Chart, Curve
+
+_COLOURS = ("#1f5fa8", "#c8551b", "#2e8540", "#8a3ea8", "#b3202c", "#5b6770", "#a8861b", "#1b9aa8")
+_MARKS = "osD^vPX*"
+_WIDTH, _HEIGHT = 8.0, 5.4
+_CAPTION_WIDTH = 130
+_LEVELS = (":", "-.")
+_FEW = 12
+
+
+def png(chart: Chart) -> bytes:
+    """The chart with its title and caption, as bytes of a PNG: the same for the same chart.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("study", expected="matplotlib", found="not installed", remedy='pip install "dare_train[study]"') from error
+    caption = textwrap.fill(chart.caption, _CAPTION_WIDTH)
+    figure = Figure(figsize=(_WIDTH, _HEIGHT + 0.17 * caption.count("\n")), layout="constrained")
+    axis = figure.subplots()
+    _fill(axis, chart)
+    axis.set_title(chart.title, loc="left", fontsize="large", fontweight="bold")
+    figure.supxlabel(caption, x=0.01, ha="left", fontsize="small", color="0.3")
+    file = BytesIO()
+    figure.savefig(file, dpi=150, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _fill(axis: Any, chart: Chart) -> None:
+    axis.set_xlabel(chart.x)
+    axis.set_ylabel(chart.y)
+    axis.set_xscale("log" if chart.log_x else "linear")
+    axis.set_yscale("log" if chart.log_y else "linear")
+    _mark_places(axis, chart)
+    for number, curve in enumerate(chart.curves):
+        _draw(axis, curve, _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)])
+    for (label, value), line in zip(chart.levels.items(), _LEVELS, strict=False):
+        axis.axhline(value, color="0.35", linestyle=line, linewidth=1.2, label=label)
+    if chart.y_range is not None:
+        axis.set_ylim(*chart.y_range)
+    axis.grid(color="0.93")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(chart.curves) + len(chart.levels) > 1:
+        axis.legend(frameon=False, fontsize="small")
+
+
+def _mark_places(axis: Any, chart: Chart) -> None:
+    """Ticks of the x axis: names, or the few places that were measured where they are far apart."""
+    if chart.ticks:
+        long = max(map(len, chart.ticks)) > 4 and len(chart.ticks) > 6
+        axis.set_xticks(range(len(chart.ticks)), chart.ticks, fontsize="x-small" if long else "small")
+        axis.tick_params(axis="x", rotation=90 if long else 0)
+    places = sorted({x for curve in chart.curves for x in curve.x})
+    if chart.log_x and len(places) <= _FEW:
+        axis.set_xticks(places, [f"{place:g}" for place in places])
+        axis.set_xticks([], minor=True)
+
+
+def _draw(axis: Any, curve: Curve, colour: str, mark: str) -> None:
+    many = len(curve.x) > 30
+    line = "--" if curve.dashed else "-"
+    axis.plot(curve.x, curve.y, color=colour, linestyle=line, marker="" if many or curve.dashed else mark, markersize=4, label=curve.label)
+    if curve.half:
+        low = [y - half for y, half in zip(curve.y, curve.half, strict=True)]
+        high = [y + half for y, half in zip(curve.y, curve.half, strict=True)]
+        axis.fill_between(curve.x, low, high, color=colour, alpha=0.2, linewidth=0)

@@ -1,0 +1,130 @@
+"""Measurements, kept one by one, so that a study that was killed, or asked for more, goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+
+from ..errors import CheckpointError, ConfigError
+from ..weights import Weights
+from .seat import Seat
+
+if TYPE_CHECKING:
+    import torch
+
+Evaluate = Callable[["torch.nn.Module"], Union[float, Mapping[str, float]]]
+"""Called with the model at each point; returns a number, or several by name. It leaves the weights alone."""
+
+Progress = Callable[[int, int], object]
+"""Called with the points done and all there are."""
+
+Key = tuple[str, float, int]
+"""Variant, drop rate (or another setting), seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measurement."""
+
+    variant: str
+    p: float
+    """The drop rate, or what else there is more or less of in the variant."""
+    seed: int
+    metrics: Mapping[str, float]
+
+    @property
+    def key(self) -> Key:
+        return self.variant, self.p, self.seed
+
+    def as_json(self) -> dict[str, Any]:
+        return {"variant": self.variant, "p": self.p, "seed": self.seed, "metrics": dict(self.metrics)}
+
+
+def measured(
+    seat: Seat,
+    wanted: Sequence[Key],
+    weights_at: Callable[[Key], tuple[Weights, Mapping[str, float]]],
+    evaluate: Evaluate,
+    journal: Journal,
+    progress: Progress | None,
+) -> tuple[Point, ...]:
+    """Evaluate a model with the weights of each point, unless the journal has it already.
+
+    `weights_at` gives the weights, and figures of theirs that go with what is measured.
+
+    Raises:
+        ConfigError: `evaluate` gives no finite numbers.
+    """
+    found = {point.key: point for point in journal.read()}
+    with seat:
+        for number, key in enumerate(wanted):
+            if key not in found:
+                weights, figures = weights_at(key)
+                seat.give(weights)
+                found[key] = Point(variant=key[0], p=key[1], seed=key[2], metrics={**numbers(evaluate(seat.model)), **figures})
+                journal.add(found[key])
+            if progress is not None:
+                progress(number + 1, len(wanted))
+    return tuple(found[key] for key in wanted)
+
+
+def numbers(given: float | Mapping[str, float]) -> dict[str, float]:
+    """What an evaluation gave, by name.
+
+    Raises:
+        ConfigError: it is not finite numbers.
+    """
+    metrics = dict(given) if isinstance(given, Mapping) else {"metric": given}
+    try:
+        found = {str(name): float(value) for name, value in metrics.items()}
+    except (TypeError, ValueError):
+        found = {}
+    if not found or not all(np.isfinite(value) for value in found.values()):
+        raise ConfigError("evaluate", expected="a finite number, or several by name", found=repr(given))
+    return found
+
+
+def samples(points: Iterable[Point], variant: str, metric: str) -> dict[float, list[float]]:
+    """By drop rate, ascending, what the seeds gave."""
+    found: dict[float, list[float]] = {}
+    for point in sorted((one for one in points if one.variant == variant), key=lambda one: one.p):
+        found.setdefault(point.p, []).append(point.metrics[metric])
+    return found
+
+
+class Journal:
+    """Points as they are measured, a line for each, below a line that says of which weights.
+
+    Args:
+        path: of the file.
+        base, tuned: fingerprints of the weights.
+
+    Raises:
+        CheckpointError: `read` found another model's.
+    """
+
+    def __init__(self, path: Path, base: str, tuned: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._head = path, {"base": base, "tuned": tuned}
+
+    def read(self) -> list[Point]:
+        lines = self._path.read_text(encoding="utf-8").split("\n") if self._path.exists() else []
+        if not lines or not lines[0]:
+            self._path.write_text(json.dumps(self._head) + "\n", encoding="utf-8")
+            return []
+        if json.loads(lines[0]) != self._head:
+            found = f"one of a model {json.loads(lines[0])['tuned'][:12]}…"
+            expected = f"a study of {self._head['tuned'][:12]}… on {self._head['base'][:12]}…"
+            raise CheckpointError(str(self._path), expected=expected, found=found, remedy="choose another folder")
+        whole = lines[1:-1]  # a line without its end was being written when the process died
+        self._path.write_text("".join(f"{line}\n" for line in (lines[0], *whole)), encoding="utf-8")
+        return [Point(**json.loads(line)) for line in whole]
+
+    def add(self, point: Point) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(point.as_json()) + "\n")

@@ -1,0 +1,46 @@
+"""From what a study measured to its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from .comparison import Comparison
+from .comparison_report import comparison_study
+from .document import Study
+from .inside import Inside
+from .inside_report import inside_study
+from .publish import publish
+from .sweep import Sweep
+from .sweep_report import several_study, sweep_study
+
+Found = Sweep | Inside | Comparison | Mapping[str, Sweep]
+
+
+def study_of(found: Found, title: str) -> Study:
+    """Findings, tables and charts of what `sweep`, `inside` or `compare` found; of several models' sweeps by name, one study."""
+    if isinstance(found, Sweep):
+        return sweep_study(found, title=title)
+    if isinstance(found, Inside):
+        return inside_study(found, title=title)
+    if isinstance(found, Comparison):
+        return comparison_study(found, title=title)
+    return several_study(found, title=title)
+
+
+def write_report(found: Found, out: str | os.PathLike[str], *, title: str = "DARE, measured") -> Path:
+    """Write what `sweep`, `inside` or `compare` found as JSON, Markdown, pictures and one HTML page, and tell the active wandb run.
+
+    Args:
+        found: also sweeps of several models, by name.
+        out: folder. Files of the same names are replaced.
+        title: of the page.
+
+    Returns:
+        The page: it opens without a network.
+
+    Raises:
+        ConfigError: matplotlib or SciPy is not installed.
+    """
+    return publish(study_of(found, title), out)

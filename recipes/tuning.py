@@ -1,0 +1,122 @@
+"""Fine-tuning as the study recipes need it: an ordinary Trainer, and what it began with and ended with in folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from dare_train.study.loading import load_model
+from dare_train.study.texts import encoded_rows
+
+Rows = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    steps: int
+    learning_rate: float = 5e-5
+    batch_size: int = 32
+    max_length: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A fine-tuned model and what it began with."""
+
+    folder: Path
+
+    @property
+    def base(self) -> str:
+        """In bfloat16."""
+        return str(self.folder / "base")
+
+    @property
+    def tuned(self) -> str:
+        """In float32, as it was trained, with its tokenizer."""
+        return str(self.folder / "tuned")
+
+    @property
+    def shipped(self) -> str:
+        """The same in bfloat16."""
+        return str(self.folder / "tuned-bf16")
+
+
+def classifier(base: str, rows: Rows, out: Path, training: Training) -> Pair:
+    """Fine-tune an encoder to tell labels from each other, unless `out` has it already."""
+    names = sorted({row["label"] for row in rows})
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    return _tuned(AutoModelForSequenceClassification, base, rows, out, training, **labels)
+
+
+def decoder(base: str, rows: Rows, out: Path, training: Training) -> Pair:
+    """Fine-tune a causal language model to continue prompts, unless `out` has it already."""
+    return _tuned(AutoModelForCausalLM, base, rows, out, training)
+
+
+def adapter(pair: Pair, rows: Rows, out: Path, training: Training, *, rank: int) -> Path:
+    """Train a LoRA adapter of all linear layers for the same task, from the same base, unless `out` has it already."""
+    from peft import LoraConfig, get_peft_model
+
+    if not (out / "adapter_model.safetensors").exists():
+        tuned: Any = load_model(pair.tuned)
+        classifies = type(tuned).__name__.endswith("ForSequenceClassification")
+        labels = {"id2label": tuned.config.id2label, "label2id": tuned.config.label2id} if classifies else {}
+        set_seed(training.seed)
+        model = type(tuned).from_pretrained(pair.base, dtype=torch.float32, **labels)
+        config = LoraConfig(
+            task_type="SEQ_CLS" if classifies else "CAUSAL_LM", r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear"
+        )
+        examples = encoded_rows(model, AutoTokenizer.from_pretrained(pair.tuned), rows, max_length=training.max_length)
+        adapted = get_peft_model(model, config)
+        _train(adapted, AutoTokenizer.from_pretrained(pair.tuned), examples, out, training)
+        adapted.save_pretrained(out)
+    return out
+
+
+def _tuned(kind: Any, base: str, rows: Rows, out: Path, training: Training, **labels: Any) -> Pair:
+    pair = Pair(folder=out)
+    if Path(pair.shipped, "config.json").exists():
+        return pair
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    set_seed(training.seed)
+    model = kind.from_pretrained(base, dtype=torch.bfloat16, **labels)
+    (model.base_model if labels else model).save_pretrained(pair.base)
+    model.to(torch.float32)
+    _train(model, tokenizer, encoded_rows(model, tokenizer, rows, max_length=training.max_length), out, training)
+    model.save_pretrained(pair.tuned)
+    tokenizer.save_pretrained(pair.tuned)
+    model.to(torch.bfloat16).save_pretrained(pair.shipped)
+    return pair
+
+
+def _train(model: torch.nn.Module, tokenizer: Any, examples: list[dict[str, Any]], out: Path, training: Training) -> None:
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    for_labels = DataCollatorForSeq2Seq(tokenizer) if isinstance(examples[0]["labels"], list) else DataCollatorWithPadding(tokenizer)
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        train_sampling_strategy="group_by_length",
+        logging_steps=100,
+        save_strategy="no",
+        report_to=[],
+        seed=training.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    Trainer(model=model, args=arguments, train_dataset=examples, data_collator=for_labels).train()
