@@ -211,7 +211,7 @@ def swept(predicted: float | None = 0.5, **metrics: dict[tuple[str, float], list
     """A sweep with these values, by variant and rate."""
     (name, values), *_ = metrics.items()
     points = [Point(variant=one, p=p, seed=n, metrics={name: x}) for (one, p), found in values.items() for n, x in enumerate(found)]
-    return Sweep(base="b", tuned="t", points=tuple(points), predicted=predicted)
+    return Sweep(base="b", tuned="t", points=tuple(points), predicted=predicted, delta=(0.001, 0.004, 0.01))
 
 
 ENDS = {("dense", 0.0): [0.9], ("base", 1.0): [0.1]}
@@ -226,7 +226,7 @@ def test_the_report_has_a_row_for_each_rate() -> None:
         "| 1 (base) | 0.1 | 0.1 |",
     ]  # fmt: skip
     assert "Mean over 2 masks ± half of the 95 % confidence interval." in rates.note
-    assert limits.rows == (("accuracy", "0.1 → 0.9", "0.5", "none", "too bold"),)
+    assert limits.rows == (("accuracy", "0.001 / 0.004", "0.1 → 0.9", "0.5", "none", "too bold"),)
     (chart,) = study.charts
     assert [curve.label for curve in chart.curves] == ["DARE", "magnitude pruning"]
     assert chart.curves[0].y == (0.9, pytest.approx(0.85))
@@ -335,7 +335,7 @@ def test_the_command_takes_several_models_of_one_base(base: Path, tmp_path: Path
     words = ["base", "tuned-1", "tuned-2", "--eval", "metrics:accuracy", "--p", "0.5", "--seeds", "2", "--variants", "dare", "--out", "out"]
     done = subprocess.run([sys.executable, "-m", "dare_train", "sweep", *words], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "| model | metric | base → fine-tuned |" in done.stdout
+    assert r"| model | metric | \|δ\|: median / 99 % below | base → fine-tuned |" in done.stdout
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "sweeps-accuracy.png", "sweeps.html", "sweeps.json", "sweeps.md", "tuned-1", "tuned-2",
     ]  # fmt: skip

@@ -41,6 +41,8 @@ class Sweep:
     """The base and the fine-tuned model, then by variant, drop rate and seed."""
     predicted: float | None = None
     """The drop rate that `diagnose` calls safe; None for none."""
+    delta: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """|δ|: the median, the 99th percentile, the largest."""
     setup: Mapping[str, Any] = field(default_factory=dict)
     """What else the measurements depend on."""
 
@@ -84,7 +86,7 @@ class Sweep:
     def as_json(self) -> dict[str, Any]:
         """Everything, in an order that does not depend on how it was measured."""
         points = [point.as_json() for point in self.points]
-        return {"base": self.base, "tuned": self.tuned, "predicted": self.predicted, "points": points}
+        return {"base": self.base, "tuned": self.tuned, "predicted": self.predicted, "delta": list(self.delta), "points": points}
 
 
 def sweep(
@@ -130,9 +132,12 @@ def sweep(
     gram = _gram(model, batches, Path(out)) if any(VARIANTS[name].needs_gram for name in variants) else None
     journal = Journal(Path(out) / "sweep.jsonl", print_of(kept), seat.print)
     points = measured(seat, wanted, lambda key: (_weights_at(kept, seat.own, key, gram), {}), evaluate, journal, progress)
-    predicted = diagnose(kept, seat.own, cast_base=True).safe_drop_rate()
+    diagnosis = diagnose(kept, seat.own, cast_base=True)
     told = {**(setup or {}), "p": sorted({*p}), "seeds": [first_seed + n for n in range(seeds)], "variants": list(dict.fromkeys(variants))}
-    return Sweep(base=print_of(kept), tuned=seat.print, points=points, predicted=predicted, setup=told)
+    return Sweep(
+        base=print_of(kept), tuned=seat.print, points=points, predicted=diagnosis.safe_drop_rate(),
+        delta=diagnosis.magnitudes.summary(), setup=told,
+    )  # fmt: skip
 
 
 def planned(p: Sequence[float], seeds: int, first_seed: int, variants: Sequence[str]) -> list[Key]:

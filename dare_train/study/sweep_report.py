@@ -138,9 +138,17 @@ def _limits(sweeps: Sequence[tuple[str, Sweep]]) -> Table:
         for metric in sweep.metrics if "dare" in sweep.variants else ():
             held = sweep.holds_to("dare", metric)
             known: tuple[Any, ...] = (f"{sweep.without(metric):.4g} → {sweep.dense(metric):.4g}", _rate(sweep.predicted), _rate(held))
-            rows.append(((label,) if label else ()) + (metric, *known, verdict(sweep.predicted, held)))
+            sizes = f"{sweep.delta[0]:.2g} / {sweep.delta[1]:.2g}"
+            rows.append(((label,) if label else ()) + (metric, sizes, *known, verdict(sweep.predicted, held)))
     named = any(label for label, _ in sweeps)
-    columns = ("metric", "base → fine-tuned", "p that diagnose calls safe", "p up to which it holds", "the diagnosis was")
+    columns = (
+        "metric",
+        "|δ|: median / 99 % below",
+        "base → fine-tuned",
+        "p that diagnose calls safe",
+        "p up to which it holds",
+        "the diagnosis was",
+    )
     return Table(
         title="How far DARE holds",
         columns=("model", *columns) if named else columns,
