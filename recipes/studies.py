@@ -149,7 +149,7 @@ def at_sizes(comparisons: Mapping[str, Comparison], metric: str) -> Table:
         title=f"{metric} at equal bytes",
         columns=("how the delta is stored", "p or rank", "bits per parameter", *comparisons),
         rows=tuple(rows),
-        note="Bits are means over the tasks. For LoRA the second column numbers the adapters.",
+        note="Bits are means over the tasks.",
     )
 
 

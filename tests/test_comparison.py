@@ -104,9 +104,12 @@ def test_an_adapter_comes_with_its_own_head_and_leaves_nothing_behind(base: Path
         )
         merged = weights_print(adapted.merge_and_unload())
         seen = Seen()
-        folders = [tmp_path / f"adapter-{number}"]
-        compare(model, base, tmp_path / "tuned", seen, out=tmp_path / f"out-{number}", p=[0.9], ranks=[], seeds=1, adapters=folders)
-        assert seen.prints[-1] == merged
+        folders = [tmp_path / f"adapter-{number}"] * 2
+        found = compare(model, base, tmp_path / "tuned", seen, out=tmp_path / f"out-{number}", p=[0.9], ranks=[], seeds=1, adapters=folders)
+        assert seen.prints[-2:] == [merged, merged]
+        assert [point.key for point in found.points[-2:]] == [("lora", 2.0 + number, 0), ("lora", 2.0 + number, 1)]
+        factors = 2 * (2 + number) * (32 + 32)  # two layers, A and B
+        assert found.points[-1].metrics["bits"] == pytest.approx(16 * factors / found.parameters)
     assert weights_print(model) == weights_print(tuned_model(base, dtype=torch.bfloat16))
 
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..adapter_config import AdapterConfig
 from ..adapters import merge_adapter
+from ..checkpoint import ADAPTER_CONFIG
 from ..config import check_drop_rate
 from ..dtypes import DTYPES, FloatArray, Words, from_float, to_float
 from ..errors import ConfigError
@@ -61,7 +63,8 @@ class Comparison:
     parameters: int
     """Elements of the tensors that every contender stands for."""
     points: tuple[Point, ...]
-    """By contender; `p` is the drop rate, or the rank. Besides the metrics there is `bits`, per parameter."""
+    """By contender; `p` is the drop rate, or the rank; adapters of one rank have seeds 0, 1, … Besides the metrics there is `bits`,
+    per parameter."""
     setup: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -130,7 +133,7 @@ def compare(
         raise ConfigError("seeds and ranks", expected="at least 1", found=f"{seeds}, {list(ranks)}")
     opened = open_weights(tuned)
     contest = _Contest(open_weights(base), opened, adapters)
-    wanted = list(_planned(rates, ranks, range(first_seed, first_seed + seeds), len(adapters)))
+    wanted = [*_planned(rates, ranks, range(first_seed, first_seed + seeds)), *contest.adapters]
     seat = Seat(model)
     journal = Journal(Path(out) / "compare.jsonl", print_of(open_weights(base)), print_of(opened))
     with tempfile.TemporaryDirectory(prefix="dare-compare-") as folder:
@@ -142,7 +145,7 @@ def compare(
     )  # fmt: skip
 
 
-def _planned(rates: Sequence[float], ranks: Sequence[int], seeds: range, adapters: int) -> Iterator[Key]:
+def _planned(rates: Sequence[float], ranks: Sequence[int], seeds: range) -> Iterator[Key]:
     yield "dense", 0.0, 0
     yield "base", 1.0, 0
     for name in _VALUES:
@@ -150,14 +153,13 @@ def _planned(rates: Sequence[float], ranks: Sequence[int], seeds: range, adapter
     yield from (("magnitude", p, 0) for p in rates)
     yield from (("svd", float(rank), 0) for rank in sorted({*ranks}))
     yield "one_bit", 1.0, 0
-    yield from (("lora", float(number), 0) for number in range(adapters))
 
 
 class _Contest:
     """The two ends of a delta, and what each contender makes of it."""
 
     def __init__(self, base: Weights, tuned: Weights, adapters: Sequence[str | os.PathLike[str]]) -> None:
-        self._original, self._adapters = base, adapters
+        self._original, self.adapters = base, _by_rank(adapters)
         aligned = cast_to(align(base, tuned.tensors.keys(), model=tuned.label)[0], tuned.tensors)
         names = [name for name, info in tuned.tensors.items() if aligned.tensors.get(name) == info and info.dtype.can_be_delta]
         self._base, self._tuned = Mapped(aligned, {name: name for name in names}), Mapped(tuned, {name: name for name in names})
@@ -172,7 +174,7 @@ class _Contest:
             "magnitude": lambda: self._package(folder, values="exact", masks=self._largest(p)),
             "svd": lambda: self._rebuilt(lambda delta: _truncated(delta, int(p))),
             "one_bit": lambda: self._rebuilt(_one_bit),
-            "lora": lambda: self._adapted(self._adapters[int(p)]),
+            "lora": lambda: self._adapted(self.adapters[key]),
         }
         weights, size = make[name]() if name in make else self._package(folder, p=p, seed=seed, values=_VALUES[name])
         return weights, {"bits": 8 * size / self.parameters}
@@ -206,6 +208,15 @@ class _Contest:
         opened = open_weights(adapter)
         factors = sum(info.numel for name, info in opened.tensors.items() if "lora_" in name)
         return cast_to(merge_adapter(opened, self._original), self._tuned.tensors), 2 * factors
+
+
+def _by_rank(adapters: Sequence[str | os.PathLike[str]]) -> dict[Key, str | os.PathLike[str]]:
+    """Adapters of one rank are numbered, as masks of one rate are."""
+    found: dict[Key, str | os.PathLike[str]] = {}
+    for adapter in adapters:
+        rank = float(AdapterConfig.read(Path(adapter) / ADAPTER_CONFIG).rank)
+        found["lora", rank, sum(key[1] == rank for key in found)] = adapter
+    return found
 
 
 class _Words:

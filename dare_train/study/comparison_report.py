@@ -87,5 +87,5 @@ def _table(found: Comparison, metric: str) -> Table:
 
 def _setting(name: str, p: float) -> str:
     if name in ("svd", "lora"):
-        return f"rank {p:g}" if name == "svd" else f"adapter {p:g}"
+        return f"rank {p:g}"
     return "" if name in ("dense", "one_bit") else f"p = {p:g}"
