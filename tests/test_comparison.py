@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -167,4 +168,5 @@ def test_the_command_measures_once(base: Path, tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     found = json.loads((tmp_path / "one/compare.json").read_text())
     assert len(found["points"]) == 2 + 3 * 2 + 1 + 2 + 1
+    assert found["setup"]["data_sha256"] == hashlib.sha256((tmp_path / "texts.csv").read_bytes()).hexdigest()
     write_report(points(("dense", 0.0, [1.0], 5.0), ("base", 1.0, [3.0], 0.0), ("dare", 0.9, [1.1], 0.3)), tmp_path / "three")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -183,7 +184,9 @@ def _texts(
 
 def _told(evaluate: str | None, data: Path | None, max_length: int, examples: int | None, dtype: str) -> dict[str, Any]:
     """What the figures depend on besides the weights."""
-    told = {"eval": evaluate, "data": str(data) if data is not None else None, "examples": examples}
+    told: dict[str, Any] = {"eval": evaluate, "examples": examples}
+    if data is not None:
+        told |= {"data": str(data), "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest()}
     return {name: value for name, value in told.items() if value is not None} | {"max_length": max_length, "dtype": dtype}
 
 
