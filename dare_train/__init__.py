@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from .study.inside import inside as inside
     from .study.reporting import write_report as write_report
     from .study.sweep import sweep as sweep
+    from .tuning import SparseTuningCallback as SparseTuningCallback
+    from .tuning import sparse_tuning as sparse_tuning
 
 _HOMES = {
     "DareCallback": "callback",
@@ -43,6 +45,7 @@ _HOMES = {
     "DeltaPackage": "package",
     "PackageCache": "cache",
     "Snapshotter": "snapshot",
+    "SparseTuningCallback": "tuning",
     "StatisticsCallback": "statistics",
     "applied": "inplace",
     "apply": "apply",
@@ -57,6 +60,7 @@ _HOMES = {
     "merge": "merge.driver",
     "register_merge_method": "merge.methods",
     "save_statistics": "statistics_file",
+    "sparse_tuning": "tuning",
     "sweep": "study.sweep",
     "write_report": "study.reporting",
 }

@@ -97,6 +97,10 @@ class LiveWeights:
         """[start, stop) of the elements that this process speaks for."""
         return {name: spans[self.ranks.rank] for name, spans in self.shares.items()}
 
+    def holding(self, name: str) -> Held:
+        """In which pieces this process holds a tensor, and its masters, if an engine keeps some."""
+        return self._held[name]
+
     @property
     def whole(self) -> bool:
         """Whether every tensor lies in this process completely."""

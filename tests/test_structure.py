@@ -44,7 +44,7 @@ FLOORS = [
     {"kernels.philox", "kernels.choice", "lora", "filenames"},
     {"kernels.cpu", "kernels.sums"},
     {"masks", "fingerprint", "checkpoint", "shards", "stats", "law"},
-    {"codec", "statistics_file", "layers"},
+    {"codec", "statistics_file", "layers", "tuning"},
     {"manifest"},
     {"manifest_reader"},
     {"package", "card"},

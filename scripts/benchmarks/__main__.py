@@ -21,6 +21,7 @@ MODULES = {
     "ranks": "ranks",
     "gpu": "gpu",
     "sweep": "sweep",
+    "tuning": "tuning",
     "import": "startup",
 }
 BUSY = 0.5
