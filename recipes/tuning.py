@@ -15,6 +15,7 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -56,39 +57,43 @@ class Pair:
         return str(self.folder / "tuned-bf16")
 
 
-def classifier(base: str, rows: Rows, out: Path, training: Training) -> Pair:
+def classifier(base: str, rows: Rows, out: Path, training: Training, *callbacks: TrainerCallback) -> Pair:
     """Fine-tune an encoder to tell labels from each other, unless `out` has it already."""
     names = sorted({row["label"] for row in rows})
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-    return _tuned(AutoModelForSequenceClassification, base, rows, out, training, **labels)
+    return _tuned(AutoModelForSequenceClassification, base, rows, out, training, callbacks, **labels)
 
 
 def decoder(base: str, rows: Rows, out: Path, training: Training) -> Pair:
     """Fine-tune a causal language model to continue prompts, unless `out` has it already."""
-    return _tuned(AutoModelForCausalLM, base, rows, out, training)
+    return _tuned(AutoModelForCausalLM, base, rows, out, training, ())
 
 
-def adapter(pair: Pair, rows: Rows, out: Path, training: Training, *, rank: int) -> Path:
+def adapter(pair: Pair, rows: Rows, out: Path, training: Training, *callbacks: TrainerCallback, rank: int) -> Path:
     """Train a LoRA adapter of all linear layers for the same task, from the same base, unless `out` has it already."""
     from peft import LoraConfig, get_peft_model
 
     if not (out / "adapter_model.safetensors").exists():
-        tuned: Any = load_model(pair.tuned)
-        classifies = type(tuned).__name__.endswith("ForSequenceClassification")
-        labels = {"id2label": tuned.config.id2label, "label2id": tuned.config.label2id} if classifies else {}
         set_seed(training.seed)
-        model = type(tuned).from_pretrained(pair.base, dtype=torch.float32, **labels)
-        config = LoraConfig(
-            task_type="SEQ_CLS" if classifies else "CAUSAL_LM", r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear"
-        )
+        model = untrained(pair)
+        kind = "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM"
+        config = LoraConfig(task_type=kind, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
         examples = encoded_rows(model, AutoTokenizer.from_pretrained(pair.tuned), rows, max_length=training.max_length)
         adapted = get_peft_model(model, config)
-        _train(adapted, AutoTokenizer.from_pretrained(pair.tuned), examples, out, training)
+        tune(adapted, AutoTokenizer.from_pretrained(pair.tuned), examples, out, training, callbacks)
         adapted.save_pretrained(out)
     return out
 
 
-def _tuned(kind: Any, base: str, rows: Rows, out: Path, training: Training, **labels: Any) -> Pair:
+def untrained(pair: Pair) -> Any:
+    """The base as a model for the task, in float32, with a new head if it needs one."""
+    tuned: Any = load_model(pair.tuned)
+    classifies = type(tuned).__name__.endswith("ForSequenceClassification")
+    labels = {"id2label": tuned.config.id2label, "label2id": tuned.config.label2id} if classifies else {}
+    return type(tuned).from_pretrained(pair.base, dtype=torch.float32, **labels)
+
+
+def _tuned(kind: Any, base: str, rows: Rows, out: Path, training: Training, callbacks: Sequence[TrainerCallback], **labels: Any) -> Pair:
     pair = Pair(folder=out)
     if Path(pair.shipped, "config.json").exists():
         return pair
@@ -97,14 +102,22 @@ def _tuned(kind: Any, base: str, rows: Rows, out: Path, training: Training, **la
     model = kind.from_pretrained(base, dtype=torch.bfloat16, **labels)
     (model.base_model if labels else model).save_pretrained(pair.base)
     model.to(torch.float32)
-    _train(model, tokenizer, encoded_rows(model, tokenizer, rows, max_length=training.max_length), out, training)
+    tune(model, tokenizer, encoded_rows(model, tokenizer, rows, max_length=training.max_length), out, training, callbacks)
     model.save_pretrained(pair.tuned)
     tokenizer.save_pretrained(pair.tuned)
     model.to(torch.bfloat16).save_pretrained(pair.shipped)
     return pair
 
 
-def _train(model: torch.nn.Module, tokenizer: Any, examples: list[dict[str, Any]], out: Path, training: Training) -> None:
+def tune(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    examples: list[dict[str, Any]],
+    out: Path,
+    training: Training,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:
+    """An ordinary Trainer."""
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     for_labels = DataCollatorForSeq2Seq(tokenizer) if isinstance(examples[0]["labels"], list) else DataCollatorWithPadding(tokenizer)
     arguments = TrainingArguments(
@@ -119,4 +132,4 @@ def _train(model: torch.nn.Module, tokenizer: Any, examples: list[dict[str, Any]
         seed=training.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    Trainer(model=model, args=arguments, train_dataset=examples, data_collator=for_labels).train()
+    Trainer(model=model, args=arguments, train_dataset=examples, data_collator=for_labels, callbacks=[*callbacks]).train()

@@ -10,6 +10,7 @@ a sibling of its base. Each model is diagnosed from its weights alone, and then 
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def main() -> None:
         model = load_model(case.pair.tuned)
         held_out = write_rows(case.pair.folder / "held_out.jsonl", case.held_out)
         texts = load_texts(model, AutoTokenizer.from_pretrained(case.pair.tuned), held_out, max_length=MAX_LENGTH, limit=much.examples)
-        place = options.out / "sweeps" / case.name.replace(" ", "-")
+        place = options.out / "sweeps" / "-".join(re.findall(r"[\w.]+", case.name))
         setup = {"model": case.name, "held_out_texts": texts.count, "steps": much.steps, "max_length": MAX_LENGTH}
         found[case.name] = one = sweep(model, case.base, texts, out=place, p=much.rates, seeds=much.seeds, variants=["dare"], setup=setup)
         say(f"{case.name}: diagnose calls {one.predicted} safe; the loss holds up to {one.holds_to('dare', 'loss')}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import pytest
 import torch
 from engines import ENVIRONMENT
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -153,6 +154,19 @@ def test_what_breaks_is_foreseen(tmp_path: Path) -> None:
     assert [models[name]["predicted"] for name in [*models][1:]] == [None, None, None]
 
 
+def test_tuning_what_is_kept(tmp_path: Path) -> None:
+    told("efficient_tuning.py", "--out", str(tmp_path), "--steps", "20")
+    found = measured(tmp_path / "subjectivity", "efficient_tuning")
+    dense, tenth, hundredth, lora = found["lines"]
+    assert [tenth["state"] / dense["state"], hundredth["state"] / dense["state"]] == pytest.approx([0.1, 0.01], rel=0.05)
+    assert lora["trained"] == pytest.approx(hundredth["trained"], rel=0.15)
+    assert dense["shipped"] > 3 * tenth["shipped"] > 6 * hundredth["shipped"]
+    assert dense["metrics"]["accuracy"] > 0.75
+    for curve in found["retraining"].values():
+        assert [*curve] == ["0", "5", "10"]
+        assert curve["10"]["loss"] < curve["0"]["loss"]
+
+
 def test_a_file_of_ones_own_is_a_task_as_well(tmp_path: Path) -> None:
     rows = [{"text": f"{'good' if n % 2 else 'bad'} number {n}", "label": "good" if n % 2 else "bad"} for n in range(200)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -165,5 +179,6 @@ def test_recipes_are_all_here() -> None:
     found = {path.name for path in (ROOT / "recipes").iterdir() if path.is_file()}
     assert found == {
         "quickstart.py", "counting.py", "merge_tasks.py", "accelerate_loop.py", "deepspeed_zero3.py", "deepspeed_zero3.json",
-        "encoder.py", "decoder.py", "pretrain_decoder.py", "when_it_breaks.py", "inputs.py", "tuning.py", "studies.py",
+        "encoder.py", "decoder.py", "pretrain_decoder.py", "when_it_breaks.py", "efficient_tuning.py", "inputs.py", "tuning.py",
+        "studies.py",
     }  # fmt: skip

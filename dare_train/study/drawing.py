@@ -15,6 +15,7 @@ _WIDTH, _HEIGHT = 8.0, 5.4
 _CAPTION_WIDTH = 130
 _LEVELS = (":", "-.")
 _FEW = 12
+_MARGIN = 0.04
 
 
 def png(chart: Chart) -> bytes:
@@ -49,7 +50,8 @@ def _fill(axis: Any, chart: Chart) -> None:
     for (label, value), line in zip(chart.levels.items(), _LEVELS, strict=False):
         axis.axhline(value, color="0.35", linestyle=line, linewidth=1.2, label=label)
     if chart.y_range is not None:
-        axis.set_ylim(*chart.y_range)
+        low, high = chart.y_range
+        axis.set_ylim(low - _MARGIN * (high - low), high + _MARGIN * (high - low))
     axis.grid(color="0.93")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

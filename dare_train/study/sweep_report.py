@@ -14,6 +14,8 @@ from .variants import VARIANTS
 Verdict = Literal["right", "too bold", "too careful"]
 
 _RATE_AXIS = "drop rate p: probability that an element of the delta is dropped"
+_LOWEST = -0.25
+"""Share of a gain down to which curves of several models are drawn."""
 _SHOWN = 0.9
 """The drop rate that findings are about, where it was measured."""
 
@@ -171,7 +173,9 @@ def _shares(sweeps: Mapping[str, Sweep], metric: str, name: str) -> Chart:
     return Chart(
         name=f"{name}-{metric}",
         title=f"What DARE leaves of the gain in {metric}",
-        caption="1 is the fine-tuned model, 0 the model without its delta. Bands: 95 % confidence of the mean over masks.",
+        caption="1 is the fine-tuned model, 0 the model without its delta; what falls far below goes on in the table. Bands: 95 % "
+        "confidence of the mean over masks.",
+        y_range=(_LOWEST, 1.1) if any(y < _LOWEST for curve in curves for y in curve.y) else None,
         x=_RATE_AXIS,
         y=f"share of the gain in {metric} that is left",
         curves=tuple(curves),
