@@ -226,8 +226,8 @@ def as_study(
             "shipped, bytes",
         ),
         rows=rows,
-        note="State is the optimizer's. Heads are new and trained whole in each; their parameters are not counted. Packages are whole, in bfloat16; of LoRA, its "
-        "factors in 16 bits.",
+        note="State is the optimizer's. Heads are new and trained whole in each; their parameters are not counted. Packages are whole, in "
+        "bfloat16; of LoRA, its factors in 16 bits.",
     )
     last = max(dropped_)
     return Study(

@@ -27,7 +27,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dare_train import statistics
+from dare_train import layers
 from dare_train.engines import Held
 from dare_train.errors import CheckpointError, ConfigError, StorageError
 from dare_train.statistics import collect_fisher, collect_gram
@@ -353,7 +353,7 @@ def test_a_layer_that_files_hold_in_parts_is_refused(model: Any, monkeypatch: py
         whole = held.pop("classifier.weight")
         return {**held, "upper": whole.part(0, (1, 32)), "lower": whole.part(32, (2, 32))}
 
-    monkeypatch.setattr(statistics, "as_in_files", halves)
+    monkeypatch.setattr(layers, "as_in_files", halves)
     with pytest.raises(ConfigError, match=r"upper: expected shape \(3, 32\), as in the model, found \(1, 32\); use a model whose"):
         collect_gram(model, batches())
 
