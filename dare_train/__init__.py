@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .cache import PackageCache as PackageCache
     from .callback import DareCallback as DareCallback
     from .config import DareConfig as DareConfig
+    from .continual import ContinualRun as ContinualRun
+    from .continual import ContinualTask as ContinualTask
     from .diagnose import diagnose as diagnose
     from .errors import DareError as DareError
     from .extract import extract as extract
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from .tuning import sparse_tuning as sparse_tuning
 
 _HOMES = {
+    "ContinualRun": "continual",
+    "ContinualTask": "continual",
     "DareCallback": "callback",
     "DareConfig": "config",
     "DareError": "errors",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
+from .study.document import HeatMap
 
 if TYPE_CHECKING:
     from .snapshot import Snapshot
@@ -131,7 +132,10 @@ def log_study(study: Study, pictures: Mapping[str, Path], page: Path) -> None:
     run.summary.update({f"{study.name}/findings": list(study.findings)})
 
 
-def _series(wandb: Any, chart: Chart) -> Any:
+def _series(wandb: Any, chart: Chart | HeatMap) -> Any:
+    if isinstance(chart, HeatMap):
+        rows = [[name, *values] for name, values in zip(chart.rows, chart.values, strict=True)]
+        return wandb.Table(columns=[chart.y, *chart.columns], data=rows)
     curves = chart.curves
     return wandb.plot.line_series(
         xs=[list(curve.x) for curve in curves], ys=[list(curve.y) for curve in curves], keys=[curve.label for curve in curves],

@@ -69,12 +69,13 @@ def common_arguments(parser: argparse.ArgumentParser, *, out: str, data: Path) -
     add("--steps", type=int, help="of fine-tuning, for each task")
     add("--seeds", type=int, help="masks at each drop rate")
     add("--examples", type=int, help="held-out texts of each task that the figures are about")
+    add("--lora", type=int, nargs="*", metavar="RANK", help="of the adapters that are trained beside it")
     add("--learning-rate", type=float, help="of fine-tuning; adapters have ten times as much")
 
 
 def extent(options: argparse.Namespace) -> Extent:
     chosen = FULL if options.full else SMALL
-    given = {name: getattr(options, name) for name in ("steps", "seeds", "examples", "learning_rate")}
+    given = {name: getattr(options, name) for name in ("steps", "seeds", "examples", "learning_rate", "lora")}
     return replace(chosen, **{name: value for name, value in given.items() if value is not None})
 
 

@@ -117,7 +117,20 @@ def tune(
     training: Training,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
-    """An ordinary Trainer."""
+    trainer_for(model, tokenizer, examples, out, training, callbacks).train()
+
+
+def trainer_for(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    examples: list[dict[str, Any]],
+    out: Path,
+    training: Training,
+    callbacks: Sequence[TrainerCallback],
+    *,
+    save_steps: int | None = None,
+) -> Trainer:
+    """An ordinary one, of encoded examples."""
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     for_labels = DataCollatorForSeq2Seq(tokenizer) if isinstance(examples[0]["labels"], list) else DataCollatorWithPadding(tokenizer)
     arguments = TrainingArguments(
@@ -127,9 +140,11 @@ def tune(
         learning_rate=training.learning_rate,
         train_sampling_strategy="group_by_length",
         logging_steps=100,
-        save_strategy="no",
+        save_strategy="no" if save_steps is None else "steps",
+        save_steps=save_steps or 0,
+        save_total_limit=1,
         report_to=[],
         seed=training.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    Trainer(model=model, args=arguments, train_dataset=examples, data_collator=for_labels, callbacks=[*callbacks]).train()
+    return Trainer(model=model, args=arguments, train_dataset=examples, data_collator=for_labels, callbacks=[*callbacks])

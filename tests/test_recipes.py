@@ -167,6 +167,15 @@ def test_tuning_what_is_kept(tmp_path: Path) -> None:
         assert curve["10"]["loss"] < curve["0"]["loss"]
 
 
+def test_tasks_one_after_another(tmp_path: Path) -> None:
+    text = told("continual_tasks.py", "--out", str(tmp_path), "--steps", "20", "--examples", "30")
+    assert "styles, joint: mean 0." in text
+    runs = measured(tmp_path / "styles", "continual")["runs"]
+    assert [*runs] == ["sequential", "disjoint"]
+    assert [run["own_forgetting"] for run in runs.values()] == [0.0, 0.0]
+    assert all(run["accuracy"] > fmean(run["before"]) for run in runs.values())
+
+
 def test_a_file_of_ones_own_is_a_task_as_well(tmp_path: Path) -> None:
     rows = [{"text": f"{'good' if n % 2 else 'bad'} number {n}", "label": "good" if n % 2 else "bad"} for n in range(200)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -179,6 +188,6 @@ def test_recipes_are_all_here() -> None:
     found = {path.name for path in (ROOT / "recipes").iterdir() if path.is_file()}
     assert found == {
         "quickstart.py", "counting.py", "merge_tasks.py", "accelerate_loop.py", "deepspeed_zero3.py", "deepspeed_zero3.json",
-        "encoder.py", "decoder.py", "pretrain_decoder.py", "when_it_breaks.py", "efficient_tuning.py", "inputs.py", "tuning.py",
+        "encoder.py", "decoder.py", "pretrain_decoder.py", "when_it_breaks.py", "efficient_tuning.py", "continual_tasks.py", "inputs.py", "tuning.py",
         "studies.py",
     }  # fmt: skip

@@ -31,7 +31,13 @@ MERGE = [
 
 STUDY = [
     {f"study.{name}" for name in floor.split()}
-    for floor in ("seat variants", "points", "sweep inside comparison", "sweep_report inside_report comparison_report", "reporting")
+    for floor in (
+        "seat variants",
+        "points",
+        "sweep inside comparison",
+        "sweep_report inside_report comparison_report continual_report",
+        "reporting",
+    )
 ]
 """The floors of the folder `study` that measure; those that draw lie below."""
 
@@ -61,7 +67,9 @@ FLOORS = [
     *MERGE[3:7],
     MERGE[7] | {"study.publish"},
     MERGE[8] | STUDY[0],
-    *STUDY[1:],
+    *STUDY[1:3],
+    {"continual"},
+    *STUDY[3:],
     {"study.commands"},
     {"cli"},
     {"__main__"},

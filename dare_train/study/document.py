@@ -66,6 +66,23 @@ class Chart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeatMap:
+    """Numbers in rows and columns as colours."""
+
+    name: str
+    """Of its file, without an ending."""
+    title: str
+    caption: str
+    x: str
+    y: str
+    """What columns and rows are."""
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    values: tuple[tuple[float, ...], ...]
+    """A tuple for each row."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table:
     title: str
     columns: tuple[str, ...]
@@ -100,7 +117,7 @@ class Study:
     data: Mapping[str, Any]
     """Every figure, unrounded."""
     tables: tuple[Table, ...] = ()
-    charts: tuple[Chart, ...] = ()
+    charts: tuple[Chart | HeatMap, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The same for the same measurements: no times, no paths of this run's results."""

@@ -7,7 +7,7 @@ from io import BytesIO
 from typing import Any
 
 from ..errors import ConfigError
-from .document import Chart, Curve
+from .document import Chart, Curve, HeatMap
 
 _COLOURS = ("#1f5fa8", "#c8551b", "#2e8540", "#8a3ea8", "#b3202c", "#5b6770", "#a8861b", "#1b9aa8")
 _MARKS = "osD^vPX*"
@@ -16,9 +16,11 @@ _CAPTION_WIDTH = 130
 _LEVELS = (":", "-.")
 _FEW = 12
 _MARGIN = 0.04
+_DARK = 0.6
+"""Share of a heat map's range below which numbers on it are white."""
 
 
-def png(chart: Chart) -> bytes:
+def png(chart: Chart | HeatMap) -> bytes:
     """The chart with its title and caption, as bytes of a PNG: the same for the same chart.
 
     Raises:
@@ -31,7 +33,10 @@ def png(chart: Chart) -> bytes:
     caption = textwrap.fill(chart.caption, _CAPTION_WIDTH)
     figure = Figure(figsize=(_WIDTH, _HEIGHT + 0.17 * caption.count("\n")), layout="constrained")
     axis = figure.subplots()
-    _fill(axis, chart)
+    if isinstance(chart, Chart):
+        _fill(axis, chart)
+    else:
+        _colour(axis, chart)
     axis.set_title(chart.title, loc="left", fontsize="large", fontweight="bold")
     figure.supxlabel(caption, x=0.01, ha="left", fontsize="small", color="0.3")
     file = BytesIO()
@@ -57,6 +62,18 @@ def _fill(axis: Any, chart: Chart) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     if len(chart.curves) + len(chart.levels) > 1:
         axis.legend(frameon=False, fontsize="small")
+
+
+def _colour(axis: Any, chart: HeatMap) -> None:
+    axis.set_xlabel(chart.x)
+    axis.set_ylabel(chart.y)
+    image = axis.imshow(chart.values, cmap="viridis", aspect="auto")
+    axis.set_xticks(range(len(chart.columns)), chart.columns, rotation=30, ha="right")
+    axis.set_yticks(range(len(chart.rows)), chart.rows)
+    for row, values in enumerate(chart.values):
+        for column, value in enumerate(values):
+            light = image.norm(value) < _DARK
+            axis.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize="small", color="white" if light else "black")
 
 
 def _mark_places(axis: Any, chart: Chart) -> None:

@@ -7,7 +7,7 @@ from base64 import b64encode
 from collections.abc import Mapping
 from html import escape
 
-from .document import Chart, Study, Table
+from .document import Chart, HeatMap, Study, Table
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2126; --soft: #5b6770; --line: #d9dee3; --paper: #fff; --card: #f6f8fa; }
@@ -55,7 +55,7 @@ def html(study: Study, pictures: Mapping[str, bytes]) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(filter(None, shown)) + "\n</body></html>\n"
 
 
-def _figure(chart: Chart, picture: bytes) -> str:
+def _figure(chart: Chart | HeatMap, picture: bytes) -> str:
     source, told = b64encode(picture).decode(), escape(f"{chart.title}. {chart.caption}")
     return f'<figure id="{escape(chart.name)}"><img alt="{told}" src="data:image/png;base64,{source}"></figure>'
 

@@ -25,13 +25,17 @@ class Texts:
     Of a classifier, `accuracy` and `loss` (nats) per text. Of a language model, `accuracy` of the next token and `loss` (nats)
     per token, of those tokens that come after the prompt, if the rows have one.
 
+    Args:
+        batches: arguments of the model by name, labels included.
+        classes: numbers of the classes that a classifier may choose from; all, by default.
+
     Attributes:
-        batches: arguments of the model by name, labels included, texts of similar length together.
+        batches: as given.
         count: how many texts.
     """
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self.batches = list(batches)
+    def __init__(self, batches: Sequence[Batch], *, classes: Sequence[int] | None = None) -> None:
+        self.batches, self._classes = list(batches), classes
         self.count = sum(len(batch["input_ids"]) for batch in self.batches)
 
     @torch.no_grad()
@@ -42,6 +46,10 @@ class Texts:
         for batch in self.batches:
             inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
             logits, labels = _counted(model(**inputs).logits.float(), batch["labels"].to(device))
+            if self._classes is not None:
+                others = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
+                others[self._classes] = False
+                logits = logits.masked_fill(others, float("-inf"))
             right += int((logits.argmax(-1) == labels).sum())
             loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
             total += len(labels)
@@ -86,9 +94,14 @@ def load_texts(
     if not rows:
         raise CheckpointError(str(path), expected="at least one row", found="none")
     encoded = encoded_rows(model, tokenizer, rows, columns=columns, max_length=max_length, labels=labels, label=str(path))
-    encoded.sort(key=lambda one: len(one["input_ids"]))
+    return Texts(batched(encoded, tokenizer, batch_size=batch_size))
+
+
+def batched(rows: Sequence[dict[str, Any]], tokenizer: Any, *, batch_size: int = 64) -> list[Batch]:
+    """Encoded rows in batches, those of similar length together, padded."""
+    ordered = sorted(rows, key=lambda one: len(one["input_ids"]))
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-    return Texts([_padded(encoded[start : start + batch_size], pad) for start in range(0, len(encoded), batch_size)])
+    return [_padded(ordered[start : start + batch_size], pad) for start in range(0, len(ordered), batch_size)]
 
 
 def encoded_rows(

