@@ -188,6 +188,6 @@ def test_recipes_are_all_here() -> None:
     found = {path.name for path in (ROOT / "recipes").iterdir() if path.is_file()}
     assert found == {
         "quickstart.py", "counting.py", "merge_tasks.py", "accelerate_loop.py", "deepspeed_zero3.py", "deepspeed_zero3.json",
-        "encoder.py", "decoder.py", "pretrain_decoder.py", "when_it_breaks.py", "efficient_tuning.py", "continual_tasks.py", "inputs.py", "tuning.py",
-        "studies.py",
+        "encoder.py", "decoder.py", "pretrain_decoder.py", "when_it_breaks.py", "efficient_tuning.py", "continual_tasks.py",
+        "inputs.py", "tuning.py", "studies.py",
     }  # fmt: skip
