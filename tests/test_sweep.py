@@ -341,3 +341,19 @@ def test_the_command_takes_several_models_of_one_base(base: Path, tmp_path: Path
     ]  # fmt: skip
     found = json.loads((tmp_path / "out/sweeps.json").read_text())["models"]
     assert {name: len(one["points"]) for name, one in found.items()} == {"tuned-1": 4, "tuned-2": 4}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (("--data", "absent.jsonl"), 1, "absent.jsonl: expected a file of texts, found no such file"),
+        (("--data", "t.txt", "--dtype", "float99"), 2, "--dtype: expected auto, float32, bfloat16, float16, found float99"),
+        (("--data", "t.txt", "--column", "txt=a"), 2, "--column: expected text=, label= or prompt= and the name of a column, found txt=a"),
+        (("--data", "t.txt", "--p", "many"), 2, "--p: expected numbers with commas between them, found many"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(tmp_path: Path, words: tuple[str, ...], code: int, text: str) -> None:
+    (tmp_path / "t.txt").write_text("one\n")
+    command = [sys.executable, "-m", "dare_train", "sweep", "no-base", "no-model", "--out", "out", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (code, f"dare-train: {text}")

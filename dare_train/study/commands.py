@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..terminal import Base, Out, progress_bar
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .texts import Texts
 
 app = typer.Typer()
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Model = Annotated[str, typer.Argument(metavar="TUNED", help="Folder or Hub id of the fine-tuned model.")]
 Models = Annotated[list[str], typer.Argument(metavar="TUNED...", help="Folders or Hub ids of fine-tuned models of that base.")]
@@ -60,6 +63,7 @@ def sweep(
     from .sweep import RATES, Sweep, planned
     from .sweep import sweep as run
 
+    _check_inputs(evaluate, data, column, dtype)
     rates, names = _numbers("--p", p) if p is not None else RATES, variants.split(",")
     planned(rates, seeds, first_seed, names)
     labels, found = _labels(tuned), dict[str, Sweep]()
@@ -97,6 +101,7 @@ def inside(
     """What happens inside: embeddings and layer outputs after dropping, against what is calculated, into OUT."""
     from .inside import inside as run
 
+    _check_inputs(None, data, column, dtype)
     rates = _numbers("--p", p)
     model = _loaded(tuned, dtype)
     texts = _texts(model, tuned, data, column, max_length, None, labels=False)
@@ -130,6 +135,7 @@ def compare(
     from .comparison import RANKS, RATES
     from .comparison import compare as run
 
+    _check_inputs(evaluate, data, column, dtype)
     rates = _numbers("--p", p) if p is not None else RATES
     ranks = [int(one) for one in _numbers("--rank", rank)] if rank is not None else RANKS
     model = _loaded(tuned, dtype)
@@ -142,13 +148,29 @@ def compare(
     _publish(found, f"What the delta of {_labels([tuned])[0]} is worth in bytes", out, wandb)
 
 
+def _check_inputs(evaluate: str | None, data: Path | None, columns: Sequence[str], dtype: str) -> None:
+    """What can be seen to be wrong before a model is loaded."""
+    if evaluate is None and data is None:
+        raise ConfigError("--eval", expected="MODULE:FUNCTION, or a file of texts as --data", found="neither")
+    if data is not None and not data.is_file():
+        raise CheckpointError(str(data), expected="a file of texts", found="no such file")
+    if dtype not in _DTYPES:
+        raise ConfigError("--dtype", expected=", ".join(_DTYPES), found=dtype)
+    for pair in columns:
+        name, _, column = pair.partition("=")
+        if name not in ("text", "label", "prompt") or not column:
+            raise ConfigError("--column", expected="text=, label= or prompt= and the name of a column", found=pair)
+
+
 def _loaded(folder: str, dtype: str) -> torch.nn.Module:
     """The model. From here on the process is no longer settled for a small command."""
     gc.enable()
+    from transformers.utils import logging
+
     from .loading import load_model
 
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ConfigError("--dtype", expected="auto, float32, bfloat16 or float16", found=dtype)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     return load_model(folder, dtype)
 
 
@@ -158,8 +180,6 @@ def _metric(
     """What is measured, and the texts, if there are any."""
     from ..merge.search import metric_of
 
-    if evaluate is None and data is None:
-        raise ConfigError("--eval", expected="MODULE:FUNCTION, or a file of texts as --data", found="neither")
     texts = _texts(model, folder, data, columns, max_length, limit) if data is not None else None
     if evaluate is not None:
         return metric_of(evaluate), texts
@@ -174,11 +194,7 @@ def _texts(
 
     from .texts import load_texts
 
-    pairs = [pair.partition("=") for pair in columns]
-    for pair, (name, _, column) in zip(columns, pairs, strict=True):
-        if name not in ("text", "label", "prompt") or not column:
-            raise ConfigError("--column", expected="text=, label= or prompt= and the name of a column", found=pair)
-    named = {name: column for name, _, column in pairs}
+    named = dict(pair.split("=", 1) for pair in columns)
     return load_texts(model, AutoTokenizer.from_pretrained(folder), data, columns=named, max_length=max_length, limit=limit, labels=labels)
 
 

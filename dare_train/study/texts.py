@@ -148,7 +148,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             if path.suffix == ".txt":
                 return [{"text": line.strip()} for line in file if line.strip()]
     except (OSError, ValueError) as error:
-        raise CheckpointError(str(path), expected=f"a readable {path.suffix} file", found=str(error)) from error
+        found = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise CheckpointError(str(path), expected=f"a readable {path.suffix} file", found=found) from error
     raise CheckpointError(str(path), expected="a .jsonl, .json, .csv or .txt file", found=path.suffix or "no ending")
 
 
