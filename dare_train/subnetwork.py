@@ -1,0 +1,330 @@
+"""Subnetworks: which elements of a delta matter, as masks that can be compared, combined, trained and shipped.
+
+A mask goes wherever masks are taken: `extract(..., masks=...)` stores it in a package, `sparse_tuning(..., masks=...)` trains its elements.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import DRAW_RANGE, check_drop_rate, threshold_of
+from .dtypes import FloatArray, to_float
+from .errors import ConfigError, TensorMismatch
+from .masks import Mask, key_of
+from .package import DeltaPackage
+from .plan import WeightsLike, align, cast_to, open_weights
+from .report import layer_of
+from .segments import Opened
+from .study.points import Evaluate, Journal, Key, Point, Progress, measured, samples
+from .study.seat import Seat, print_of
+from .study.sweep import TOLERANCE
+from .study.variants import VARIANTS, dropped, without_delta
+from .weights import Mapped, Weights
+
+if TYPE_CHECKING:
+    import torch
+
+Bits = NDArray[np.bool_]
+Scope = Literal["tensor", "model"]
+"""Whether each tensor keeps the same share of its elements, or all of them together do."""
+
+
+class Masks(Mapping[str, Bits]):
+    """Masks by checkpoint name, bool in the tensors' shapes, 1 = kept. `&`, `|` and `-` combine two of the same tensors.
+
+    Raises:
+        ConfigError: when made, for arrays that are not bool.
+        TensorMismatch: when combined with masks of other tensors.
+    """
+
+    def __init__(self, masks: Mapping[str, Bits]) -> None:
+        for name, mask in masks.items():
+            if np.asarray(mask).dtype != np.bool_:
+                raise ConfigError(f"masks[{name!r}]", expected="bool", found=str(np.asarray(mask).dtype))
+        self._masks = {name: np.asarray(mask) for name, mask in masks.items()}
+
+    @classmethod
+    def of_package(cls, package: str | os.PathLike[str] | DeltaPackage) -> Masks:
+        """What a package keeps of the tensors that travel as deltas.
+
+        Raises:
+            PackageError: it is damaged.
+        """
+        opened = DeltaPackage.open(package)
+        found = {}
+        for record in (record for record in opened.manifest.tensors if record.kind == "delta"):
+            flat = np.zeros(record.info.numel, np.bool_)
+            for segment, frame in opened.frames(record.name, 0, record.info.numel):
+                flat[segment.start + Opened.of(opened.manifest, record, segment, frame).positions()] = True
+            found[record.name] = flat.reshape(record.info.shape)
+        return cls(found)
+
+    def __getitem__(self, name: str) -> Bits:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __and__(self, other: Masks) -> Masks:
+        return self._with(other, np.logical_and)
+
+    def __or__(self, other: Masks) -> Masks:
+        return self._with(other, np.logical_or)
+
+    def __sub__(self, other: Masks) -> Masks:
+        """What is kept here and not there."""
+        return self._with(other, lambda one, two: one & ~two)
+
+    @property
+    def density(self) -> float:
+        """Kept elements over all."""
+        total = sum(mask.size for mask in self._masks.values())
+        return sum(int(mask.sum()) for mask in self._masks.values()) / total if total else 0.0
+
+    def overlap(self, other: Masks) -> Overlap:
+        """How much two masks have in common, over all and by tensor."""
+        self._check(other)
+        counts = {name: _counts(mask, other[name]) for name, mask in self._masks.items()}
+        return Overlap(counts=counts)
+
+    def _with(self, other: Masks, combined: Callable[[Bits, Bits], Bits]) -> Masks:
+        self._check(other)
+        return Masks({name: combined(mask, other[name]) for name, mask in self._masks.items()})
+
+    def _check(self, other: Masks) -> None:
+        for name in sorted(self._masks.keys() ^ other.keys()):
+            raise TensorMismatch(name, expected="in both masks", found="in one of them")
+        for name, mask in self._masks.items():
+            if mask.shape != other[name].shape:
+                raise TensorMismatch(name, expected=f"shape {list(mask.shape)}", found=str(list(other[name].shape)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """What two masks have in common."""
+
+    counts: Mapping[str, tuple[int, int, int, int]]
+    """By tensor: elements that both keep, that one keeps, that the other keeps, and all."""
+
+    @property
+    def iou(self) -> float:
+        """|A ∩ B| / |A ∪ B| over all tensors; 1 where both keep nothing."""
+        return _iou(*self._total)
+
+    @property
+    def chance(self) -> float:
+        """What it would be on average if each tensor's kept elements lay anywhere in it, in both masks."""
+        both = sum(one * two / size if size else 0.0 for _, one, two, size in self.counts.values())
+        _, first, second, _ = self._total
+        return both / (first + second - both) if first + second else 1.0
+
+    def by_layer(self) -> dict[str, float]:
+        """IoU of each layer's tensors together."""
+        groups: dict[str, list[tuple[int, int, int, int]]] = {}
+        for name, counts in self.counts.items():
+            groups.setdefault(layer_of(name), []).append(counts)
+        return {layer: _iou(*(sum(column) for column in zip(*found, strict=True))) for layer, found in groups.items()}
+
+    @property
+    def _total(self) -> tuple[int, int, int, int]:
+        both, one, two, size = (sum(column) for column in zip(*self.counts.values(), strict=True)) if self.counts else (0, 0, 0, 0)
+        return both, one, two, size
+
+
+def _counts(one: Bits, two: Bits) -> tuple[int, int, int, int]:
+    return int((one & two).sum()), int(one.sum()), int(two.sum()), one.size
+
+
+def _iou(both: int, one: int, two: int, _: int) -> float:
+    return both / (one + two - both) if one + two else 1.0
+
+
+# Finding them without training.
+
+
+def by_size(base: WeightsLike, tuned: WeightsLike, *, density: float, scope: Scope = "tensor") -> Masks:
+    """The elements whose |δ| is largest.
+
+    Args:
+        base, tuned: both ends of the delta. Only tensors that both have, floating-point and of one shape, get a mask.
+        density: share of elements that is kept, in (0, 1].
+        scope: see `Scope`. For a whole model all scores lie in memory together, 4 bytes each.
+
+    Raises:
+        ConfigError: density is out of range.
+        CheckpointError, TensorMismatch: the weights cannot be read, or have nothing in common.
+    """
+    return _by_score(base, tuned, density, scope, lambda own, delta: np.abs(delta))
+
+
+def by_movement(base: WeightsLike, tuned: WeightsLike, *, density: float, scope: Scope = "tensor") -> Masks:
+    """The elements that fine-tuning moved furthest away from zero: the largest w·δ, w the fine-tuned weight.
+
+    The sign of movement pruning's score (Sanh et al., https://arxiv.org/abs/2005.07683, §3), summed over training, is that of w·δ.
+
+    Args, raises: see `by_size`.
+    """
+    return _by_score(base, tuned, density, scope, lambda own, delta: own * delta)
+
+
+def at_random(like: WeightsLike, *, density: float, seed: int = 0) -> Masks:
+    """DARE's masks: those of a package of p = 1 - density and this seed."""
+    rate = check_drop_rate(1 - density, name="1 - density")
+    found = {}
+    for name, info in open_weights(like).tensors.items():
+        if info.dtype.can_be_delta:
+            flat = np.zeros(info.numel, np.bool_)
+            flat[Mask(kind="seeded", key=key_of(seed, name), threshold=threshold_of(rate)).positions(0, info.numel)] = True
+            found[name] = flat.reshape(info.shape)
+    return Masks(found)
+
+
+def _by_score(
+    base: WeightsLike, tuned: WeightsLike, density: float, scope: Scope, score: Callable[[FloatArray, FloatArray], FloatArray]
+) -> Masks:
+    if not 0 < density <= 1 or scope not in ("tensor", "model"):
+        raise ConfigError("density and scope", expected="a share in (0, 1], and tensor or model", found=f"{density!r}, {scope!r}")
+    own = open_weights(tuned)
+    start = cast_to(align(open_weights(base), own.tensors.keys(), model=own.label)[0], own.tensors)
+    names = [name for name, info in own.tensors.items() if start.tensors.get(name) == info and info.dtype.can_be_delta]
+    scores = {name: _score(start, own, name, score) for name in names}
+    if scope == "tensor":
+        kept = {name: _largest(values, density) for name, values in scores.items()}
+    else:
+        together = _largest(np.concatenate(list(scores.values())), density)
+        kept = dict(zip(names, np.split(together, np.cumsum([scores[name].size for name in names])[:-1]), strict=True))
+    return Masks({name: mask.reshape(own.tensors[name].shape) for name, mask in kept.items()})
+
+
+def _score(base: Weights, tuned: Weights, name: str, score: Callable[[FloatArray, FloatArray], FloatArray]) -> NDArray[np.float32]:
+    info = tuned.tensors[name]
+    own, start = (to_float(weights.read(name, 0, info.numel), info.dtype).astype(info.dtype.compute) for weights in (tuned, base))
+    return score(own, own - start).astype(np.float32)
+
+
+def _largest(scores: NDArray[np.float32], density: float) -> Bits:
+    """Of equal ones the first."""
+    count = round(density * scores.size)
+    kept = np.zeros(scores.size, np.bool_)
+    kept[np.argsort(-scores, kind="stable")[:count]] = True
+    return kept
+
+
+# Finding how much there is to drop.
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundRate:
+    """The largest drop rate that holds, and what was measured on the way."""
+
+    p: float
+    """0 if none does."""
+    retained: Mapping[float, float]
+    """By drop rate, the share of what fine-tuning gained that is left, in the mean over masks."""
+
+
+def largest_rate(
+    model: torch.nn.Module,
+    base: WeightsLike,
+    evaluate: Evaluate,
+    *,
+    out: str | os.PathLike[str],
+    metric: str | None = None,
+    tolerance: float = TOLERANCE,
+    seeds: int = 3,
+    steps: int = 8,
+) -> FoundRate:
+    """Bisect for the largest p at which DARE keeps all but `tolerance` of what fine-tuning gained, in the mean over masks.
+
+    The bisection is over log(1 - p): each step halves the range of densities from 1 to 2⁻¹⁶. It finds one border; where the metric is
+    not monotonous in p there may be others.
+
+    Args:
+        model, base, evaluate, out: see `sweep`. What is measured is kept in `out`, and not measured again.
+        metric: which of those that `evaluate` gives; the first, by default.
+        tolerance: share of the gain, in (0, 1).
+        seeds: masks at each rate.
+        steps: of the bisection.
+
+    Raises:
+        ConfigError: a value is out of range, or fine-tuning gained nothing.
+    """
+    if not 0 < tolerance < 1 or seeds < 1 or steps < 1:
+        raise ConfigError(
+            "tolerance, seeds and steps", expected="a share in (0, 1), and at least 1", found=f"{tolerance}, {seeds}, {steps}"
+        )
+    bench = _Bench(model, base, evaluate, Path(out) / "largest_rate.jsonl")
+    dense, without = (bench.mean([key], metric) for key in (("dense", 0.0, 0), ("base", 1.0, 0)))
+    if dense == without:
+        raise ConfigError("evaluate", expected="a metric that fine-tuning moved", found=f"{dense} with the delta and without")
+    retained: dict[float, float] = {}
+    low, high = 0.0, 16.0
+    for _ in range(steps):
+        middle = (low + high) / 2
+        p = min(round((1 - 2.0**-middle) * DRAW_RANGE), DRAW_RANGE - 1) / DRAW_RANGE
+        retained[p] = (bench.mean([("dare", p, seed) for seed in range(seeds)], metric) - without) / (dense - without)
+        low, high = (middle, high) if retained[p] >= 1 - tolerance else (low, middle)
+    return FoundRate(p=max((p for p, share in retained.items() if share >= 1 - tolerance), default=0.0), retained=retained)
+
+
+def sensitivity(
+    model: torch.nn.Module,
+    base: WeightsLike,
+    evaluate: Evaluate,
+    *,
+    out: str | os.PathLike[str],
+    p: float = 0.9,
+    metric: str | None = None,
+    seeds: int = 3,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """The metric, in the mean over masks, when DARE drops a share p of one layer's delta and leaves the others whole: by layer.
+
+    Args, raises: see `largest_rate`.
+    """
+    check_drop_rate(p)
+    bench = _Bench(model, base, evaluate, Path(out) / "sensitivity.jsonl")
+    layers = dict.fromkeys(layer_of(name) for name in bench.names)
+    keys = [(layer, p, seed) for layer in layers for seed in range(seeds)]
+    bench.measure(keys, progress)
+    return {layer: bench.mean([(layer, p, seed) for seed in range(seeds)], metric) for layer in layers}
+
+
+class _Bench:
+    """A model that is measured with other weights, and what was measured so far."""
+
+    def __init__(self, model: torch.nn.Module, base: WeightsLike, evaluate: Evaluate, journal: Path) -> None:
+        self._base, self._seat, self._evaluate = open_weights(base), Seat(model), evaluate
+        self._journal = Journal(journal, print_of(self._base), self._seat.print)
+        merged = without_delta(self._base, self._seat.own)
+        self.names = [name for name, fate in merged.fates.items() if fate.how == "merged" and name in self._seat.own.tensors]
+
+    def measure(self, keys: Sequence[Key], progress: Progress | None = None) -> tuple[Point, ...]:
+        return measured(self._seat, keys, lambda key: (self._weights(key), {}), self._evaluate, self._journal, progress)
+
+    def mean(self, keys: Sequence[Key], metric: str | None) -> float:
+        points = self.measure(keys)
+        name = metric if metric is not None else next(iter(points[0].metrics))
+        if name not in points[0].metrics:
+            raise ConfigError("metric", expected=f"one of {', '.join(points[0].metrics)}", found=name)
+        return fmean(value for values in samples(points, keys[0][0], name).values() for value in values)
+
+    def _weights(self, key: Key) -> Weights:
+        name, p, seed = key
+        if name == "dense":
+            return self._seat.own
+        if name == "base":
+            return without_delta(self._base, self._seat.own)
+        whole: Any = dropped(self._base, self._seat.own, VARIANTS["dare"], p=p, seed=seed)
+        return whole if name == "dare" else Mapped(whole, {one: one for one in self.names if layer_of(one) == name})
