@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .study.inside import inside as inside
     from .study.reporting import write_report as write_report
     from .study.sweep import sweep as sweep
+    from .tickets import TicketSearch as TicketSearch
     from .tuning import SparseTuningCallback as SparseTuningCallback
     from .tuning import sparse_tuning as sparse_tuning
 
@@ -51,6 +52,7 @@ _HOMES = {
     "Snapshotter": "snapshot",
     "SparseTuningCallback": "tuning",
     "StatisticsCallback": "statistics",
+    "TicketSearch": "tickets",
     "applied": "inplace",
     "apply": "apply",
     "apply_": "inplace",

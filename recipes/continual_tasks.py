@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -41,6 +42,8 @@ STYLES = {
 PIECE = 400
 """Characters of a text in a row."""
 PIECES = 1500
+SPARSE = 3.0
+"""How much larger the learning rate is where a share of the weights is trained."""
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
@@ -51,7 +54,7 @@ def main() -> None:
     if options.full or not options.domains:
         training = Training(steps=much.steps, learning_rate=1e-3, batch_size=16, max_length=128)
         texts = {name: style(present(options.data / folder)) for name, folder in [*STYLES.items()][: None if options.full else 3]}
-        sequence("styles", decoder_base(options), texts, training, much.examples, options)
+        sequence("styles", in_float32(options.decoder, options.out / "decoder"), texts, training, much.examples, options)
     if options.full or options.domains:
         training = Training(steps=much.steps // 4, learning_rate=2e-4, max_length=32)
         sequence("domains", *encoder_base(options), training, much.examples, options)
@@ -82,12 +85,11 @@ def style(folder: Path) -> Mapping[str, Rows]:
     return split([{"text": text[start : start + PIECE]} for start in range(0, len(text) - PIECE, PIECE)][:PIECES])
 
 
-def decoder_base(options: argparse.Namespace) -> str:
-    """In float32, with its tokenizer, in a folder of its own."""
-    folder = options.out / "decoder"
+def in_float32(decoder: str, folder: Path) -> str:
+    """A causal language model with its tokenizer, in a folder of its own."""
     if not (folder / "config.json").exists():
-        AutoModelForCausalLM.from_pretrained(options.decoder, dtype=torch.float32).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(options.decoder).save_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(decoder).save_pretrained(folder)
     return str(folder)
 
 
@@ -107,13 +109,14 @@ def encoder_base(options: argparse.Namespace) -> tuple[str, dict[str, Mapping[st
     return str(folder), {name: parts for name, parts in found.items() if parts["train"]}
 
 
-def task(name: str, tokenizer: Any, rows: Mapping[str, Rows], training: Training, examples: int, strategy: str) -> ContinualTask:
+def as_task(name: str, tokenizer: Any, rows: Mapping[str, Rows], training: Training, examples: int) -> ContinualTask:
+    """Learnt from the training rows, measured on so many of the test rows."""
     encode: Callable[..., list[dict[str, Any]]] = partial(encoded_rows, tokenizer=tokenizer, max_length=training.max_length)
-    faster = 3.0 if strategy == "disjoint" else 1.0
-    told = Training(**{**vars(training), "learning_rate": faster * training.learning_rate})
 
     def trainer(model: torch.nn.Module, out: Path, callbacks: Sequence[TrainerCallback]) -> Trainer:
-        return trainer_for(model, tokenizer, encode(model, rows=rows["train"]), out, told, callbacks, save_steps=max(told.steps // 2, 1))
+        return trainer_for(
+            model, tokenizer, encode(model, rows=rows["train"]), out, training, callbacks, save_steps=max(training.steps // 2, 1)
+        )
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         known = sorted({model.config.label2id[row["label"]] for row in rows["train"]}) if "label" in rows["train"][0] else None  # type: ignore[union-attr, operator]
@@ -131,7 +134,8 @@ def sequence(
     tokenizer = AutoTokenizer.from_pretrained(base)
     found: dict[str, Continual] = {}
     for strategy in options.strategies:
-        tasks = [task(one, tokenizer, rows, training, examples, strategy) for one, rows in texts.items()]
+        told = replace(training, learning_rate=SPARSE * training.learning_rate) if strategy == "disjoint" else training
+        tasks = [as_task(one, tokenizer, rows, told, examples) for one, rows in texts.items()]
         settings = {"method": "ties", "settings": {"density": 0.2}} if strategy == "merge" else {}
         found[strategy] = one = ContinualRun(base, tasks, out=options.out / name / strategy, strategy=strategy, **settings).run()
         say(f"{name}, {strategy}: mean {one.metric} {one.accuracy:.3f}, with own packages {fmean(one.own):.3f}")
@@ -144,12 +148,12 @@ def sequence(
 def joint(base: str, tokenizer: Any, texts: Mapping[str, Mapping[str, Rows]], training: Training, examples: int, out: Path) -> float:
     """The mean over tasks of a model that learnt them all at once, with as many steps as they had together."""
     together = {part: [row for rows in texts.values() for row in rows[part]] for part in ("train", "test")}
-    steps = Training(**{**vars(training), "steps": training.steps * len(texts)})
-    everything = task("joint", tokenizer, together, steps, examples, "joint")
+    steps = replace(training, steps=training.steps * len(texts))
+    everything = as_task("joint", tokenizer, together, steps, examples)
     run = ContinualRun(base, [everything], out=out / "joint")
     run.run()
     model = run.model(0)
-    scores = {one: task(one, tokenizer, rows, training, examples, "joint").evaluate(model) for one, rows in texts.items()}
+    scores = {one: as_task(one, tokenizer, rows, training, examples).evaluate(model) for one, rows in texts.items()}
     (out / "joint" / "tasks.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
     return fmean(score["accuracy"] for score in scores.values())  # type: ignore[index]
 

@@ -176,6 +176,14 @@ def test_tasks_one_after_another(tmp_path: Path) -> None:
     assert all(run["accuracy"] > fmean(run["before"]) for run in runs.values())
 
 
+def test_a_lottery_ticket_is_found(tmp_path: Path) -> None:
+    told("lottery_ticket.py", "--out", str(tmp_path), "--steps", "20", "--examples", "40")
+    levels = measured(tmp_path / "instructions", "tickets")["levels"]
+    assert [(level["kind"], level["number"]) for level in levels][-2:] == [("ticket", 3), ("random", 3)]
+    assert [level["density"] for level in levels[1::2]] == pytest.approx([0.5, 0.25, 0.125], rel=0.01)
+    assert all(level["metrics"]["accuracy"] > 0.25 for level in levels)
+
+
 def test_a_file_of_ones_own_is_a_task_as_well(tmp_path: Path) -> None:
     rows = [{"text": f"{'good' if n % 2 else 'bad'} number {n}", "label": "good" if n % 2 else "bad"} for n in range(200)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -189,5 +197,6 @@ def test_recipes_are_all_here() -> None:
     assert found == {
         "quickstart.py", "counting.py", "merge_tasks.py", "accelerate_loop.py", "deepspeed_zero3.py", "deepspeed_zero3.json",
         "encoder.py", "decoder.py", "pretrain_decoder.py", "when_it_breaks.py", "efficient_tuning.py", "continual_tasks.py",
+        "lottery_ticket.py",
         "inputs.py", "tuning.py", "studies.py",
     }  # fmt: skip

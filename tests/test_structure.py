@@ -35,7 +35,7 @@ STUDY = [
         "seat variants",
         "points",
         "sweep inside comparison",
-        "sweep_report inside_report comparison_report continual_report",
+        "sweep_report inside_report comparison_report continual_report tickets_report",
         "reporting",
     )
 ]
@@ -69,6 +69,7 @@ FLOORS = [
     MERGE[8] | STUDY[0],
     *STUDY[1:3],
     {"continual", "subnetwork"},
+    {"tickets"},
     *STUDY[3:],
     {"study.commands"},
     {"cli"},

@@ -1,0 +1,204 @@
+"""Lottery tickets in a delta: which few elements, trained from the start by themselves, do as well as all of them?
+
+Iterative magnitude pruning with rewinding (Frankle and Carbin, https://arxiv.org/abs/1803.03635; Frankle et al.,
+https://arxiv.org/abs/1912.05671) of what fine-tuning changes: train, drop the smallest |δ|, rewind the others, train again. What is
+dropped stays as it is in the base.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from .callback import DareCallback
+from .config import DRAW_RANGE
+from .continual import ContinualTask
+from .errors import ConfigError
+from .extract import extract
+from .inplace import apply_
+from .shards import LiveWeights
+from .study.loading import load_model
+from .study.points import numbers
+from .subnetwork import Masks, Scope, at_random, by_size
+from .tuning import SparseTuningCallback
+
+Kind = Literal["ticket", "random"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One training."""
+
+    kind: Kind
+    number: int
+    """0 is all elements."""
+    density: float
+    """Share of elements that were trained."""
+    metrics: Mapping[str, float]
+    """At the end."""
+    curve: Mapping[int, Mapping[str, float]]
+    """By step, while it trained; empty unless asked for."""
+    package: str
+    """What was trained, with its mask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tickets:
+    """What was found."""
+
+    levels: tuple[Level, ...]
+    setup: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, kind: Kind) -> list[Level]:
+        """From all elements down to the fewest."""
+        return [level for level in self.levels if level.kind == kind or level.number == 0]
+
+    @property
+    def metric(self) -> str:
+        """The first that was measured."""
+        return next(iter(self.levels[0].metrics))
+
+    def as_json(self) -> dict[str, Any]:
+        return {"levels": [{**asdict(level), "package": Path(level.package).name} for level in self.levels]}
+
+
+class TicketSearch:
+    """Trains, prunes, rewinds and trains again, and keeps a package for each level: run it again after a kill, and it goes on.
+
+    Args:
+        base: folder or Hub id of the model that all begins with, heads included.
+        task: what is trained and measured; see `ContinualTask`.
+        out: folder for packages (`level-N`, `random-N`) and what the Trainers write.
+        levels: how often is pruned.
+        share: of the elements left, how many each level drops.
+        rewind: training step to whose weights kept elements return; 0 is the base.
+        scope: see `Scope`.
+        random: also train, at each level, as many elements chosen at random (DARE's masks of that density).
+        every: measure each so many steps of training.
+        seed: of the random masks.
+        load: makes a model of the base.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        task: ContinualTask,
+        *,
+        out: str | os.PathLike[str],
+        levels: int = 6,
+        share: float = 0.5,
+        rewind: int = 0,
+        scope: Scope = "model",
+        random: bool = True,
+        every: int | None = None,
+        seed: int = 0,
+        load: Callable[[str], torch.nn.Module] = load_model,
+    ) -> None:
+        if levels < 1 or not 0 < share < 1 or rewind < 0 or (every is not None and every < 1):
+            expected, given = "positive numbers, and a share in (0, 1)", f"{levels}, {share}, {rewind}, {every}"
+            raise ConfigError("levels, share, rewind and every", expected=expected, found=given)
+        if (1 - share) ** levels * DRAW_RANGE < 1:
+            raise ConfigError("levels", expected="a density of at least 2⁻¹⁶ in the end", found=f"{levels} of share {share}")
+        self.base, self.task, self.out = base, task, Path(out)
+        self._levels, self._share, self._rewind, self._scope, self._random = levels, share, rewind, scope, random
+        self._every, self._seed, self._load = every, seed, load
+
+    def run(self) -> Tickets:
+        """Train what is not trained yet."""
+        found, masks = [self._level("ticket", 0, None)], None
+        for number in range(1, self._levels + 1):
+            masks = self._pruned(number, masks)
+            found.append(self._level("ticket", number, masks))
+            if self._random:
+                model = self._load(self.base)
+                found.append(self._level("random", number, at_random(LiveWeights(model), density=masks.density, seed=self._seed)))
+        options = {"levels": self._levels, "share": self._share, "rewind": self._rewind, "scope": self._scope, "seed": self._seed}
+        return Tickets(levels=tuple(found), setup={"base_model": self.base, "task": self.task.name, **options})
+
+    def masks(self, number: int) -> Masks:
+        """What a level of the ticket trained."""
+        return Masks.of_package(self._package("ticket", number))
+
+    def _package(self, kind: Kind, number: int) -> Path:
+        return self.out / f"{'level' if kind == 'ticket' else 'random'}-{number}"
+
+    def _pruned(self, number: int, before: Masks | None) -> Masks:
+        """Of what was trained last, all but the share that moved least."""
+        model = self._made(self._package("ticket", number - 1))
+        largest = by_size(self.base, model, density=(1 - self._share) ** number, scope=self._scope)
+        return largest if before is None else largest & before
+
+    def _made(self, package: Path | None) -> torch.nn.Module:
+        model = self._load(self.base)
+        if package is not None:
+            apply_(model, str(package))
+        return model
+
+    def _level(self, kind: Kind, number: int, masks: Masks | None) -> Level:
+        package, record = self._package(kind, number), self.out / f"{self._package(kind, number).name}.json"
+        if not record.exists():
+            curve = self._train(kind, number, masks, package)
+            metrics = numbers(self.task.evaluate(self._made(package)))
+            density = masks.density if masks is not None else 1.0
+            told = {"density": density, "metrics": metrics, "curve": curve}
+            partial = record.with_suffix(".partial")
+            partial.write_text(json.dumps(told) + "\n", encoding="utf-8")
+            partial.replace(record)
+        told = json.loads(record.read_text(encoding="utf-8"))
+        steps = {int(step): metrics for step, metrics in told["curve"].items()}
+        return Level(kind=kind, number=number, density=told["density"], metrics=told["metrics"], curve=steps, package=str(package))
+
+    def _train(self, kind: Kind, number: int, masks: Masks | None, package: Path) -> dict[int, dict[str, float]]:
+        """Train a level into its package; what was measured meanwhile."""
+        folder, model = self.out / "training" / package.name, self._load(self.base)
+        watch = _Curve(model, self.task, self._every)
+        callbacks: list[TrainerCallback] = [watch]
+        if masks is not None:
+            self._rewound(model, masks)
+            callbacks.append(SparseTuningCallback(p=0.0, masks=masks))
+        elif self._rewind:
+            callbacks.append(DareCallback(p=0.0, values="exact", when=self._rewind, base=self.base, artifact=False, name="rewind"))
+        trainer = self.task.trainer(model, folder, callbacks)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+        model.train(False)
+        kept: Any = {"masks": masks} if masks is not None else {}
+        extract(self._load(self.base), model, package, p=0.0, values="exact", base_model=self.base, overwrite=True, **kept)
+        return watch.found
+
+    def _rewound(self, model: torch.nn.Module, masks: Masks) -> None:
+        """Kept elements as they were at that step of the first training, the others as in the base."""
+        if not self._rewind:
+            return
+        early = self._made(self.out / "training" / "level-0" / "rewind" / f"step-{self._rewind}")
+        live, then = LiveWeights(model), LiveWeights(early)
+        for name, mask in masks.items():
+            info = live.tensors[name]
+            own = np.array(live.read(name, 0, info.numel))
+            own[mask.reshape(-1)] = then.read(name, 0, info.numel)[mask.reshape(-1)]
+            live.overwrite(name, 0, own)
+
+
+class _Curve(TrainerCallback):  # type: ignore[misc]
+    """Measures the task each so many steps."""
+
+    def __init__(self, model: torch.nn.Module, task: ContinualTask, every: int | None) -> None:
+        self._model, self._task, self._every = model, task, every
+        self.found: dict[int, dict[str, float]] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._every is not None and state.global_step % self._every == 0:
+            training = self._model.training
+            self.found[state.global_step] = numbers(self._task.evaluate(self._model.train(False)))
+            self._model.train(training)

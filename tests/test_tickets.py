@@ -1,0 +1,97 @@
+"""Lottery tickets: each level trains fewer elements from where they were, and a search that was killed goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_continual import Stopped, task, trained
+from tiny import refusal
+from training import classifier, save_base, weights_print
+
+from dare_train import TicketSearch, applied, apply, write_report
+from dare_train.errors import ConfigError
+from dare_train.study.loading import load_model
+from dare_train.study.tickets_report import tickets_study
+from dare_train.subnetwork import by_size
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    classifier(save_base(tmp_path / "encoder")).save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def test_each_level_keeps_the_largest_of_the_one_before(base: str, tmp_path: Path) -> None:
+    search = TicketSearch(base, task(1), out=tmp_path / "out", levels=2, share=0.6, every=3)
+    found = search.run()
+    assert [(level.kind, level.number) for level in found.levels] == [
+        ("ticket", 0),
+        ("ticket", 1),
+        ("random", 1),
+        ("ticket", 2),
+        ("random", 2),
+    ]
+    assert [level.density for level in found.of("ticket")] == pytest.approx([1, 0.4, 0.16], abs=2e-3)
+    assert [level.density for level in found.of("random")] == pytest.approx([1, 0.4, 0.16], abs=2e-2)
+    start = load_file(Path(base) / "model.safetensors")
+    states = []
+    for level in found.levels:
+        apply(base, level.package, tmp_path / f"{level.kind}-{level.number}")
+        states.append(load_file(tmp_path / f"{level.kind}-{level.number}" / "model.safetensors"))
+        with applied(model := load_model(base), level.package):
+            assert task(1).evaluate(model) == level.metrics
+        assert [*level.curve] == [3, 6]
+        assert level.metrics["loss"] < task(1).evaluate(load_model(base))["loss"]
+    masks = by_size(base, tmp_path / "ticket-0", density=0.4, scope="model")
+    for name, mask in search.masks(1).items():
+        assert torch.equal(torch.from_numpy(mask), torch.from_numpy(masks[name]))
+        assert not ((states[1][name] != start[name]).numpy() & ~mask).any()
+    assert search.masks(2).overlap(search.masks(1) & search.masks(2)).iou == 1.0
+
+
+def test_rewinding_starts_from_an_early_step(base: str, tmp_path: Path) -> None:
+    plain = TicketSearch(base, task(1), out=tmp_path / "plain", levels=1, random=False).run()
+    rewound = TicketSearch(base, task(1), out=tmp_path / "rewound", levels=1, random=False, rewind=2).run()
+    assert rewound.levels[0].metrics == plain.levels[0].metrics
+    assert rewound.levels[1].metrics["loss"] < plain.levels[1].metrics["loss"], "two more steps were trained in all"
+
+
+def test_a_search_that_was_killed_goes_on(base: str, tmp_path: Path) -> None:
+    whole = TicketSearch(base, task(1), out=tmp_path / "whole", levels=1).run()
+    with pytest.raises(KeyboardInterrupt):
+        TicketSearch(base, task(1, Stopped(5)), out=tmp_path / "killed", levels=1).run()
+    trained.clear()
+    again = TicketSearch(base, task(1), out=tmp_path / "killed", levels=1).run()
+    assert trained == ["task 1"] * 3
+    assert again.as_json() == whole.as_json()
+    prints = []
+    for found in (whole, again):
+        model = load_model(base)
+        with applied(model, found.levels[1].package):
+            prints.append(weights_print(model))
+    assert prints[0] == prints[1]
+    trained.clear()
+    TicketSearch(base, task(1), out=tmp_path / "killed", levels=1).run()
+    assert trained == []
+
+
+def test_the_report_draws_the_classic_figure(base: str, tmp_path: Path) -> None:
+    found = TicketSearch(base, task(1), out=tmp_path / "out", levels=1, every=2).run()
+    study = tickets_study(found)
+    assert [curve.label for curve in study.charts[0].curves] == ["ticket: the largest |δ|, rewound", "as many at random"]
+    assert [len(curve.x) for curve in study.charts[0].curves] == [2, 2]
+    assert [row[0] for row in study.tables[0].rows] == ["all", "ticket: the largest |δ|, rewound", "as many at random"]
+    assert write_report(found, tmp_path / "report").name == "tickets.html"
+    assert (tmp_path / "report" / "tickets-training.png").exists()
+
+
+def test_what_means_nothing_is_refused(base: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TicketSearch(base, task(1), out=tmp_path, share=1.0)
+    refusal(caught.value, ConfigError, "levels, share, rewind and every: expected positive numbers, and a share in (0, 1)")
+    with pytest.raises(ConfigError) as caught:
+        TicketSearch(base, task(1), out=tmp_path, levels=20)
+    refusal(caught.value, ConfigError, "levels: expected a density of at least 2⁻¹⁶ in the end, found 20 of share 0.5")
