@@ -114,6 +114,7 @@ def test_the_report_says_what_was_found(base: Path, tmp_path: Path) -> None:
     study = inside_study(found)
     drawn = ("similarity", "similarity-by-layer", "errors", "bias", "magnitudes", "magnitudes-by-layer")
     assert [chart.name for chart in study.charts] == [f"inside-{name}" for name in drawn]
+    assert study.charts[2].ticks[::6] == ("0.attention.self.query", "1.attention.self.query", "pooler.dense")
     assert study.findings[0].startswith("At p = 0.9 the last embeddings have a cosine similarity")
     assert "times p/(1 - p)·Σδ²x² in the median of 13 layers" in study.findings[1]
     again = inside(tuned_model(base), base, batches(), **OPTIONS)

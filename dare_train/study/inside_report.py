@@ -113,9 +113,10 @@ def _line(label: str, values: Iterable[float]) -> Curve:
 
 
 def _short(name: str) -> str:
-    """A layer's number and the last parts of its name."""
-    parts = [part for part in name.split(".") if part not in ("weight", "layer", "layers", "model", "encoder", "bert", "h", "transformer")]
-    return ".".join(parts[-3:])
+    """A layer's number and its place there, or the last parts of its name."""
+    parts = name.removesuffix(".weight").split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdigit()), max(len(parts) - 2, 0))
+    return ".".join(parts[number:])
 
 
 def _means(found: Inside, name: str) -> Chart:
