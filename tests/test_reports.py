@@ -94,7 +94,15 @@ def browser() -> str:
 def shown(page: Path, folder: Path) -> tuple[np.ndarray, str]:
     """The pixels of a page in a headless browser without a network, and what it complained about."""
     picture = folder / "page.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,1600", "--enable-logging=stderr"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        "--window-size=1000,1600",
+        "--enable-logging=stderr",
+    ]
     offline = ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}", f"--screenshot={picture}"]
     done = subprocess.run([browser(), *options, *offline, page.as_uri()], capture_output=True, text=True, timeout=120, check=False)
     assert picture.exists(), done.stderr
