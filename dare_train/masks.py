@@ -45,3 +45,10 @@ class Mask:
             return cpu.kept_positions(self.key, start, length, self.threshold)
         bits = np.unpackbits(np.frombuffer(bitmap or b"", np.uint8), bitorder="little", count=length)
         return np.flatnonzero(bits)
+
+
+def largest(scores: NDArray[np.floating], density: float) -> NDArray[np.bool_]:
+    """Where the largest of flat scores are, a share `density` of all; of equal ones the first."""
+    kept = np.zeros(scores.size, np.bool_)
+    kept[np.argsort(-scores, kind="stable")[: round(density * scores.size)]] = True
+    return kept

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .config import DRAW_RANGE, check_drop_rate, threshold_of
 from .dtypes import FloatArray, to_float
 from .errors import ConfigError, TensorMismatch
-from .masks import Mask, key_of
+from .masks import Mask, key_of, largest
 from .package import DeltaPackage
 from .plan import WeightsLike, align, cast_to, open_weights
 from .report import layer_of
@@ -200,9 +200,9 @@ def _by_score(
     names = [name for name, info in own.tensors.items() if start.tensors.get(name) == info and info.dtype.can_be_delta]
     scores = {name: _score(start, own, name, score) for name in names}
     if scope == "tensor":
-        kept = {name: _largest(values, density) for name, values in scores.items()}
+        kept = {name: largest(values, density) for name, values in scores.items()}
     else:
-        together = _largest(np.concatenate(list(scores.values())), density)
+        together = largest(np.concatenate(list(scores.values())), density)
         kept = dict(zip(names, np.split(together, np.cumsum([scores[name].size for name in names])[:-1]), strict=True))
     return Masks({name: mask.reshape(own.tensors[name].shape) for name, mask in kept.items()})
 
@@ -211,14 +211,6 @@ def _score(base: Weights, tuned: Weights, name: str, score: Callable[[FloatArray
     info = tuned.tensors[name]
     own, start = (to_float(weights.read(name, 0, info.numel), info.dtype).astype(info.dtype.compute) for weights in (tuned, base))
     return score(own, own - start).astype(np.float32)
-
-
-def _largest(scores: NDArray[np.float32], density: float) -> Bits:
-    """Of equal ones the first."""
-    count = round(density * scores.size)
-    kept = np.zeros(scores.size, np.bool_)
-    kept[np.argsort(-scores, kind="stable")[:count]] = True
-    return kept
 
 
 # Finding how much there is to drop.

@@ -99,6 +99,16 @@ class ArrayWeights:
         return self._arrays[name].reshape(-1).view(self.tensors[name].dtype.word)[start : start + count]
 
 
+class HeldWords:
+    """Words in memory, by the names of tensors that are described elsewhere."""
+
+    def __init__(self, label: str, tensors: Mapping[str, TensorInfo], words: Mapping[str, Words]) -> None:
+        self.label, self.tensors, self._words = label, tensors, words
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        return self._words[name][start : start + count]
+
+
 def _numpy_code(dtype: np.dtype[np.generic], name: str) -> str:
     code = "BOOL" if dtype.kind == "b" else f"{dtype.kind.upper()}{dtype.itemsize * 8}"
     if dtype.kind not in "biuf" or code not in DTYPES:

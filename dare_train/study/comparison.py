@@ -19,14 +19,15 @@ from ..adapter_config import AdapterConfig
 from ..adapters import merge_adapter
 from ..checkpoint import ADAPTER_CONFIG
 from ..config import check_drop_rate
-from ..dtypes import DTYPES, FloatArray, Words, from_float, to_float
+from ..dtypes import DTYPES, FloatArray, from_float, to_float
 from ..errors import ConfigError
 from ..extract import extract
+from ..masks import largest
 from ..merge.driver import merged_weights
 from ..merge.task import task_of
 from ..package import DeltaPackage
 from ..plan import WeightsLike, align, cast_to, open_weights
-from ..weights import Mapped, Weights
+from ..weights import HeldWords, Mapped, Weights
 from .points import Evaluate, Journal, Key, Point, Progress, measured, samples
 from .seat import Seat, print_of
 from .variants import without_delta
@@ -185,7 +186,7 @@ class _Contest:
 
     def _largest(self, p: float) -> dict[str, NDArray[np.bool_]]:
         """By tensor, the 1 - p largest elements of the delta."""
-        return {name: _largest(self._delta(name), 1 - p).reshape(info.shape) for name, info in self._tuned.tensors.items()}
+        return {name: largest(np.abs(self._delta(name)), 1 - p).reshape(info.shape) for name, info in self._tuned.tensors.items()}
 
     def _delta(self, name: str) -> FloatArray:
         info = self._tuned.tensors[name]
@@ -202,7 +203,7 @@ class _Contest:
             words = self._tuned.read(name, 0, info.numel) if found is None else from_float(start + found[0].reshape(-1), info.dtype)
             bits += info.numel * info.dtype.bits if found is None else found[1]
             arrays[name] = words
-        return _Words(self._tuned, arrays), bits / 8
+        return HeldWords(self._tuned.label, self._tuned.tensors, arrays), bits / 8
 
     def _adapted(self, adapter: str | os.PathLike[str]) -> tuple[Weights, float]:
         opened = open_weights(adapter)
@@ -217,24 +218,6 @@ def _by_rank(adapters: Sequence[str | os.PathLike[str]]) -> dict[Key, str | os.P
         rank = float(AdapterConfig.read(Path(adapter) / ADAPTER_CONFIG).rank)
         found["lora", rank, sum(key[1] == rank for key in found)] = adapter
     return found
-
-
-class _Words:
-    """Implements `Weights`: words by name, of the tensors that others have."""
-
-    def __init__(self, like: Weights, words: Mapping[str, Words]) -> None:
-        self.label, self.tensors, self._words = like.label, like.tensors, words
-
-    def read(self, name: str, start: int, count: int) -> Words:
-        return self._words[name][start : start + count]
-
-
-def _largest(delta: FloatArray, density: float) -> NDArray[np.bool_]:
-    """Where the largest elements are, a share `density` of all."""
-    count = round(density * delta.size)
-    kept = np.zeros(delta.size, np.bool_)
-    kept[np.argsort(-np.abs(delta), kind="stable")[:count]] = True
-    return kept
 
 
 def _truncated(delta: FloatArray, rank: int) -> tuple[FloatArray, int] | None:

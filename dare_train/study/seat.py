@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..dtypes import Words
 from ..errors import CheckpointError
 from ..fingerprint import Fingerprint, model_fingerprint, total
 from ..merge.merged import Merged
 from ..parallel import ordered_map
 from ..plan import WeightsLike, cast_to, open_weights
 from ..shards import LiveWeights
-from ..weights import TensorInfo, Weights, runs
+from ..weights import HeldWords, Weights, runs
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +40,7 @@ class Seat:
         self.model = model
         self._live = LiveWeights(model)
         self._taken: set[str] = set()
-        self.own: Weights = _Copy(self._live) if tuned is None else open_weights(tuned)
+        self.own: Weights = _copied(self._live) if tuned is None else open_weights(tuned)
         self.print = print_of(self.own)
         if tuned is not None and print_of(self._live) != self.print:
             expected, remedy = "the weights that the model has", "leave tuned= out"
@@ -52,7 +50,7 @@ class Seat:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.give(_Nothing())
+        self.give(HeldWords("none", {}, {}))
 
     def give(self, weights: Weights) -> None:
         """Let the weights take the place of the model's own; tensors that they lack, or only carry, are the model's own."""
@@ -71,26 +69,9 @@ class Seat:
         self._taken = names
 
 
-class _Nothing:
-    """Implements `Weights`: none."""
-
-    label = "nothing"
-    tensors: Mapping[str, TensorInfo] = {}
-
-    def read(self, name: str, start: int, count: int) -> Words:
-        raise KeyError(name)
-
-
-class _Copy:
-    """Implements `Weights`: a model's as they are now."""
-
-    def __init__(self, live: LiveWeights) -> None:
-        self.label = live.label
-        self.tensors: Mapping[str, TensorInfo] = live.tensors
-        self._words = {name: np.array(live.read(name, 0, info.numel)) for name, info in live.tensors.items()}
-
-    def read(self, name: str, start: int, count: int) -> Words:
-        return self._words[name][start : start + count]
+def _copied(live: LiveWeights) -> Weights:
+    """A model's weights as they are now."""
+    return HeldWords(live.label, live.tensors, {name: np.array(live.read(name, 0, info.numel)) for name, info in live.tensors.items()})
 
 
 def print_of(weights: Weights) -> str:

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ..config import check_drop_rate
 from ..diagnose import diagnose
 from ..errors import ConfigError
+from ..layers import batch_size
 from ..plan import WeightsLike, open_weights
 from ..statistics import collect_gram
 from ..statistics_file import save_statistics
@@ -129,9 +131,10 @@ def sweep(
     """
     wanted = planned(p, seeds, first_seed, variants)
     kept, seat = open_weights(base), Seat(model, tuned)
-    gram = _gram(model, batches, Path(out)) if any(VARIANTS[name].needs_gram for name in variants) else None
     journal = Journal(Path(out) / "sweep.jsonl", print_of(kept), seat.print)
-    points = measured(seat, wanted, lambda key: (_weights_at(kept, seat.own, key, gram), {}), evaluate, journal, progress)
+    with TemporaryDirectory(prefix="dare-sweep-") as folder:
+        gram = _gram(model, batches, Path(folder)) if any(VARIANTS[name].needs_gram for name in variants) else None
+        points = measured(seat, wanted, lambda key: (_weights_at(kept, seat.own, key, gram), {}), evaluate, journal, progress)
     diagnosis = diagnose(kept, seat.own, cast_base=True)
     told = {**(setup or {}), "p": sorted({*p}), "seeds": [first_seed + n for n in range(seeds)], "variants": list(dict.fromkeys(variants))}
     return Sweep(
@@ -176,9 +179,10 @@ def _weights_at(base: Weights, tuned: Weights, key: Key, gram: Path | None) -> W
     return dropped(base, tuned, VARIANTS[name], p=p, seed=seed, gram=gram)
 
 
-def _gram(model: torch.nn.Module, batches: Iterable[Mapping[str, Any]] | None, out: Path) -> Path:
+def _gram(model: torch.nn.Module, batches: Iterable[Mapping[str, Any]] | None, folder: Path) -> Path:
     """Gram matrices of the fine-tuned model's layers, in a file."""
     if batches is None:
         raise ConfigError("batches", expected="some, from which the variant q works out its factors", found="none")
-    out.mkdir(parents=True, exist_ok=True)
-    return save_statistics(out / "gram.safetensors", "gram", collect_gram(model, batches), examples=1)
+    kept = list(batches)
+    examples = sum(batch_size(model, batch) for batch in kept)
+    return save_statistics(folder / "gram.safetensors", "gram", collect_gram(model, kept), examples=examples)
