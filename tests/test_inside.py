@@ -143,10 +143,13 @@ def test_what_means_nothing_is_refused(base: Path, options: dict[str, Any], text
 
 def test_the_command(base: Path, tmp_path: Path) -> None:
     tuned_model(base).save_pretrained(tmp_path / "tuned")
-    Words.save(tmp_path / "tuned")
     (tmp_path / "texts.txt").write_text("w1 w2 w3\nw4 w5\nw6 w7 w8 w9\n")
     words = ["base", "tuned", "--data", "texts.txt", "--p", "0.9", "--seeds", "2", "--masks", "2", "--out", "out"]
     command = [sys.executable, "-m", "dare_train", "inside", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    expected = "dare-train: tuned: expected a tokenizer beside the model, found none that loads; "
+    assert (done.returncode, done.stderr.splitlines()[-1].startswith(expected)) == (1, True), done.stderr
+    Words.save(tmp_path / "tuned")
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "# What happens inside tuned\n" in done.stdout

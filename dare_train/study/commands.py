@@ -195,7 +195,14 @@ def _texts(
     from .texts import load_texts
 
     named = dict(pair.split("=", 1) for pair in columns)
-    return load_texts(model, AutoTokenizer.from_pretrained(folder), data, columns=named, max_length=max_length, limit=limit, labels=labels)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError):
+        tokenizer = None
+    if tokenizer is None or {*tokenizer.get_vocab()} <= {*tokenizer.all_special_tokens}:  # for some models an empty one is made
+        remedy = "save the model's there: tokenizer.save_pretrained(folder)"
+        raise CheckpointError(folder, expected="a tokenizer beside the model", found="none that loads", remedy=remedy)
+    return load_texts(model, tokenizer, data, columns=named, max_length=max_length, limit=limit, labels=labels)
 
 
 def _told(evaluate: str | None, data: Path | None, max_length: int, examples: int | None, dtype: str) -> dict[str, Any]:
