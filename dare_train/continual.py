@@ -32,7 +32,7 @@ from .errors import CheckpointError, ConfigError
 from .extract import extract
 from .inplace import applied, apply_
 from .kernels import philox
-from .masks import MASK_DOMAIN, key_of
+from .masks import MASK_DOMAIN, generator_of, key_of
 from .merge.driver import merge
 from .package import DeltaPackage
 from .shards import LiveWeights
@@ -87,6 +87,8 @@ class Continual:
     """Fingerprints of the model after each task."""
     seconds: tuple[float, ...] = ()
     """To switch a model in memory from the base to the state after each task."""
+    joint: tuple[float, ...] = ()
+    """Of each task, by a model that learnt all at once (`ContinualRun.joint`): a mark, where it was measured."""
     setup: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -119,8 +121,8 @@ class Continual:
         measures = {
             name: getattr(self, name) for name in ("accuracy", "backward_transfer", "forward_transfer", "forgetting", "own_forgetting")
         }
-        fields = {name: getattr(self, name) for name in ("strategy", "tasks", "metric", "before", "after", "own", "bytes", "states")}
-        return {**fields, **measures}
+        names = ("strategy", "tasks", "metric", "before", "after", "own", "bytes", "states", "joint")
+        return {**{name: getattr(self, name) for name in names}, **measures}
 
 
 class ContinualRun:
@@ -189,6 +191,26 @@ class ContinualRun:
             bytes=tuple(DeltaPackage.open(self.package(number)).stats["bytes"] for number in range(len(self.tasks))),
             seconds=tuple(self._switched(number) for number in range(len(self.tasks))), setup=self._setup,
         )  # fmt: skip
+
+    def joint(self) -> tuple[float, ...]:
+        """The metric of each task by a model that learns all of them at once: what a sequence can be measured by.
+
+        The first task's Trainer sees the training data of all, and makes as many steps as all would, or as many epochs as its own. Its
+        package is `{out}/packages/joint`; a training that was killed goes on.
+        """
+        journal = _Journal(self.out / "continual.json", self._setup)
+        package = self.out / "packages" / "joint"
+        if not (package / "dare_config.json").exists():
+            model, folder = self._made([]), self.out / "training" / "joint"
+            every = [task.trainer(model, folder, []) for task in self.tasks]
+            trainer = every[0]
+            trainer.train_dataset = torch.utils.data.ConcatDataset([_dataset(one, "joint") for one in every])
+            if trainer.args.max_steps > 0:
+                trainer.args.max_steps = sum(one.args.max_steps for one in every)
+            _train(trainer, folder)
+            model.train(False)
+            extract(self._made([]), model, package, base_model=self.base, p=0.0, values="exact")
+        return self._row(journal, "joint", [package], self.tasks)
 
     def package(self, task: int) -> Path:
         """Where a task's own package is."""
@@ -262,8 +284,9 @@ class ContinualRun:
         model = self._made(earlier)
         trainer = self.tasks[number].trainer(model, self._folder(number), self._callbacks(number, model))
         if self.strategy == "replay":
-            trainer.train_dataset = torch.utils.data.ConcatDataset([_dataset(trainer), *(self._seen_again(n) for n in range(number))])
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(self._folder(number))) if self._folder(number).is_dir() else None)
+            again = [self._seen_again(earlier) for earlier in range(number)]
+            trainer.train_dataset = torch.utils.data.ConcatDataset([_dataset(trainer, "replay"), *again])
+        _train(trainer, self._folder(number))
         self._write(number, earlier, model)
 
     def _folder(self, number: int) -> Path:
@@ -296,8 +319,8 @@ class ContinualRun:
 
     def _seen_again(self, number: int) -> torch.utils.data.Dataset[Any]:
         """A few examples of an earlier task, the same every time."""
-        rows = _dataset(self.tasks[number].trainer(self._instance, self._folder(number), []))
-        chosen = np.random.Generator(np.random.Philox(key=key_of(self._seed, self.tasks[number].name))).permutation(len(rows))
+        rows = _dataset(self.tasks[number].trainer(self._instance, self._folder(number), []), "replay")
+        chosen = generator_of(self._seed, self.tasks[number].name).permutation(len(rows))
         return torch.utils.data.Subset(rows, chosen[: self._replay].tolist())
 
     def _importance(self, number: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -321,10 +344,15 @@ class ContinualRun:
         return folder
 
 
-def _dataset(trainer: Trainer) -> Any:
+def _train(trainer: Trainer, folder: Path) -> None:
+    """From its last checkpoint, if there is one."""
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+
+
+def _dataset(trainer: Trainer, what_for: str) -> Any:
     rows = trainer.train_dataset
     if rows is None or not hasattr(rows, "__len__"):
-        raise ConfigError("replay", expected="training data with a length", found=type(rows).__name__)
+        raise ConfigError(what_for, expected="training data with a length", found=type(rows).__name__)
     return rows
 
 
@@ -361,7 +389,8 @@ class _Journal:
     @property
     def metric(self) -> str:
         """The first that was measured."""
-        return str(next(iter(next(iter(self._kept["measured"]["base"].values())))))
+        first_state = next(iter(self._kept["measured"].values()))
+        return str(next(iter(next(iter(first_state.values())))))
 
     def measured(self, name: str, measure: Callable[[], dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
         """What was measured of a state, by task and metric."""

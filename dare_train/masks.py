@@ -26,6 +26,11 @@ def key_of(seed: int, tensor: str) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
+def generator_of(seed: int, name: str) -> np.random.Generator:
+    """For random orders, where a mask need not be made again from a seed elsewhere: of its own, the same every time."""
+    return np.random.Generator(np.random.Philox(key=key_of(seed, name)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mask:
     """The mask of one tensor. `threshold` counts for `seeded` only: draws below it are dropped."""

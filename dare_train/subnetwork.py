@@ -6,31 +6,22 @@ A mask goes wherever masks are taken: `extract(..., masks=...)` stores it in a p
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import DRAW_RANGE, check_drop_rate, threshold_of
+from .config import check_drop_rate, threshold_of
 from .dtypes import FloatArray, to_float
 from .errors import ConfigError, TensorMismatch
-from .masks import Mask, key_of, largest
+from .masks import Mask, generator_of, key_of, largest
 from .package import DeltaPackage
 from .plan import WeightsLike, align, cast_to, open_weights
 from .report import layer_of
 from .segments import Opened
-from .study.points import Evaluate, Journal, Key, Point, Progress, measured, samples
-from .study.seat import Seat, print_of
-from .study.sweep import TOLERANCE
-from .study.variants import VARIANTS, dropped, without_delta
-from .weights import Mapped, Weights
-
-if TYPE_CHECKING:
-    import torch
+from .weights import Weights
 
 Bits = NDArray[np.bool_]
 Scope = Literal["tensor", "model"]
@@ -92,6 +83,13 @@ class Masks(Mapping[str, Bits]):
         total = sum(mask.size for mask in self._masks.values())
         return sum(int(mask.sum()) for mask in self._masks.values()) / total if total else 0.0
 
+    def by_layer(self) -> dict[str, float]:
+        """The density in each layer: where a mask of the whole model (`scope="model"`) finds what carries the delta."""
+        found: dict[str, list[Bits]] = {}
+        for name, mask in self._masks.items():
+            found.setdefault(layer_of(name), []).append(mask)
+        return {layer: Masks({str(n): mask for n, mask in enumerate(masks)}).density for layer, masks in found.items()}
+
     def overlap(self, other: Masks) -> Overlap:
         """How much two masks have in common, over all and by tensor."""
         self._check(other)
@@ -150,9 +148,6 @@ def _iou(both: int, one: int, two: int, _: int) -> float:
     return both / (one + two - both) if one + two else 1.0
 
 
-# Finding them without training.
-
-
 def by_size(base: WeightsLike, tuned: WeightsLike, *, density: float, scope: Scope = "tensor") -> Masks:
     """The elements whose |δ| is largest.
 
@@ -190,6 +185,11 @@ def at_random(like: WeightsLike, *, density: float, seed: int = 0) -> Masks:
     return Masks(found)
 
 
+def shuffled(masks: Masks, *, seed: int = 0) -> Masks:
+    """As many elements of each tensor as the masks keep there, anywhere in it."""
+    return Masks({name: generator_of(seed, name).permutation(mask.reshape(-1)).reshape(mask.shape) for name, mask in masks.items()})
+
+
 def _by_score(
     base: WeightsLike, tuned: WeightsLike, density: float, scope: Scope, score: Callable[[FloatArray, FloatArray], FloatArray]
 ) -> Masks:
@@ -211,112 +211,3 @@ def _score(base: Weights, tuned: Weights, name: str, score: Callable[[FloatArray
     info = tuned.tensors[name]
     own, start = (to_float(weights.read(name, 0, info.numel), info.dtype).astype(info.dtype.compute) for weights in (tuned, base))
     return score(own, own - start).astype(np.float32)
-
-
-# Finding how much there is to drop.
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoundRate:
-    """The largest drop rate that holds, and what was measured on the way."""
-
-    p: float
-    """0 if none does."""
-    retained: Mapping[float, float]
-    """By drop rate, the share of what fine-tuning gained that is left, in the mean over masks."""
-
-
-def largest_rate(
-    model: torch.nn.Module,
-    base: WeightsLike,
-    evaluate: Evaluate,
-    *,
-    out: str | os.PathLike[str],
-    metric: str | None = None,
-    tolerance: float = TOLERANCE,
-    seeds: int = 3,
-    steps: int = 8,
-) -> FoundRate:
-    """Bisect for the largest p at which DARE keeps all but `tolerance` of what fine-tuning gained, in the mean over masks.
-
-    The bisection is over log(1 - p): each step halves the range of densities from 1 to 2⁻¹⁶. It finds one border; where the metric is
-    not monotonous in p there may be others.
-
-    Args:
-        model, base, evaluate, out: see `sweep`. What is measured is kept in `out`, and not measured again.
-        metric: which of those that `evaluate` gives; the first, by default.
-        tolerance: share of the gain, in (0, 1).
-        seeds: masks at each rate.
-        steps: of the bisection.
-
-    Raises:
-        ConfigError: a value is out of range, or fine-tuning gained nothing.
-    """
-    if not 0 < tolerance < 1 or seeds < 1 or steps < 1:
-        raise ConfigError(
-            "tolerance, seeds and steps", expected="a share in (0, 1), and at least 1", found=f"{tolerance}, {seeds}, {steps}"
-        )
-    bench = _Bench(model, base, evaluate, Path(out) / "largest_rate.jsonl")
-    dense, without = (bench.mean([key], metric) for key in (("dense", 0.0, 0), ("base", 1.0, 0)))
-    if dense == without:
-        raise ConfigError("evaluate", expected="a metric that fine-tuning moved", found=f"{dense} with the delta and without")
-    retained: dict[float, float] = {}
-    low, high = 0.0, 16.0
-    for _ in range(steps):
-        middle = (low + high) / 2
-        p = min(round((1 - 2.0**-middle) * DRAW_RANGE), DRAW_RANGE - 1) / DRAW_RANGE
-        retained[p] = (bench.mean([("dare", p, seed) for seed in range(seeds)], metric) - without) / (dense - without)
-        low, high = (middle, high) if retained[p] >= 1 - tolerance else (low, middle)
-    return FoundRate(p=max((p for p, share in retained.items() if share >= 1 - tolerance), default=0.0), retained=retained)
-
-
-def sensitivity(
-    model: torch.nn.Module,
-    base: WeightsLike,
-    evaluate: Evaluate,
-    *,
-    out: str | os.PathLike[str],
-    p: float = 0.9,
-    metric: str | None = None,
-    seeds: int = 3,
-    progress: Progress | None = None,
-) -> dict[str, float]:
-    """The metric, in the mean over masks, when DARE drops a share p of one layer's delta and leaves the others whole: by layer.
-
-    Args, raises: see `largest_rate`.
-    """
-    check_drop_rate(p)
-    bench = _Bench(model, base, evaluate, Path(out) / "sensitivity.jsonl")
-    layers = dict.fromkeys(layer_of(name) for name in bench.names)
-    keys = [(layer, p, seed) for layer in layers for seed in range(seeds)]
-    bench.measure(keys, progress)
-    return {layer: bench.mean([(layer, p, seed) for seed in range(seeds)], metric) for layer in layers}
-
-
-class _Bench:
-    """A model that is measured with other weights, and what was measured so far."""
-
-    def __init__(self, model: torch.nn.Module, base: WeightsLike, evaluate: Evaluate, journal: Path) -> None:
-        self._base, self._seat, self._evaluate = open_weights(base), Seat(model), evaluate
-        self._journal = Journal(journal, print_of(self._base), self._seat.print)
-        merged = without_delta(self._base, self._seat.own)
-        self.names = [name for name, fate in merged.fates.items() if fate.how == "merged" and name in self._seat.own.tensors]
-
-    def measure(self, keys: Sequence[Key], progress: Progress | None = None) -> tuple[Point, ...]:
-        return measured(self._seat, keys, lambda key: (self._weights(key), {}), self._evaluate, self._journal, progress)
-
-    def mean(self, keys: Sequence[Key], metric: str | None) -> float:
-        points = self.measure(keys)
-        name = metric if metric is not None else next(iter(points[0].metrics))
-        if name not in points[0].metrics:
-            raise ConfigError("metric", expected=f"one of {', '.join(points[0].metrics)}", found=name)
-        return fmean(value for values in samples(points, keys[0][0], name).values() for value in values)
-
-    def _weights(self, key: Key) -> Weights:
-        name, p, seed = key
-        if name == "dense":
-            return self._seat.own
-        if name == "base":
-            return without_delta(self._base, self._seat.own)
-        whole: Any = dropped(self._base, self._seat.own, VARIANTS["dare"], p=p, seed=seed)
-        return whole if name == "dare" else Mapped(whole, {one: one for one in self.names if layer_of(one) == name})

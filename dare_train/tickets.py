@@ -2,14 +2,14 @@
 
 Iterative magnitude pruning with rewinding (Frankle and Carbin, https://arxiv.org/abs/1803.03635; Frankle et al.,
 https://arxiv.org/abs/1912.05671) of what fine-tuning changes: train, drop the smallest |δ|, rewind the others, train again. What is
-dropped stays as it is in the base.
+dropped stays as it is in the base. Beside a ticket its ablations can be trained: see `Kind`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +25,23 @@ from .continual import ContinualTask
 from .errors import ConfigError
 from .extract import extract
 from .inplace import apply_
+from .masks import generator_of
 from .shards import LiveWeights
 from .study.loading import load_model
 from .study.points import numbers
-from .subnetwork import Masks, Scope, at_random, by_size
+from .subnetwork import Masks, Scope, at_random, by_size, shuffled
 from .tuning import SparseTuningCallback
 
-Kind = Literal["ticket", "random"]
+Kind = Literal["ticket", "random", "shuffled", "reinitialised", "transferred"]
+"""Which elements are trained, and from where.
+
+`ticket`: those that pruning left, from where they were at the step that is rewound to. `random`: as many, DARE's masks of that density.
+`shuffled`: as many in each tensor as the ticket has there, anywhere in it. `reinitialised`: the ticket's elements, but they begin with
+each other's values, in random order within each tensor (1803.03635, §2: what if the initial weights are not the ticket's own?).
+`transferred`: the elements of another task's ticket.
+"""
+ABLATIONS: tuple[Kind, ...] = ("random", "shuffled", "reinitialised")
+"""Of a ticket, by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +92,11 @@ class TicketSearch:
         share: of the elements left, how many each level drops.
         rewind: training step to whose weights kept elements return; 0 is the base.
         scope: see `Scope`.
-        random: also train, at each level, as many elements chosen at random (DARE's masks of that density).
+        beside: what else is trained at each level; see `Kind`.
+        transfer: another task's search of the same base, whose tickets are trained on this task, too: `transferred`. It must have been run
+            down to as many levels.
         every: measure each so many steps of training.
-        seed: of the random masks.
+        seed: of random masks and orders.
         load: makes a model of the base.
 
     Raises:
@@ -101,7 +113,8 @@ class TicketSearch:
         share: float = 0.5,
         rewind: int = 0,
         scope: Scope = "model",
-        random: bool = True,
+        beside: Sequence[Kind] = ("random",),
+        transfer: TicketSearch | None = None,
         every: int | None = None,
         seed: int = 0,
         load: Callable[[str], torch.nn.Module] = load_model,
@@ -111,20 +124,27 @@ class TicketSearch:
             raise ConfigError("levels, share, rewind and every", expected=expected, found=given)
         if (1 - share) ** levels * DRAW_RANGE < 1:
             raise ConfigError("levels", expected="a density of at least 2⁻¹⁶ in the end", found=f"{levels} of share {share}")
+        if not {*beside} <= {*ABLATIONS}:
+            raise ConfigError("beside", expected=f"some of {', '.join(ABLATIONS)}", found=str(list(beside)))
         self.base, self.task, self.out = base, task, Path(out)
-        self._levels, self._share, self._rewind, self._scope, self._random = levels, share, rewind, scope, random
-        self._every, self._seed, self._load = every, seed, load
+        self._levels, self._share, self._rewind, self._scope = levels, share, rewind, scope
+        self._beside: tuple[Kind, ...] = (*dict.fromkeys(beside), *(("transferred",) if transfer is not None else ()))
+        self._transfer, self._every, self._seed, self._load = transfer, every, seed, load
 
     def run(self) -> Tickets:
         """Train what is not trained yet."""
         found, masks = [self._level("ticket", 0, None)], None
         for number in range(1, self._levels + 1):
             masks = self._pruned(number, masks)
-            found.append(self._level("ticket", number, masks))
-            if self._random:
-                model = self._load(self.base)
-                found.append(self._level("random", number, at_random(LiveWeights(model), density=masks.density, seed=self._seed)))
-        options = {"levels": self._levels, "share": self._share, "rewind": self._rewind, "scope": self._scope, "seed": self._seed}
+            found += [self._level(kind, number, self._trained(kind, number, masks)) for kind in ("ticket", *self._beside)]
+        options: dict[str, Any] = {
+            "levels": self._levels,
+            "share": self._share,
+            "rewind": self._rewind,
+            "scope": self._scope,
+            "seed": self._seed,
+        }
+        options |= {"transferred_from": self._transfer.task.name} if self._transfer is not None else {}
         return Tickets(levels=tuple(found), setup={"base_model": self.base, "task": self.task.name, **options})
 
     def masks(self, number: int) -> Masks:
@@ -132,7 +152,17 @@ class TicketSearch:
         return Masks.of_package(self._package("ticket", number))
 
     def _package(self, kind: Kind, number: int) -> Path:
-        return self.out / f"{'level' if kind == 'ticket' else 'random'}-{number}"
+        return self.out / f"{'level' if kind == 'ticket' else kind}-{number}"
+
+    def _trained(self, kind: Kind, number: int, ticket: Masks) -> Masks:
+        """The elements that a level trains."""
+        if kind == "random":
+            return at_random(LiveWeights(self._load(self.base)), density=ticket.density, seed=self._seed)
+        if kind == "shuffled":
+            return shuffled(ticket, seed=self._seed)
+        if kind == "transferred" and self._transfer is not None:
+            return self._transfer.masks(number)
+        return ticket
 
     def _pruned(self, number: int, before: Masks | None) -> Masks:
         """Of what was trained last, all but the share that moved least."""
@@ -167,6 +197,8 @@ class TicketSearch:
         callbacks: list[TrainerCallback] = [watch]
         if masks is not None:
             self._rewound(model, masks)
+            if kind == "reinitialised":
+                self._reinitialised(model, masks)
             callbacks.append(SparseTuningCallback(p=0.0, masks=masks))
         elif self._rewind:
             callbacks.append(DareCallback(p=0.0, values="exact", when=self._rewind, base=self.base, artifact=False, name="rewind"))
@@ -184,9 +216,15 @@ class TicketSearch:
         early = self._made(self.out / "training" / "level-0" / "rewind" / f"step-{self._rewind}")
         live, then = LiveWeights(model), LiveWeights(early)
         for name, mask in masks.items():
-            info = live.tensors[name]
-            own = np.array(live.read(name, 0, info.numel))
-            own[mask.reshape(-1)] = then.read(name, 0, info.numel)[mask.reshape(-1)]
+            info, kept = live.tensors[name], mask.reshape(-1)
+            live.overwrite(name, 0, np.where(kept, then.read(name, 0, info.numel), live.read(name, 0, info.numel)))
+
+    def _reinitialised(self, model: torch.nn.Module, masks: Masks) -> None:
+        """Kept elements with each other's values."""
+        live = LiveWeights(model)
+        for name, mask in masks.items():
+            own, kept = np.array(live.read(name, 0, live.tensors[name].numel)), mask.reshape(-1)
+            own[kept] = generator_of(self._seed, name).permutation(own[kept])
             live.overwrite(name, 0, own)
 
 

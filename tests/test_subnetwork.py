@@ -1,4 +1,4 @@
-"""Subnetworks: masks as their definitions say, their algebra, and how much there is to drop."""
+"""Subnetworks: masks as their definitions say, and their algebra."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import pytest
 import torch
 from studying import tuned_model
 from tiny import refusal
-from training import save_base, weights_print
+from training import save_base
 
 from dare_train import extract, sparse_tuning
 from dare_train.errors import ConfigError, TensorMismatch
-from dare_train.report import layer_of
-from dare_train.subnetwork import Masks, at_random, by_movement, by_size, largest_rate, sensitivity
+from dare_train.subnetwork import Masks, at_random, by_movement, by_size, shuffled
 
 KEY = "bert.encoder.layer.0.attention.self.key.weight"
 
@@ -101,43 +100,19 @@ def test_masks_go_where_masks_are_taken(base: Path, tmp_path: Path) -> None:
     assert not (moved & ~masks[KEY]).any()
 
 
-def test_the_largest_rate_is_where_the_metric_breaks(base: Path, tmp_path: Path) -> None:
-    """A metric that is 1 while half of the delta's elements or more are there, and 0 below."""
-    model, calls = tuned_model(base), []
-    start = tuned_model(base, by=0.0).state_dict()[KEY]
-    before = weights_print(model)
-
-    def evaluate(model: torch.nn.Module) -> dict[str, float]:
-        calls.append(1)
-        share = float((model.state_dict()[KEY] != start).float().mean())
-        return {"metric": 1.0 if share > 0.2 else share}
-
-    found = largest_rate(model, base, evaluate, out=tmp_path, seeds=2, steps=7)
-    assert 0.7 < found.p < 0.85
-    assert found.retained[found.p] == 1.0
-    assert weights_print(model) == before
-    count = len(calls)
-    assert count == 2 + 7 * 2
-    assert largest_rate(model, base, evaluate, out=tmp_path, seeds=2, steps=7) == found
-    assert len(calls) == count
-    assert (
-        largest_rate(model, base, lambda model: float(len(calls) and evaluate(model)["metric"] > 0.999), out=tmp_path / "b", steps=3).p > 0
-    )
+def test_shuffled_masks_keep_as_many_of_each_tensor(base: Path) -> None:
+    masks = by_size(base, tuned_model(base), density=0.2, scope="model")
+    elsewhere = shuffled(masks)
+    assert {name: mask.sum() for name, mask in elsewhere.items()} == {name: mask.sum() for name, mask in masks.items()}
+    overlap = elsewhere.overlap(masks)
+    assert overlap.iou == pytest.approx(overlap.chance, rel=0.05)
+    assert shuffled(masks).overlap(elsewhere).iou == 1.0
+    assert shuffled(masks, seed=1).overlap(elsewhere).iou < 0.5
 
 
-def test_sensitivity_drops_one_layer_at_a_time(base: Path, tmp_path: Path) -> None:
-    model = tuned_model(base)
-    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    seen: list[set[str]] = []
-
-    def evaluate(model: torch.nn.Module) -> float:
-        seen.append({layer_of(name) for name, tensor in model.state_dict().items() if not torch.equal(tensor, dense[name])})
-        return float(len(seen))
-
-    found = sensitivity(model, base, evaluate, out=tmp_path, p=0.5, seeds=2)
-    assert set(found) == {"embeddings", "0", "1", "pooler"}
-    assert seen == [{layer} for layer in found for _ in range(2)]
-    assert list(found.values()) == [1.5, 3.5, 5.5, 7.5]
+def test_a_mask_of_the_whole_model_shows_which_layers_carry_the_delta() -> None:
+    masks = Masks({"h.0.a": np.array([True, False]), "h.0.b": np.ones(6, bool), "h.1.a": np.zeros(4, bool)})
+    assert masks.by_layer() == {"0": 7 / 8, "1": 0.0}
 
 
 def test_what_means_nothing_is_refused(base: Path, tmp_path: Path) -> None:
@@ -147,8 +122,6 @@ def test_what_means_nothing_is_refused(base: Path, tmp_path: Path) -> None:
         (lambda: Masks({"a": np.ones(3)}), ConfigError, "masks['a']: expected bool, found float64"),
         (lambda: Masks({"a": np.ones(3, bool)}) & Masks({}), TensorMismatch, "a: expected in both masks, found in one of them"),
         (lambda: Masks({"a": np.ones(3, bool)}) & Masks({"a": np.ones(2, bool)}), TensorMismatch, "a: expected shape [3], found [2]"),
-        (lambda: largest_rate(model, base, lambda m: 1.0, out=tmp_path), ConfigError, "evaluate: expected a metric that fine-tuning moved"),
-        (lambda: largest_rate(model, base, lambda m: 1.0, out=tmp_path, steps=0), ConfigError, "tolerance, seeds and steps: expected"),
     ):
         with pytest.raises(kind) as caught:
             call()

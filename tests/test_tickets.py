@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ from safetensors.torch import load_file
 from test_continual import Stopped, task, trained
 from tiny import refusal
 from training import classifier, save_base, weights_print
+from transformers import Trainer
 
 from dare_train import TicketSearch, applied, apply, write_report
 from dare_train.errors import ConfigError
 from dare_train.study.loading import load_model
 from dare_train.study.tickets_report import tickets_study
-from dare_train.subnetwork import by_size
+from dare_train.subnetwork import Masks, by_size, shuffled
 
 
 @pytest.fixture
@@ -53,10 +55,51 @@ def test_each_level_keeps_the_largest_of_the_one_before(base: str, tmp_path: Pat
 
 
 def test_rewinding_starts_from_an_early_step(base: str, tmp_path: Path) -> None:
-    plain = TicketSearch(base, task(1), out=tmp_path / "plain", levels=1, random=False).run()
-    rewound = TicketSearch(base, task(1), out=tmp_path / "rewound", levels=1, random=False, rewind=2).run()
+    plain = TicketSearch(base, task(1), out=tmp_path / "plain", levels=1, beside=()).run()
+    rewound = TicketSearch(base, task(1), out=tmp_path / "rewound", levels=1, beside=(), rewind=2).run()
     assert rewound.levels[0].metrics == plain.levels[0].metrics
     assert rewound.levels[1].metrics["loss"] < plain.levels[1].metrics["loss"], "two more steps were trained in all"
+
+
+def test_ablations_of_a_ticket(base: str, tmp_path: Path) -> None:
+    other = TicketSearch(base, task(0), out=tmp_path / "other", levels=1, beside=(), rewind=2)
+    other.run()
+    search = TicketSearch(base, task(1), out=tmp_path / "out", levels=1, rewind=2, beside=("shuffled", "reinitialised"), transfer=other)
+    found = search.run()
+    assert [level.kind for level in found.levels] == ["ticket", "ticket", "shuffled", "reinitialised", "transferred"]
+    masks = {level.kind: Masks.of_package(level.package) for level in found.levels[1:]}
+    assert masks["transferred"].overlap(other.masks(1)).iou == 1.0
+    assert masks["reinitialised"].overlap(masks["ticket"]).iou == 1.0
+    assert masks["shuffled"].overlap(shuffled(masks["ticket"])).iou == 1.0
+    assert masks["transferred"].overlap(masks["ticket"]).iou < 1.0
+    assert len({level.metrics["loss"] for level in found.levels}) == 5
+    assert found.setup["transferred_from"] == "task-0"
+    assert [curve.label for curve in tickets_study(found).charts[0].curves] == [
+        "ticket: the largest |δ|, rewound",
+        "as many in each tensor, at random",
+        "the ticket's, from shuffled values",
+        "another task's ticket",
+    ]
+
+
+def test_reinitialised_elements_begin_with_each_others_values(base: str, tmp_path: Path) -> None:
+    """Nothing is trained: what a package changes is the order."""
+    still = replace(task(1), trainer=lambda model, out, callbacks: standing(task(1).trainer(model, out, callbacks)))
+    search = TicketSearch(base, still, out=tmp_path / "out", levels=1, beside=("reinitialised",))
+    package = search.run().levels[-1].package
+    start, state = load_model(base).state_dict(), load_model(base)
+    with applied(state, package):
+        moved = {name: tensor.clone() for name, tensor in state.state_dict().items()}
+    name = "bert.embeddings.word_embeddings.weight"
+    kept = torch.from_numpy(Masks.of_package(package)[name])
+    assert not torch.equal(moved[name], start[name])
+    assert torch.equal(moved[name][~kept], start[name][~kept])
+    assert torch.equal(moved[name][kept].sort().values, start[name][kept].sort().values)
+
+
+def standing(trainer: Trainer) -> Trainer:
+    trainer.args.learning_rate = 0.0
+    return trainer
 
 
 def test_a_search_that_was_killed_goes_on(base: str, tmp_path: Path) -> None:
@@ -95,3 +138,6 @@ def test_what_means_nothing_is_refused(base: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         TicketSearch(base, task(1), out=tmp_path, levels=20)
     refusal(caught.value, ConfigError, "levels: expected a density of at least 2⁻¹⁶ in the end, found 20 of share 0.5")
+    with pytest.raises(ConfigError) as caught:
+        TicketSearch(base, task(1), out=tmp_path, beside=("transferred",))
+    refusal(caught.value, ConfigError, "beside: expected some of random, shuffled, reinitialised, found ['transferred']")

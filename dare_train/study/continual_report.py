@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import fmean
 
 from ..continual import Continual
-from .document import Chart, Curve, HeatMap, Study, Table
+from .document import Cell, Chart, Curve, HeatMap, Study, Table
 
 
 def continual_study(found: Continual | Mapping[str, Continual], *, title: str = "Task after task", name: str = "continual") -> Study:
@@ -16,7 +16,7 @@ def continual_study(found: Continual | Mapping[str, Continual], *, title: str = 
         name=name,
         title=title,
         question="What is known of each task after each other was learnt, and what does a task cost in bytes?",
-        findings=tuple(_finding(label, one) for label, one in runs.items()),
+        findings=(*(_finding(label, one) for label, one in runs.items()), *_against_joint(runs)),
         setup={"runs": {label: dict(one.setup) for label, one in runs.items()}},
         data={"runs": {label: one.as_json() for label, one in runs.items()}},
         tables=(_measures(runs), _seconds(runs)),
@@ -29,6 +29,15 @@ def _finding(label: str, one: Continual) -> str:
         f"{label}: mean {one.metric} {one.accuracy:.4g} in the end, {one.forgetting:.4g} forgotten; {one.own_forgetting:.4g} with each "
         f"task's own packages; {fmean(one.bytes):,.0f} bytes a task."
     )
+
+
+def _against_joint(runs: Mapping[str, Continual]) -> list[str]:
+    return [
+        f"{label}: {fmean(one.own) - fmean(one.joint):+.4g} against learning all at once, with each task's own packages; "
+        f"{one.accuracy - fmean(one.joint):+.4g} with those of all."
+        for label, one in runs.items()
+        if one.joint
+    ]
 
 
 def _matrix(label: str, one: Continual, name: str) -> HeatMap:
@@ -58,21 +67,28 @@ def _progress(runs: Mapping[str, Continual], name: str) -> Chart:
         y=f"mean {first.metric}",
         curves=tuple(curves),
         ticks=first.tasks,
+        levels={"all tasks at once": fmean(first.joint)} if first.joint else {},
     )
 
 
 def _measures(runs: Mapping[str, Continual]) -> Table:
-    rows = tuple(
-        (label, one.accuracy, one.backward_transfer, one.forward_transfer, one.forgetting, one.own_forgetting, round(fmean(one.bytes)))
+    rows: list[tuple[Cell, ...]] = [
+        (
+            label, one.accuracy, fmean(one.own), one.backward_transfer, one.forward_transfer, one.forgetting, one.own_forgetting,
+            round(fmean(one.bytes)),
+        )
         for label, one in runs.items()
-    )
+    ]  # fmt: skip
+    joint = next(iter(runs.values())).joint
+    if joint:
+        rows.append(("(all at once)", fmean(joint), *[""] * 6))
     return Table(
         title="Measures",
-        columns=("strategy", "ACC", "BWT", "FWT", "forgetting", "forgetting, own packages", "bytes per task"),
-        rows=rows,
-        note="ACC: mean in the end. BWT: mean of what became of each task since it was learnt. FWT: mean before a task was learnt, minus "
-        "the base's. Forgetting: mean loss from the best that ever was; with own packages, the loss where each task has the packages up "
-        "to its own.",
+        columns=("strategy", "ACC", "own packages", "BWT", "FWT", "forgetting", "forgetting, own packages", "bytes per task"),
+        rows=tuple(rows),
+        note="ACC: mean in the end; with own packages, where each task has the packages up to its own. BWT: mean of what became of each "
+        "task since it was learnt. FWT: mean before a task was learnt, minus the base's. Forgetting: mean loss from the best that ever "
+        "was; with own packages, from right after the task.",
     )
 
 

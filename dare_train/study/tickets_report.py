@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from ..tickets import Level, Tickets
+from ..tickets import Kind, Level, Tickets
 from .document import Chart, Curve, Study, Table
 
-_LABELS = {"ticket": "ticket: the largest |δ|, rewound", "random": "as many at random"}
+_LABELS: dict[Kind, str] = {
+    "ticket": "ticket: the largest |δ|, rewound",
+    "random": "as many at random",
+    "shuffled": "as many in each tensor, at random",
+    "reinitialised": "the ticket's, from shuffled values",
+    "transferred": "another task's ticket",
+}
 
 
 def tickets_study(found: Tickets, *, title: str = "Lottery tickets in the delta", name: str = "tickets") -> Study:
     kinds = [kind for kind in _LABELS if any(level.kind == kind and level.number for level in found.levels)]
     metric, dense = found.metric, found.levels[0].metrics[found.metric]
-    curves = tuple(_curve(_LABELS[kind], found.of(kind), metric) for kind in kinds)  # type: ignore[arg-type]
+    curves = tuple(_curve(_LABELS[kind], found.of(kind), metric) for kind in kinds)
     charts = [
         Chart(
             name=f"{name}-{metric}",
@@ -30,7 +36,7 @@ def tickets_study(found: Tickets, *, title: str = "Lottery tickets in the delta"
         name=name,
         title=title,
         question="Which few elements, trained from the start by themselves, do as well as all of them?",
-        findings=tuple(_finding(level, metric, dense) for level in found.of("ticket")[-1:] + found.of("random")[-1:]),
+        findings=tuple(_finding(found.of(kind)[-1], metric, dense) for kind in kinds),
         setup=found.setup,
         data=found.as_json(),
         tables=(_table(found, metric),),

@@ -12,6 +12,7 @@ import numpy as np
 from ..dtypes import Words
 from ..merge.driver import merged_weights
 from ..merge.merged import Merged
+from ..merge.parameters import Case
 from ..merge.task import task_of
 from ..plan import WeightsLike, open_weights
 from ..weights import Weights
@@ -50,17 +51,19 @@ def dropped(
     tuned: WeightsLike,
     variant: Variant,
     *,
-    p: float,
+    p: float | tuple[Case, ...],
     seed: int,
     gram: str | os.PathLike[str] | None = None,
 ) -> Merged:
     """The fine-tuned weights after dropping, worked out when they are read. Rounded once, to the fine-tuned model's dtypes.
 
+    `p` may be a rate for each of some tensors, where the rule is DARE's.
+
     Raises:
         As `merge`.
     """
     settings = dict(variant.settings)
-    settings |= {"density": 1 - p} if settings["method"] == "magnitude" else {"p": p}
+    settings |= {"density": 1 - p} if settings["method"] == "magnitude" else {"p": p}  # type: ignore[operator]
     if variant.needs_gram and gram is not None:
         settings["gram"] = [gram]
     start = _Zeros(open_weights(base)) if variant.of_weights else base
