@@ -53,7 +53,12 @@ class Mask:
 
 
 def largest(scores: NDArray[np.floating], density: float) -> NDArray[np.bool_]:
-    """Where the largest of flat scores are, a share `density` of all; of equal ones the first."""
-    kept = np.zeros(scores.size, np.bool_)
-    kept[np.argsort(-scores, kind="stable")[: round(density * scores.size)]] = True
+    """Where the largest of flat scores are, a share `density` of all; of equal ones the first, and NaN last."""
+    count = round(density * scores.size)
+    if count == 0:
+        return np.zeros(scores.size, np.bool_)
+    known = np.where(np.isnan(scores), -np.inf, scores)
+    border = np.partition(known, scores.size - count)[scores.size - count]
+    kept: NDArray[np.bool_] = known > border
+    kept[np.flatnonzero(known == border)[: count - int(kept.sum())]] = True
     return kept

@@ -53,12 +53,12 @@ def main() -> None:
     quiet()
     much = extent(options)
     if "styles" in options.sequences:
-        training = Training(steps=much.steps, learning_rate=1e-3, batch_size=16, max_length=128)
+        training = Training(steps=much.steps, learning_rate=3e-4, batch_size=16, max_length=128)
         texts = {name: style(present(options.data / folder)) for name, folder in [*STYLES.items()][: None if options.full else 3]}
-        sequence("styles", in_float32(options.decoder, options.out / "decoder"), texts, training, much.examples, options)
+        sequence("styles", in_float32(options.decoder, options.out / "decoder"), texts, training, 0.3, much.examples, options)
     if "domains" in options.sequences:
-        training = Training(steps=much.steps // 4, learning_rate=5e-4, max_length=32)
-        sequence("domains", *encoder_base(options), training, much.examples, options)
+        training = Training(steps=much.steps // 4, learning_rate=3e-4, max_length=32, warmup=much.steps // 20)
+        sequence("domains", *encoder_base(options), training, 0.9, much.examples, options)
     say(f"done in {time.perf_counter() - began:.0f} s")
 
 
@@ -131,8 +131,9 @@ def as_task(name: str, tokenizer: Any, rows: Mapping[str, Rows], training: Train
 
 
 def sequence(
-    name: str, base: str, texts: Mapping[str, Mapping[str, Rows]], training: Training, examples: int, options: argparse.Namespace
+    name: str, base: str, texts: Mapping[str, Mapping[str, Rows]], training: Training, p: float, examples: int, options: argparse.Namespace
 ) -> None:
+    """By each strategy; `p` is for those that drop, and such as a model of this size and learning rate bears."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     found: dict[str, Continual] = {}
     plain = [as_task(one, tokenizer, rows, training, examples) for one, rows in texts.items()]
@@ -140,8 +141,8 @@ def sequence(
     for strategy in options.strategies:
         told = replace(training, learning_rate=SPARSE * training.learning_rate) if strategy == "disjoint" else training
         tasks = [as_task(one, tokenizer, rows, told, examples) for one, rows in texts.items()]
-        settings = {"method": "ties", "settings": {"density": 0.2}} if strategy == "merge" else {}
-        one = ContinualRun(base, tasks, out=options.out / name / strategy, strategy=strategy, **settings).run()
+        by_signs: dict[str, Any] = {"method": "ties", "settings": {"density": 1.0}} if strategy == "merge" else {}
+        one = ContinualRun(base, tasks, out=options.out / name / strategy, strategy=strategy, p=p, **by_signs).run()
         found[strategy] = replace(one, joint=joint)
         say(f"{name}, {strategy}: mean {one.metric} {one.accuracy:.3f}, with own packages {fmean(one.own):.3f}, joint {fmean(joint):.3f}")
     page = write_report(found, options.out / name, title=f"Task after task: {name}")

@@ -14,6 +14,7 @@ from training import save_base
 
 from dare_train import extract, sparse_tuning
 from dare_train.errors import ConfigError, TensorMismatch
+from dare_train.masks import largest
 from dare_train.subnetwork import Masks, at_random, by_movement, by_size, shuffled
 
 KEY = "bert.encoder.layer.0.attention.self.key.weight"
@@ -126,3 +127,10 @@ def test_what_means_nothing_is_refused(base: Path, tmp_path: Path) -> None:
         with pytest.raises(kind) as caught:
             call()
         refusal(caught.value, kind, text)
+
+
+def test_of_equal_scores_the_first_are_kept() -> None:
+    scores = np.array([1.0, 3.0, np.nan, 1.0, 2.0, 1.0])
+    assert largest(scores, 4 / 6).tolist() == [True, True, False, True, True, False]
+    assert largest(scores, 0.0).tolist() == [False] * 6
+    assert largest(scores, 1.0).all()

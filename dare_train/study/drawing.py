@@ -14,6 +14,8 @@ _MARKS = "osD^vPX*"
 _WIDTH, _HEIGHT = 8.0, 5.4
 _CAPTION_WIDTH = 130
 _LEVELS = (":", "-.")
+_APART = 1.1
+"""How much larger a place on a logarithmic axis is that has a tick of its own."""
 _FEW = 12
 _MARGIN = 0.04
 _DARK = 0.6
@@ -82,9 +84,12 @@ def _mark_places(axis: Any, chart: Chart) -> None:
         long = max(map(len, chart.ticks)) > 4 and len(chart.ticks) > 6
         axis.set_xticks(range(len(chart.ticks)), chart.ticks, fontsize="x-small" if long else "small")
         axis.tick_params(axis="x", rotation=90 if long else 0)
-    places = sorted({x for curve in chart.curves for x in curve.x})
+    places: list[float] = []
+    for x in sorted({x for curve in chart.curves for x in curve.x}):
+        if not places or x > _APART * places[-1]:
+            places.append(x)
     if chart.log_x and len(places) <= _FEW:
-        axis.set_xticks(places, [f"{place:g}" for place in places])
+        axis.set_xticks(places, [f"{place:.3g}" for place in places])
         axis.set_xticks([], minor=True)
 
 

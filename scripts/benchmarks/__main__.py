@@ -22,6 +22,7 @@ MODULES = {
     "gpu": "gpu",
     "sweep": "sweep",
     "tuning": "tuning",
+    "tickets": "tickets",
     "import": "startup",
 }
 BUSY = 0.5
