@@ -57,7 +57,7 @@ def main() -> None:
         texts = {name: style(present(options.data / folder)) for name, folder in [*STYLES.items()][: None if options.full else 3]}
         sequence("styles", in_float32(options.decoder, options.out / "decoder"), texts, training, 0.3, much.examples, options)
     if "domains" in options.sequences:
-        training = Training(steps=much.steps // 4, learning_rate=3e-4, max_length=32, warmup=much.steps // 20)
+        training = Training(steps=much.steps // 4, learning_rate=5e-4, max_length=32)
         sequence("domains", *encoder_base(options), training, 0.9, much.examples, options)
     say(f"done in {time.perf_counter() - began:.0f} s")
 

@@ -32,8 +32,6 @@ class Training:
     learning_rate: float = 5e-5
     batch_size: int = 32
     max_length: int = 64
-    warmup: int = 0
-    """Steps until the learning rate is reached."""
     seed: int = 0
 
 
@@ -140,7 +138,6 @@ def trainer_for(
         max_steps=training.steps,
         per_device_train_batch_size=training.batch_size,
         learning_rate=training.learning_rate,
-        warmup_steps=training.warmup,
         train_sampling_strategy="group_by_length",
         logging_steps=100,
         save_strategy="no" if save_steps is None else "steps",
