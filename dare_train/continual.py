@@ -207,7 +207,7 @@ class ContinualRun:
             trainer.train_dataset = torch.utils.data.ConcatDataset([_dataset(one, "joint") for one in every])
             if trainer.args.max_steps > 0:
                 trainer.args.max_steps = sum(one.args.max_steps for one in every)
-            _train(trainer, folder)
+            train_on(trainer, folder)
             model.train(False)
             extract(self._made([]), model, package, base_model=self.base, p=0.0, values="exact")
         return self._row(journal, "joint", [package], self.tasks)
@@ -286,7 +286,7 @@ class ContinualRun:
         if self.strategy == "replay":
             again = [self._seen_again(earlier) for earlier in range(number)]
             trainer.train_dataset = torch.utils.data.ConcatDataset([_dataset(trainer, "replay"), *again])
-        _train(trainer, self._folder(number))
+        train_on(trainer, self._folder(number))
         self._write(number, earlier, model)
 
     def _folder(self, number: int) -> Path:
@@ -344,8 +344,8 @@ class ContinualRun:
         return folder
 
 
-def _train(trainer: Trainer, folder: Path) -> None:
-    """From its last checkpoint, if there is one."""
+def train_on(trainer: Trainer, folder: Path) -> None:
+    """Train, from the last checkpoint in the Trainer's folder if there is one."""
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
 
 

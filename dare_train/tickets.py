@@ -17,11 +17,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from .callback import DareCallback
 from .config import DRAW_RANGE
-from .continual import ContinualTask
+from .continual import ContinualTask, train_on
 from .errors import ConfigError
 from .extract import extract
 from .inplace import apply_
@@ -202,8 +201,7 @@ class TicketSearch:
             callbacks.append(SparseTuningCallback(p=0.0, masks=masks))
         elif self._rewind:
             callbacks.append(DareCallback(p=0.0, values="exact", when=self._rewind, base=self.base, artifact=False, name="rewind"))
-        trainer = self.task.trainer(model, folder, callbacks)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+        train_on(self.task.trainer(model, folder, callbacks), folder)
         model.train(False)
         kept: Any = {"masks": masks} if masks is not None else {}
         extract(self._load(self.base), model, package, p=0.0, values="exact", base_model=self.base, overwrite=True, **kept)
