@@ -15,13 +15,12 @@ import argparse
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from inputs import DATA, SPOKEN, spoken, write_rows
 from quickstart import say
-from studies import common_arguments, extent, quiet, study, summarise
-from tuning import Training, adapter, decoder
+from studies import adapters, common_arguments, extent, quiet, study, summarise
+from tuning import Training, decoder
 
 MAX_LENGTH = 192
 PRETRAINED = Path("runs/decoder-base")
@@ -38,10 +37,9 @@ def main() -> None:
             say(f"{name}: {len(rows['train']):,} texts to learn from, {much.steps} steps")
             pair = decoder(model, rows["train"], options.out / name, training)
             held_out = write_rows(pair.folder / "held_out.jsonl", rows["test"])
-            fast = replace(training, learning_rate=10 * training.learning_rate)
-            adapters = [adapter(pair, rows["train"], pair.folder / f"lora-{rank}", fast, rank=rank) for rank in much.lora]
+            adapted = adapters(pair, rows["train"], training, much)
             found[name] = study(
-                name, pair, held_out, adapters, much, MAX_LENGTH, {"training": vars(training), "lora_ranks": list(much.lora)}
+                name, pair, held_out, adapted, much, MAX_LENGTH, {"training": vars(training), "lora_ranks": list(much.lora)}
             )
     sweeps = {name: one for name, (one, _) in found.items()}
     summarise("decoder", "DARE on decoders", sweeps, {name: one for name, (_, one) in found.items()}, options.out)

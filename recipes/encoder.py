@@ -1,7 +1,7 @@
 """The paper's questions asked of a real encoder on four tasks: what can be dropped, what happens inside, what is it worth in bytes?
 
     python recipes/encoder.py                                  # one task, small: under two minutes
-    python recipes/encoder.py --full                           # four tasks, as in docs/results.md: about an hour and a half on two cores
+    python recipes/encoder.py --full                           # four tasks, as in docs/results.md: some three hours on two cores
     python recipes/encoder.py --model roberta-base --tasks reviews.csv --steps 1000
 
 all-MiniLM-L6-v2 learns to tell film reviews (rt_polarity), opinions from plots (subjectivity), 77 banking questions (banking77) and 105
@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from inputs import DATA, LABELLED, labelled, write_rows
 from quickstart import carried_model, say
-from studies import common_arguments, extent, quiet, study, summarise
-from tuning import Training, adapter, classifier
+from studies import adapters, common_arguments, extent, quiet, study, summarise
+from tuning import Training, classifier
 
 MAX_LENGTH = 64
 
@@ -33,9 +32,8 @@ def main() -> None:
         say(f"{name}: {len(rows['train']):,} texts to learn from, {much.steps} steps")
         pair = classifier(options.model, rows["train"], options.out / name, training)
         held_out = write_rows(pair.folder / "held_out.jsonl", rows["test"])
-        fast = replace(training, learning_rate=10 * training.learning_rate)
-        adapters = [adapter(pair, rows["train"], pair.folder / f"lora-{rank}", fast, rank=rank) for rank in much.lora]
-        found[name] = study(name, pair, held_out, adapters, much, MAX_LENGTH, {"training": vars(training), "lora_ranks": list(much.lora)})
+        adapted = adapters(pair, rows["train"], training, much)
+        found[name] = study(name, pair, held_out, adapted, much, MAX_LENGTH, {"training": vars(training), "lora_ranks": list(much.lora)})
     sweeps = {name: one for name, (one, _) in found.items()}
     summarise("encoder", "DARE on an encoder", sweeps, {name: one for name, (_, one) in found.items()}, options.out)
     say(f"done in {time.perf_counter() - began:.0f} s")

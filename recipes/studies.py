@@ -12,7 +12,7 @@ from quickstart import console, say
 from rich.markdown import Markdown
 from transformers import AutoTokenizer
 from transformers.utils import logging
-from tuning import Pair
+from tuning import Pair, Rows, Training, adapter
 
 from dare_train import compare, inside, sweep, write_report
 from dare_train.study.comparison import LABELS, Comparison
@@ -45,14 +45,17 @@ class Extent:
     """Ranks of truncated SVDs."""
     lora: Sequence[int]
     """Ranks of adapters."""
+    adapters: int
+    """Trained of each rank, from seeds of their own."""
 
 
 SMALL = Extent(
-    steps=60, learning_rate=2e-4, examples=100, rates=(0, 0.5, 0.9, 0.99), seeds=2, masks=4, sizes=(0.9,), size_seeds=1, svd=(4,), lora=()
-)
+    steps=60, learning_rate=2e-4, examples=100, rates=(0, 0.5, 0.9, 0.99), seeds=2, masks=4, sizes=(0.9,), size_seeds=1, svd=(4,), lora=(),
+    adapters=1,
+)  # fmt: skip
 FULL = Extent(
     steps=400, learning_rate=1e-4, examples=500, rates=RATES, seeds=5, masks=64, sizes=(0.5, 0.8, 0.9, 0.95, 0.99), size_seeds=3,
-    svd=(1, 2, 4, 8, 16, 32), lora=(2, 8),
+    svd=(1, 2, 4, 8, 16, 32), lora=(2, 8), adapters=3,
 )  # fmt: skip
 
 
@@ -70,17 +73,28 @@ def common_arguments(parser: argparse.ArgumentParser, *, out: str, data: Path) -
     add("--seeds", type=int, help="masks at each drop rate")
     add("--examples", type=int, help="held-out texts of each task that the figures are about")
     add("--lora", type=int, nargs="*", metavar="RANK", help="of the adapters that are trained beside it")
+    add("--adapters", type=int, metavar="N", help="trained of each of these ranks, for a confidence band")
     add("--learning-rate", type=float, help="of fine-tuning; adapters have ten times as much")
 
 
 def extent(options: argparse.Namespace) -> Extent:
     chosen = FULL if options.full else SMALL
-    given = {name: getattr(options, name) for name in ("steps", "seeds", "examples", "learning_rate", "lora")}
+    given = {name: getattr(options, name) for name in ("steps", "seeds", "examples", "learning_rate", "lora", "adapters")}
     return replace(chosen, **{name: value for name, value in given.items() if value is not None})
 
 
+def adapters(pair: Pair, rows: Rows, training: Training, much: Extent) -> list[Path]:
+    """LoRA adapters that learn the same, at ten times the learning rate, beside the model."""
+    fast = replace(training, learning_rate=10 * training.learning_rate)
+    return [
+        adapter(pair, rows, pair.folder / f"lora-{rank}-seed-{seed}", replace(fast, seed=seed), rank=rank)
+        for rank in much.lora
+        for seed in range(much.adapters)
+    ]
+
+
 def study(
-    name: str, pair: Pair, held_out: Path, adapters: Sequence[Path], much: Extent, max_length: int, told: Mapping[str, Any]
+    name: str, pair: Pair, held_out: Path, adapted: Sequence[Path], much: Extent, max_length: int, told: Mapping[str, Any]
 ) -> tuple[Sweep, Comparison]:
     """Sweep, look inside and compare at equal bytes; a page of each beside the model."""
     model = load_model(pair.tuned)
@@ -94,7 +108,7 @@ def study(
     write_report(looked, pair.folder, title=f"What happens inside: {name}")
     say(f"{name}: comparing at equal bytes")
     compared = compare(
-        model, pair.base, pair.shipped, texts, out=pair.folder, p=much.sizes, ranks=much.svd, seeds=much.size_seeds, adapters=adapters,
+        model, pair.base, pair.shipped, texts, out=pair.folder, p=much.sizes, ranks=much.svd, seeds=much.size_seeds, adapters=adapted,
         setup=setup, progress=progress("comparison"),
     )  # fmt: skip
     write_report(compared, pair.folder, title=f"What the delta is worth in bytes: {name}")
