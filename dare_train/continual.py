@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -206,6 +207,7 @@ class ContinualRun:
             trainer = every[0]
             trainer.train_dataset = torch.utils.data.ConcatDataset([_dataset(one, "joint") for one in every])
             if trainer.args.max_steps > 0:
+                trainer.args = copy(trainer.args)  # tasks may share theirs
                 trainer.args.max_steps = sum(one.args.max_steps for one in every)
             train_on(trainer, folder)
             model.train(False)
