@@ -9,7 +9,6 @@ was (Chaudhry et al., https://arxiv.org/abs/1801.10112, §4).
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,15 +26,15 @@ from numpy.typing import NDArray
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from ._version import __version__
 from .config import check_drop_rate
-from .errors import CheckpointError, ConfigError
+from .errors import ConfigError
 from .extract import extract
 from .inplace import applied, apply_
 from .kernels import philox
 from .masks import MASK_DOMAIN, generator_of, key_of
 from .merge.driver import merge
 from .package import DeltaPackage
+from .record import Record
 from .shards import LiveWeights
 from .statistics import collect_fisher
 from .study.loading import load_model
@@ -178,16 +177,16 @@ class ContinualRun:
 
     def run(self) -> Continual:
         """Learn what is not learnt yet, and measure every task after each."""
-        journal = _Journal(self.out / "continual.json", self._setup)
-        before = self._row(journal, "base", [], self.tasks)
+        record = self._record
+        before = self._row(record, "base", [], self.tasks)
         after, states = [], []
         for number, task in enumerate(self.tasks):
             self._learn(number)
-            after.append(self._row(journal, task.name, self.at(number), self.tasks))
+            after.append(self._row(record, task.name, self.at(number), self.tasks))
             states.append(self.state(number))
-        own = [self._row(journal, f"{task.name}, own", self.at(number), [task])[0] for number, task in enumerate(self.tasks)]
+        own = [self._row(record, f"{task.name}, own", self.at(number), [task])[0] for number, task in enumerate(self.tasks)]
         return Continual(
-            strategy=self.strategy, tasks=tuple(task.name for task in self.tasks), metric=journal.metric, before=before,
+            strategy=self.strategy, tasks=tuple(task.name for task in self.tasks), metric=_first(record), before=before,
             after=tuple(after), own=tuple(own), states=tuple(states),
             bytes=tuple(DeltaPackage.open(self.package(number)).stats["bytes"] for number in range(len(self.tasks))),
             seconds=tuple(self._switched(number) for number in range(len(self.tasks))), setup=self._setup,
@@ -199,7 +198,7 @@ class ContinualRun:
         The first task's Trainer sees the training data of all, and makes as many steps as all would, or as many epochs as its own. Its
         package is `{out}/packages/joint`; a training that was killed goes on.
         """
-        journal = _Journal(self.out / "continual.json", self._setup)
+        record = self._record
         package = self.out / "packages" / "joint"
         if not (package / "dare_config.json").exists():
             model, folder = self._made([]), self.out / "training" / "joint"
@@ -212,7 +211,7 @@ class ContinualRun:
             train_on(trainer, folder)
             model.train(False)
             extract(self._made([]), model, package, base_model=self.base, p=0.0, values="exact")
-        return self._row(journal, "joint", [package], self.tasks)
+        return self._row(record, "joint", [package], self.tasks)
 
     def package(self, task: int) -> Path:
         """Where a task's own package is."""
@@ -261,10 +260,14 @@ class ContinualRun:
         options = {"p": self._p, "seed": self._seed, "method": self._method, "settings": self._settings, "replay": self._replay}
         return {**fields, **options, "strength": self._strength, "examples": self._examples}
 
-    def _row(self, journal: _Journal, name: str, packages: Sequence[Path], tasks: Sequence[ContinualTask]) -> tuple[float, ...]:
+    @property
+    def _record(self) -> Record:
+        return Record(self.out / "continual.json", self._setup)
+
+    def _row(self, record: Record, name: str, packages: Sequence[Path], tasks: Sequence[ContinualTask]) -> tuple[float, ...]:
         """The metric of some tasks in one state, unless it was measured before."""
-        found = journal.measured(name, lambda: self._measured(packages, tasks))
-        return tuple(found[task.name][journal.metric] for task in tasks)
+        found = record.measured(name, lambda: self._measured(packages, tasks))
+        return tuple(found[task.name][_first(record)] for task in tasks)
 
     def _measured(self, packages: Sequence[Path], tasks: Sequence[ContinualTask]) -> dict[str, dict[str, float]]:
         with applied(self._instance, [str(path) for path in packages]) if packages else nullcontext():
@@ -346,6 +349,12 @@ class ContinualRun:
         return folder
 
 
+def _first(record: Record) -> str:
+    """The metric that was measured first."""
+    state = next(iter(record.all.values()))
+    return str(next(iter(next(iter(state.values())))))
+
+
 def train_on(trainer: Trainer, folder: Path) -> None:
     """Train, from the last checkpoint in the Trainer's folder if there is one."""
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
@@ -370,36 +379,3 @@ class _Anchored(TrainerCallback):  # type: ignore[misc]
             if parameter.grad is not None and name in self._importance:
                 fisher, anchor = (one.to(parameter.device) for one in self._importance[name])
                 parameter.grad.add_((fisher * (parameter - anchor)).to(parameter.grad.dtype), alpha=self._strength)
-
-
-class _Journal:
-    """What was measured, kept after each measurement, below what it was measured of."""
-
-    def __init__(self, path: Path, setup: Mapping[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        told = json.loads(json.dumps(setup))
-        self._kept: dict[str, Any] = {"written_by": f"dare_train {__version__}", "setup": told, "measured": {}}
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["setup"] != told:
-                differing = next(name for name in told if found["setup"].get(name) != told[name])
-                expected, seen = f"{differing} {found['setup'].get(differing)}", str(told[differing])
-                raise CheckpointError(str(path), expected=expected, found=seen, remedy="choose another folder")
-            self._kept = found
-
-    @property
-    def metric(self) -> str:
-        """The first that was measured."""
-        first_state = next(iter(self._kept["measured"].values()))
-        return str(next(iter(next(iter(first_state.values())))))
-
-    def measured(self, name: str, measure: Callable[[], dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-        """What was measured of a state, by task and metric."""
-        kept: dict[str, dict[str, dict[str, float]]] = self._kept["measured"]
-        if name not in kept:
-            kept[name] = measure()
-            partial = self._path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._kept, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self._path)
-        return kept[name]

@@ -7,7 +7,6 @@ dropped stays as it is in the base. Beside a ticket its ablations can be trained
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from .errors import ConfigError
 from .extract import extract
 from .inplace import apply_
 from .masks import generator_of
+from .record import Record
 from .shards import LiveWeights
 from .study.loading import load_model
 from .study.points import numbers
@@ -86,7 +86,7 @@ class TicketSearch:
     Args:
         base: folder or Hub id of the model that all begins with, heads included.
         task: what is trained and measured; see `ContinualTask`.
-        out: folder for packages (`level-N`, `random-N`) and what the Trainers write.
+        out: folder for packages (`level-N`, `random-N`, …) and what the Trainers write.
         levels: how often is pruned.
         share: of the elements left, how many each level drops.
         rewind: training step to whose weights kept elements return; 0 is the base.
@@ -100,6 +100,7 @@ class TicketSearch:
 
     Raises:
         ConfigError: a value is out of range.
+        CheckpointError: from `run`, `out` holds another search. More levels, or others beside them, are no other search.
     """
 
     def __init__(
@@ -136,22 +137,16 @@ class TicketSearch:
         for number in range(1, self._levels + 1):
             masks = self._pruned(number, masks)
             found += [self._level(kind, number, self._trained(kind, number, masks)) for kind in ("ticket", *self._beside)]
-        options: dict[str, Any] = {
-            "levels": self._levels,
-            "share": self._share,
-            "rewind": self._rewind,
-            "scope": self._scope,
-            "seed": self._seed,
-        }
-        options |= {"transferred_from": self._transfer.task.name} if self._transfer is not None else {}
-        return Tickets(levels=tuple(found), setup={"base_model": self.base, "task": self.task.name, **options})
+        other = {"transferred_from": self._transfer.task.name} if self._transfer is not None else {}
+        return Tickets(levels=tuple(found), setup={**self._setup, "levels": self._levels, **other})
 
     def masks(self, number: int) -> Masks:
         """What a level of the ticket trained."""
         return Masks.of_package(self._package("ticket", number))
 
     def _package(self, kind: Kind, number: int) -> Path:
-        return self.out / f"{'level' if kind == 'ticket' else kind}-{number}"
+        names = {"ticket": "level", "transferred": f"from-{self._transfer.task.name}" if self._transfer is not None else ""}
+        return self.out / f"{names.get(kind, kind)}-{number}"
 
     def _trained(self, kind: Kind, number: int, ticket: Masks) -> Masks:
         """The elements that a level trains."""
@@ -176,18 +171,22 @@ class TicketSearch:
         return model
 
     def _level(self, kind: Kind, number: int, masks: Masks | None) -> Level:
-        package, record = self._package(kind, number), self.out / f"{self._package(kind, number).name}.json"
-        if not record.exists():
+        package = self._package(kind, number)
+
+        def measure() -> dict[str, Any]:
             curve = self._train(kind, number, masks, package)
-            metrics = numbers(self.task.evaluate(self._made(package)))
             density = masks.density if masks is not None else 1.0
-            told = {"density": density, "metrics": metrics, "curve": curve}
-            partial = record.with_suffix(".partial")
-            partial.write_text(json.dumps(told) + "\n", encoding="utf-8")
-            partial.replace(record)
-        told = json.loads(record.read_text(encoding="utf-8"))
+            return {"density": density, "metrics": numbers(self.task.evaluate(self._made(package))), "curve": curve}
+
+        told = Record(self.out / "search.json", self._setup).measured(package.name, measure)
         steps = {int(step): metrics for step, metrics in told["curve"].items()}
         return Level(kind=kind, number=number, density=told["density"], metrics=told["metrics"], curve=steps, package=str(package))
+
+    @property
+    def _setup(self) -> dict[str, Any]:
+        """What every level depends on."""
+        options = {"share": self._share, "rewind": self._rewind, "scope": self._scope, "every": self._every, "seed": self._seed}
+        return {"base_model": self.base, "task": self.task.name, **options}
 
     def _train(self, kind: Kind, number: int, masks: Masks | None, package: Path) -> dict[int, dict[str, float]]:
         """Train a level into its package; what was measured meanwhile."""

@@ -43,7 +43,7 @@ STUDY = [
 
 FLOORS = [
     {"errors", "_version"},
-    {"dtypes", "config", "study.document", "study.loading", "study.texts"},
+    {"dtypes", "config", "record", "study.document", "study.loading", "study.texts"},
     {"ranks", "study.drawing", "study.page"},
     {"terminal", "parallel", "weights", "publish", "kernels.compiler", "kernels.reference", "kernels.rows"},
     {"kernels.compiled", "kernels.cuda", "kernels.plain", "ownership", "engines", "lowrank"},

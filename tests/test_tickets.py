@@ -14,7 +14,7 @@ from training import classifier, save_base, weights_print
 from transformers import Trainer
 
 from dare_train import TicketSearch, applied, apply, write_report
-from dare_train.errors import ConfigError
+from dare_train.errors import CheckpointError, ConfigError
 from dare_train.study.loading import load_model
 from dare_train.study.tickets_report import tickets_study
 from dare_train.subnetwork import Masks, by_size, shuffled
@@ -119,6 +119,16 @@ def test_a_search_that_was_killed_goes_on(base: str, tmp_path: Path) -> None:
     trained.clear()
     TicketSearch(base, task(1), out=tmp_path / "killed", levels=1).run()
     assert trained == []
+
+
+def test_another_search_in_the_same_folder_is_refused(base: str, tmp_path: Path) -> None:
+    TicketSearch(base, task(1), out=tmp_path / "out", levels=1, beside=()).run()
+    with pytest.raises(CheckpointError) as caught:
+        TicketSearch(base, task(1), out=tmp_path / "out", levels=1, share=0.7).run()
+    refusal(caught.value, CheckpointError, "search.json: expected share 0.5, found 0.7; choose another folder")
+    trained.clear()
+    assert len(TicketSearch(base, task(1), out=tmp_path / "out", levels=2, beside=("random",)).run().levels) == 5
+    assert trained == ["task 1"] * 3, "one level more, and two beside them"
 
 
 def test_the_report_draws_the_classic_figure(base: str, tmp_path: Path) -> None:
