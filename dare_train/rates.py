@@ -45,6 +45,12 @@ class FoundRate:
     """Each layer's own rate, where layers have one."""
     by_tensor: Mapping[str, float] = field(default_factory=dict)
     """The same, as `extract` takes it for `p`; of tensors that are not among them nothing is dropped."""
+    setup: Mapping[str, Any] = field(default_factory=dict)
+    """Of what this was found, and with which options."""
+
+    def as_json(self) -> dict[str, Any]:
+        retained = {str(p): self.retained[p] for p in sorted(self.retained)}
+        return {"p": self.p, "retained": retained, "by_layer": dict(self.by_layer)}
 
 
 def largest_rate(
@@ -76,7 +82,8 @@ def largest_rate(
     _check(tolerance, seeds, steps)
     bench = _Bench(model, base, evaluate, Path(out) / "largest_rate.jsonl")
     retained = _bisected(bench, metric, tolerance, steps, lambda p: [("dare", p, seed) for seed in range(seeds)])
-    return FoundRate(p=_held(retained, tolerance), retained=retained)
+    setup = bench.setup(metric=metric, tolerance=tolerance, seeds=seeds, steps=steps)
+    return FoundRate(p=_held(retained, tolerance), retained=retained, setup=setup)
 
 
 def largest_rates(
@@ -121,7 +128,8 @@ def largest_rates(
     p = _held(retained, tolerance)
     layers = bench.by_layer[known](p)
     by_tensor = {name: layers[layer_of(name)] for name in bench.names}
-    return FoundRate(p=p, retained=retained, by_layer=layers, by_tensor={**by_tensor, "*": 0.0})
+    setup = bench.setup(metric=metric, tolerance=tolerance, seeds=seeds, steps=steps, at=at)
+    return FoundRate(p=p, retained=retained, by_layer=layers, by_tensor={**by_tensor, "*": 0.0}, setup=setup)
 
 
 def sensitivity(
@@ -190,11 +198,16 @@ class _Bench:
 
     def __init__(self, model: torch.nn.Module, base: WeightsLike, evaluate: Evaluate, journal: Path) -> None:
         self._base, self._seat, self._evaluate = open_weights(base), Seat(model), evaluate
-        self._journal = Journal(journal, print_of(self._base), self._seat.print)
+        self._prints = {"base": print_of(self._base), "tuned": self._seat.print}
+        self._journal = Journal(journal, **self._prints)
         merged = without_delta(self._base, self._seat.own)
         self.names = [name for name, fate in merged.fates.items() if fate.how == "merged" and name in self._seat.own.tensors]
         self.by_layer: dict[str, Callable[[float], Mapping[str, float]]] = {}
         """By what keys call it: rates of all layers at an overall rate."""
+
+    def setup(self, **options: Any) -> dict[str, Any]:
+        """What a report says of a search."""
+        return {**self._prints, **options}
 
     def sizes(self) -> dict[str, int]:
         """Elements of each layer's delta."""

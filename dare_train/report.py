@@ -72,7 +72,7 @@ def _manner(record: TensorRecord) -> str:
 def rows(package: DeltaPackage, *, key: Any) -> list[Row]:
     """The package's tensors grouped by `key(name)`, in the order of their first names as people count."""
     groups: dict[str, list[TensorRecord]] = defaultdict(list)
-    for record in sorted(package.manifest.tensors, key=lambda record: _natural(record.name)):
+    for record in sorted(package.manifest.tensors, key=lambda record: natural(record.name)):
         groups[key(record.name)].append(record)
     return [
         Row(label=label, records=tuple(records), compressed=sum(package.compressed_bytes(record.name) for record in records))
@@ -80,7 +80,8 @@ def rows(package: DeltaPackage, *, key: Any) -> list[Row]:
     ]
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key to sort names by as people count: `layer.10` after `layer.9`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -89,9 +90,17 @@ def kind_of(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
+_NUMBER = re.compile(r"\.(\d+)\.")
+
+
+def within_layer(name: str) -> str:
+    """A tensor's name in any of such layers: its layer's number becomes `*`, others in it stay."""
+    return _NUMBER.sub(".*.", name, count=1)
+
+
 def layer_of(name: str) -> str:
     """The layer a tensor belongs to: its number, or the outermost name that tells it from its siblings."""
-    number = re.search(r"\.(\d+)\.", name)
+    number = _NUMBER.search(name)
     if number:
         return number.group(1)
     parts = name.split(".")

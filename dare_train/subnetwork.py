@@ -19,7 +19,7 @@ from .errors import ConfigError, TensorMismatch
 from .masks import Mask, generator_of, key_of, largest
 from .package import DeltaPackage
 from .plan import WeightsLike, align, cast_to, open_weights
-from .report import layer_of
+from .report import layer_of, natural, within_layer
 from .segments import Opened
 from .weights import Weights
 
@@ -83,12 +83,15 @@ class Masks(Mapping[str, Bits]):
         total = sum(mask.size for mask in self._masks.values())
         return sum(int(mask.sum()) for mask in self._masks.values()) / total if total else 0.0
 
-    def by_layer(self) -> dict[str, float]:
-        """The density in each layer: where a mask of the whole model (`scope="model"`) finds what carries the delta."""
-        found: dict[str, list[Bits]] = {}
-        for name, mask in self._masks.items():
-            found.setdefault(layer_of(name), []).append(mask)
-        return {layer: Masks({str(n): mask for n, mask in enumerate(masks)}).density for layer, masks in found.items()}
+    def by_layer(self) -> dict[str, Masks]:
+        """Each layer's masks, in which the layer's number is `*`: of layers that are built alike they can be compared.
+
+        Densities of a mask of the whole model (`scope="model"`) say which layers carry the delta.
+        """
+        found: dict[str, dict[str, Bits]] = {}
+        for name in sorted(self._masks, key=natural):
+            found.setdefault(layer_of(name), {})[within_layer(name)] = self._masks[name]
+        return {layer: Masks(masks) for layer, masks in found.items()}
 
     def overlap(self, other: Masks) -> Overlap:
         """How much two masks have in common, over all and by tensor."""
@@ -118,34 +121,36 @@ class Overlap:
     @property
     def iou(self) -> float:
         """|A ∩ B| / |A ∪ B| over all tensors; 1 where both keep nothing."""
-        return _iou(*self._total)
+        both, one, two = self._total
+        return both / (one + two - both) if one + two else 1.0
 
     @property
     def chance(self) -> float:
         """What it would be on average if each tensor's kept elements lay anywhere in it, in both masks."""
         both = sum(one * two / size if size else 0.0 for _, one, two, size in self.counts.values())
-        _, first, second, _ = self._total
+        _, first, second = self._total
         return both / (first + second - both) if first + second else 1.0
 
-    def by_layer(self) -> dict[str, float]:
-        """IoU of each layer's tensors together."""
-        groups: dict[str, list[tuple[int, int, int, int]]] = {}
-        for name, counts in self.counts.items():
-            groups.setdefault(layer_of(name), []).append(counts)
-        return {layer: _iou(*(sum(column) for column in zip(*found, strict=True))) for layer, found in groups.items()}
+    @property
+    def times_chance(self) -> float:
+        """How many times as large as by chance the IoU is; 1 where neither can have anything in common."""
+        return self.iou / self.chance if self.chance else 1.0
+
+    def by_layer(self) -> dict[str, Overlap]:
+        """Of each layer's tensors together."""
+        groups: dict[str, dict[str, tuple[int, int, int, int]]] = {}
+        for name in sorted(self.counts, key=natural):
+            groups.setdefault(layer_of(name), {})[name] = self.counts[name]
+        return {layer: Overlap(counts=counts) for layer, counts in groups.items()}
 
     @property
-    def _total(self) -> tuple[int, int, int, int]:
-        both, one, two, size = (sum(column) for column in zip(*self.counts.values(), strict=True)) if self.counts else (0, 0, 0, 0)
-        return both, one, two, size
+    def _total(self) -> tuple[int, int, int]:
+        both, one, two, _ = (sum(column) for column in zip(*self.counts.values(), strict=True)) if self.counts else (0, 0, 0, 0)
+        return both, one, two
 
 
 def _counts(one: Bits, two: Bits) -> tuple[int, int, int, int]:
     return int((one & two).sum()), int(one.sum()), int(two.sum()), one.size
-
-
-def _iou(both: int, one: int, two: int, _: int) -> float:
-    return both / (one + two - both) if one + two else 1.0
 
 
 def by_size(base: WeightsLike, tuned: WeightsLike, *, density: float, scope: Scope = "tensor") -> Masks:

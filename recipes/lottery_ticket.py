@@ -1,7 +1,7 @@
 """The lottery-ticket curve of a fine-tune: quality against the share of weights that are trained, for tickets and for random subnetworks.
 
     python recipes/lottery_ticket.py                    # stories260K on instructions, three levels: about a minute
-    python recipes/lottery_ticket.py --full             # down to 1 % of the elements, with all ablations: about twenty minutes
+    python recipes/lottery_ticket.py --full             # down to 1 % of the elements, with all ablations, three times: an hour
     python recipes/lottery_ticket.py --task mine.jsonl --model Qwen/Qwen3-0.6B --steps 1000 --beside shuffled --transfer other.jsonl
 
 A decoder is fine-tuned, some of its elements are dropped by the size of their deltas, the others return to where they were early in
@@ -34,18 +34,23 @@ def main() -> None:
     much, name = extent(options), Path(options.task).stem
     out: Path = options.out / name
     base = in_float32(options.model, out / "base")
-    training = Training(steps=much.steps, learning_rate=options.learning_rate or 3e-3, batch_size=16, max_length=128)
 
-    def search(task: str, folder: Path, **more: Any) -> TicketSearch:
+    def search(task: str, folder: Path, seed: int, **more: Any) -> TicketSearch:
         rows, tokenizer = spoken(task, options.data), AutoTokenizer.from_pretrained(base)
         levels = {"levels": 5, "share": 0.6, "rewind": much.steps // 20} if options.full else {"levels": 3}
-        return TicketSearch(base, as_task(Path(task).stem, tokenizer, rows, training, much.examples), out=folder, **levels, **more)
+        training = Training(steps=much.steps, learning_rate=options.learning_rate or 3e-3, batch_size=16, max_length=128, seed=seed)
+        learnt = as_task(Path(task).stem, tokenizer, rows, training, much.examples)
+        return TicketSearch(base, learnt, out=folder, seed=seed, **levels, **more)
 
-    other = search(options.transfer, out / "transfer", beside=()) if options.transfer else None
-    if other is not None:
-        say(f"tickets of {options.transfer} first")
-        other.run()
-    found = search(options.task, out, beside=options.beside, transfer=other, every=max(much.steps // 10, 1)).run()
+    found = []
+    for seed in range(options.searches):
+        folder = out / f"seed-{seed}"
+        other = search(options.transfer, folder / "transfer", seed, beside=()) if options.transfer else None
+        if other is not None:
+            say(f"seed {seed}: tickets of {options.transfer} first")
+            other.run()
+        say(f"seed {seed}: tickets of {name}")
+        found.append(search(options.task, folder, seed, beside=options.beside, transfer=other, every=max(much.steps // 10, 1)).run())
     page = write_report(found, out, title=f"Lottery tickets in the delta: {name}")
     console.print(Markdown((out / "tickets.md").read_text(encoding="utf-8")))
     say(f"everything is in {page}; done in {time.perf_counter() - began:.0f} s")
@@ -58,7 +63,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--task", default="instructions", help=f"one of {', '.join(SPOKEN)}, or a file with the columns prompt and text")
     parser.add_argument("--beside", nargs="*", choices=ABLATIONS, metavar="ABLATION", help=f"some of {', '.join(ABLATIONS)}")
     parser.add_argument("--transfer", metavar="TASK", help="another task, whose tickets are tried on this one")
+    parser.add_argument("--searches", type=int, metavar="N", help="from seeds of their own, for a confidence band")
     options = parser.parse_args()
+    options.searches = options.searches or (3 if options.full else 1)
     options.model = options.model or str(options.data / "stories260K")
     options.steps = options.steps or (200 if options.full else 40)
     if options.beside is None:

@@ -12,10 +12,12 @@ from studying import tuned_model
 from tiny import refusal
 from training import save_base, weights_print
 
-from dare_train import DeltaPackage, extract
+from dare_train import DeltaPackage, extract, write_report
 from dare_train.errors import ConfigError
 from dare_train.rates import largest_rate, largest_rates, sensitivity, spread
 from dare_train.report import layer_of
+from dare_train.study.document import Chart
+from dare_train.study.rates_report import rates_study
 
 KEY = "bert.encoder.layer.0.attention.self.key.weight"
 
@@ -83,7 +85,21 @@ def test_a_layer_that_matters_keeps_more(base: Path, tmp_path: Path) -> None:
     assert told[-1] == (8, 8)
     assert found.by_layer.keys() == {"embeddings", "0", "1", "pooler"}
     assert found.by_layer["0"] < min(rate for layer, rate in found.by_layer.items() if layer != "0") - 0.1
-    assert found.p > largest_rate(model, base, evaluate, out=tmp_path, **options).p
+    one = largest_rate(model, base, evaluate, out=tmp_path, **options)
+    assert found.p > one.p
+    study = rates_study({"one rate": one, "by layer": found})
+    assert [table.rows for table in study.tables] == [
+        (("one rate", one.p, one.retained[one.p]), ("by layer", found.p, found.retained[found.p])),
+        tuple((layer, found.by_layer[layer]) for layer in found.by_layer),
+    ]
+    assert study.setup["rates"]["by layer"] == {**study.setup["rates"]["one rate"], "at": 0.9}
+    assert [*study.data["rates"]["one rate"]["retained"]] == sorted(map(str, one.retained))
+    search, layers = study.charts
+    assert isinstance(search, Chart)
+    assert isinstance(layers, Chart)
+    assert [len(curve.x) for curve in search.curves] == [7, 7]
+    assert layers.curves[0].y == tuple(1 - rate for rate in found.by_layer.values())
+    assert write_report(one, tmp_path / "report").name == "rates.html"
     assert found.retained[found.p] >= 0.5
     sizes = {layer: sum(dense[name].numel() for name in body if layer_of(name) == layer) for layer in found.by_layer}
     assert sum(sizes[layer] * rate for layer, rate in found.by_layer.items()) / sum(sizes.values()) == pytest.approx(found.p)

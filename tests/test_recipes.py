@@ -179,10 +179,23 @@ def test_tasks_one_after_another(tmp_path: Path) -> None:
 
 def test_a_lottery_ticket_is_found(tmp_path: Path) -> None:
     told("lottery_ticket.py", "--out", str(tmp_path), "--steps", "20", "--examples", "40")
-    levels = measured(tmp_path / "instructions", "tickets")["levels"]
+    levels = measured(tmp_path / "instructions", "tickets")["searches"][0]["levels"]
     assert [(level["kind"], level["number"]) for level in levels][-2:] == [("ticket", 3), ("random", 3)]
     assert [level["density"] for level in levels[1::2]] == pytest.approx([0.5, 0.25, 0.125], rel=0.01)
     assert all(level["metrics"]["accuracy"] > 0.25 for level in levels)
+
+
+def test_where_deltas_lie(tmp_path: Path) -> None:
+    text = told("subnetworks.py", "--out", str(tmp_path), "--steps", "12", "--examples", "40", "--learning-rate", "1e-3")
+    assert "times that of chance" in text
+    (pair,) = measured(tmp_path, "masks")["pairs"]
+    assert pair["masks"] == ["subjectivity 0", "subjectivity 1"]
+    assert pair["iou"] > 1.1 * pair["chance"], "two trainings for one task change the same elements"
+    found = measured(tmp_path, "rates")
+    assert [*found["rates"]] == ["subjectivity, one rate", "subjectivity, a rate for each layer"]
+    dense, one, each = found["judged"]
+    assert dense["bytes"] > 3 * max(one["bytes"], each["bytes"])
+    assert [row["p of all elements"] for row in (one, each)] == [rates["p"] for rates in found["rates"].values()]
 
 
 def test_a_file_of_ones_own_is_a_task_as_well(tmp_path: Path) -> None:
@@ -198,6 +211,6 @@ def test_recipes_are_all_here() -> None:
     assert found == {
         "quickstart.py", "counting.py", "merge_tasks.py", "accelerate_loop.py", "deepspeed_zero3.py", "deepspeed_zero3.json",
         "encoder.py", "decoder.py", "pretrain_decoder.py", "when_it_breaks.py", "efficient_tuning.py", "continual_tasks.py",
-        "lottery_ticket.py",
+        "lottery_ticket.py", "subnetworks.py",
         "inputs.py", "tuning.py", "studies.py",
     }  # fmt: skip

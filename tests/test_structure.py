@@ -35,7 +35,7 @@ STUDY = [
         "seat variants",
         "points",
         "sweep inside comparison",
-        "sweep_report inside_report comparison_report continual_report tickets_report",
+        "sweep_report inside_report comparison_report continual_report tickets_report masks_report rates_report",
         "reporting",
     )
 ]

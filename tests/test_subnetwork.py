@@ -12,9 +12,11 @@ from studying import tuned_model
 from tiny import refusal
 from training import save_base
 
-from dare_train import extract, sparse_tuning
+from dare_train import extract, sparse_tuning, write_report
 from dare_train.errors import ConfigError, TensorMismatch
 from dare_train.masks import largest
+from dare_train.study.document import Chart, HeatMap
+from dare_train.study.masks_report import masks_study
 from dare_train.subnetwork import Masks, at_random, by_movement, by_size, shuffled
 
 KEY = "bert.encoder.layer.0.attention.self.key.weight"
@@ -75,7 +77,8 @@ def test_masks_combine_and_compare() -> None:
     assert (one.density, two.density, len(one)) == (0.5, pytest.approx(4 / 6), 2)
     overlap = one.overlap(two)
     assert overlap.iou == pytest.approx(2 / 5)
-    assert overlap.by_layer() == {"0": pytest.approx(1 / 3), "1": pytest.approx(1 / 2)}
+    assert {layer: found.iou for layer, found in overlap.by_layer().items()} == {"0": pytest.approx(1 / 3), "1": pytest.approx(1 / 2)}
+    assert overlap.by_layer()["0"].times_chance == pytest.approx((1 / 3) / (1 / 3))
     both = 2 * 2 / 4 + 1 * 2 / 2
     assert overlap.chance == pytest.approx(both / (3 + 4 - both))
     assert one.overlap(one).iou == 1.0
@@ -112,8 +115,42 @@ def test_shuffled_masks_keep_as_many_of_each_tensor(base: Path) -> None:
 
 
 def test_a_mask_of_the_whole_model_shows_which_layers_carry_the_delta() -> None:
-    masks = Masks({"h.0.a": np.array([True, False]), "h.0.b": np.ones(6, bool), "h.1.a": np.zeros(4, bool)})
-    assert masks.by_layer() == {"0": 7 / 8, "1": 0.0}
+    masks = Masks({"h.10.a": np.zeros(4, bool), "h.2.a": np.array([True, False]), "h.2.b.0.c": np.ones(6, bool)})
+    layers = masks.by_layer()
+    assert {layer: found.density for layer, found in layers.items()} == {"2": 7 / 8, "10": 0.0}
+    assert [*layers] == ["2", "10"]
+    assert [*layers["2"]] == ["h.*.a", "h.*.b.0.c"]
+
+
+def test_the_report_compares_masks_and_layers(tmp_path: Path) -> None:
+    """Two masks that are the same in layer 0 and apart in layer 1; in each, layer 1 keeps what layer 0 does not."""
+    low, high = np.array([True, True, False, False]), np.array([False, False, True, True])
+    masks = {
+        "one": Masks({"h.0.a": low, "h.1.a": high, "head": np.ones(2, bool)}),
+        "two": Masks({"h.0.a": low, "h.1.a": low, "head": np.ones(2, bool)}),
+    }
+    study = masks_study(masks)
+    assert study.data["pairs"] == [
+        {
+            "masks": ["one", "two"], "iou": 4 / 8, "chance": pytest.approx(4 / 8),
+            "layers": {"0": {"iou": 1.0, "chance": 1 / 3}, "1": {"iou": 0.0, "chance": 1 / 3}, "head": {"iou": 1.0, "chance": 1.0}},
+        }
+    ]  # fmt: skip
+    assert study.data["masks"]["one"] == {"density": 0.6, "layers": {"0": 0.5, "1": 0.5, "head": 1.0}}
+    assert study.data["between_layers"] == {
+        "one": [{"layers": ["0", "1"], "iou": 0.0, "chance": 1 / 3}], "two": [{"layers": ["0", "1"], "iou": 1.0, "chance": 1 / 3}]
+    }  # fmt: skip
+    densities, matrix, by_layer, layers = study.charts
+    assert isinstance(densities, Chart)
+    assert densities.ticks == ("0", "1", "head")
+    values = [chart.values for chart in (matrix, by_layer, layers) if isinstance(chart, HeatMap)]
+    assert values == [((None, 1.0), (1.0, None)), ((3.0, 0.0, 1.0),), ((None, 1.5), (1.5, None))]
+    assert write_report(masks, tmp_path / "several").name == "masks.html"
+    write_report(masks["one"], tmp_path / "one")
+    assert sorted(path.name for path in (tmp_path / "one").glob("*.png")) == ["masks-density.png", "masks-layers.png"]
+    with pytest.raises(ConfigError) as caught:
+        write_report({"one": 1}, tmp_path / "none")  # type: ignore[dict-item]
+    refusal(caught.value, ConfigError, "found: expected one of Sweep, Inside, Comparison, Continual, Tickets, Masks, FoundRate, or several")
 
 
 def test_what_means_nothing_is_refused(base: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from dare_train import TicketSearch, applied, apply, write_report
 from dare_train.errors import CheckpointError, ConfigError
+from dare_train.study.document import Chart
 from dare_train.study.loading import load_model
 from dare_train.study.tickets_report import tickets_study
 from dare_train.subnetwork import Masks, by_size, shuffled
@@ -139,6 +140,28 @@ def test_the_report_draws_the_classic_figure(base: str, tmp_path: Path) -> None:
     assert [row[0] for row in study.tables[0].rows] == ["all", "ticket: the largest |δ|, rewound", "as many at random"]
     assert write_report(found, tmp_path / "report").name == "tickets.html"
     assert (tmp_path / "report" / "tickets-training.png").exists()
+
+
+def test_searches_from_several_seeds_make_bands(base: str, tmp_path: Path) -> None:
+    one = TicketSearch(base, task(1), out=tmp_path / "one", levels=1, every=2, seed=0).run()
+    two = TicketSearch(base, task(2), out=tmp_path / "two", levels=1, every=2, seed=1).run()
+    with pytest.raises(ConfigError) as caught:
+        tickets_study([one, two])
+    refusal(caught.value, ConfigError, "searches: expected searches that differ in their seeds only: task task-1, found task-2")
+    two = replace(two, setup={**two.setup, "task": "task-1"})
+    study = tickets_study([one, two])
+    assert study.setup["seeds"] == [0, 1]
+    assert [len(search["levels"]) for search in study.data["searches"]] == [3, 3]
+    quality, soon = study.charts[0], study.charts[1]
+    assert isinstance(quality, Chart)
+    assert isinstance(soon, Chart)
+    values = [found.levels[1].metrics[found.metric] for found in (one, two)]
+    assert quality.curves[0].y[1] == pytest.approx(sum(values) / 2)
+    assert quality.curves[0].half[1] == pytest.approx(12.706 * abs(values[0] - values[1]) / 2, rel=1e-3), "Student's t of two values"
+    assert all(2 <= step <= 6 for curve in soon.curves for step in curve.y)
+    assert (write_report([one, two], tmp_path / "report").parent / "tickets-step.png").exists()
+    with pytest.raises(ConfigError, match="expected at least one, found none"):
+        tickets_study([])
 
 
 def test_what_means_nothing_is_refused(base: str, tmp_path: Path) -> None:

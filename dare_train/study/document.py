@@ -78,8 +78,8 @@ class HeatMap:
     """What columns and rows are."""
     columns: tuple[str, ...]
     rows: tuple[str, ...]
-    values: tuple[tuple[float, ...], ...]
-    """A tuple for each row."""
+    values: tuple[tuple[float | None, ...], ...]
+    """A tuple for each row; None is left blank."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,10 @@ _LEVELS = (":", "-.")
 _APART = 1.1
 """How much larger a place on a logarithmic axis is that has a tick of its own."""
 _FEW = 12
+_MANY = 24
+"""Rows of a heat map that fit."""
+_LINE = 0.17
+"""Inches that another line takes."""
 _MARGIN = 0.04
 _DARK = 0.6
 """Share of a heat map's range below which numbers on it are white."""
@@ -33,7 +37,9 @@ def png(chart: Chart | HeatMap) -> bytes:
     except ImportError as error:
         raise ConfigError("study", expected="matplotlib", found="not installed", remedy='pip install "dare_train[study]"') from error
     caption = textwrap.fill(chart.caption, _CAPTION_WIDTH)
-    figure = Figure(figsize=(_WIDTH, _HEIGHT + 0.17 * caption.count("\n")), layout="constrained")
+    rows = len(chart.rows) if isinstance(chart, HeatMap) else 0
+    height = _HEIGHT + _LINE * (caption.count("\n") + max(rows - _MANY, 0))
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     axis = figure.subplots()
     if isinstance(chart, Chart):
         _fill(axis, chart)
@@ -69,13 +75,16 @@ def _fill(axis: Any, chart: Chart) -> None:
 def _colour(axis: Any, chart: HeatMap) -> None:
     axis.set_xlabel(chart.x)
     axis.set_ylabel(chart.y)
-    image = axis.imshow(chart.values, cmap="viridis", aspect="auto")
+    values = [[float("nan") if value is None else value for value in row] for row in chart.values]
+    image = axis.imshow(values, cmap="viridis", aspect="auto")
     axis.set_xticks(range(len(chart.columns)), chart.columns, rotation=30, ha="right")
-    axis.set_yticks(range(len(chart.rows)), chart.rows)
-    for row, values in enumerate(chart.values):
-        for column, value in enumerate(values):
-            light = image.norm(value) < _DARK
-            axis.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize="small", color="white" if light else "black")
+    axis.set_yticks(range(len(chart.rows)), chart.rows, fontsize="medium" if len(chart.rows) <= _FEW else "x-small")
+    size = "small" if len(chart.rows) <= _FEW else "x-small"
+    for row, found in enumerate(chart.values):
+        for column, value in enumerate(found):
+            if value is not None:
+                light = image.norm(value) < _DARK
+                axis.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=size, color="white" if light else "black")
 
 
 def _mark_places(axis: Any, chart: Chart) -> None:

