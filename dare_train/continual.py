@@ -66,6 +66,8 @@ class ContinualTask:
     trainer: MakeTrainer
     evaluate: Evaluate
     """Of the model, whatever it has learnt so far: a number, or several by name, of which the first is what R holds."""
+    setup: Mapping[str, Any] = field(default_factory=dict)
+    """What training and evaluation depend on, such as a learning rate: a folder with results of another setup is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,7 @@ class ContinualRun:
         seed: selects masks, and the examples that are replayed.
         load: makes a model of the base; by default that of the class that its configuration names, in the dtype of its files.
         method, settings: of `merge`, which merges packages so far.
+        weights: of tasks in it, by name; those of the method, by default.
         replay: how many examples of each earlier task are seen again.
         strength: λ of `ewc`, and how many `examples` of a task its Fisher information is taken from.
 
@@ -159,6 +162,7 @@ class ContinualRun:
         seed: int = 0,
         load: Callable[[str], torch.nn.Module] = load_model,
         method: str = "task_arithmetic",
+        weights: Mapping[str, float] | None = None,
         settings: Mapping[str, Any] | None = None,
         replay: int = 64,
         strength: float = 1000.0,
@@ -168,11 +172,14 @@ class ContinualRun:
             raise ConfigError("strategy", expected=f"one of {', '.join(get_args(Strategy))}", found=repr(strategy))
         if not tasks or len({task.name for task in tasks}) < len(tasks):
             raise ConfigError("tasks", expected="at least one, with names of their own", found=str([task.name for task in tasks]))
+        if weights is not None and weights.keys() != {task.name for task in tasks}:
+            raise ConfigError("weights", expected=f"one for each of {', '.join(task.name for task in tasks)}", found=str(dict(weights)))
         if replay < 1 or examples < 1 or strength < 0:
             raise ConfigError("replay, examples and strength", expected="positive numbers", found=f"{replay}, {examples}, {strength}")
         self.base, self.tasks, self.out, self.strategy = base, tuple(tasks), Path(out), strategy
         self._p, self._seed, self._load = check_drop_rate(p), seed, load
         self._method, self._settings = method, dict(settings or {})
+        self._weights = dict(weights) if weights is not None else None
         self._replay, self._strength, self._examples = replay, strength, examples
 
     def run(self) -> Continual:
@@ -256,9 +263,11 @@ class ContinualRun:
 
     @property
     def _setup(self) -> dict[str, Any]:
-        fields: dict[str, Any] = {"strategy": self.strategy, "base_model": self.base, "tasks": [task.name for task in self.tasks]}
-        options = {"p": self._p, "seed": self._seed, "method": self._method, "settings": self._settings, "replay": self._replay}
-        return {**fields, **options, "strength": self._strength, "examples": self._examples}
+        told = {"strategy": self.strategy, "base_model": self.base, "tasks": [task.name for task in self.tasks]}
+        merging = {"method": self._method, "weights": self._weights, "settings": self._settings}
+        options = {"p": self._p, "seed": self._seed, **merging, "replay": self._replay}
+        training = {task.name: dict(task.setup) for task in self.tasks}
+        return {**told, **options, "strength": self._strength, "examples": self._examples, "training": training}
 
     @property
     def _record(self) -> Record:
@@ -345,7 +354,8 @@ class ContinualRun:
         folder = self.out / "merged" / f"{task:02d}-{self.tasks[task].name}"
         if not (folder / "dare_config.json").exists():
             packages = [str(self.package(number)) for number in range(task + 1)]
-            merge(self.base, packages, folder, method=self._method, package=True, **self._settings)
+            given = None if self._weights is None else [self._weights[one.name] for one in self.tasks[: task + 1]]
+            merge(self.base, packages, folder, method=self._method, weights=given, package=True, **self._settings)
         return folder
 
 

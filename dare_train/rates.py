@@ -63,6 +63,7 @@ def largest_rate(
     tolerance: float = TOLERANCE,
     seeds: int = 3,
     steps: int = 8,
+    setup: Mapping[str, Any] | None = None,
 ) -> FoundRate:
     """Bisect for the largest p at which DARE keeps all but `tolerance` of what fine-tuning gained, in the mean over masks.
 
@@ -75,15 +76,18 @@ def largest_rate(
         tolerance: share of the gain, in (0, 1).
         seeds: masks at each rate.
         steps: of the bisection.
+        setup: what else the metric depends on, such as the data's SHA-256: goes into the report, and measurements of another setup are
+            refused.
 
     Raises:
         ConfigError: a value is out of range, or fine-tuning gained nothing.
+        CheckpointError: `out` holds another model's or setup's measurements.
     """
     _check(tolerance, seeds, steps)
-    bench = _Bench(model, base, evaluate, Path(out) / "largest_rate.jsonl")
+    bench = _Bench(model, base, evaluate, Path(out) / "largest_rate.jsonl", setup)
     retained = _bisected(bench, metric, tolerance, steps, lambda p: [("dare", p, seed) for seed in range(seeds)])
-    setup = bench.setup(metric=metric, tolerance=tolerance, seeds=seeds, steps=steps)
-    return FoundRate(p=_held(retained, tolerance), retained=retained, setup=setup)
+    told = bench.setup(metric=metric, tolerance=tolerance, seeds=seeds, steps=steps)
+    return FoundRate(p=_held(retained, tolerance), retained=retained, setup=told)
 
 
 def largest_rates(
@@ -97,6 +101,7 @@ def largest_rates(
     seeds: int = 3,
     steps: int = 8,
     at: float = 0.9,
+    setup: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> FoundRate:
     """As `largest_rate`, with a drop rate for each layer: low ones where the metric is sensitive to dropping.
@@ -115,8 +120,8 @@ def largest_rates(
         As `largest_rate`.
     """
     _check(tolerance, seeds, steps)
-    found = sensitivity(model, base, evaluate, out=out, p=at, metric=metric, seeds=seeds, progress=progress)
-    bench = _Bench(model, base, evaluate, Path(out) / "largest_rates.jsonl")
+    found = sensitivity(model, base, evaluate, out=out, p=at, metric=metric, seeds=seeds, setup=setup, progress=progress)
+    bench = _Bench(model, base, evaluate, Path(out) / "largest_rates.jsonl", setup)
     dense, gain = bench.gain(metric)
     lost = {layer: (dense - left) / gain for layer, left in found.items()}
     least = max(max(lost.values()) / 100, 1e-9)
@@ -128,8 +133,8 @@ def largest_rates(
     p = _held(retained, tolerance)
     layers = bench.by_layer[known](p)
     by_tensor = {name: layers[layer_of(name)] for name in bench.names}
-    setup = bench.setup(metric=metric, tolerance=tolerance, seeds=seeds, steps=steps, at=at)
-    return FoundRate(p=p, retained=retained, by_layer=layers, by_tensor={**by_tensor, "*": 0.0}, setup=setup)
+    told = bench.setup(metric=metric, tolerance=tolerance, seeds=seeds, steps=steps, at=at)
+    return FoundRate(p=p, retained=retained, by_layer=layers, by_tensor={**by_tensor, "*": 0.0}, setup=told)
 
 
 def sensitivity(
@@ -141,6 +146,7 @@ def sensitivity(
     p: float = 0.9,
     metric: str | None = None,
     seeds: int = 3,
+    setup: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """The metric, in the mean over masks, when DARE drops a share p of one layer's delta and leaves the others whole: by layer.
@@ -148,7 +154,7 @@ def sensitivity(
     Args, raises: see `largest_rate`.
     """
     check_drop_rate(p)
-    bench = _Bench(model, base, evaluate, Path(out) / "sensitivity.jsonl")
+    bench = _Bench(model, base, evaluate, Path(out) / "sensitivity.jsonl", setup)
     layers = list(bench.sizes())
     keys = [(layer, p, seed) for layer in layers for seed in range(seeds)]
     bench.measure(keys, progress)
@@ -196,10 +202,13 @@ def _held(retained: Mapping[float, float], tolerance: float) -> float:
 class _Bench:
     """A model that is measured with other weights, and what was measured so far."""
 
-    def __init__(self, model: torch.nn.Module, base: WeightsLike, evaluate: Evaluate, journal: Path) -> None:
+    def __init__(
+        self, model: torch.nn.Module, base: WeightsLike, evaluate: Evaluate, journal: Path, setup: Mapping[str, Any] | None
+    ) -> None:
         self._base, self._seat, self._evaluate = open_weights(base), Seat(model), evaluate
-        self._prints = {"base": print_of(self._base), "tuned": self._seat.print}
-        self._journal = Journal(journal, **self._prints)
+        base_print = print_of(self._base)
+        self._journal = Journal(journal, base_print, self._seat.print, setup)
+        self._setup = {"base": base_print, "tuned": self._seat.print, **(setup or {})}
         merged = without_delta(self._base, self._seat.own)
         self.names = [name for name, fate in merged.fates.items() if fate.how == "merged" and name in self._seat.own.tensors]
         self.by_layer: dict[str, Callable[[float], Mapping[str, float]]] = {}
@@ -207,7 +216,7 @@ class _Bench:
 
     def setup(self, **options: Any) -> dict[str, Any]:
         """What a report says of a search."""
-        return {**self._prints, **options}
+        return {**self._setup, **options}
 
     def sizes(self) -> dict[str, int]:
         """Elements of each layer's delta."""

@@ -1,14 +1,36 @@
-"""What was measured in long runs, kept after each measurement, so that a run that was killed goes on."""
+"""What was measured in long runs, kept after each measurement, so that a run that was killed goes on, and another does not."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ._version import __version__
 from .errors import CheckpointError
+
+
+def check_setup(path: Path, kept: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    """Refuse to go on with measurements that depend on something else: `kept` is what a file's depend on, as JSON has it.
+
+    Raises:
+        CheckpointError: they differ; it names the first difference.
+    """
+    for name, found, expected in _differences(kept, told):
+        measured = f"with {name} {found}" if found is not None else f"without {name}"
+        wanted = f"measurements with {name} {expected}" if expected is not None else f"measurements without {name}"
+        raise CheckpointError(str(path), expected=wanted, found=f"some {measured}", remedy="choose another folder")
+
+
+def _differences(kept: Mapping[str, Any], told: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Full names of entries that differ, and both of their values."""
+    for name in dict.fromkeys((*told, *kept)):
+        one, other = kept.get(name), told.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other, f"{within}{name}.")
+        elif one != other:
+            yield f"{within}{name}", one, other
 
 
 class Record:
@@ -25,10 +47,7 @@ class Record:
         self._kept: dict[str, Any] = {"written_by": f"dare_train {__version__}", "setup": told, "measured": {}}
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
-            if found["setup"] != told:
-                differing = next(name for name in told if found["setup"].get(name) != told[name])
-                expected, seen = f"{differing} {found['setup'].get(differing)}", str(told[differing])
-                raise CheckpointError(str(path), expected=expected, found=seen, remedy="choose another folder")
+            check_setup(path, found["setup"], told)
             self._kept = found
 
     @property

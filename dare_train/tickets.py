@@ -186,7 +186,7 @@ class TicketSearch:
     def _setup(self) -> dict[str, Any]:
         """What every level depends on."""
         options = {"share": self._share, "rewind": self._rewind, "scope": self._scope, "every": self._every, "seed": self._seed}
-        return {"base_model": self.base, "task": self.task.name, **options}
+        return {"base_model": self.base, "task": self.task.name, "training": dict(self.task.setup), **options}
 
     def _train(self, kind: Kind, number: int, masks: Masks | None, package: Path) -> dict[int, dict[str, float]]:
         """Train a level into its package; what was measured meanwhile."""

@@ -124,7 +124,8 @@ def as_task(name: str, tokenizer: Any, rows: Mapping[str, Rows], training: Train
         known = sorted({model.config.label2id[row["label"]] for row in rows["train"]}) if "label" in rows["train"][0] else None  # type: ignore[union-attr, operator]
         return Texts(batched(encode(model, rows=rows["test"][:examples]), tokenizer), classes=known)(model)
 
-    return ContinualTask(name=name, trainer=trainer, evaluate=evaluate)
+    setup = {**vars(training), "training_texts": len(rows["train"]), "held_out_texts": len(rows["test"][:examples])}
+    return ContinualTask(name=name, trainer=trainer, evaluate=evaluate, setup=setup)
 
 
 # How it is learnt.

@@ -5,7 +5,7 @@
     python recipes/efficient_tuning.py --task mine.csv --model roberta-base --steps 1000
 
 An encoder learns a task densely, on a seeded tenth and a hundredth of its weights, and by LoRA with as many trained parameters as the
-hundredth. Then the dense one loses 99 % of its delta, and a few steps on what was kept bring back what that cost.
+hundredth, and with as many bytes. Then the dense one loses 99 % of its delta, and a few steps on what was kept bring back what that cost.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from tuning import Pair, Training, adapter, classifier, tune, untrained
 
 from dare_train import SparseTuningCallback, extract
+from dare_train.record import Record
 from dare_train.study.document import Chart, Curve, Study, Table
 from dare_train.study.loading import load_model
 from dare_train.study.publish import publish
@@ -100,28 +101,37 @@ def main() -> None:
     quiet()
     much, rows = extent(options), labelled(options.task, options.data)
     training = Training(steps=much.steps, learning_rate=much.learning_rate, max_length=MAX_LENGTH)
-    faster = replace(training, learning_rate=10 * training.learning_rate)
+    three_times, ten_times = (replace(training, learning_rate=factor * training.learning_rate) for factor in (3, 10))
     out: Path = options.out / Path(options.task).stem
-    shutil.rmtree(out, ignore_errors=True)
     held_out = write_rows(out / "held_out.jsonl", rows["test"][: much.examples])
-    say(f"{out.name}: {len(rows['train']):,} texts to learn from, {much.steps} steps of each kind")
-    dense, first = densely(options.model, rows["train"], out / "dense", held_out, training)
-    lines = [
-        first,
-        sparsely(
-            0.9, options.model, rows["train"], out / "sparse-0.9", held_out, replace(training, learning_rate=3 * training.learning_rate)
-        ),
-    ]
-    lines.append(sparsely(0.99, options.model, rows["train"], out / "sparse-0.99", held_out, faster))
-    lines.append(by_lora(dense, lines[-1].trained, rows["train"], out / "lora", held_out, faster))
-    curves = retrained(dense, rows["train"], held_out, out / "retrained", faster)
     setup = {
         "model": Path(options.model).name,
         "task": out.name,
         "held_out_texts": len(rows["test"][: much.examples]),
         "training": vars(training),
     }
-    study = as_study(lines, curves, first.metrics, setup)
+    record = Record(out / "measured.json", setup)
+
+    def once(name: str, train: Callable[[Path], Line]) -> Line:
+        """Trained and measured now, unless it was before."""
+
+        def anew() -> dict[str, Any]:
+            shutil.rmtree(out / name, ignore_errors=True)
+            return vars(train(out / name))
+
+        return Line(**record.measured(name, anew))
+
+    say(f"{out.name}: {len(rows['train']):,} texts to learn from, {much.steps} steps of each kind")
+    dense = once("dense", lambda folder: densely(options.model, rows["train"], folder, held_out, training))
+    tenth = once("sparse-0.9", lambda folder: sparsely(0.9, options.model, rows["train"], folder, held_out, three_times))
+    hundredth = once("sparse-0.99", lambda folder: sparsely(0.99, options.model, rows["train"], folder, held_out, ten_times))
+    pair = Pair(folder=out / "dense")
+    loras = [
+        once(f"lora-{rank}", lambda folder, rank=rank: by_lora(pair, rank, rows["train"], folder, held_out, ten_times))  # type: ignore[misc]
+        for rank in ranks_like(hundredth, pair)
+    ]
+    curves = record.measured("retrained", lambda: retrained(pair, rows["train"], held_out, out / "retrained", ten_times))
+    study = as_study([dense, tenth, hundredth, *loras], {label: by_step(curve) for label, curve in curves.items()}, dense.metrics, setup)
     console.print(Markdown(study.markdown()))
     say(f"everything is in {publish(study, out)}; done in {time.perf_counter() - began:.0f} s")
 
@@ -140,12 +150,12 @@ def parse() -> argparse.Namespace:
 # Three ways to tune.
 
 
-def densely(base: str, rows: Rows, out: Path, held_out: Path, training: Training) -> tuple[Pair, Line]:
+def densely(base: str, rows: Rows, out: Path, held_out: Path, training: Training) -> Line:
     watch = Watch()
     pair = classifier(base, rows, out, training, watch)
     size = extract(pair.base, pair.shipped, out / "package", p=0.0, whole=["classifier*"]).stats["bytes"]
     model = load_model(pair.tuned)
-    return pair, line("dense", model, pair, body(model), watch, size, held_out)
+    return line("dense", model, pair, body(model), watch, size, held_out)
 
 
 def sparsely(p: float, base: str, rows: Rows, out: Path, held_out: Path, training: Training) -> Line:
@@ -157,15 +167,24 @@ def sparsely(p: float, base: str, rows: Rows, out: Path, held_out: Path, trainin
     return line(f"sparse, p = {p:g}", model, pair, sparse.trained - sparse.elements + body(model), watch, size, held_out)
 
 
-def by_lora(dense: Pair, trained: int, rows: Rows, out: Path, held_out: Path, training: Training) -> Line:
-    """With the rank that comes closest to so many trained parameters."""
+def by_lora(dense: Pair, rank: int, rows: Rows, out: Path, held_out: Path, training: Training) -> Line:
     watch, model = Watch(), untrained(dense)
-    layers = [part for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and not name.startswith("classifier")]
-    each = sum(layer.in_features + layer.out_features for layer in layers)
-    rank = max(1, round(trained / each))
     folder = adapter(dense, rows, out, training, watch, rank=rank)
     merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    return line(f"LoRA, rank {rank}", merged, dense, rank * each, watch, 2 * rank * each, held_out)
+    return line(f"LoRA, rank {rank}", merged, dense, rank * of_rank_one(model), watch, 2 * rank * of_rank_one(model), held_out)
+
+
+def ranks_like(other: Line, dense: Pair) -> list[int]:
+    """Of adapters with as many trained parameters, and of as many bytes."""
+    each = of_rank_one(untrained(dense))
+    nearest = (max(1, round(other.trained / each)), max(1, round(other.shipped / (2 * each))))
+    return [*dict.fromkeys(nearest)]
+
+
+def of_rank_one(model: torch.nn.Module) -> int:
+    """Parameters of an adapter of all linear layers but the head."""
+    layers = [part for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and not name.startswith("classifier")]
+    return sum(layer.in_features + layer.out_features for layer in layers)
 
 
 def body(model: torch.nn.Module) -> int:
@@ -200,6 +219,11 @@ def retrained(dense: Pair, rows: Rows, held_out: Path, out: Path, training: Trai
         tune(model, tokenizer, encoded_rows(model, tokenizer, rows, max_length=MAX_LENGTH), out, told, [curve, sparse])
         found[label] = curve.found
     return found
+
+
+def by_step(curve: Mapping[str, dict[str, float]]) -> dict[int, dict[str, float]]:
+    """As it was before it was written as JSON."""
+    return {int(step): metrics for step, metrics in curve.items()}
 
 
 # The page.

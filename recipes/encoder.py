@@ -33,7 +33,7 @@ def main() -> None:
         pair = classifier(options.model, rows["train"], options.out / name, training)
         held_out = write_rows(pair.folder / "held_out.jsonl", rows["test"])
         adapted = adapters(pair, rows["train"], training, much)
-        found[name] = study(name, pair, held_out, adapted, much, MAX_LENGTH, {"training": vars(training), "lora_ranks": list(much.lora)})
+        found[name] = study(name, pair, held_out, adapted, much, MAX_LENGTH, {"training": vars(training)})
     sweeps = {name: one for name, (one, _) in found.items()}
     summarise("encoder", "DARE on an encoder", sweeps, {name: one for name, (_, one) in found.items()}, options.out)
     say(f"done in {time.perf_counter() - began:.0f} s")

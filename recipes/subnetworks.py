@@ -88,7 +88,8 @@ def parse() -> argparse.Namespace:
 def searched(pair: Pair, rows: Rows, much: Extent) -> dict[str, FoundRate]:
     """The largest rates that keep 95 % of the gain in loss."""
     model = load_model(pair.tuned)
-    texts, told = as_texts(model, pair, rows), {"metric": "loss", "seeds": much.size_seeds, "steps": 8 if much.size_seeds > 1 else 5}
+    texts, steps = as_texts(model, pair, rows), 8 if much.size_seeds > 1 else 5
+    told: dict[str, Any] = {"metric": "loss", "seeds": much.size_seeds, "steps": steps, "setup": {"validation_texts": texts.count}}
     out = pair.folder / "rates"
     return {
         "one rate": largest_rate(model, pair.base, texts, out=out, **told),

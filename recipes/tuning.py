@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +75,7 @@ def adapter(pair: Pair, rows: Rows, out: Path, training: Training, *callbacks: T
     """Train a LoRA adapter of all linear layers for the same task, from the same base, unless `out` has it already."""
     from peft import LoraConfig, get_peft_model
 
-    if not (out / "adapter_model.safetensors").exists():
+    if not trained(out, training, rank=rank):
         set_seed(training.seed)
         model = untrained(pair)
         kind = "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM"
@@ -82,6 +84,7 @@ def adapter(pair: Pair, rows: Rows, out: Path, training: Training, *callbacks: T
         adapted = get_peft_model(model, config)
         tune(adapted, AutoTokenizer.from_pretrained(pair.tuned), examples, out, training, callbacks)
         adapted.save_pretrained(out)
+        note(out, training, rank=rank)
     return out
 
 
@@ -95,7 +98,7 @@ def untrained(pair: Pair) -> Any:
 
 def _tuned(kind: Any, base: str, rows: Rows, out: Path, training: Training, callbacks: Sequence[TrainerCallback], **labels: Any) -> Pair:
     pair = Pair(folder=out)
-    if Path(pair.shipped, "config.json").exists():
+    if trained(out, training, base=base):
         return pair
     tokenizer = AutoTokenizer.from_pretrained(base)
     set_seed(training.seed)
@@ -106,7 +109,27 @@ def _tuned(kind: Any, base: str, rows: Rows, out: Path, training: Training, call
     model.save_pretrained(pair.tuned)
     tokenizer.save_pretrained(pair.tuned)
     model.to(torch.bfloat16).save_pretrained(pair.shipped)
+    note(out, training, base=base)
     return pair
+
+
+NOTE = "training.json"
+
+
+def trained(folder: Path, training: Training, **more: Any) -> bool:
+    """Whether a folder has the outcome of this training. What was trained otherwise is neither used nor overwritten."""
+    if not (folder / NOTE).exists():
+        return False
+    found, asked = json.loads((folder / NOTE).read_text(encoding="utf-8")), {**vars(training), **more}
+    for name in asked:
+        if found.get(name) != asked[name]:
+            sys.exit(f"{folder} was trained with {name} {found.get(name)}, not {asked[name]}: choose another --out")
+    return True
+
+
+def note(folder: Path, training: Training, **more: Any) -> None:
+    """That this training ended here."""
+    (folder / NOTE).write_text(json.dumps({**vars(training), **more}, indent=1) + "\n", encoding="utf-8")
 
 
 def tune(

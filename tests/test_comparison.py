@@ -22,7 +22,7 @@ from dare_train import DeltaPackage, apply, compare, extract, write_report
 from dare_train.errors import ConfigError
 from dare_train.study.comparison import Comparison
 from dare_train.study.comparison_report import beaten, comparison_study
-from dare_train.study.points import Point
+from dare_train.study.points import Key, Point
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT reads it
 KEY = "bert.encoder.layer.0.attention.self.key.weight"
@@ -93,24 +93,30 @@ def test_each_contender_is_what_it_says(base: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_comes_with_its_own_head_and_leaves_nothing_behind(base: Path, tmp_path: Path) -> None:
+    """Adapters of a rank are numbered, and what was measured of one is not taken for another's."""
     model = tuned_model(base, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "tuned")
-    for number in range(2):
-        adapted = adapt(
-            classifier(base, dtype=torch.bfloat16),
-            tmp_path / f"adapter-{number}",
-            task_type="SEQ_CLS",
-            r=2 + number,
-            target_modules=["query"],
-        )
-        merged = weights_print(adapted.merge_and_unload())
+    merged = {}
+    for name, rank in (("one", 2), ("two", 2), ("three", 3)):
+        fresh = classifier(base, dtype=torch.bfloat16)
+        with torch.no_grad():
+            fresh.classifier.bias.add_(len(merged))
+        adapted = adapt(fresh, tmp_path / name, task_type="SEQ_CLS", r=rank, target_modules=["query"])
+        merged[name] = weights_print(adapted.merge_and_unload())
+    assert len({*merged.values()}) == 3
+
+    def run(*names: str) -> tuple[list[Key], list[str]]:
+        """Which points there are of adapters, and what was measured for them now."""
         seen = Seen()
-        folders = [tmp_path / f"adapter-{number}"] * 2
-        found = compare(model, base, tmp_path / "tuned", seen, out=tmp_path / f"out-{number}", p=[0.9], ranks=[], seeds=1, adapters=folders)
-        assert seen.prints[-2:] == [merged, merged]
-        assert [point.key for point in found.points[-2:]] == [("lora", 2.0 + number, 0), ("lora", 2.0 + number, 1)]
-        factors = 2 * (2 + number) * (32 + 32)  # two layers, A and B
-        assert found.points[-1].metrics["bits"] == pytest.approx(16 * factors / found.parameters)
+        folders = [tmp_path / name for name in names]
+        found = compare(model, base, tmp_path / "tuned", seen, out=tmp_path / "out", p=[0.9], ranks=[], seeds=1, adapters=folders)
+        for point in found.points[-len(names) :]:
+            factors = 2 * int(point.p) * (32 + 32)  # two layers, A and B
+            assert point.metrics["bits"] == pytest.approx(16 * factors / found.parameters)
+        return [point.key for point in found.points if point.variant == "lora"], [one for one in seen.prints if one in merged.values()]
+
+    assert run("one", "three") == ([("lora", 2.0, 0), ("lora", 3.0, 0)], [merged["one"], merged["three"]])
+    assert run("two", "one") == ([("lora", 2.0, 0), ("lora", 2.0, 1)], [merged["two"]])
     assert weights_print(model) == weights_print(tuned_model(base, dtype=torch.bfloat16))
 
 
@@ -152,9 +158,12 @@ def test_the_command_measures_once(base: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.csv").write_text("text,label\n" + "\n".join(f"w{n} w{n + 1},{n % 3}" for n in range(30)))
     words = ["base", "tuned", "--data", "texts.csv", "--p", "0.9", "--rank", "1,2", "--seeds", "2", "--dtype", "float32", "--out"]
 
+    def started(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "dare_train", "compare", *words, *more]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+
     def run(out: str) -> str:
-        command = [sys.executable, "-m", "dare_train", "compare", *words, out]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        done = started(out)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -168,5 +177,8 @@ def test_the_command_measures_once(base: Path, tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     found = json.loads((tmp_path / "one/compare.json").read_text())
     assert len(found["points"]) == 2 + 3 * 2 + 1 + 2 + 1
+    fewer = started("one", "--examples", "10")
+    assert (fewer.returncode, fewer.stderr.count("\n")) == (1, 1)
+    assert "expected measurements with examples 10, found some without examples; choose another folder" in fewer.stderr
     assert found["setup"]["data_sha256"] == hashlib.sha256((tmp_path / "texts.csv").read_bytes()).hexdigest()
     write_report(points(("dense", 0.0, [1.0], 5.0), ("base", 1.0, [3.0], 0.0), ("dare", 0.9, [1.1], 0.3)), tmp_path / "three")

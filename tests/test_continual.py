@@ -173,6 +173,27 @@ def test_merged_states_are_those_of_merge(base: str, tmp_path: Path) -> None:
     assert weights_print(load_model(str(tmp_path / "merged"))) == found.states[1]
 
 
+def test_merged_tasks_have_weights_of_their_own(base: str, tmp_path: Path) -> None:
+    run = made(base, tmp_path / "out", "merge", tasks=2, weights={"task-1": 0.25, "task-0": 0.75})
+    found = run.run()
+    merge(base, [run.package(0), run.package(1)], tmp_path / "merged", weights=[0.75, 0.25])
+    assert weights_print(load_model(str(tmp_path / "merged"))) == found.states[1]
+    with pytest.raises(ConfigError) as caught:
+        made(base, tmp_path / "out", "merge", tasks=2, weights={"task-0": 1.0})
+    refusal(caught.value, ConfigError, "weights: expected one for each of task-0, task-1, found {'task-0': 1.0}")
+
+
+def test_other_arguments_of_a_task_are_another_run(base: str, tmp_path: Path) -> None:
+    first, second = (replace(task(0), setup={"learning_rate": rate}) for rate in (1e-3, 1e-4))
+    ContinualRun(base, [first], out=tmp_path).run()
+    with pytest.raises(CheckpointError) as caught:
+        ContinualRun(base, [second], out=tmp_path).run()
+    text = (
+        "measurements with training.task-0.learning_rate 0.0001, found some with training.task-0.learning_rate 0.001; choose another folder"
+    )
+    refusal(caught.value, CheckpointError, text)
+
+
 def test_earlier_examples_are_seen_again(base: str, tmp_path: Path) -> None:
     sizes: list[int] = []
 
@@ -257,7 +278,7 @@ def test_another_run_in_the_same_folder_is_refused(base: str, tmp_path: Path) ->
     run.run()
     with pytest.raises(CheckpointError) as caught:
         made(base, tmp_path / "out", "dare", tasks=1).run()
-    refusal(caught.value, CheckpointError, "continual.json: expected strategy sequential, found dare; choose another folder")
+    refusal(caught.value, CheckpointError, "continual.json: expected measurements with strategy dare, found some with strategy sequential")
     for options, text in (
         (dict(task=3), "task: expected 0 to 0, found 3"),
         (dict(task=0, without=[0]), "without: expected packages side by side"),

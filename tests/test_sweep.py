@@ -152,6 +152,10 @@ def test_more_points_of_the_same_model_are_added(base: Path, tmp_path: Path) -> 
     with pytest.raises(CheckpointError) as caught:
         sweep(tuned_model(base, seed=2), base, distance, out=tmp_path / "out", p=[0.5], seeds=1)
     refusal(caught.value, CheckpointError, "sweep.jsonl: expected a study of", "found one of a model", "choose another folder")
+    with pytest.raises(CheckpointError) as caught:
+        sweep(model, base, distance, out=tmp_path / "out", p=[0.5], seeds=1, setup={"data": "others"})
+    text = "sweep.jsonl: expected measurements with data others, found some without data; choose another folder"
+    refusal(caught.value, CheckpointError, text)
 
 
 def test_weights_on_disk_are_the_models_or_refused(base: Path, tmp_path: Path) -> None:

@@ -126,7 +126,9 @@ def test_another_search_in_the_same_folder_is_refused(base: str, tmp_path: Path)
     TicketSearch(base, task(1), out=tmp_path / "out", levels=1, beside=()).run()
     with pytest.raises(CheckpointError) as caught:
         TicketSearch(base, task(1), out=tmp_path / "out", levels=1, share=0.7).run()
-    refusal(caught.value, CheckpointError, "search.json: expected share 0.5, found 0.7; choose another folder")
+    refusal(
+        caught.value, CheckpointError, "search.json: expected measurements with share 0.7, found some with share 0.5; choose another folder"
+    )
     trained.clear()
     assert len(TicketSearch(base, task(1), out=tmp_path / "out", levels=2, beside=("random",)).run().levels) == 5
     assert trained == ["task 1"] * 3, "one level more, and two beside them"

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -75,8 +76,9 @@ def sweep(
             found[label] = run(
                 model, base, metric, out=place, p=rates, seeds=seeds, first_seed=first_seed, variants=names,
                 tuned=folder if dtype == "auto" else None, batches=texts.batches if texts is not None else None, progress=progress,
-                setup={"base_model": base, "model": folder, **_told(evaluate, data, max_length, examples, dtype)},
+                setup=_depends(evaluate, data, max_length, examples, dtype),
             )  # fmt: skip
+        found[label] = replace(found[label], setup={**_named(base, folder, data), **found[label].setup})
         _publish(found[label], f"How much can be dropped of {label}", place, wandb, quiet=len(tuned) > 1)
     if len(tuned) > 1:
         _publish(found, "When it breaks", out, wandb)
@@ -108,7 +110,7 @@ def inside(
     with progress_bar(f"looking into {_labels([tuned])[0]}", of_bytes=False) as progress:
         found = run(
             model, base, texts.batches, p=rates, seeds=seeds, first_seed=first_seed, masks=masks, tokens=tokens, progress=progress,
-            setup={"base_model": base, "model": tuned, **_told(None, data, max_length, None, dtype)},
+            setup={**_named(base, tuned, data), **_depends(None, data, max_length, None, dtype)},
         )  # fmt: skip
     _publish(found, f"What happens inside {_labels([tuned])[0]}", out, wandb)
 
@@ -143,8 +145,9 @@ def compare(
     with progress_bar("comparing", of_bytes=False) as progress:
         found = run(
             model, base, tuned, metric, out=out, p=rates, ranks=ranks, seeds=seeds, first_seed=first_seed, adapters=adapter,
-            setup={"base_model": base, "model": tuned, **_told(evaluate, data, max_length, examples, dtype)}, progress=progress,
+            setup=_depends(evaluate, data, max_length, examples, dtype), progress=progress,
         )  # fmt: skip
+    found = replace(found, setup={**_named(base, tuned, data), **found.setup})
     _publish(found, f"What the delta of {_labels([tuned])[0]} is worth in bytes", out, wandb)
 
 
@@ -205,11 +208,16 @@ def _texts(
     return load_texts(model, tokenizer, data, columns=named, max_length=max_length, limit=limit, labels=labels)
 
 
-def _told(evaluate: str | None, data: Path | None, max_length: int, examples: int | None, dtype: str) -> dict[str, Any]:
-    """What the figures depend on besides the weights."""
+def _named(base: str, model: str, data: Path | None) -> dict[str, str]:
+    """What models and data are called here."""
+    return {"base_model": base, "model": model, **({"data": str(data)} if data is not None else {})}
+
+
+def _depends(evaluate: str | None, data: Path | None, max_length: int, examples: int | None, dtype: str) -> dict[str, Any]:
+    """What the figures depend on besides the weights, wherever it lies."""
     told: dict[str, Any] = {"eval": evaluate, "examples": examples}
     if data is not None:
-        told |= {"data": str(data), "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest()}
+        told["data_sha256"] = hashlib.sha256(data.read_bytes()).hexdigest()
     return {name: value for name, value in told.items() if value is not None} | {"max_length": max_length, "dtype": dtype}
 
 

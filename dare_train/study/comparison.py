@@ -5,10 +5,11 @@ Every contender stands for the same tensors, those that the base has too; what t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,8 @@ LABELS = {
     "lora": "LoRA, trained",
 }
 """Contenders, for legends."""
+_PRINT = "@"
+"""In keys, between `lora` and what tells an adapter from others."""
 _VALUES = {"dare": "exact", "dare_int4": "int4", "dare_sign": "sign"}
 
 
@@ -122,12 +125,12 @@ def compare(
         ranks: of truncated SVDs.
         seeds: masks at each rate, of seeds `first_seed` onwards.
         adapters: folders of LoRA adapters of the base, trained for the same task.
-        setup: what else the figures depend on: goes into the report.
+        setup: what else the figures depend on, such as the data's SHA-256: goes into the report, and points of another setup are refused.
         progress: called with (points done, points in all).
 
     Raises:
         ConfigError: a value is out of range, or `evaluate` gives no finite numbers.
-        CheckpointError: `out` holds another model's points; and as `extract`.
+        CheckpointError: `out` holds another model's or setup's points; and as `extract`.
     """
     rates = sorted({check_drop_rate(rate) for rate in p} - {0.0})
     if seeds < 1 or any(rank < 1 for rank in ranks):
@@ -136,12 +139,12 @@ def compare(
     contest = _Contest(open_weights(base), opened, adapters)
     wanted = [*_planned(rates, ranks, range(first_seed, first_seed + seeds)), *contest.adapters]
     seat = Seat(model)
-    journal = Journal(Path(out) / "compare.jsonl", print_of(open_weights(base)), print_of(opened))
+    journal = Journal(Path(out) / "compare.jsonl", print_of(open_weights(base)), print_of(opened), setup)
     with tempfile.TemporaryDirectory(prefix="dare-compare-") as folder:
         points = measured(seat, wanted, lambda key: contest.entry(key, Path(folder)), evaluate, journal, progress)
     told = {**(setup or {}), "p": rates, "ranks": list(ranks), "seeds": [first_seed + n for n in range(seeds)]}
     return Comparison(
-        base=print_of(open_weights(base)), tuned=print_of(opened), parameters=contest.parameters, points=points,
+        base=print_of(open_weights(base)), tuned=print_of(opened), parameters=contest.parameters, points=_numbered(points),
         setup=told | {"adapters": [os.fspath(one) for one in adapters]},
     )  # fmt: skip
 
@@ -160,7 +163,7 @@ class _Contest:
     """The two ends of a delta, and what each contender makes of it."""
 
     def __init__(self, base: Weights, tuned: Weights, adapters: Sequence[str | os.PathLike[str]]) -> None:
-        self._original, self.adapters = base, _by_rank(adapters)
+        self._original, self.adapters = base, {_adapter_key(one): one for one in adapters}
         aligned = cast_to(align(base, tuned.tensors.keys(), model=tuned.label)[0], tuned.tensors)
         names = [name for name, info in tuned.tensors.items() if aligned.tensors.get(name) == info and info.dtype.can_be_delta]
         self._base, self._tuned = Mapped(aligned, {name: name for name in names}), Mapped(tuned, {name: name for name in names})
@@ -168,7 +171,8 @@ class _Contest:
 
     def entry(self, key: Key, folder: Path) -> tuple[Weights, dict[str, float]]:
         """Weights, and their size in bits per parameter."""
-        name, p, seed = key
+        variant, p, seed = key
+        name = variant.partition(_PRINT)[0]
         make: dict[str, Callable[[], tuple[Weights, float]]] = {
             "dense": lambda: self._package(folder, p=0.0, values="exact"),
             "base": lambda: (without_delta(self._base, self._tuned), 0.0),
@@ -211,13 +215,22 @@ class _Contest:
         return cast_to(merge_adapter(opened, self._original), self._tuned.tensors), 2 * factors
 
 
-def _by_rank(adapters: Sequence[str | os.PathLike[str]]) -> dict[Key, str | os.PathLike[str]]:
+def _adapter_key(adapter: str | os.PathLike[str]) -> Key:
+    """By its rank, and by what it is, so that measurements of one are not taken for those of another."""
+    config = Path(adapter) / ADAPTER_CONFIG
+    rank = AdapterConfig.read(config).rank
+    content = hashlib.sha256(config.read_bytes() + print_of(open_weights(adapter)).encode()).hexdigest()
+    return f"lora{_PRINT}{content[:16]}", float(rank), 0
+
+
+def _numbered(points: Sequence[Point]) -> tuple[Point, ...]:
     """Adapters of one rank are numbered, as masks of one rate are."""
-    found: dict[Key, str | os.PathLike[str]] = {}
-    for adapter in adapters:
-        rank = float(AdapterConfig.read(Path(adapter) / ADAPTER_CONFIG).rank)
-        found["lora", rank, sum(key[1] == rank for key in found)] = adapter
-    return found
+    found: list[Point] = []
+    for point in points:
+        variant, mark, _ = point.variant.partition(_PRINT)
+        number = sum((one.variant, one.p) == (variant, point.p) for one in found) if mark else point.seed
+        found.append(replace(point, variant=variant, seed=number))
+    return tuple(found)
 
 
 def _truncated(delta: FloatArray, rank: int) -> tuple[FloatArray, int] | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Union
 import numpy as np
 
 from ..errors import CheckpointError, ConfigError
+from ..record import check_setup
 from ..weights import Weights
 from .seat import Seat
 
@@ -98,29 +99,32 @@ def samples(points: Iterable[Point], variant: str, metric: str) -> dict[float, l
 
 
 class Journal:
-    """Points as they are measured, a line for each, below a line that says of which weights.
+    """Points as they are measured, a line for each, below a line that says what all of them depend on.
 
     Args:
         path: of the file.
         base, tuned: fingerprints of the weights.
+        setup: whatever else they depend on.
 
     Raises:
-        CheckpointError: `read` found another model's.
+        CheckpointError: `read` found another model's, or some of another setup.
     """
 
-    def __init__(self, path: Path, base: str, tuned: str) -> None:
+    def __init__(self, path: Path, base: str, tuned: str, setup: Mapping[str, Any] | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path, self._head = path, {"base": base, "tuned": tuned}
+        self._path, self._head = path, {"base": base, "tuned": tuned, "setup": json.loads(json.dumps(setup or {}))}
 
     def read(self) -> list[Point]:
         lines = self._path.read_text(encoding="utf-8").split("\n") if self._path.exists() else []
         if not lines or not lines[0]:
             self._path.write_text(json.dumps(self._head) + "\n", encoding="utf-8")
             return []
-        if json.loads(lines[0]) != self._head:
-            found = f"one of a model {json.loads(lines[0])['tuned'][:12]}…"
+        kept = json.loads(lines[0])
+        if (kept["base"], kept["tuned"]) != (self._head["base"], self._head["tuned"]):
             expected = f"a study of {self._head['tuned'][:12]}… on {self._head['base'][:12]}…"
+            found = f"one of a model {kept['tuned'][:12]}…"
             raise CheckpointError(str(self._path), expected=expected, found=found, remedy="choose another folder")
+        check_setup(self._path, kept["setup"], self._head["setup"])
         whole = lines[1:-1]  # a line without its end was being written when the process died
         self._path.write_text("".join(f"{line}\n" for line in (lines[0], *whole)), encoding="utf-8")
         return [Point(**json.loads(line)) for line in whole]

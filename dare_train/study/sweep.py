@@ -122,16 +122,16 @@ def sweep(
         variants: names in `VARIANTS`.
         tuned: the same weights on disk, so that they need not be copied.
         batches: keyword arguments of the model, from whose layers' inputs the variant `q` works out its factors.
-        setup: what else the figures depend on, such as the name of the data: goes into the report.
+        setup: what else the figures depend on, such as the data's SHA-256: goes into the report, and points of another setup are refused.
         progress: called with (points done, points in all).
 
     Raises:
         ConfigError: a value is out of range, `evaluate` gives no finite numbers, or there are no batches for `q`.
-        CheckpointError: `out` holds another model's points, or `tuned` is not what the model holds; and as `merge`.
+        CheckpointError: `out` holds another model's or setup's points, or `tuned` is not what the model holds; and as `merge`.
     """
     wanted = planned(p, seeds, first_seed, variants)
     kept, seat = open_weights(base), Seat(model, tuned)
-    journal = Journal(Path(out) / "sweep.jsonl", print_of(kept), seat.print)
+    journal = Journal(Path(out) / "sweep.jsonl", print_of(kept), seat.print, setup)
     with TemporaryDirectory(prefix="dare-sweep-") as folder:
         gram = _gram(model, batches, Path(folder)) if any(VARIANTS[name].needs_gram for name in variants) else None
         points = measured(seat, wanted, lambda key: (_weights_at(kept, seat.own, key, gram), {}), evaluate, journal, progress)
