@@ -48,7 +48,7 @@ def tickets_study(found: Tickets | Sequence[Tickets], *, title: str = "Lottery t
         )
     ]
     if any(level.curve for level in levels[0]):
-        charts += [_soon(levels, kinds, metric, name, _bands(searches)), _training(levels, metric, name)]
+        charts += [_soon(levels, kinds, metric, name, _bands(searches)), _training(levels, metric, name, _bands(searches))]
     return Study(
         name=name,
         title=title,
@@ -139,7 +139,7 @@ def _soon(levels: Sequence[Same], kinds: Sequence[Kind], metric: str, name: str,
     )
 
 
-def _training(levels: Sequence[Same], metric: str, name: str) -> Chart:
+def _training(levels: Sequence[Same], metric: str, name: str, bands: str) -> Chart:
     curves = [
         Curve.over(f"{_density(same):.1%}", {float(step): [level.curve[step][metric] for level in same] for step in same[0].curve})
         for same in _of(levels, "ticket")
@@ -147,7 +147,7 @@ def _training(levels: Sequence[Same], metric: str, name: str) -> Chart:
     return Chart(
         name=f"{name}-training",
         title=f"{metric} while tickets train",
-        caption="By the share of elements that change. Held-out examples.",
+        caption=f"By the share of elements that change. Held-out examples.{bands}",
         x="steps of training",
         y=metric,
         curves=tuple(curves),
