@@ -95,6 +95,11 @@ def reshard(module: torch.nn.Module) -> None:
                 part.reshard()
 
 
+def has_dtensors_or_fsdp1(module: torch.nn.Module) -> bool:
+    """Whether parameters get their gradients from FSDP (of either kind) or as DTensors, rather than from autograd."""
+    return any(map(is_dtensor, module.parameters())) or any(_is_fsdp1(part) for part in module.modules())
+
+
 def held(tensors: Iterable[tuple[str, torch.Tensor]], module: torch.nn.Module | None) -> dict[str, Held]:
     """What this process holds of each named tensor.
 
@@ -164,9 +169,13 @@ def _zero12_masters(tensor: Any) -> tuple[Piece, ...] | None:
     return (Piece(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel, mapping.hp_fragment),)
 
 
+def _is_fsdp1(part: torch.nn.Module) -> bool:
+    return type(part).__name__ == "FullyShardedDataParallel"
+
+
 def _fsdp1(module: torch.nn.Module) -> Mapping[int, Held]:
     """By `id` of the original parameter: its place in the flat parameter that FSDP1 made of several."""
-    if not any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
+    if not any(_is_fsdp1(part) for part in module.modules()):
         return {}
     from torch.distributed.fsdp._traversal_utils import _get_fsdp_handles
 

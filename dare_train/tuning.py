@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .config import DareConfig, threshold_of
-from .engines import Piece
+from .engines import Piece, has_dtensors_or_fsdp1
 from .errors import ConfigError
 from .filenames import unwrapped
 from .masks import Mask, key_of
@@ -46,7 +46,8 @@ class SparseTuning:
         elements: of how many.
 
     Raises:
-        ConfigError: a value is wrong; a mask does not fit; the optimizer is none of torch's, or does not train this model.
+        ConfigError: a value is wrong; a mask does not fit; the optimizer is none of torch's, or does not train this model; the model
+            is under FSDP, whose gradients do not pass where they could be masked before they are clipped.
     """
 
     def __init__(
@@ -58,6 +59,9 @@ class SparseTuning:
         seed: int = 0,
         masks: Masks | None = None,
     ) -> None:
+        if has_dtensors_or_fsdp1(model):
+            expected = "one on one device, under DDP, or under DeepSpeed ZeRO"
+            raise ConfigError("model", expected=expected, found="one under FSDP, or with DTensors", remedy="use ZeRO to spread it")
         self._optimizer, targets = _innermost(optimizer)
         if self._optimizer in _at_work:
             _at_work[self._optimizer].close()

@@ -203,6 +203,20 @@ def test_on_two_processes(base: Path, tmp_path: Path, engine: str) -> None:
         assert state < 0.35 * classifier(base).num_parameters()
 
 
+def refused(rank: int, engine: str, base: str, out: str) -> str:
+    """What a Trainer under this engine says to the callback."""
+    with pytest.raises(ConfigError) as caught:
+        train_on(engine, lambda: classifier(Path(base)), Path(out), SparseTuningCallback(p=HEAD))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("engine", ["fsdp1", "fsdp2"])
+def test_fsdp_is_refused(base: Path, tmp_path: Path, engine: str) -> None:
+    expected, found = "one on one device, under DDP, or under DeepSpeed ZeRO", "one under FSDP, or with DTensors; use ZeRO to spread it"
+    text = f"model: expected {expected}, found {found}"
+    assert run_ranks(refused, 2, engine, str(base), str(tmp_path / "out")) == [text] * 2
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
