@@ -76,7 +76,7 @@ def sweep(
             found[label] = run(
                 model, base, metric, out=place, p=rates, seeds=seeds, first_seed=first_seed, variants=names,
                 tuned=folder if dtype == "auto" else None, batches=texts.batches if texts is not None else None, progress=progress,
-                setup=_depends(evaluate, data, max_length, examples, dtype),
+                setup=_depends(evaluate, data, column, max_length, examples, dtype),
             )  # fmt: skip
         found[label] = replace(found[label], setup={**_named(base, folder, data), **found[label].setup})
         _publish(found[label], f"How much can be dropped of {label}", place, wandb, quiet=len(tuned) > 1)
@@ -110,7 +110,7 @@ def inside(
     with progress_bar(f"looking into {_labels([tuned])[0]}", of_bytes=False) as progress:
         found = run(
             model, base, texts.batches, p=rates, seeds=seeds, first_seed=first_seed, masks=masks, tokens=tokens, progress=progress,
-            setup={**_named(base, tuned, data), **_depends(None, data, max_length, None, dtype)},
+            setup={**_named(base, tuned, data), **_depends(None, data, column, max_length, None, dtype)},
         )  # fmt: skip
     _publish(found, f"What happens inside {_labels([tuned])[0]}", out, wandb)
 
@@ -145,7 +145,7 @@ def compare(
     with progress_bar("comparing", of_bytes=False) as progress:
         found = run(
             model, base, tuned, metric, out=out, p=rates, ranks=ranks, seeds=seeds, first_seed=first_seed, adapters=adapter,
-            setup=_depends(evaluate, data, max_length, examples, dtype), progress=progress,
+            setup=_depends(evaluate, data, column, max_length, examples, dtype), progress=progress,
         )  # fmt: skip
     found = replace(found, setup={**_named(base, tuned, data), **found.setup})
     _publish(found, f"What the delta of {_labels([tuned])[0]} is worth in bytes", out, wandb)
@@ -213,9 +213,11 @@ def _named(base: str, model: str, data: Path | None) -> dict[str, str]:
     return {"base_model": base, "model": model, **({"data": str(data)} if data is not None else {})}
 
 
-def _depends(evaluate: str | None, data: Path | None, max_length: int, examples: int | None, dtype: str) -> dict[str, Any]:
+def _depends(
+    evaluate: str | None, data: Path | None, columns: Sequence[str], max_length: int, examples: int | None, dtype: str
+) -> dict[str, Any]:
     """What the figures depend on besides the weights, wherever it lies."""
-    told: dict[str, Any] = {"eval": evaluate, "examples": examples}
+    told: dict[str, Any] = {"eval": evaluate, "columns": sorted(columns) or None, "examples": examples}
     if data is not None:
         told["data_sha256"] = hashlib.sha256(data.read_bytes()).hexdigest()
     return {name: value for name, value in told.items() if value is not None} | {"max_length": max_length, "dtype": dtype}
