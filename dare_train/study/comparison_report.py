@@ -56,8 +56,9 @@ def _some(points: Sequence[str]) -> str:
 def _chart(found: Comparison, metric: str, name: str) -> Chart:
     curves = [Curve.over(LABELS[one], found.curve(one, metric)) for one in found.contenders if one != "dense"]
     dense, base = (fmean(next(iter(found.curve(one, metric).values()))) for one in ("dense", "base"))
-    seeds = len({point.seed for point in found.points if point.variant == "dare"})
-    bands = f"Bands: 95 % confidence over {seeds} masks." if seeds > 1 else "One mask."
+    masks, adapters = (len({point.seed for point in found.points if point.variant == name}) for name in ("dare", "lora"))
+    trained = f", of LoRA over {adapters} adapters" if adapters > 1 else ""
+    bands = f"Bands: 95 % confidence over {masks} masks{trained}." if masks > 1 else "One mask."
     return Chart(
         name=f"{name}-{metric}",
         title=f"{metric} against the size of the delta",
