@@ -1,7 +1,7 @@
 """Where a delta lies: which layers carry it, what seeds and tasks have in common, and how much each layer can do without.
 
     python recipes/subnetworks.py                      # one task from two seeds, small: about a minute
-    python recipes/subnetworks.py --full               # four tasks, as in docs/results.md: about an hour on two cores
+    python recipes/subnetworks.py --full               # four tasks, as in docs/results.md: half an hour on two cores
     python recipes/subnetworks.py --model roberta-base --tasks reviews.csv --steps 1000
 
 all-MiniLM-L6-v2 learns tasks from several seeds. The largest tenth of each delta makes a mask; masks are compared with each other and with

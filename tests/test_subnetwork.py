@@ -140,6 +140,7 @@ def test_the_report_compares_masks_and_layers(tmp_path: Path) -> None:
     assert study.data["between_layers"] == {
         "one": [{"layers": ["0", "1"], "iou": 0.0, "chance": 1 / 3}], "two": [{"layers": ["0", "1"], "iou": 1.0, "chance": 1 / 3}]
     }  # fmt: skip
+    assert study.findings[-1] == "one, two: densest in layer head, with 100.0% to 100.0% of its elements."
     densities, matrix, by_layer, layers = study.charts
     assert isinstance(densities, Chart)
     assert densities.ticks == ("0", "1", "head")

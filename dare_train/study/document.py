@@ -80,6 +80,8 @@ class HeatMap:
     rows: tuple[str, ...]
     values: tuple[tuple[float | None, ...], ...]
     """A tuple for each row; None is left blank."""
+    log: bool = False
+    """Whether colours are in proportion to the numbers' logarithms."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,7 @@ def _colour(axis: Any, chart: HeatMap) -> None:
     axis.set_xlabel(chart.x)
     axis.set_ylabel(chart.y)
     values = [[float("nan") if value is None else value for value in row] for row in chart.values]
-    image = axis.imshow(values, cmap="viridis", aspect="auto")
+    image = axis.imshow(values, cmap="viridis", aspect="auto", norm="log" if chart.log else "linear")
     axis.set_xticks(range(len(chart.columns)), chart.columns, rotation=30, ha="right")
     axis.set_yticks(range(len(chart.rows)), chart.rows, fontsize="medium" if len(chart.rows) <= _FEW else "x-small")
     size = "small" if len(chart.rows) <= _FEW else "x-small"

@@ -86,12 +86,17 @@ def _findings(pairs: Pairs) -> list[str]:
 
 
 def _densest(layers: Mapping[str, Mapping[str, Masks]]) -> list[str]:
-    found = []
+    found: dict[str, dict[str, float]] = {}
     for label, own in layers.items():
         densities = _density_of(own)
         top = max(densities, key=densities.__getitem__)
-        found.append(f"{label} is densest in layer {top}: {densities[top]:.2%} of its elements.")
-    return found
+        found.setdefault(top, {})[label] = densities[top]
+    return [
+        f"{', '.join(those)}: densest in layer {layer}, with {min(those.values()):.1%}"
+        + (f" to {max(those.values()):.1%}" if len(those) > 1 else "")
+        + " of its elements."
+        for layer, those in found.items()
+    ]
 
 
 def _pairs(pairs: Pairs) -> Table:
@@ -146,6 +151,7 @@ def _by_layer(pairs: Pairs, name: str) -> HeatMap:
         columns=tuple(next(iter(layers.values()))),
         rows=tuple(" and ".join(pair) for pair in layers),
         values=tuple(tuple(overlap.times_chance for overlap in own.values()) for own in layers.values()),
+        log=all(overlap.times_chance for own in layers.values() for overlap in own.values()),
     )
 
 
