@@ -126,3 +126,32 @@ def test_the_cache_follows_the_users_cache_folder(tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert compiled._cache_folder() == tmp_path / ".cache/dare_train"
+
+
+WIDE = """
+import sys
+import llvmlite.binding as llvm
+from numba import config
+from dare_train.kernels import compiler, cpu
+
+class Features:
+    def flatten(self):
+        return sys.argv[1]
+
+llvm.get_host_cpu_features = Features
+config.CPU_NAME = "sapphirerapids"
+seen, honest = [], compiler._drop_error_paths
+compiler._drop_error_paths = lambda module, machine: (seen.append(str(module)), honest(module, machine))
+llvm.initialize_native_target()
+llvm.initialize_native_asmprinter()
+compiler.object_code(cpu._fingerprint, ("pu2", "u8", "pu8"), "symbol")
+print("<8 x i64>" in seen[0], config.CPU_FEATURES)
+"""
+
+
+@pytest.mark.parametrize(("newest", "wide"), [("+avx512vbmi2", "True"), ("+avx512cd", "False")])
+def test_vectors_are_wide_where_that_is_no_slower(newest: str, wide: str) -> None:
+    """Of Intel's processors that have vectors of 512 bits, all but the first; and Numba's own settings stay as they were."""
+    features = f"+sse2,+avx,+avx2,+avx512f,+avx512bw,+avx512dq,+avx512vl,{newest}"
+    done = subprocess.run([sys.executable, "-c", WIDE, features], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [wide, "None"]
