@@ -17,7 +17,7 @@ from .fingerprint import Fingerprint
 from .kernels.choice import kernels_for
 from .kernels.rows import Masks, Row, Rows, offsets_of, to_device, to_host
 from .segments import TensorPlan
-from .shards import LiveWeights, torch_dtype
+from .shards import LiveWeights
 
 
 class Pair(NamedTuple):
@@ -75,19 +75,18 @@ def pairs(base: LiveWeights, tuned: LiveWeights, work: Sequence[Work]) -> list[P
 
 
 def _paired(batch: _Batch, numbers: list[int], tuned: list[Row], work: Sequence[Work]) -> list[tuple[int, Pair]]:
-    places, base = [batch.places[n] for n in numbers], [batch.rows[n] for n in numbers]
+    places = [batch.places[n] for n in numbers]
     runs = [work[place] for place in places]
-    finite = _finite(tuned, batch.dtype)
-    lanes = batch.kernels.fingerprint(Rows(dtype=batch.dtype, rows=tuple(base))).cpu().tolist()
-    prints = [Fingerprint(first % 2**64, second % 2**64) for first, second in lanes]
-    made = map(Pair, _kept(batch, base, runs), _kept(batch, tuned, runs), prints)
-    return [(place, pair) for place, (plan, _, _), pair, is_ in zip(places, runs, made, finite, strict=True) if is_ or plan.allow_nonfinite]
-
-
-def _finite(rows: Sequence[Row], dtype: DType) -> list[bool]:
-    """Of each row, whether all its numbers are."""
-    flags: list[bool] = torch.stack([torch.isfinite(row.words.view(torch_dtype(dtype))).all() for row in rows]).tolist()
-    return flags
+    base = Rows(dtype=batch.dtype, rows=tuple(batch.rows[n] for n in numbers))
+    lanes = batch.kernels.fingerprint(base)
+    masks, offsets, sizes = _counted(batch, base, runs)
+    both = torch.empty((2, sum(sizes)), dtype=base.word, device=base.device)
+    strange = batch.kernels.take_both(base, Rows(dtype=batch.dtype, rows=tuple(tuned)), masks, offsets, both[0], both[1])
+    own, new = to_host(both).view(batch.dtype.word)
+    prints = [Fingerprint(first % 2**64, second % 2**64) for first, second in lanes.cpu().tolist()]
+    made = map(Pair, _split(own, sizes), _split(new, sizes), prints)
+    found = zip(places, runs, made, strange.tolist(), strict=True)
+    return [(place, pair) for place, (plan, _, _), pair, strange_one in found if not strange_one or plan.allow_nonfinite]
 
 
 def _batches(live: LiveWeights, work: Sequence[Work], wanted: Callable[[str], bool]) -> list[_Batch]:
@@ -113,17 +112,26 @@ def _row(live: LiveWeights, plan: TensorPlan, start: int, count: int) -> Row | N
 def _kept(batch: _Batch, rows: Sequence[Row], work: Sequence[Work]) -> list[Words]:
     """The kept words of each row."""
     table = Rows(dtype=batch.dtype, rows=tuple(rows))
-    bitmaps = [_bitmap(*one, table.device) for one in work]
+    masks, offsets, sizes = _counted(batch, table, work)
+    out = torch.empty(sum(sizes), dtype=table.word, device=table.device)
+    batch.kernels.take(table, masks, offsets, out)
+    return _split(to_host(out).view(batch.dtype.word), sizes)
+
+
+def _counted(batch: _Batch, rows: Rows, work: Sequence[Work]) -> tuple[Masks, Tensor, list[int]]:
+    """The masks of rows, where the kept words of their blocks will lie, and how many each row has."""
+    bitmaps = [_bitmap(*one, rows.device) for one in work]
     masks = Masks(
         keys=[plan.mask.key for plan, _, _ in work],
         thresholds=[plan.mask.threshold if plan.mask.kind == "seeded" else 0 for plan, _, _ in work],
         bitmaps=bitmaps if any(bitmap is not None for bitmap in bitmaps) else (),
     )
-    counts = batch.kernels.counts(table, masks)
-    sizes = table.per_row(counts)
-    out = torch.empty(sum(sizes), dtype=table.word, device=table.device)
-    batch.kernels.take(table, masks, offsets_of(counts), out)
-    return np.split(to_host(out).view(batch.dtype.word), np.cumsum(sizes)[:-1])
+    counts = batch.kernels.counts(rows, masks)
+    return masks, offsets_of(counts), rows.per_row(counts)
+
+
+def _split(words: Words, sizes: Sequence[int]) -> list[Words]:
+    return np.split(words, np.cumsum(sizes)[:-1])
 
 
 def _bitmap(plan: TensorPlan, start: int, count: int, device: torch.device) -> Tensor | None:

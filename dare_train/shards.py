@@ -206,11 +206,6 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(INTEGERS[tensor.dtype.itemsize])
 
 
-def torch_dtype(dtype: DType) -> torch.dtype:
-    """What torch calls a dtype."""
-    return next(known for known, code in _CODES.items() if code == dtype.code)
-
-
 def _as_tensor(words: Words, dtype: torch.dtype) -> torch.Tensor:
     bits = words.view(f"i{words.itemsize}" if words.itemsize > 1 else "u1")
     return torch.from_numpy(bits if bits.flags.writeable else bits.copy()).view(dtype)

@@ -140,6 +140,29 @@ def test_what_is_taken_comes_back(kernels: ModuleType, dtype: DType, offset: int
     assert np.array_equal(back(rows.rows[0].flat), whole)
 
 
+@both
+@by_code(FLOATS)
+@pytest.mark.parametrize(("offset", "with_bitmaps"), [(0, False), (3, True)])
+def test_two_models_are_taken_from_at_once(
+    kernels: ModuleType, dtype: DType, offset: int, with_bitmaps: bool, device: torch.device
+) -> None:
+    """What `take` gives of each, and which rows of the second are not finite, wherever in them."""
+    shapes = [(0, BLOCK), (3 * BLOCK + 8, BLOCK + 16), (5, 0), (BLOCK - 1, 2), (0, 900)]
+    base, _ = made(device, dtype, shapes, offset)
+    tuned, _ = made(device, dtype, shapes)
+    masks = seeded(len(shapes), 58982, 0, ABSENT, 30000)
+    masks = stored(device, masks, shapes) if with_bitmaps else masks
+    finite = torch.ones(4, dtype=torch.int16, device=device).view(torch.uint8)[: dtype.itemsize].view(tuned.word)
+    tuned.rows[0].flat.copy_(finite.expand_as(tuned.rows[0].flat))
+    tuned.rows[0].words[BLOCK - 1] = tuned.rows[4].words[77] = dtype.exponent_mask
+    offsets = offsets_of(kernels.counts(base, masks))
+    own, new, expected = (torch.zeros(int(offsets[-1, -1]) + 900, dtype=base.word, device=device) for _ in range(3))
+    assert kernels.take_both(base, tuned, masks, offsets, own, new).tolist() == [1, 0, 0, 0, 1]
+    for rows, found in ((base, own), (tuned, new)):
+        plain.take(rows, masks, offsets, expected.zero_())
+        assert torch.equal(found, expected)
+
+
 def expected_sum(words: Words, terms: list[law.Term], dtype: DType) -> Words:
     result = words.copy()
     law.combine(result, terms, dtype)
@@ -284,23 +307,28 @@ from triton.compiler import ASTSource
 from dare_train.kernels import cuda
 
 def ptx(kernel, signature, constants, capability):
-    source = ASTSource(fn=kernel, signature={**signature, **{name: "constexpr" for name in constants}}, constexprs=constants)
+    aligned = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind.startswith("*")}
+    types = {**signature, **{name: "constexpr" for name in constants}}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     options = {name: value for name, value in cuda._LAUNCH.items()}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(made.asm["cubin"]) > 1000
     return made.asm["ptx"]
 
 table = {"table": "*i64", "row_of_block": "*i32"}
-moves = {**table, "masks": "*i64", "offsets": "*i64", "values": "*i16"}
+masked = {**table, "masks": "*i64", "numbers": "*i16"}
+moves = {**masked, "offsets": "*i64", "values": "*i16"}
+pairs = {**masked, "addresses": "*i64", "offsets": "*i64", "own": "*i16", "new": "*i16", "strange": "*i32"}
 common = {"STORED": False, "ALIGNED": True, "WORD": tl.int16}
 for capability in (80, 90):
     moved = [
         ptx(cuda._fingerprint, {**table, "lanes": "*i64"}, {"WORD": tl.int16, "UNSIGNED": tl.uint16, "ALIGNED": True}, capability),
         ptx(cuda._move, moves, {**common, "PUT": False}, capability),
         ptx(cuda._move, moves, {**common, "PUT": True}, capability),
+        ptx(cuda._take_both, pairs, {**common, "EXPONENT": 0x7F80}, capability),
     ]
-    ptx(cuda._count, {**table, "masks": "*i64", "counts": "*i64"}, {"STORED": True}, capability)
-    signature = {**table, "masks": "*i64", "factors": "*fp32", "offsets": "*i64", "values": "*i64", "rows": "i32", "blocks": "i32"}
+    ptx(cuda._count, {**masked, "counts": "*i64"}, {"STORED": True}, capability)
+    signature = {**masked, "factors": "*fp32", "offsets": "*i64", "values": "*i64", "rows": "i32", "blocks": "i32"}
     constants = {"TERMS": 2, "DELTAS": 2, "STORED": 1, "WORD": tl.int16, "CODE": "BF16", "ALIGNED": True}
     added = ptx(cuda._add, signature, constants, capability)
     assert "mul.rn.f32" in added or "mul.f32" in added

@@ -5,6 +5,7 @@ Bytes that each must move, per element of n bytes at drop rate p:
     fingerprint   n                      read
     counts        0                      nothing but the draws, computed
     take          n + (1 - p)·n          read, kept words written
+    take_both     2n + 2(1 - p)·n        base and tuned read, kept words of both written
     put           2n + (1 - p)·n         read, values read, written
     add           2n + k·(1 - p)·n       the same with the values of k packages
 
@@ -22,106 +23,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import blocks
+from .blocks import at_address, draws, earlier, inside, kept, of_plane, place, places, ranks, read, threshold_again, totals, write, zeros
 from .rows import BLOCK, PLANES, Masks, Rows, Term, to_device
 
 _WORDS = {torch.uint8: tl.uint8, torch.int16: tl.int16, torch.int32: tl.int32, torch.int64: tl.int64}
-_LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+_LAUNCH: dict[str, Any] = {"num_warps": blocks.THREADS // 32, "enable_fp_fusion": False}
 
 _BLOCK = tl.constexpr(BLOCK)
-_COUNTERS = tl.constexpr(BLOCK // 8)
+_PLANES = tl.constexpr(PLANES)
+_COUNTERS = tl.constexpr(BLOCK // PLANES)
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 _MIX1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MIX2 = tl.constexpr(0x94D049BB133111EB)
-
-
-@triton.jit
-def _place(table, row_of_block, WORD: tl.constexpr, ALIGNED: tl.constexpr):
-    """This program's row, its block, elements of the row before that, where the block's words begin, or would begin if the row
-    had all of them, and which of them it has: [low, high)."""
-    program = tl.program_id(0)
-    row = tl.load(row_of_block + program).to(tl.int64)
-    address, start = tl.load(table + 4 * row), tl.load(table + 4 * row + 1)
-    count, first = tl.load(table + 4 * row + 2), tl.load(table + 4 * row + 3)
-    block = start // _BLOCK + (program - first)
-    before = block * _BLOCK - start
-    pointer = address.to(tl.pointer_type(WORD))
-    if ALIGNED:
-        pointer, before = tl.multiple_of(pointer, 16), tl.multiple_of(before, 8)
-    low, high = tl.maximum(-before, 0).to(tl.int32), tl.minimum(count - before, _BLOCK).to(tl.int32)
-    return row, block, before, pointer + before, low, high
-
-
-@triton.jit
-def _philox(key, block):
-    """[1024] each: the four words of the block's counters."""
-    counter = block * _COUNTERS + tl.arange(0, _COUNTERS).to(tl.int64)
-    high = (counter >> 32).to(tl.uint32)
-    zero = tl.zeros_like(high)
-    return tl.philox(key, counter.to(tl.uint32), high, zero, zero)
-
-
-@triton.jit
-def _draws(w0, w1, w2, w3, PLANE: tl.constexpr):
-    """[1024]: the draws of a block's elements from 1024·PLANE on: half PLANE % 2, low first, of word PLANE // 2."""
-    if PLANE < 2:
-        word = w0
-    elif PLANE < 4:
-        word = w1
-    elif PLANE < 6:
-        word = w2
-    else:
-        word = w3
-    word = word >> 16 if PLANE % 2 else word & 0xFFFF
-    return word.to(tl.int32)
-
-
-@triton.jit
-def _places(PLANE: tl.constexpr):
-    """[1024]: the places in a block of a plane's elements."""
-    return PLANE * _COUNTERS + tl.arange(0, _COUNTERS)
-
-
-@triton.jit
-def _kept(w0, w1, w2, w3, masks, before, low, high, PLANE: tl.constexpr, STORED: tl.constexpr, WHOLE: tl.constexpr):
-    """[1024]: which elements of a plane are kept."""
-    places = _places(PLANE)
-    kept = _draws(w0, w1, w2, w3, PLANE) >= tl.load(masks + 1).to(tl.int32)
-    inside = (places >= low) & (places < high)
-    if STORED:
-        at = before + places
-        bitmap = tl.load(masks + 2)
-        has_one = tl.zeros_like(at) + bitmap != 0  # as a tensor: the interpreter has no scalar truths
-        bytes_ = tl.load(bitmap.to(tl.pointer_type(tl.uint8)) + (at >> 3), mask=inside & has_one, other=0)
-        kept = tl.where(has_one, ((bytes_ >> (at & 7).to(tl.uint8)) & 1) != 0, kept)
-    if not WHOLE:
-        kept = kept & inside
-    return kept
-
-
-@triton.jit
-def _ranks(kept, others):
-    """[1024] each, for two planes: how many kept elements come before each. One prefix sum counts both, in halves of its words."""
-    ones = kept.to(tl.int32) + (others.to(tl.int32) << 16)
-    before = tl.cumsum(ones, axis=0) - ones
-    return before & 0xFFFF, before >> 16
-
-
-@triton.jit
-def _read(words, low, high, PLANE: tl.constexpr, WHOLE: tl.constexpr):
-    places = _places(PLANE)
-    if WHOLE:
-        return tl.load(words + places)
-    else:
-        return tl.load(words + places, mask=(places >= low) & (places < high), other=0)
-
-
-@triton.jit
-def _write(words, values, low, high, PLANE: tl.constexpr, WHOLE: tl.constexpr):
-    places = _places(PLANE)
-    if WHOLE:
-        tl.store(words + places, values)
-    else:
-        tl.store(words + places, values, mask=(places >= low) & (places < high))
 
 
 @triton.jit
@@ -154,17 +68,17 @@ def _narrow(value, CODE: tl.constexpr):
 
 @triton.jit
 def _print_of(words, block, low, high, UNSIGNED: tl.constexpr, WHOLE: tl.constexpr):
-    """Both lanes of a block, [1024] each, still to be added up."""
-    first, second = tl.zeros((_COUNTERS,), tl.uint64), tl.zeros((_COUNTERS,), tl.uint64)
-    for plane in tl.static_range(8):
-        places = _places(plane)
-        word = _read(words, low, high, plane, WHOLE)
-        v = word.to(UNSIGNED, bitcast=True).to(tl.uint64) + (block * _BLOCK + places).to(tl.uint64) * _GOLDEN
+    """Both lanes of a block, [128, 8] each, still to be added up."""
+    first, second, planes = zeros(tl.uint64), zeros(tl.uint64), read(words, low, high, WHOLE)
+    index = (block * _BLOCK + places(0)).to(tl.uint64) * _GOLDEN
+    for plane in tl.static_range(_PLANES):
+        v = planes[plane].to(UNSIGNED, bitcast=True).to(tl.uint64) + index
+        index += (_COUNTERS * _GOLDEN) & 0xFFFFFFFFFFFFFFFF
         v = (v ^ (v >> 30)) * _MIX1
         v = (v ^ (v >> 27)) * _MIX2
         v = v ^ (v >> 31)
         if not WHOLE:
-            v = tl.where((places >= low) & (places < high), v, 0)
+            v = tl.where(inside(low, high, plane), v, 0)
         first += v
         second += (v & 0xFFFFFFFF) * (v >> 32)
     return first, second
@@ -172,124 +86,166 @@ def _print_of(words, block, low, high, UNSIGNED: tl.constexpr, WHOLE: tl.constex
 
 @triton.jit
 def _fingerprint(table, row_of_block, lanes, WORD: tl.constexpr, UNSIGNED: tl.constexpr, ALIGNED: tl.constexpr):
-    row, block, _, words, low, high = _place(table, row_of_block, WORD, ALIGNED)
+    row, block, _, words, low, high = place(table, row_of_block, WORD, ALIGNED)
     if high - low == _BLOCK:
         first, second = _print_of(words, block, low, high, UNSIGNED, True)
     else:
         first, second = _print_of(words, block, low, high, UNSIGNED, False)
-    tl.atomic_add(lanes + 2 * row, tl.sum(first, axis=0).to(tl.int64, bitcast=True))
-    tl.atomic_add(lanes + 2 * row + 1, tl.sum(second, axis=0).to(tl.int64, bitcast=True))
+    tl.atomic_add(lanes + 2 * row, tl.sum(first).to(tl.int64, bitcast=True), sem="relaxed")
+    tl.atomic_add(lanes + 2 * row + 1, tl.sum(second).to(tl.int64, bitcast=True), sem="relaxed")
 
 
 @triton.jit
-def _count(table, row_of_block, masks, counts, STORED: tl.constexpr):
-    row, block, before, _, low, high = _place(table, row_of_block, tl.int8, False)
-    masks += 3 * row
-    w0, w1, w2, w3 = _philox(tl.load(masks), block)
-    for plane in tl.static_range(8):
-        kept = _kept(w0, w1, w2, w3, masks, before, low, high, plane, STORED, False)
-        tl.store(counts + 8 * tl.program_id(0) + plane, tl.sum(kept.to(tl.int32), axis=0).to(tl.int64))
+def _count_block(counts, masks, numbers, block, before, low, high, STORED: tl.constexpr, WHOLE: tl.constexpr):
+    drawn = draws(tl.load(masks), block, numbers)
+    for pair in tl.static_range(_PLANES // 2):
+        both = tl.sum(totals(drawn, masks, before, low, high, pair, STORED, WHOLE), axis=0)
+        tl.store(counts + 2 * pair, (both & 0xFFFF).to(tl.int64))
+        tl.store(counts + 2 * pair + 1, (both >> 16).to(tl.int64))
 
 
 @triton.jit
-def _move_plane(words, values, at, kept, low, high, PLANE: tl.constexpr, WHOLE: tl.constexpr, PUT: tl.constexpr):
-    word = _read(words, low, high, PLANE, WHOLE)
-    if PUT:
-        _write(words, tl.where(kept, tl.load(values + at, mask=kept, other=0), word), low, high, PLANE, WHOLE)
+def _count(table, row_of_block, masks, numbers, counts, STORED: tl.constexpr):
+    row, block, before, _, low, high = place(table, row_of_block, tl.int8, False)
+    masks, counts = masks + 3 * row, counts + _PLANES * tl.program_id(0)
+    if high - low == _BLOCK:
+        _count_block(counts, masks, numbers, block, before, low, high, STORED, True)
     else:
-        tl.store(values + at, word, mask=kept)
+        _count_block(counts, masks, numbers, block, before, low, high, STORED, False)
+
+
+@triton.jit
+def _scatter(first, at, word):
+    """Write words to their places after `first`, those at 0 nowhere. Stores are laid out otherwise than loads, one element to a
+    thread: as 16 bits, places move between threads, and neither pointers nor masks."""
+    tl.store(first + at.to(tl.int64), word, mask=at.to(tl.int32) > 0)
 
 
 @triton.jit
 def _move_block(
-    words, offsets, values, masks, block, before, low, high, STORED: tl.constexpr, WHOLE: tl.constexpr, PUT: tl.constexpr
+    words, offsets, values, masks, numbers, block, before, low, high, STORED: tl.constexpr, WHOLE: tl.constexpr, PUT: tl.constexpr
 ):  # fmt: skip
-    w0, w1, w2, w3 = _philox(tl.load(masks), block)
-    for pair in tl.static_range(4):
-        kept = _kept(w0, w1, w2, w3, masks, before, low, high, 2 * pair, STORED, WHOLE)
-        others = _kept(w0, w1, w2, w3, masks, before, low, high, 2 * pair + 1, STORED, WHOLE)
-        at, others_at = _ranks(kept, others)
-        _move_plane(words, values + tl.load(offsets + 2 * pair), at, kept, low, high, 2 * pair, WHOLE, PUT)
-        _move_plane(words, values + tl.load(offsets + 2 * pair + 1), others_at, others, low, high, 2 * pair + 1, WHOLE, PUT)
+    planes, results = read(words, low, high, WHOLE), ()
+    drawn = draws(tl.load(masks), block, numbers)
+    firsts = earlier(drawn, masks, before, low, high, STORED, WHOLE)
+    threshold = threshold_again(masks)
+    for plane in tl.static_range(_PLANES):
+        keeps = kept(drawn, masks, threshold, before, low, high, plane, STORED, WHOLE)
+        first, before_it = values + (tl.load(offsets + plane) - 1), of_plane(firsts, plane)
+        if PUT:
+            at = first + before_it + ranks(keeps)
+            results = results + (tl.load(at, mask=keeps, other=planes[plane]),)  # type: ignore[assignment]
+        else:
+            _scatter(first, tl.where(keeps, before_it + ranks(keeps), 0).to(tl.int16), planes[plane])
+    if PUT:
+        write(words, results, low, high, WHOLE)
 
 
 @triton.jit
 def _move(
-    table, row_of_block, masks, offsets, values, WORD: tl.constexpr, STORED: tl.constexpr, ALIGNED: tl.constexpr, PUT: tl.constexpr
+    table, row_of_block, masks, numbers, offsets, values,
+    WORD: tl.constexpr, STORED: tl.constexpr, ALIGNED: tl.constexpr, PUT: tl.constexpr,
 ):  # fmt: skip
     """Kept words from the rows to `values`, or with PUT from there to the rows."""
-    row, block, before, words, low, high = _place(table, row_of_block, WORD, ALIGNED)
-    masks, offsets = masks + 3 * row, offsets + 8 * tl.program_id(0)
+    row, block, before, words, low, high = place(table, row_of_block, WORD, ALIGNED)
+    masks, offsets = masks + 3 * row, offsets + _PLANES * tl.program_id(0)
     if high - low == _BLOCK:
-        _move_block(words, offsets, values, masks, block, before, low, high, STORED, True, PUT)
+        _move_block(words, offsets, values, masks, numbers, block, before, low, high, STORED, True, PUT)
     else:
-        _move_block(words, offsets, values, masks, block, before, low, high, STORED, False, PUT)
+        _move_block(words, offsets, values, masks, numbers, block, before, low, high, STORED, False, PUT)
 
 
 @triton.jit
-def _add_plane(
-    words, offsets, values, factors, kept, ranks, low, high, rows, blocks,
-    PLANE: tl.constexpr, TERMS: tl.constexpr, DELTAS: tl.constexpr, WORD: tl.constexpr, CODE: tl.constexpr, WHOLE: tl.constexpr,
+def _take_both_block(
+    base, tuned, offsets, own, new, masks, numbers, block, before, low, high,
+    WORD: tl.constexpr, EXPONENT: tl.constexpr, STORED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """`kept` and `ranks` are tuples, of each term."""
-    word = _read(words, low, high, PLANE, WHOLE)
-    own = _widen(word, CODE)
-    total, alone = own, word
-    movers = tl.zeros((_COUNTERS,), tl.int32)  # how many, and in the upper half how many of them are exact
-    for t in tl.static_range(TERMS):
-        at = tl.load(offsets + 8 * t * blocks + PLANE) + ranks[t]
-        factor = tl.load(factors + t * rows)
-        if (DELTAS >> t) & 1:
-            delta = tl.load(tl.load(values + t).to(tl.pointer_type(own.dtype)) + at, mask=kept[t], other=0)
-            moves = kept[t] & (delta != 0)
-        else:
-            tuned = tl.load(tl.load(values + t).to(tl.pointer_type(WORD)) + at, mask=kept[t], other=0)
-            delta = _widen(tuned, CODE) - own
-            moves = kept[t] & (tuned != word)
-            as_it_is = moves & (tl.zeros_like(own) + factor == 1)
-            alone = tl.where(as_it_is, tuned, alone)
-            movers += as_it_is.to(tl.int32) << 16
-        total = tl.where(moves, total + factor * delta, total)
-        movers += moves.to(tl.int32)
-    moved = tl.where(movers == 0x10001, alone, _narrow(total, CODE))
-    _write(words, tl.where(movers > 0, moved, word), low, high, PLANE, WHOLE)
+    """Returns the largest exponent among the tuned words, in its place."""
+    base_planes, tuned_planes, largest = read(base, low, high, WHOLE), read(tuned, low, high, WHOLE), zeros(WORD)
+    drawn = draws(tl.load(masks), block, numbers)
+    firsts = earlier(drawn, masks, before, low, high, STORED, WHOLE)
+    threshold = threshold_again(masks)
+    for plane in tl.static_range(_PLANES):
+        keeps = kept(drawn, masks, threshold, before, low, high, plane, STORED, WHOLE)
+        at, first = tl.where(keeps, of_plane(firsts, plane) + ranks(keeps), 0).to(tl.int16), tl.load(offsets + plane) - 1
+        _scatter(own + first, at, base_planes[plane])
+        _scatter(new + first, at.to(tl.uint16), tuned_planes[plane])
+        largest = tl.maximum(largest, tuned_planes[plane] & EXPONENT)
+    return tl.max(largest)
+
+
+@triton.jit
+def _take_both(
+    table, row_of_block, masks, numbers, addresses, offsets, own, new, strange,
+    WORD: tl.constexpr, EXPONENT: tl.constexpr, STORED: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Kept words of rows and of others like them, which lie at `addresses`; and in `strange` which of these hold NaN or infinity."""
+    row, block, before, base, low, high = place(table, row_of_block, WORD, ALIGNED)
+    tuned = at_address(tl.load(addresses + row), before, WORD, ALIGNED)
+    masks, offsets = masks + 3 * row, offsets + _PLANES * tl.program_id(0)
+    if high - low == _BLOCK:
+        largest = _take_both_block(base, tuned, offsets, own, new, masks, numbers, block, before, low, high, WORD, EXPONENT, STORED, True)
+    else:
+        largest = _take_both_block(base, tuned, offsets, own, new, masks, numbers, block, before, low, high, WORD, EXPONENT, STORED, False)
+    tl.atomic_max(strange + row, 1, mask=largest == EXPONENT, sem="relaxed")
 
 
 @triton.jit
 def _add_block(
-    words, offsets, values, factors, masks, block, before, low, high, rows, blocks,
+    words, offsets, values, factors, masks, numbers, block, before, low, high, rows, blocks,
     TERMS: tl.constexpr, DELTAS: tl.constexpr, STORED: tl.constexpr, WORD: tl.constexpr, CODE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    keys = ()
-    for t in tl.static_range(TERMS):  # loaded once, so that draws are computed once for all planes
-        keys = keys + (tl.load(masks + 3 * t * rows),)  # type: ignore[assignment]
-    for pair in tl.static_range(4):
-        kept, others, ranks, others_ranks = (), (), (), ()
+    planes, results = read(words, low, high, WHOLE), ()
+    drawn, firsts, thresholds = (), (), ()
+    for t in tl.static_range(TERMS):
+        own_masks, stored = masks + 3 * t * rows, tl.constexpr(((STORED >> t) & 1) != 0)
+        drawn = drawn + (draws(tl.load(own_masks), block, numbers),)  # type: ignore[assignment]
+        firsts = firsts + (earlier(drawn[t], own_masks, before, low, high, stored, WHOLE),)  # type: ignore[assignment]
+        thresholds = thresholds + (threshold_again(own_masks),)  # type: ignore[assignment]
+    for plane in tl.static_range(_PLANES):
+        word = planes[plane]
+        own = _widen(word, CODE)
+        total, alone = own, word
+        movers = zeros(tl.int32)  # one for each that gives its own word where it is alone, two for each other
         for t in tl.static_range(TERMS):
-            w0, w1, w2, w3 = _philox(keys[t], block)
             own_masks, stored = masks + 3 * t * rows, tl.constexpr(((STORED >> t) & 1) != 0)
-            kept = kept + (_kept(w0, w1, w2, w3, own_masks, before, low, high, 2 * pair, stored, WHOLE),)  # type: ignore[assignment]
-            others = others + (_kept(w0, w1, w2, w3, own_masks, before, low, high, 2 * pair + 1, stored, WHOLE),)  # type: ignore[assignment]
-            both = _ranks(kept[t], others[t])
-            ranks, others_ranks = ranks + (both[0],), others_ranks + (both[1],)  # type: ignore[assignment]
-        _add_plane(words, offsets, values, factors, kept, ranks, low, high, rows, blocks, 2 * pair, TERMS, DELTAS, WORD, CODE, WHOLE)
-        _add_plane(
-            words, offsets, values, factors, others, others_ranks, low, high, rows, blocks, 2 * pair + 1, TERMS, DELTAS, WORD, CODE, WHOLE
-        )
+            keeps = kept(drawn[t], own_masks, thresholds[t], before, low, high, plane, stored, WHOLE)
+            first = (tl.load(offsets + _PLANES * t * blocks + plane) - 1) + of_plane(firsts[t], plane)
+            factor = tl.load(factors + t * rows)
+            if (DELTAS >> t) & 1:
+                at = tl.load(values + t).to(tl.pointer_type(own.dtype)) + first + ranks(keeps)
+                delta = tl.load(at, mask=keeps, other=0)
+                moves, ones = delta != 0, 2
+            else:
+                at = tl.load(values + t).to(tl.pointer_type(WORD)) + first + ranks(keeps)
+                tuned = tl.load(at, mask=keeps, other=word)
+                delta = _widen(tuned, CODE) - own
+                moves, ones = tuned != word, tl.where(tl.zeros_like(own) + factor == 1, 1, 2)
+                alone = tl.where(moves, tuned, alone)
+            total = tl.where(moves, total + factor * delta, total)
+            movers += tl.where(moves, ones, 0)
+        results = results + (tl.where(movers < 2, alone, _narrow(total, CODE)),)  # type: ignore[assignment]
+    write(words, results, low, high, WHOLE)
 
 
 @triton.jit
 def _add(
-    table, row_of_block, masks, factors, offsets, values, rows, blocks,
+    table, row_of_block, masks, numbers, factors, offsets, values, rows, blocks,
     TERMS: tl.constexpr, DELTAS: tl.constexpr, STORED: tl.constexpr, WORD: tl.constexpr, CODE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The arithmetic law (docs/format.md §5) for TERMS packages. Bit t of DELTAS and STORED says whether term t has deltas, bitmaps."""
-    row, block, before, words, low, high = _place(table, row_of_block, WORD, ALIGNED)
-    masks, offsets, factors = masks + 3 * row, offsets + 8 * tl.program_id(0), factors + row
+    row, block, before, words, low, high = place(table, row_of_block, WORD, ALIGNED)
+    masks, offsets, factors = masks + 3 * row, offsets + _PLANES * tl.program_id(0), factors + row
     if high - low == _BLOCK:
-        _add_block(words, offsets, values, factors, masks, block, before, low, high, rows, blocks, TERMS, DELTAS, STORED, WORD, CODE, True)
+        _add_block(
+            words, offsets, values, factors, masks, numbers, block, before, low, high, rows, blocks,
+            TERMS, DELTAS, STORED, WORD, CODE, True,
+        )  # fmt: skip
     else:
-        _add_block(words, offsets, values, factors, masks, block, before, low, high, rows, blocks, TERMS, DELTAS, STORED, WORD, CODE, False)
+        _add_block(
+            words, offsets, values, factors, masks, numbers, block, before, low, high, rows, blocks,
+            TERMS, DELTAS, STORED, WORD, CODE, False,
+        )  # fmt: skip
 
 
 def fingerprint(rows: Rows) -> Tensor:
@@ -303,25 +259,33 @@ def fingerprint(rows: Rows) -> Tensor:
 def counts(rows: Rows, masks: Masks) -> Tensor:
     """int64 [blocks, 8]: how many elements each plane of 1,024 keeps."""
     found = torch.empty((rows.blocks, PLANES), dtype=torch.int64, device=rows.device)
-    _launch(_count, rows, masks.table(rows.device), found, masks.stored)
+    _launch(_count, rows, *_of(rows, masks), found, masks.stored)
     return found
 
 
 def take(rows: Rows, masks: Masks, offsets: Tensor, out: Tensor) -> None:
     """Write kept words into `out`, each plane's from its offset on, in their order."""
-    _launch(_move, rows, masks.table(rows.device), offsets, out, _WORDS[rows.word], masks.stored, rows.aligned, False)
+    _launch(_move, rows, *_of(rows, masks), offsets, out, _WORDS[rows.word], masks.stored, rows.aligned, False)
+
+
+def take_both(base: Rows, tuned: Rows, masks: Masks, offsets: Tensor, own: Tensor, new: Tensor) -> Tensor:
+    """`take` of two models at once: of `base` into `own`, of `tuned`, rows of the same elements, into `new`.
+
+    Returns:
+        int32 [rows]: 1 where `tuned` holds NaN or infinity, also among elements that are dropped.
+    """
+    strange = torch.zeros(len(base.rows), dtype=torch.int32, device=base.device)
+    addresses = to_device(torch.tensor([row.address for row in tuned.rows], dtype=torch.int64), base.device)
+    _launch(
+        _take_both, base, *_of(base, masks), addresses, offsets, own, new, strange,
+        _WORDS[base.word], base.dtype.exponent_mask, masks.stored, base.aligned and tuned.aligned,
+    )  # fmt: skip
+    return strange
 
 
 def put(rows: Rows, masks: Masks, offsets: Tensor, values: Tensor) -> None:
     """Make `values` the kept words, in place: the inverse of `take`."""
-    _launch(_move, rows, masks.table(rows.device), offsets, values, _WORDS[rows.word], masks.stored, rows.aligned, True)
-
-
-def _launch(kernel: Any, rows: Rows, *arguments: Any) -> None:
-    """A program for each block, on the rows' own device, whichever is the current one."""
-    if rows.blocks:
-        with torch.cuda.device_of(rows.rows[0].flat):
-            kernel[(rows.blocks,)](rows.table, rows.row_of_block, *arguments, **_LAUNCH)
+    _launch(_move, rows, *_of(rows, masks), offsets, values, _WORDS[rows.word], masks.stored, rows.aligned, True)
 
 
 def add(rows: Rows, terms: Sequence[Term]) -> None:
@@ -334,10 +298,22 @@ def add(rows: Rows, terms: Sequence[Term]) -> None:
     offsets = torch.cat([term.offsets for term in terms])
     values = to_device(torch.tensor([term.values.data_ptr() for term in terms], dtype=torch.int64), device)
     _launch(
-        _add, rows, masks, factors, offsets, values, len(rows.rows), rows.blocks,
+        _add, rows, masks, blocks.lanes(device), factors, offsets, values, len(rows.rows), rows.blocks,
         len(terms), _bits(term.deltas for term in terms), _bits(term.masks.stored for term in terms),
         _WORDS[rows.word], rows.dtype.code, rows.aligned,
     )  # fmt: skip
+
+
+def _of(rows: Rows, masks: Masks) -> tuple[Tensor, Tensor]:
+    """What kernels need to work out masks."""
+    return masks.table(rows.device), blocks.lanes(rows.device)
+
+
+def _launch(kernel: Any, rows: Rows, *arguments: Any) -> None:
+    """A program for each block, on the rows' own device, whichever is the current one."""
+    if rows.blocks:
+        with torch.cuda.device_of(rows.rows[0].flat):
+            kernel[(rows.blocks,)](rows.table, rows.row_of_block, *arguments, **_LAUNCH)
 
 
 def _bits(flags: Iterable[bool]) -> int:

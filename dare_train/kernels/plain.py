@@ -39,6 +39,18 @@ def take(rows: Rows, masks: Masks, offsets: Tensor, out: Tensor) -> None:
             _values(rows, offsets, out, number, words.numel()).copy_(words)
 
 
+def take_both(base: Rows, tuned: Rows, masks: Masks, offsets: Tensor, own: Tensor, new: Tensor) -> Tensor:
+    """`take` of two models at once: of `base` into `own`, of `tuned`, rows of the same elements, into `new`.
+
+    Returns:
+        int32 [rows]: 1 where `tuned` holds NaN or infinity, also among elements that are dropped.
+    """
+    take(base, masks, offsets, own)
+    take(tuned, masks, offsets, new)
+    finite = [row.words.view(_FLOATS[tuned.dtype.code]).isfinite().all() for row in tuned.rows]
+    return 1 - torch.stack(finite).int()
+
+
 def put(rows: Rows, masks: Masks, offsets: Tensor, values: Tensor) -> None:
     """Make `values` the kept words, in place: the inverse of `take`."""
     for number, row in enumerate(rows.rows):

@@ -20,6 +20,7 @@ MODULES = {
     "callback": "callback",
     "ranks": "ranks",
     "gpu": "gpu",
+    "code": "machine_code",
     "sweep": "sweep",
     "tuning": "tuning",
     "tickets": "tickets",

@@ -113,6 +113,12 @@ def _memory(model: Model, runs: int) -> list[Line]:
     ]
     printed = _seconds(lambda: kernels.fingerprint(rows), runs)
     taken = _seconds(lambda: kernels.take(rows, masks, offsets, model.own), runs)
+    tuned, new = (
+        Rows(dtype=rows.dtype, rows=tuple(Row(flat=row.flat.clone(), start=0, count=row.count) for row in rows.rows)),
+        torch.empty_like(values),
+    )
+    extracted = _seconds(lambda: kernels.take_both(rows, tuned, masks, offsets, model.own, new), runs)
+    counted = _seconds(lambda: kernels.counts(rows, masks), runs)
     put = _seconds(lambda: kernels.put(rows, masks, offsets, values), runs)
     back = _seconds(lambda: kernels.put(rows, masks, offsets, model.own), runs)
     one = _seconds(lambda: kernels.add(rows, [term]), runs)
@@ -124,7 +130,9 @@ def _memory(model: Model, runs: int) -> list[Line]:
         _share("apply: one resident package put into place", put, 2 * n + kept, median(copied), 0.7),
         Line(what="apply: the same", values=[1e3 * seconds for seconds in put], unit="ms"),
         _share("revert: the words that were there, put back", back, 2 * n + kept, median(copied), 0.6),
-        _share("extract: kept words gathered, of base or tuned", taken, n + kept, median(copied), 0.6),
+        _share("extract: kept words of base and tuned gathered in one pass", extracted, 2 * (n + kept), median(copied), 0.6),
+        _share("snapshot: kept words of the weights gathered", taken, n + kept, median(copied), None),
+        Line(what="counts of kept words, before either", values=[1e3 * seconds for seconds in counted], unit="ms"),
         _share("fingerprint, of a read", printed, n, n / median(read), 0.8),
         _share("apply: one package by the arithmetic law", one, 2 * n + kept, median(copied), None),
         Line(what="three packages in one pass / one", values=[t / median(one) for t in several], unit="×", at_most=1.6),
