@@ -22,12 +22,13 @@ from .dtypes import DType, Words
 from .errors import DeviceMemoryError
 from .fingerprint import Fingerprint
 from .kernels.choice import kernels_for
-from .kernels.rows import ABSENT, BLOCK, PLANES, Masks, Row, Rows, Term, offsets_of, to_device, to_host
+from .kernels.rows import ABSENT, BLOCK, PLANES, Masks, Row, Rows, Term, offsets_of
+from .kernels.staging import Ring, to_device
 from .law import Term as LawTerm
 from .manifest import TensorRecord
 from .masks import Mask
 from .package import DeltaPackage, Segment
-from .parallel import ordered_map
+from .parallel import ordered_map, thread_count
 from .resolve import Link
 from .segments import Opened, check_kept, decode_whole
 from .shards import LiveWeights
@@ -300,19 +301,20 @@ def _masks(parts: Sequence[_Part | None], device: torch.device) -> Masks:
 
 
 def _decode(parts: Sequence[_Part], own: Tensor, values: Tensor, dtype: DType, words_of: Callable[[_Part, Words], NDArray[Any]]) -> None:
-    """Fill `values` on threads: each copies some of the base's words to the host, decodes, and copies the values back."""
-    stream = torch.cuda.current_stream(own.device) if own.device.type == "cuda" else None
+    """Fill `values` on threads: each fetches some of the base's words, decodes, and sends the values back."""
+    shares = list(_in_shares(parts))
+    most = max((sum(part.segment.kept for part in several) for _, several in shares), default=0)
+    ring = Ring(own.device, slots=thread_count() + 2, nbytes=most * (own.itemsize + values.itemsize) + values.itemsize)
 
     def one(work: tuple[int, list[_Part]]) -> None:
         first, several = work
-        count = sum(part.segment.kept for part in several)
-        with torch.cuda.stream(stream):  # a new thread would use another, which does not wait for what this one is doing
-            words = to_host(own[first : first + count]).view(dtype.word)
-            borders = np.cumsum([part.segment.kept for part in several])[:-1]
-            made = [words_of(part, before) for part, before in zip(several, np.split(words, borders), strict=True)]
-            values[first : first + count].copy_(_as_tensor(np.concatenate(made), values.dtype))
+        kept = [part.segment.kept for part in several]
+        with ring.slot() as slot:
+            words = slot.fetch(own[first : first + sum(kept)]).view(dtype.word)
+            made = [words_of(part, before) for part, before in zip(several, np.split(words, np.cumsum(kept)[:-1]), strict=True)]
+            slot.send(made, values[first : first + sum(kept)])
 
-    with closing(ordered_map(one, _in_shares(parts))) as done:
+    with closing(ring), closing(ordered_map(one, shares)) as done:
         for _ in done:
             pass
 
@@ -338,7 +340,3 @@ def _values(term: LawTerm, own: Words, dtype: DType, *, alone: bool, deltas: boo
         return term.tuned
     assert term.delta is not None
     return np.asarray(term.delta, dtype.compute)
-
-
-def _as_tensor(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(array if dtype.is_floating_point else array.view(f"i{array.itemsize}" if array.itemsize > 1 else "u1"))

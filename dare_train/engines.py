@@ -1,7 +1,7 @@
 """Where the elements of live parameters lie, engine by engine: which flat range this process holds, and in what tensor.
 
-Nothing here communicates. Known: plain modules, DDP, `torch.compile`, FSDP2 and other DTensors cut along dimension 0,
-FSDP1 with `use_orig_params=True`, DeepSpeed ZeRO-1, -2 and -3.
+Nothing here communicates. Known: plain modules, DDP, `torch.compile`, modules split or offloaded to CPU memory by `device_map`,
+FSDP2 and other DTensors cut along dimension 0, FSDP1 with `use_orig_params=True`, DeepSpeed ZeRO-1, -2 and -3.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from . import offloaded
 from .errors import ConfigError
 
 SUPPORTED = "plain modules, DDP, FSDP1 (use_orig_params=True), FSDP2 (cut along dimension 0) and DeepSpeed ZeRO-1, -2, -3"
@@ -68,11 +69,13 @@ def _cut(pieces: Iterable[Piece], start: int, count: int) -> tuple[Piece, ...]:
 
 def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of parameters and persistent buffers, wrappers' parts of names removed; aliases come every time."""
+    kept = offloaded.maps(module)
     for prefix, part in module.named_modules(remove_duplicate=False):
         for kind in (part._parameters, part._buffers):
             for name, tensor in kind.items():
                 if tensor is not None and not (kind is part._buffers and name in part._non_persistent_buffers_set):
-                    yield clean(f"{prefix}.{name}" if prefix else name), tensor
+                    whole_name = f"{prefix}.{name}" if prefix else name
+                    yield clean(whole_name), offloaded.behind(tensor, whole_name, kept)
 
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")

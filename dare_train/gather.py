@@ -15,7 +15,8 @@ from .capture import Taken
 from .dtypes import DType, Words
 from .fingerprint import Fingerprint
 from .kernels.choice import kernels_for
-from .kernels.rows import Masks, Row, Rows, offsets_of, to_device, to_host
+from .kernels.rows import Masks, Row, Rows, offsets_of
+from .kernels.staging import to_device, to_host
 from .segments import TensorPlan
 from .shards import LiveWeights
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import State, random_tensor, refusal
 
-from dare_train import applied, apply, apply_, extract
+from dare_train import PackageCache, applied, apply, apply_, extract
 from dare_train import device as on_devices
 from dare_train.codec import SEGMENT
 from dare_train.errors import DeviceMemoryError, PackageError
@@ -192,6 +193,40 @@ def test_modules_keep_their_parameters(kernels: str, device: torch.device, tmp_p
         assert model["two"].weight is model["one"].weight
     assert torch.equal(model["two"](inputs), before)
     assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+
+
+def prepared(model: torch.nn.Module, inputs: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
+    """Ways to run a model that look at it once, and then rely on where its weights lie."""
+    ways: list[Callable[[], torch.Tensor]] = [partial(torch.compile(model, backend="aot_eager", fullgraph=True), inputs)]
+    if inputs.is_cuda:
+        graph = torch.cuda.CUDAGraph()
+        model(inputs)
+        with torch.cuda.graph(graph):
+            outputs = model(inputs)
+        ways.append(lambda: (graph.replay(), outputs.clone())[1])
+    return ways
+
+
+def test_what_was_compiled_or_captured_sees_the_swap(kernels: str, device: torch.device, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(30, 40), torch.nn.ReLU(), torch.nn.Linear(40, 5)).to(device).requires_grad_(False)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    packages = [extract(base, {name: f * t for name, t in base.items()}, tmp_path / f"{f}", p=0.5) for f in (1.5, -2.0)]
+    inputs = torch.linspace(-1, 1, 90, device=device).reshape(3, 30)
+    before = model(inputs)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for run in prepared(model, inputs):
+        assert torch.equal(run(), before)
+        cache = PackageCache(model)
+        for package in (*packages, packages[0]):
+            cache.use(package)
+            assert torch.equal(run(), model(inputs))
+            assert not torch.equal(run(), before)
+        cache.revert()
+        with applied(model, packages):
+            assert torch.equal(run(), model(inputs))
+        assert torch.equal(run(), before)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_device_without_memory_leaves_the_model_and_says_what_was_needed(

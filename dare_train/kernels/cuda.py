@@ -25,7 +25,8 @@ from torch import Tensor
 
 from . import blocks
 from .blocks import at_address, draws, earlier, inside, kept, of_plane, place, places, ranks, read, threshold_again, totals, write, zeros
-from .rows import BLOCK, PLANES, Masks, Rows, Term, to_device
+from .rows import BLOCK, PLANES, Masks, Rows, Term
+from .staging import to_device
 
 _WORDS = {torch.uint8: tl.uint8, torch.int16: tl.int16, torch.int32: tl.int32, torch.int64: tl.int64}
 _LAUNCH: dict[str, Any] = {"num_warps": blocks.THREADS // 32, "enable_fp_fusion": False}

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..dtypes import DType
+from .staging import to_device
 
 BLOCK = 8192
 PLANES = 8
@@ -153,18 +152,3 @@ class Term:
 def offsets_of(counts: Tensor) -> Tensor:
     """Where each plane's values begin, given how many elements each keeps."""
     return (torch.cumsum(counts.reshape(-1), 0) - counts.reshape(-1)).reshape(counts.shape)
-
-
-def to_device(table: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for what the device is doing."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
-
-
-def to_host(words: Tensor) -> NDArray[np.signedinteger]:
-    """Through pinned memory, which torch keeps for the next time; waits for this copy, and not for what other streams are doing."""
-    if words.device.type != "cuda":
-        return words.cpu().numpy()
-    host = torch.empty(words.shape, dtype=words.dtype, pin_memory=True)
-    host.copy_(words, non_blocking=True)
-    torch.cuda.current_stream(words.device).synchronize()
-    return host.numpy()
