@@ -54,7 +54,7 @@ def groups(live: LiveWeights, names: Iterable[str]) -> list[Group]:
     found: dict[tuple[torch.device, DType], tuple[ModuleType, dict[str, Tensor]]] = {}
     for name in names:
         flat = live.flat(name)
-        kernels = kernels_for(flat.device) if flat is not None else None
+        kernels = kernels_for(flat.device, live.kernels) if flat is not None else None
         if flat is not None and kernels is not None:
             found.setdefault((flat.device, live.tensors[name].dtype), (kernels, {}))[1][name] = flat
     return [Group(kernels=kernels, dtype=dtype, flats=flats) for (_, dtype), (kernels, flats) in found.items()]

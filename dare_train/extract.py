@@ -55,6 +55,7 @@ def extract(
     overwrite: bool = False,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
+    kernels: str | None = None,
 ) -> DeltaPackage:
     """Write the delta from `base` to `tuned` as a package at `out` (arXiv 2311.03099, eq. 1-2).
 
@@ -71,6 +72,8 @@ def extract(
         progress: called with (bytes read, bytes in all) of the tuned weights as work goes on: of this rank's share of them.
         ranks: the processes that share the work, such as `Ranks.joined()`; by default this one alone. All of them make the
             same call, on a file system that they share; the package is the same to the byte.
+        kernels: for models in memory: "cpu", "cuda" (Triton, or an error) or "reference"; by default those of the devices
+            that both models lie on. The package is the same.
 
     Raises:
         ConfigError, CheckpointError, TensorMismatch, DtypeMismatch, NonFiniteDelta, OutputExists, StorageError; RankError
@@ -80,7 +83,7 @@ def extract(
         p=p, seed=seed, rescale=rescale, values=values, include=include, exclude=exclude, whole=whole, allow_nonfinite=allow_nonfinite
     )
     ranks = ranks or Ranks()
-    task = ranks.each(lambda: _task(base, tuned, config, masks=masks, cast_base=cast_base, base_model=base_model))
+    task = ranks.each(lambda: _task(base, tuned, config, masks=masks, cast_base=cast_base, base_model=base_model, kernels=kernels))
     with shared_staging(Path(out), ranks, overwrite=overwrite, inputs=task.folders) as staging:
         on_disk, writer = storage_errors(Path(out)), PackageWriter(staging)
         tallies = ranks.each(on_disk(lambda: _write_share(task, staging, writer, ranks, progress)))
@@ -105,10 +108,17 @@ class _Task:
 
 
 def _task(
-    base: WeightsLike, tuned: WeightsLike, config: DareConfig, *, masks: Mapping[str, Any] | None, cast_base: bool, base_model: str | None
+    base: WeightsLike,
+    tuned: WeightsLike,
+    config: DareConfig,
+    *,
+    masks: Mapping[str, Any] | None,
+    cast_base: bool,
+    base_model: str | None,
+    kernels: str | None,
 ) -> _Task:
-    tuned_weights = open_weights(tuned)
-    plain_base = open_weights(base)
+    tuned_weights = open_weights(tuned, kernels=kernels)
+    plain_base = open_weights(base, kernels=kernels)
     tuned_weights = merge_adapter(tuned_weights, plain_base)
     aligned, prefix = align(plain_base, tuned_weights.tensors.keys(), model=tuned_weights.label)
     if cast_base:

@@ -57,7 +57,7 @@ def on_devices(live: LiveWeights) -> set[str]:
 
     def one(name: str, start: int, stop: int) -> bool:
         lying = live.lying(name, start, stop - start)
-        return lying is not None and kernels_for(lying[0].device) is not None
+        return lying is not None and kernels_for(lying[0].device, live.kernels) is not None
 
     return {name for name, spans in live.held.items() if spans and all(one(name, *span) for span in spans)}
 
@@ -96,7 +96,7 @@ def _batches(live: LiveWeights, work: Sequence[Work], wanted: Callable[[str], bo
     for place, (plan, start, count) in enumerate(work):
         is_delta = plan.kind == "delta" and start < plan.base_numel and wanted(plan.name)
         row = _row(live, plan, start, count) if is_delta else None
-        kernels = kernels_for(row.flat.device) if row is not None else None
+        kernels = kernels_for(row.flat.device, live.kernels) if row is not None else None
         if row is not None and kernels is not None:
             dtype = live.tensors[plan.name].dtype
             batch = found.setdefault((row.flat.device, dtype), _Batch(kernels, dtype, [], []))

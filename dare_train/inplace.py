@@ -61,7 +61,13 @@ class Undo:
         self.reverted = True
 
 
-def apply_(model: Live, packages: Packages | str | os.PathLike[str] | DeltaPackage, *, weights: Sequence[float] | None = None) -> Undo:
+def apply_(
+    model: Live,
+    packages: Packages | str | os.PathLike[str] | DeltaPackage,
+    *,
+    weights: Sequence[float] | None = None,
+    kernels: str | None = None,
+) -> Undo:
     """Apply packages to a live model (or state dict of torch tensors) in place.
 
     The weights are compared with the packages' base before the first of them is touched, and with the recorded result
@@ -70,13 +76,20 @@ def apply_(model: Live, packages: Packages | str | os.PathLike[str] | DeltaPacka
     A model that FSDP or ZeRO-3 spreads over ranks is applied to by all of them together, each its own part. Where an
     engine keeps fp32 masters, those of changed elements take the new values, so that training can go on from there.
 
+    Args:
+        model: a module, or a state dict of tensors.
+        packages: one or several; their deltas add up, or they continue one another.
+        weights: w of each, by default 1.
+        kernels: "cpu", "cuda" (Triton, or an error) or "reference"; by default what DARE_TRAIN_KERNELS names, or those of the
+            device that each tensor lies on. The bits are the same.
+
     Returns:
         An `Undo` whose `revert()` restores the exact bits, those of masters too.
 
     Raises:
         PackageError, ChainError, TensorMismatch, DtypeMismatch, BaseMismatch, ResultMismatch, ConfigError.
     """
-    live = LiveWeights(model)
+    live = LiveWeights(model, kernels=kernels)
     if not live.whole:
         live.ranks = Ranks.joined()
     opened = _Opened()
@@ -99,14 +112,18 @@ def apply_(model: Live, packages: Packages | str | os.PathLike[str] | DeltaPacka
 
 @contextmanager
 def applied(
-    model: Live, packages: Packages | str | os.PathLike[str] | DeltaPackage, *, weights: Sequence[float] | None = None
+    model: Live,
+    packages: Packages | str | os.PathLike[str] | DeltaPackage,
+    *,
+    weights: Sequence[float] | None = None,
+    kernels: str | None = None,
 ) -> Iterator[Live]:
-    """`apply_` for the length of a `with` block: the model has its own weights back afterwards.
+    """`apply_` for the length of a `with` block, with its arguments: the model has its own weights back afterwards.
 
     Raises:
         As `apply_`.
     """
-    undo = apply_(model, packages, weights=weights)
+    undo = apply_(model, packages, weights=weights, kernels=kernels)
     try:
         yield model
     finally:

@@ -25,8 +25,8 @@ WeightsLike = Union[str, "os.PathLike[str]", "Live", Mapping[str, np.ndarray], W
 """A checkpoint folder, file or Hub id; a module or state dict; a mapping of numpy arrays; or anything that is `Weights`."""
 
 
-def open_weights(what: WeightsLike) -> Weights:
-    """Look at any holder of weights as `Weights`.
+def open_weights(what: WeightsLike, *, kernels: str | None = None) -> Weights:
+    """Look at any holder of weights as `Weights`; see `LiveWeights` for `kernels`, which are for models in memory.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -43,7 +43,7 @@ def open_weights(what: WeightsLike) -> Weights:
     from . import lora
     from .shards import LiveWeights
 
-    live = LiveWeights(cast("Live", what))
+    live = LiveWeights(cast("Live", what), kernels=kernels)
     return lora.Merged(live, live.updates(), live.tensors) if live.adapted else live
 
 

@@ -16,6 +16,7 @@ from .dtypes import DTYPES, DType, Words
 from .engines import Held, Piece
 from .errors import CheckpointError, ConfigError, TensorMismatch
 from .filenames import as_in_files
+from .kernels.choice import checked
 from .kernels.rows import INTEGERS
 from .lowrank import LowRank
 from .ownership import Span, Spans, shares
@@ -55,6 +56,8 @@ class LiveWeights:
         label: what messages call it.
         source: see `Source`.
         ranks: the processes that hold the model together; they build their `LiveWeights` at the same time.
+        kernels: those that work on it, "reference", "cpu" or "cuda"; by default what DARE_TRAIN_KERNELS names, or those of the
+            devices that tensors lie on.
 
     Attributes:
         tensors: dtype and whole shape by checkpoint name.
@@ -63,12 +66,21 @@ class LiveWeights:
         trained_whole: names of tensors that an adapter trains a copy of (`modules_to_save`), which is what is read here.
 
     Raises:
-        ConfigError: a tensor's layout is not known, or it has no storage anywhere; `source` names what the engine has not.
+        ConfigError: a tensor's layout is not known, or it has no storage anywhere; `source` names what the engine has not; there
+            are no such kernels.
         CheckpointError: a tensor's dtype is not supported.
     """
 
-    def __init__(self, live: Live, *, label: str = "model in memory", source: Source = "weights", ranks: Ranks | None = None) -> None:
-        self.label, self.ranks = label, ranks or Ranks()
+    def __init__(
+        self,
+        live: Live,
+        *,
+        label: str = "model in memory",
+        source: Source = "weights",
+        ranks: Ranks | None = None,
+        kernels: str | None = None,
+    ) -> None:
+        self.label, self.ranks, self.kernels = label, ranks or Ranks(), checked(kernels, "kernels")
         self._module = live if isinstance(live, torch.nn.Module) else None
         module: Any = self._module
         if module is not None:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from merging import files_of
 from safetensors.torch import load_file, save_file
 from tiny import State, random_tensor, refusal
 
-from dare_train import PackageCache, applied, apply, apply_, extract
+from dare_train import PackageCache, applied, apply, apply_, extract, gather
 from dare_train import device as on_devices
 from dare_train.codec import SEGMENT
-from dare_train.errors import DeviceMemoryError, PackageError
+from dare_train.errors import ConfigError, DeviceMemoryError, PackageError
 from dare_train.shards import LiveWeights
 
 pytestmark = pytest.mark.gpu
@@ -95,6 +96,31 @@ def check(packages: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch, 
 )
 def test_one_package(options: dict[str, Any], kernels: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(extract(base_state(), tuned_state(1), tmp_path / "package", **options), device, monkeypatch)
+
+
+def test_kernels_that_are_asked_for_go_before_the_environment(
+    kernels: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For one call: of a model and of a package, and the bytes are the same."""
+    base, tuned = to(base_state(), device), to(tuned_state(1), device)
+    seen: list[str] = []
+    for module, name in ((on_devices, "residents"), (gather, "pairs")):
+        honest = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *rest, honest=honest, name=name: (seen.append(name), honest(*rest))[1])
+    found = extract(base, tuned, tmp_path / "there", p=0.5)
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "cpu")
+    assert files_of(extract(base, tuned, tmp_path / "asked", p=0.5, kernels=kernels).path) == files_of(found.path)
+    with applied(base, found, kernels=kernels):
+        assert same(base, on_cpu(found, monkeypatch))
+    assert seen.count("pairs") == 2
+    assert seen.count("residents") > 3
+    before = len(seen)
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", kernels)
+    with applied(base, found, kernels="cpu"):
+        assert same(base, on_cpu(found, monkeypatch))
+    assert len(seen) == before
+    with pytest.raises(ConfigError, match="kernels: expected one of reference, cpu, cuda, found 'gpu'"):
+        apply_(base, found, kernels="gpu")
 
 
 @pytest.mark.parametrize("values", ENCODINGS)

@@ -287,7 +287,7 @@ def test_triton_that_is_missing_gets_torchs_too() -> None:
 @pytest.mark.parametrize(
     ("asked", "text"),
     [
-        ("cuda", "DARE_TRAIN_KERNELS: expected Triton for tensors on cpu, found Triton has no kernels for cpu"),
+        ("cuda", "kernels: expected Triton for tensors on cpu, found Triton has no kernels for cpu"),
         ("numba", "DARE_TRAIN_KERNELS: expected one of reference, cpu, cuda, found 'numba'"),
     ],
 )

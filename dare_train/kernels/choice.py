@@ -23,19 +23,29 @@ def asked_for() -> str | None:
     Raises:
         ConfigError: there is no such set of kernels.
     """
-    asked = os.environ.get(VARIABLE) or None
+    return checked(os.environ.get(VARIABLE) or None, VARIABLE)
+
+
+def checked(asked: str | None, name: str) -> str | None:
+    """The name of a set of kernels, or None for whichever works where tensors lie.
+
+    Raises:
+        ConfigError: there is no such set.
+    """
     if asked is not None and asked not in CHOICES:
-        raise ConfigError(VARIABLE, expected=f"one of {', '.join(CHOICES)}", found=repr(asked))
+        raise ConfigError(name, expected=f"one of {', '.join(CHOICES)}", found=repr(asked))
     return asked
 
 
-def kernels_for(device: torch.device) -> ModuleType | None:
+def kernels_for(device: torch.device, asked: str | None = None) -> ModuleType | None:
     """What works on tensors where they lie, `kernels.cuda` or `kernels.plain`; None: they are copied to the CPU, and Numba does.
+
+    `asked` goes before the environment.
 
     Raises:
         ConfigError: the user asks for kernels that cannot run there.
     """
-    asked = asked_for()
+    asked = asked or asked_for()
     if asked == "cpu" or (asked is None and device.type == "cpu"):
         return None
     if asked == "reference":
@@ -46,8 +56,8 @@ def kernels_for(device: torch.device) -> ModuleType | None:
 
         return cuda
     if asked == "cuda":
-        remedy = f"unset {VARIABLE}; or pip install triton, and use an NVIDIA GPU or, to try the kernels out, TRITON_INTERPRET=1"
-        raise ConfigError(VARIABLE, expected=f"Triton for tensors on {device}", found=problem, remedy=remedy)
+        remedy = "ask for no kernels by name; or pip install triton, and use an NVIDIA GPU or, to try the kernels out, TRITON_INTERPRET=1"
+        raise ConfigError("kernels", expected=f"Triton for tensors on {device}", found=problem, remedy=remedy)
     _say(f"{problem}: torch's own operations are used on {device}, which is slower")
     return _plain()
 
