@@ -170,7 +170,7 @@ def _take_both_block(
         keeps = kept(drawn, masks, threshold, before, low, high, plane, STORED, WHOLE)
         at, first = tl.where(keeps, of_plane(firsts, plane) + ranks(keeps), 0).to(tl.int16), tl.load(offsets + plane) - 1
         _scatter(own + first, at, base_planes[plane])
-        _scatter(new + first, at.to(tl.uint16), tuned_planes[plane])
+        _scatter(new + first, at.to(tl.uint16), tuned_planes[plane])  # unsigned: places widened for both would move as 64 bits
         largest = tl.maximum(largest, tuned_planes[plane] & EXPONENT)
     return tl.max(largest)
 
