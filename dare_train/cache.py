@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Union
 
 from . import device
 from .errors import ConfigError, DeviceMemoryError
+from .fingerprint import Fingerprint
 from .inplace import check_fits
 from .package import DeltaPackage
 from .resolve import Link, Resolver, open_chain
@@ -53,10 +54,11 @@ class PackageCache:
             raise ConfigError("memory", expected="a number of bytes above 0", found=repr(memory))
         self.memory = memory
         self._live = LiveWeights(model)
-        self._groups = device.groups(self._live, self._live.tensors)
+        everything = {name: ((0, info.numel),) for name, info in self._live.tensors.items() if info.numel}
+        self._groups = device.groups(self._live, {name: spans for name, spans in everything.items() if self._live.alone(name)})
         self._entries: OrderedDict[tuple[str, float], _Entry] = OrderedDict()
         self._active: tuple[str, float] | None = None
-        left = sorted(self._live.tensors.keys() - {name for group in self._groups for name in group.flats})
+        left = sorted(everything.keys() - {name for group in self._groups for name in group.rows})
         if left:
             remedy = "move the model to a GPU whole; apply_ works anywhere. DARE_TRAIN_KERNELS=reference keeps packages on any device"
             raise ConfigError(left[0], expected="a whole, contiguous tensor where kernels of a device work", found="another", remedy=remedy)
@@ -131,18 +133,20 @@ class PackageCache:
         (link,) = open_chain([package], [key[1]])
         resolver = Resolver(self._live, [link], live=True)
         check_fits(self._live, resolver)
-        for name, found in device.fingerprints(self._live, {name: resolver.base_numel(name) for name in resolver.source}).items():
+        for name, found in self._prints({name: resolver.base_numel(name) for name in resolver.source}).items():
             resolver.check_base_print(name, found)
         self._entries[key] = self._decoded(link)
         self._put(key, self._entries[key])
         try:
-            for name, found in device.fingerprints(
-                self._live, {name: self._live.tensors[name].numel for name in resolver.expected}
-            ).items():
+            for name, found in self._prints({name: self._live.tensors[name].numel for name in resolver.expected}).items():
                 resolver.check_result_print(name, found)
         except BaseException:
             self.drop(package)
             raise
+
+    def _prints(self, leading: Mapping[str, int]) -> dict[str, Fingerprint]:
+        """Of so many leading elements of each tensor."""
+        return device.fingerprints(self._live, {name: ((0, count),) for name, count in leading.items() if count})
 
     def _decoded(self, link: Link) -> _Entry:
         self._make_room(device.bytes_needed(self._groups, link))

@@ -6,9 +6,9 @@ one after another; which elements they are, the seed says. Putting them into pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -20,57 +20,70 @@ from torch import Tensor
 
 from .dtypes import DType, Words
 from .errors import DeviceMemoryError
-from .fingerprint import Fingerprint
+from .fingerprint import Fingerprint, total
 from .kernels.choice import kernels_for
 from .kernels.rows import ABSENT, BLOCK, PLANES, Masks, Row, Rows, Term, offsets_of
 from .kernels.staging import Ring, to_device
 from .law import Term as LawTerm
 from .manifest import TensorRecord
 from .masks import Mask
+from .ownership import Span, Spans
 from .package import DeltaPackage, Segment
 from .parallel import ordered_map, thread_count
 from .resolve import Link
 from .segments import Opened, check_kept, decode_whole
 from .shards import LiveWeights
 
+Place = tuple[str, Span]
+"""A segment of a tensor, by checkpoint name."""
+
 _AT_ONCE = 1 << 20
 """Kept elements that one thread decodes between two copies: enough to hide what a copy costs to begin."""
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Tensors of one dtype on one device, and the kernels that work on them there."""
+    """Runs of tensors of one dtype on one device, and the kernels that work on them there."""
 
     kernels: ModuleType
     dtype: DType
-    flats: Mapping[str, Tensor]
-    """Words by checkpoint name."""
+    rows: Mapping[str, list[Row]]
+    """By checkpoint name."""
+
+    def part(self, name: str, span: Span) -> Row | None:
+        """[start, stop) of a tensor, where it lies in one of the runs."""
+        start, stop = span
+        for row in self.rows[name]:
+            if row.start <= start and stop <= row.start + row.count:
+                return replace(row, start=start, count=stop - start, offset=row.offset + start - row.start)
+        return None
 
 
-def groups(live: LiveWeights, names: Iterable[str]) -> list[Group]:
-    """Those tensors that kernels can work on where they lie; the others are for the CPU."""
-    found: dict[tuple[torch.device, DType], tuple[ModuleType, dict[str, Tensor]]] = {}
-    for name in names:
-        flat = live.flat(name)
-        kernels = kernels_for(flat.device, live.kernels) if flat is not None else None
-        if flat is not None and kernels is not None:
-            found.setdefault((flat.device, live.tensors[name].dtype), (kernels, {}))[1][name] = flat
-    return [Group(kernels=kernels, dtype=dtype, flats=flats) for (_, dtype), (kernels, flats) in found.items()]
+def groups(live: LiveWeights, spans: Spans) -> list[Group]:
+    """Those runs that kernels can work on where they lie; the others are for the CPU."""
+    found: dict[tuple[torch.device, DType], tuple[ModuleType, dict[str, list[Row]]]] = {}
+    for name, its in spans.items():
+        for start, stop in its:
+            lying = live.lying(name, start, stop - start)
+            kernels = kernels_for(lying[0].device, live.kernels) if lying is not None else None
+            if lying is not None and kernels is not None:
+                _, rows = found.setdefault((lying[0].device, live.tensors[name].dtype), (kernels, {}))
+                rows.setdefault(name, []).append(Row(flat=lying[0], start=start, count=stop - start, offset=lying[1]))
+    return [Group(kernels=kernels, dtype=dtype, rows=rows) for (_, dtype), (kernels, rows) in found.items()]
 
 
-def fingerprints(live: LiveWeights, leading: Mapping[str, int]) -> dict[str, Fingerprint]:
-    """Of so many leading elements of each of those tensors that kernels can work on where they lie.
+def fingerprints(live: LiveWeights, spans: Spans) -> dict[str, Fingerprint]:
+    """Of runs of those tensors all of whose runs kernels can work on where they lie, added up.
 
     One launch for each dtype, and one wait for each.
     """
-    prints: dict[str, Fingerprint] = {}
-    for group in groups(live, leading):
-        rows = Rows(dtype=group.dtype, rows=tuple(Row(flat=flat, start=0, count=leading[name]) for name, flat in group.flats.items()))
-        lanes = group.kernels.fingerprint(rows).cpu().tolist()
-        prints |= {name: Fingerprint(first % 2**64, second % 2**64) for name, (first, second) in zip(group.flats, lanes, strict=True)}
-    return prints
+    shares: dict[str, list[Fingerprint]] = {}
+    for group in groups(live, spans):
+        names = [name for name, rows in group.rows.items() for _ in rows]
+        table = Rows(dtype=group.dtype, rows=tuple(row for rows in group.rows.values() for row in rows))
+        for name, lanes in zip(names, group.kernels.fingerprint(table).cpu().tolist(), strict=True):
+            shares.setdefault(name, []).append(Fingerprint(*(lane % 2**64 for lane in lanes)))
+    return {name: total((one.first, one.second) for one in its) for name, its in shares.items() if len(its) == len(spans[name])}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -167,9 +180,10 @@ def residents(group: Group, link: Link) -> list[Resident]:
         DeviceMemoryError: the device has too little memory.
         PackageError: a package is damaged.
     """
-    alike: dict[tuple[bool, ...], list[tuple[str, Span]]] = {}
-    for name in group.flats:
-        alike.setdefault(_forms(link, name), []).extend((name, span) for span in _spans(link, name))
+    alike: dict[tuple[bool, ...], dict[Place, Row]] = {}
+    for name in group.rows:
+        parts = {(name, span): part for span in _spans(link, name) if (part := group.part(name, span)) is not None}
+        alike.setdefault(_forms(link, name), {}).update(parts)
     return [_resident(group, link, places) for places in alike.values() if places]
 
 
@@ -179,13 +193,12 @@ def _forms(link: Link, name: str) -> tuple[bool, ...]:
     return tuple(record is not None and record.values != "exact" for record in records)
 
 
-def _resident(group: Group, link: Link, places: Sequence[tuple[str, Span]]) -> Resident:
-    made = (Row(flat=group.flats[name], start=start, count=stop - start, offset=start) for name, (start, stop) in places)
-    rows = Rows(dtype=group.dtype, rows=tuple(made))
-    alone = len(link.packages) == 1
+def _resident(group: Group, link: Link, places: Mapping[Place, Row]) -> Resident:
+    rows, alone = Rows(dtype=group.dtype, rows=tuple(places.values())), len(link.packages) == 1
     try:
         decoded = [
-            _decoded(group, rows, places, package, weight, alone=alone) for package, weight in zip(link.packages, link.weights, strict=True)
+            _decoded(group, rows, list(places), package, weight, alone=alone)
+            for package, weight in zip(link.packages, link.weights, strict=True)
         ]
     except torch.OutOfMemoryError as error:
         raise _too_little(rows, places, link, error) from error
@@ -195,16 +208,19 @@ def _resident(group: Group, link: Link, places: Sequence[tuple[str, Span]]) -> R
 
 def bytes_needed(groups: Iterable[Group], link: Link) -> int:
     """Memory that a link's residents take on devices: two words for each kept element, and where the planes of blocks begin."""
-    return sum(_needed(group.dtype, link, name) for group in groups for name in group.flats)
+    return sum(_needed(group.dtype, link, name, _spans(link, name)) for group in groups for name in group.rows)
 
 
-def _needed(dtype: DType, link: Link, name: str) -> int:
-    segments = [segment for package in link.packages for segment, _ in _frames(package, name)]
+def _needed(dtype: DType, link: Link, name: str, spans: Collection[Span]) -> int:
+    segments = [s for package in link.packages for s, _ in _frames(package, name) if (s.start, s.stop) in spans]
     return sum(2 * segment.kept * dtype.itemsize + (8 * PLANES + 4) * (segment.length // BLOCK + 2) + 64 for segment in segments)
 
 
-def _too_little(rows: Rows, places: Sequence[tuple[str, Span]], link: Link, error: Exception) -> DeviceMemoryError:
-    needed = sum(_needed(rows.dtype, link, name) for name in {name for name, _ in places})
+def _too_little(rows: Rows, places: Iterable[Place], link: Link, error: Exception) -> DeviceMemoryError:
+    spans: dict[str, set[Span]] = {}
+    for name, span in places:
+        spans.setdefault(name, set()).add(span)
+    needed = sum(_needed(rows.dtype, link, name, its) for name, its in spans.items())
     return DeviceMemoryError(
         str(rows.device),
         expected=f"{needed / 1e6:,.1f} MB for kept values and the words they replace",
@@ -255,7 +271,7 @@ class _Part:
         return Opened.of(self.package.manifest, self.record, self.segment, self.frame)
 
 
-def _parts(package: DeltaPackage, places: Sequence[tuple[str, Span]]) -> list[_Part | None]:
+def _parts(package: DeltaPackage, places: Sequence[Place]) -> list[_Part | None]:
     """A package's segment at each place, or None where it has none: there it changes nothing."""
     found = {(name, (s.start, s.stop)): (s, frame) for name in {name for name, _ in places} for s, frame in _frames(package, name)}
     parts = [found.get(place) for place in places]
@@ -266,7 +282,7 @@ def _parts(package: DeltaPackage, places: Sequence[tuple[str, Span]]) -> list[_P
 
 
 def _decoded(
-    group: Group, rows: Rows, places: Sequence[tuple[str, Span]], package: DeltaPackage, weight: float, *, alone: bool
+    group: Group, rows: Rows, places: Sequence[Place], package: DeltaPackage, weight: float, *, alone: bool
 ) -> tuple[Kept, Values]:
     parts = _parts(package, places)
     masks = _masks(parts, rows.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from .dtypes import Words
 from .errors import BaseMismatch
 from .fingerprint import Fingerprint, total
 from .manifest import TensorRecord
-from .ownership import Span
+from .ownership import Span, Spans
 from .package import DeltaPackage
 from .parallel import ordered_map
 from .ranks import Ranks
@@ -98,12 +98,12 @@ def apply_(
     _compare(live, lambda name: _clipped(live.owned[name], resolver.base_numel(name)), resolver.check_base_print, resolver.source)
     undo = Undo(live, [], {})
     try:
-        done = _apply_on_devices(live, resolver, undo)
+        done = live.ranks.each(lambda: _apply_on_devices(live, resolver, undo))
         for name in resolver.tensors:
-            if name not in done:
-                _apply_tensor(name, live, base, resolver, undo)
+            _apply_tensor(name, live, base, resolver, undo, done.get(name, ()))
         live.settle()
-        _compare(live, lambda name: live.owned[name], resolver.check_result_print, resolver.tensors)
+        undo._applied = _prints(live, {name: live.held[name] for name in resolver.tensors if resolver.windows(name)})
+        _compare(live, lambda name: live.owned[name], resolver.check_result_print, resolver.tensors, undo._applied)
     except BaseException:
         undo._restore()
         raise
@@ -190,6 +190,13 @@ def _clipped(spans: tuple[Span, ...], numel: int) -> tuple[Span, ...]:
     return tuple((start, min(stop, numel)) for start, stop in spans if start < numel)
 
 
+def _prints(live: LiveWeights, spans: Spans) -> dict[str, Fingerprint]:
+    """The fingerprint of spans of each tensor, worked out where they lie if there are kernels."""
+    found = device.fingerprints(live, spans)
+    rest = [name for name in spans if name not in found]
+    return found | dict(zip(rest, ordered_map(lambda name: _print(live, name, spans[name]), rest), strict=True))
+
+
 def _print(live: LiveWeights, name: str, spans: tuple[Span, ...]) -> Fingerprint:
     share = Fingerprint()
     for start, stop in spans:
@@ -197,22 +204,19 @@ def _print(live: LiveWeights, name: str, spans: tuple[Span, ...]) -> Fingerprint
     return share
 
 
-def _prints(live: LiveWeights, spans: Mapping[str, tuple[Span, ...]]) -> dict[str, Fingerprint]:
-    """The fingerprint of spans of tensors, where they lie if one span begins with the tensor."""
-    leading = {name: its[0][1] for name, its in spans.items() if len(its) == 1 and its[0][0] == 0}
-    found = device.fingerprints(live, leading)
-    rest = [name for name in spans if name not in found]
-    return found | dict(zip(rest, ordered_map(lambda name: _print(live, name, spans[name]), rest), strict=True))
-
-
 def _compare(
-    live: LiveWeights, spans: Callable[[str], tuple[Span, ...]], check: Callable[[str, Fingerprint], None], names: Iterable[str]
+    live: LiveWeights,
+    spans: Callable[[str], tuple[Span, ...]],
+    check: Callable[[str, Fingerprint], None],
+    names: Iterable[str],
+    known: Mapping[str, Fingerprint] | None = None,
 ) -> None:
-    """Check the fingerprint of each tensor's spans, which all ranks together have."""
+    """Check the fingerprint of each tensor's spans, which all ranks together have. `known` are those of all that lies here."""
     shared = {name: spans(name) for name in names if name in live.tensors}
+    same = {name: one for name, one in (known or {}).items() if shared[name] == live.held[name]}
 
     def own() -> list[Fingerprint]:
-        prints = _prints(live, shared)
+        prints = same | _prints(live, {name: its for name, its in shared.items() if name not in same})
         return [prints[name] for name in shared]
 
     prints = live.ranks.together(own)
@@ -220,23 +224,32 @@ def _compare(
         check(name, total((first, second) for first, second in shares))
 
 
-def _apply_on_devices(live: LiveWeights, resolver: Resolver, undo: Undo) -> set[str]:
-    """Apply to the tensors that kernels can work on where they lie. Returns their names."""
-    names = [name for name in resolver.tensors if all(device.decodable(link, name) for link in resolver.links)] if live.whole else []
-    found = device.groups(live, names)
+def _apply_on_devices(live: LiveWeights, resolver: Resolver, undo: Undo) -> dict[str, set[Span]]:
+    """Apply what kernels can apply where it lies. Returns which windows of which tensors that is."""
+    names = [name for name in resolver.tensors if live.alone(name) and all(device.decodable(link, name) for link in resolver.links)]
+    spans = {name: tuple((start, stop) for start, stop, cut in _windows(live, resolver, name) if not cut) for name in names}
+    found = device.groups(live, spans)
     for link in resolver.links:
         for resident in [resident for group in found for resident in device.residents(group, link)]:
             undo._log.append(resident.before)
             resident.apply()
-    done = {name for group in found for name in group.flats}
-    undo._applied |= device.fingerprints(live, {name: live.tensors[name].numel for name in done if resolver.windows(name)})
+    done: dict[str, set[Span]] = {}
+    for group in found:
+        for name, rows in group.rows.items():
+            done.setdefault(name, set()).update((row.start, row.start + row.count) for row in rows)
     return done
 
 
-def _apply_tensor(name: str, live: LiveWeights, base: _Base, resolver: Resolver, undo: Undo) -> None:
-    """Resolve what packages change of a tensor into it. A segment that lies on several ranks needs the base of all of them."""
+def _windows(live: LiveWeights, resolver: Resolver, name: str) -> list[tuple[int, int, bool]]:
+    """[start, stop) of each place that packages change, and whether a border between ranks cuts it."""
     edges = {edge for spans in live.shares[name] for span in spans for edge in span}
-    windows = [(start, stop, any(start < edge < stop for edge in edges)) for start, stop in resolver.windows(name)]
+    return [(start, stop, any(start < edge < stop for edge in edges)) for start, stop in resolver.windows(name)]
+
+
+def _apply_tensor(name: str, live: LiveWeights, base: _Base, resolver: Resolver, undo: Undo, done: Collection[Span]) -> None:
+    """Resolve what packages change of a tensor into it, but for windows that are done. A segment that lies on several ranks needs
+    the base of all of them."""
+    windows = _windows(live, resolver, name)
 
     def put(start: int, stop: int) -> None:
         live.put(name, start, resolver.resolve(name, start, stop - start), undo._log.append)
@@ -245,9 +258,7 @@ def _apply_tensor(name: str, live: LiveWeights, base: _Base, resolver: Resolver,
         if cut:
             with base.borrowing(name, start, stop):
                 live.ranks.together(lambda start=start, stop=stop: put(start, stop))  # type: ignore[misc]
-    inside = [(start, stop) for start, stop, cut in windows if not cut and any(a <= start and stop <= b for a, b in live.held[name])]
-    with closing(ordered_map(lambda window: put(*window), inside)) as done:
-        for _ in done:
+    here = [(start, stop) for start, stop, cut in windows if not cut and any(a <= start and stop <= b for a, b in live.held[name])]
+    with closing(ordered_map(lambda window: put(*window), [window for window in here if window not in done])) as finished:
+        for _ in finished:
             pass
-    if windows:
-        undo._applied[name] = _print(live, name, live.held[name])

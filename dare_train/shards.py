@@ -139,12 +139,9 @@ class LiveWeights:
         (piece,) = pieces
         return piece.tensor.detach().reshape(-1).view(INTEGERS[piece.tensor.itemsize]), piece.offset
 
-    def flat(self, name: str) -> torch.Tensor | None:
-        """All words of a tensor where they lie, 1-D, to be changed in place; None where they are not in one piece in this process,
-        or an engine keeps masters that would have to follow."""
-        numel = self.tensors[name].numel
-        found = self.lying(name, 0, numel) if self._held[name].masters is None else None
-        return None if found is None else found[0][found[1] : found[1] + numel]
+    def alone(self, name: str) -> bool:
+        """Whether a tensor can be changed where it lies: no engine keeps masters of it, which would have to follow."""
+        return self._held[name].masters is None
 
     def put(self, name: str, start: int, words: Words, log: Callable[[Change], object]) -> None:
         """Make `words` the elements from flat index `start` on, as far as they lie here. What they were goes to `log` first.
