@@ -29,6 +29,7 @@ from .rows import BLOCK, PLANES, Masks, Rows, Term
 from .staging import to_device
 
 _WORDS = {torch.uint8: tl.uint8, torch.int16: tl.int16, torch.int32: tl.int32, torch.int64: tl.int64}
+# Kernels are compiled once for any number of rows, and wherever values lie.
 _LAUNCH: dict[str, Any] = {"num_warps": blocks.THREADS // 32, "enable_fp_fusion": False}
 
 _BLOCK = tl.constexpr(BLOCK)
@@ -142,7 +143,7 @@ def _move_block(
         write(words, results, low, high, WHOLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["values"])
 def _move(
     table, row_of_block, masks, numbers, offsets, values,
     WORD: tl.constexpr, STORED: tl.constexpr, ALIGNED: tl.constexpr, PUT: tl.constexpr,
@@ -175,7 +176,7 @@ def _take_both_block(
     return tl.max(largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["own", "new"])
 def _take_both(
     table, row_of_block, masks, numbers, addresses, offsets, own, new, strange,
     WORD: tl.constexpr, EXPONENT: tl.constexpr, STORED: tl.constexpr, ALIGNED: tl.constexpr,
@@ -229,7 +230,7 @@ def _add_block(
     write(words, results, low, high, WHOLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "blocks"])
 def _add(
     table, row_of_block, masks, numbers, factors, offsets, values, rows, blocks,
     TERMS: tl.constexpr, DELTAS: tl.constexpr, STORED: tl.constexpr, WORD: tl.constexpr, CODE: tl.constexpr, ALIGNED: tl.constexpr,
