@@ -6,39 +6,26 @@ one after another; which elements they are, the seed says. Putting them into pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import attrgetter
 from types import ModuleType
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from .dtypes import DType, Words
+from .decoding import Place, decode, frames, masks_of, parts_of
+from .dtypes import DType
 from .errors import DeviceMemoryError
 from .fingerprint import Fingerprint, total
 from .kernels.choice import kernels_for
-from .kernels.rows import ABSENT, BLOCK, PLANES, Masks, Row, Rows, Term, offsets_of
-from .kernels.staging import Ring, to_device
-from .law import Term as LawTerm
-from .manifest import TensorRecord
-from .masks import Mask
+from .kernels.rows import BLOCK, PLANES, Masks, Row, Rows, Term, offsets_of
 from .ownership import Span, Spans
-from .package import DeltaPackage, Segment
-from .parallel import ordered_map, thread_count
+from .package import DeltaPackage
 from .resolve import Link
-from .segments import Opened, check_kept, decode_whole
 from .shards import LiveWeights
-
-Place = tuple[str, Span]
-"""A segment of a tensor, by checkpoint name."""
-
-_AT_ONCE = 1 << 20
-"""Kept elements that one thread decodes between two copies: enough to hide what a copy costs to begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +35,16 @@ class Group:
     kernels: ModuleType
     dtype: DType
     rows: Mapping[str, list[Row]]
-    """By checkpoint name."""
+    """By checkpoint name, ascending."""
 
     def part(self, name: str, span: Span) -> Row | None:
         """[start, stop) of a tensor, where it lies in one of the runs."""
         start, stop = span
-        for row in self.rows[name]:
-            if row.start <= start and stop <= row.start + row.count:
-                return replace(row, start=start, count=stop - start, offset=row.offset + start - row.start)
-        return None
+        place = bisect_right(self.rows[name], start, key=attrgetter("start")) - 1
+        row = self.rows[name][place]
+        if place < 0 or stop > row.start + row.count:
+            return None
+        return replace(row, start=start, count=stop - start, offset=row.offset + start - row.start)
 
 
 def groups(live: LiveWeights, spans: Spans) -> list[Group]:
@@ -164,13 +152,7 @@ def decodable(link: Link, name: str) -> bool:
 
 def _spans(link: Link, name: str) -> list[Span]:
     """[start, stop) of the segments that some package has, each once."""
-    return sorted({(segment.start, segment.stop) for package in link.packages for segment, _ in _frames(package, name)})
-
-
-def _frames(package: DeltaPackage, name: str) -> Iterator[tuple[Segment, memoryview]]:
-    record = package.records.get(name)
-    if record is not None:
-        yield from package.frames(name, 0, record.info.numel)
+    return sorted({(segment.start, segment.stop) for package in link.packages for segment, _ in frames(package, name)})
 
 
 def residents(group: Group, link: Link) -> list[Resident]:
@@ -208,11 +190,11 @@ def _resident(group: Group, link: Link, places: Mapping[Place, Row]) -> Resident
 
 def bytes_needed(groups: Iterable[Group], link: Link) -> int:
     """Memory that a link's residents take on devices: two words for each kept element, and where the planes of blocks begin."""
-    return sum(_needed(group.dtype, link, name, _spans(link, name)) for group in groups for name in group.rows)
+    return sum(_needed(group.dtype, link, name, set(_spans(link, name))) for group in groups for name in group.rows)
 
 
-def _needed(dtype: DType, link: Link, name: str, spans: Collection[Span]) -> int:
-    segments = [s for package in link.packages for s, _ in _frames(package, name) if (s.start, s.stop) in spans]
+def _needed(dtype: DType, link: Link, name: str, spans: set[Span]) -> int:
+    segments = [s for package in link.packages for s, _ in frames(package, name) if (s.start, s.stop) in spans]
     return sum(2 * segment.kept * dtype.itemsize + (8 * PLANES + 4) * (segment.length // BLOCK + 2) + 64 for segment in segments)
 
 
@@ -229,63 +211,11 @@ def _too_little(rows: Rows, places: Iterable[Place], link: Link, error: Exceptio
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """A segment, still compressed: threads open it when its turn comes."""
-
-    package: DeltaPackage
-    record: TensorRecord
-    segment: Segment
-    frame: memoryview
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is no delta: every element becomes what it says."""
-        return self.record.kind == "whole" or self.segment.start >= self.record.base_info.numel
-
-    @property
-    def mask(self) -> Mask:
-        return Mask(kind="all") if self.whole else self.record.mask_of(self.package.manifest.seed)
-
-    def factor(self, weight: float) -> float:
-        """w·γ."""
-        return 1.0 if self.whole else weight * self.package.manifest.factor(self.record)
-
-    def bitmap(self, device: torch.device) -> Tensor | None:
-        """Of a stored mask."""
-        if self.mask.kind != "stored":
-            return None
-        return to_device(torch.from_numpy(np.frombuffer(self._opened().bitmap, np.uint8).copy()), device)
-
-    def check_kept(self, kept: int) -> None:
-        if not self.whole:
-            check_kept(self.record, self.segment, kept)
-
-    def term(self, own: Words, weight: float) -> LawTerm:
-        """What it adds to its kept elements, whose words are `own`."""
-        if self.whole:
-            return LawTerm(positions=None, factor=1.0, tuned=decode_whole(self.record, self.segment, self.frame))
-        return self._opened().term(own, weight)
-
-    def _opened(self) -> Opened:
-        return Opened.of(self.package.manifest, self.record, self.segment, self.frame)
-
-
-def _parts(package: DeltaPackage, places: Sequence[Place]) -> list[_Part | None]:
-    """A package's segment at each place, or None where it has none: there it changes nothing."""
-    found = {(name, (s.start, s.stop)): (s, frame) for name in {name for name, _ in places} for s, frame in _frames(package, name)}
-    parts = [found.get(place) for place in places]
-    return [
-        None if one is None else _Part(package=package, record=package.records[name], segment=one[0], frame=one[1])
-        for (name, _), one in zip(places, parts, strict=True)
-    ]
-
-
 def _decoded(
     group: Group, rows: Rows, places: Sequence[Place], package: DeltaPackage, weight: float, *, alone: bool
 ) -> tuple[Kept, Values]:
-    parts = _parts(package, places)
-    masks = _masks(parts, rows.device)
+    parts = parts_of(package, places)
+    masks = masks_of(parts, rows.device)
     counts = group.kernels.counts(rows, masks)
     sizes = rows.per_row(counts)
     for part, size in zip(parts, sizes, strict=True):
@@ -297,62 +227,5 @@ def _decoded(
     values = torch.empty_like(own, dtype=compute if deltas else rows.word)
     kept = Kept(masks=masks, offsets=offsets_of(counts), own=own)
     group.kernels.take(rows, masks, kept.offsets, own)
-
-    def words_of(part: _Part, before: Words) -> NDArray[Any]:
-        return _values(part.term(before, weight), before, group.dtype, alone=alone, deltas=deltas)
-
-    _decode([part for part in parts if part is not None], own, values, group.dtype, words_of)
+    decode([part for part in parts if part is not None], own, values, group.dtype, weight, alone=alone)
     return kept, Values(tensor=values, factors=tuple(1.0 if part is None else part.factor(weight) for part in parts), deltas=deltas)
-
-
-def _masks(parts: Sequence[_Part | None], device: torch.device) -> Masks:
-    """Where a package has no segment, it keeps nothing."""
-    masks = [part.mask if part is not None else None for part in parts]
-    stored = any(mask is not None and mask.kind == "stored" for mask in masks)
-    return Masks(
-        keys=[mask.key if mask is not None else 0 for mask in masks],
-        thresholds=[ABSENT if mask is None else mask.threshold if mask.kind == "seeded" else 0 for mask in masks],
-        bitmaps=[part.bitmap(device) if part is not None else None for part in parts] if stored else (),
-    )
-
-
-def _decode(parts: Sequence[_Part], own: Tensor, values: Tensor, dtype: DType, words_of: Callable[[_Part, Words], NDArray[Any]]) -> None:
-    """Fill `values` on threads: each fetches some of the base's words, decodes, and sends the values back."""
-    shares = list(_in_shares(parts))
-    most = max((sum(part.segment.kept for part in several) for _, several in shares), default=0)
-    ring = Ring(own.device, slots=thread_count() + 2, nbytes=most * (own.itemsize + values.itemsize) + values.itemsize)
-
-    def one(work: tuple[int, list[_Part]]) -> None:
-        first, several = work
-        kept = [part.segment.kept for part in several]
-        with ring.slot() as slot:
-            words = slot.fetch(own[first : first + sum(kept)]).view(dtype.word)
-            made = [words_of(part, before) for part, before in zip(several, np.split(words, np.cumsum(kept)[:-1]), strict=True)]
-            slot.send(made, values[first : first + sum(kept)])
-
-    with closing(ring), closing(ordered_map(one, shares)) as done:
-        for _ in done:
-            pass
-
-
-def _in_shares(parts: Sequence[_Part]) -> Iterator[tuple[int, list[_Part]]]:
-    """Segments that lie one after another, with the place of their first value, about `_AT_ONCE` at a time."""
-    first, at, several = 0, 0, list[_Part]()
-    for part in parts:
-        several.append(part)
-        at += part.segment.kept
-        if at - first >= _AT_ONCE:
-            yield first, several
-            first, several = at, []
-    if several:
-        yield first, several
-
-
-def _values(term: LawTerm, own: Words, dtype: DType, *, alone: bool, deltas: bool) -> NDArray[Any]:
-    if alone:
-        return term.result(own, dtype)
-    if not deltas:
-        assert term.tuned is not None
-        return term.tuned
-    assert term.delta is not None
-    return np.asarray(term.delta, dtype.compute)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from merging import files_of
 from safetensors.torch import load_file, save_file
 from tiny import State, random_tensor, refusal
 
-from dare_train import PackageCache, applied, apply, apply_, extract, gather
+from dare_train import PackageCache, applied, apply, apply_, decoding, extract, gather
 from dare_train import device as on_devices
 from dare_train.codec import SEGMENT
 from dare_train.errors import ConfigError, DeviceMemoryError, PackageError
+from dare_train.segments import Opened
 from dare_train.shards import LiveWeights
 
 pytestmark = pytest.mark.gpu
@@ -160,7 +162,7 @@ def test_a_chain(kernels: str, device: torch.device, tmp_path: Path, monkeypatch
 
 
 def test_values_are_decoded_by_several_threads(kernels: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_devices, "_AT_ONCE", 100)
+    monkeypatch.setattr(decoding, "_AT_ONCE", 100)
     check(extract(base_state(), tuned_state(1), tmp_path / "package", p=0.5), device, monkeypatch)
 
 
@@ -286,10 +288,29 @@ def test_a_device_without_memory_leaves_the_model_and_says_what_was_needed(
 def test_a_table_that_contradicts_the_mask_is_found_before_a_weight_changes(
     kernels: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package, honest = extract(base_state(), tuned_state(1), tmp_path / "package", p=0.5), on_devices.check_kept
-    monkeypatch.setattr(on_devices, "check_kept", lambda record, segment, kept: honest(record, segment, kept + (record.name == "f64")))
+    package, honest = extract(base_state(), tuned_state(1), tmp_path / "package", p=0.5), decoding.check_kept
+    monkeypatch.setattr(decoding, "check_kept", lambda record, segment, kept: honest(record, segment, kept + (record.name == "f64")))
     state = to(base_state(), device)
     with pytest.raises(PackageError, match=r"f64: expected \d+ kept elements, as its mask says"):
+        apply_(state, package)
+    assert same(state, base_state())
+
+
+def test_a_bitmap_that_contradicts_the_table_is_found_before_a_weight_changes(
+    kernels: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says of all values where they are: with one more, some would be read from behind the last."""
+    package, honest = extract(base_state(), tuned_state(1), tmp_path / "package", p=0.5), Opened.of
+
+    def damaged(*segment: Any) -> Opened:
+        opened = honest(*segment)
+        if opened.record.name != "bf16":
+            return opened
+        return replace(opened, data=memoryview(b"\xff" * len(opened.data)))
+
+    monkeypatch.setattr(Opened, "of", damaged)
+    state = to(base_state(), device)
+    with pytest.raises(PackageError, match=r"bf16: expected \d+ changed elements, found \d+; fetch the package again"):
         apply_(state, package)
     assert same(state, base_state())
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from .rows import BLOCK, PLANES, Masks, Rows, Term
 
-_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 def fingerprint(rows: Rows) -> Tensor:
@@ -47,7 +47,7 @@ def take_both(base: Rows, tuned: Rows, masks: Masks, offsets: Tensor, own: Tenso
     """
     take(base, masks, offsets, own)
     take(tuned, masks, offsets, new)
-    finite = [row.words.view(_FLOATS[tuned.dtype.code]).isfinite().all() for row in tuned.rows]
+    finite = [row.words.view(FLOATS[tuned.dtype.code]).isfinite().all() for row in tuned.rows]
     return 1 - torch.stack(finite).int()
 
 
@@ -67,7 +67,7 @@ def add(rows: Rows, terms: Sequence[Term]) -> None:
 
 
 def _sum(rows: Rows, terms: Sequence[Term], number: int) -> Tensor:
-    words, dtype = rows.rows[number].words, _FLOATS[rows.dtype.code]
+    words, dtype = rows.rows[number].words, FLOATS[rows.dtype.code]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     own = words.view(dtype).to(compute)
     total, alone = own.clone(), words.clone()

@@ -84,23 +84,23 @@ def lanes(words: Tensor, positions: Tensor, start: int) -> Tensor:
 def ordered(words: Tensor, bits: int) -> Tensor:
     """Bit patterns of `bits`-wide floats as integers in the order of the numbers: a bijection."""
     sign = _signed(1 << (bits - 1))
-    return torch.where(words & sign != 0, ~words, words | sign) & _ones(bits)
+    return torch.where(words & sign != 0, ~words, words | sign) & ones(bits)
 
 
 def distances_by_exponent(base: Tensor, tuned: Tensor, bits: int, exponent_bits: int) -> Tensor:
     """Zigzag distances ordered(tuned) - ordered(base) modulo 2**bits, stably sorted by the base's exponent field."""
-    distance = (ordered(tuned, bits) - ordered(base, bits)) & _ones(bits)
-    zigzag = ((distance << 1) ^ -(_right(distance, bits - 1) & 1)) & _ones(bits)
+    distance = (ordered(tuned, bits) - ordered(base, bits)) & ones(bits)
+    zigzag = ((distance << 1) ^ -(_right(distance, bits - 1) & 1)) & ones(bits)
     return zigzag[_by_exponent(base, bits, exponent_bits)]
 
 
-def from_distances(base: Tensor, symbols: Tensor, bits: int, exponent_bits: int) -> Tensor:
-    """Undo `distances_by_exponent`: the tuned words."""
+def from_distances(base: Tensor, symbols: Tensor, bits: int, exponent_bits: int, segment: Tensor | None = None) -> Tensor:
+    """Undo `distances_by_exponent`: the tuned words. Of several segments, one after another, `segment` has each element's number."""
     zigzag = torch.empty_like(symbols)
-    zigzag[_by_exponent(base, bits, exponent_bits)] = symbols
-    order = (ordered(base, bits) + (_right(zigzag, 1) ^ -(zigzag & 1))) & _ones(bits)
+    zigzag[_by_exponent(base, bits, exponent_bits, segment)] = symbols
+    order = (ordered(base, bits) + (_right(zigzag, 1) ^ -(zigzag & 1))) & ones(bits)
     sign = _signed(1 << (bits - 1))
-    return torch.where(order & sign != 0, order ^ sign, ~order) & _ones(bits)
+    return torch.where(order & sign != 0, order ^ sign, ~order) & ones(bits)
 
 
 def law(base: Tensor, tuned: Tensor, factor: float) -> Tensor:
@@ -118,9 +118,9 @@ def law(base: Tensor, tuned: Tensor, factor: float) -> Tensor:
     return torch.where(base.view(integers) == tuned.view(integers), base, moved)
 
 
-def _by_exponent(base: Tensor, bits: int, exponent_bits: int) -> Tensor:
-    exponent = _right(base, bits - 1 - exponent_bits) & _ones(exponent_bits)
-    return torch.argsort(exponent, stable=True)
+def _by_exponent(base: Tensor, bits: int, exponent_bits: int, segment: Tensor | None = None) -> Tensor:
+    exponent = _right(base, bits - 1 - exponent_bits) & ones(exponent_bits)
+    return torch.argsort(exponent if segment is None else exponent + (segment << exponent_bits), stable=True)
 
 
 def _right(x: Tensor, shift: int) -> Tensor:
@@ -128,7 +128,8 @@ def _right(x: Tensor, shift: int) -> Tensor:
     return (x >> shift) & ((1 << (64 - shift)) - 1) if shift else x
 
 
-def _ones(bits: int) -> int:
+def ones(bits: int) -> int:
+    """So many set bits, as an int64 has them."""
     return _signed((1 << bits) - 1)
 
 

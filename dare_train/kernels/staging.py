@@ -61,6 +61,11 @@ class Ring:
         finally:
             self._free.put(one)
 
+    def after(self, arrived: torch.cuda.Event | None) -> None:
+        """Let what the device does from now on come after what was sent."""
+        if arrived is not None:
+            torch.cuda.current_stream(self._device).wait_event(arrived)
+
     def close(self) -> None:
         """Let what the device does from now on come after all copies."""
         if self._pinned:
@@ -88,13 +93,18 @@ class Slot:
                 torch.cuda.current_stream(words.device).synchronize()
         return host.numpy()
 
-    def send(self, arrays: Sequence[NDArray[Any]], target: Tensor) -> None:
-        """Make arrays, one after another, the words of `target`. They may be changed when this returns."""
+    def send(self, arrays: Sequence[NDArray[Any]], target: Tensor) -> torch.cuda.Event | None:
+        """Make arrays, one after another, the words of `target`. They may be changed when this returns.
+
+        Returns:
+            What `Ring.after` waits for.
+        """
         host = self._room(target.numel(), target.dtype)
         np.concatenate([array.view(host.numpy().dtype) for array in arrays], out=host.numpy())
         with self._ring.on("up"):
             target.copy_(host, non_blocking=True)
             self._arrived = torch.cuda.current_stream(target.device).record_event() if target.is_cuda else None
+        return self._arrived
 
     def wait(self) -> None:
         """Until what was sent has arrived: then the buffer is free."""
