@@ -73,7 +73,7 @@ def inside(low, high, PLANE: tl.constexpr):
 
 @triton.jit
 def read(words, low, high, WHOLE: tl.constexpr):
-    """The words of every plane; zeros where the row has none. A program reads first of all, so that memory answers while it draws."""
+    """The words of every plane; zeros where the row has none. A program asks for all of them at once."""
     planes = ()
     for plane in tl.static_range(_PLANES):
         if WHOLE:
