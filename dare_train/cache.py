@@ -161,9 +161,9 @@ class PackageCache:
 
     def _make_room(self, needed: int) -> None:
         if needed > self.memory:
-            found = f"one that takes {needed / 1e6:,.0f} MB"
+            found = f"one that takes {needed:,}"
             raise DeviceMemoryError(
-                "PackageCache", expected=f"packages of at most {self.memory / 1e6:,.0f} MB", found=found, remedy="raise memory="
+                "PackageCache", expected=f"packages of at most {self.memory:,} bytes", found=found, remedy="raise memory="
             )
         while self._entries and self.nbytes + needed > self.memory:
             self._entries.popitem(last=False)

@@ -87,7 +87,7 @@ def _paired(batch: _Batch, numbers: list[int], tuned: list[Row], work: Sequence[
     prints = [Fingerprint(first % 2**64, second % 2**64) for first, second in lanes.cpu().tolist()]
     made = map(Pair, _split(own, sizes), _split(new, sizes), prints)
     found = zip(places, runs, made, strange.tolist(), strict=True)
-    return [(place, pair) for place, (plan, _, _), pair, strange_one in found if not strange_one or plan.allow_nonfinite]
+    return [(place, pair) for place, (plan, _, _), pair, not_finite in found if not not_finite or plan.allow_nonfinite]
 
 
 def _batches(live: LiveWeights, work: Sequence[Work], wanted: Callable[[str], bool]) -> list[_Batch]:

@@ -111,7 +111,9 @@ def test_memory_is_bounded_and_what_was_not_used_for_longest_goes(packages: list
     cache.revert()
     with pytest.raises(DeviceMemoryError) as caught:
         PackageCache(model, memory=1000).use(packages[0])
-    refusal(caught.value, DeviceMemoryError, "PackageCache: expected packages of at most 0 MB, found one that takes", "raise memory=")
+    refusal(
+        caught.value, DeviceMemoryError, "PackageCache: expected packages of at most 1,000 bytes, found one that takes", "raise memory="
+    )
 
 
 def test_a_full_device_loses_old_packages_before_it_refuses_new_ones(

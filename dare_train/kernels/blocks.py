@@ -20,14 +20,14 @@ _PLANES = tl.constexpr(PLANES)
 _COUNTERS = tl.constexpr(BLOCK // PLANES)
 
 
-def lanes(device: torch.device) -> Tensor:
+def numbers(device: torch.device) -> Tensor:
     """int16 [1024]: 0, 1, 2 ... What is computed from numbers that were loaded is laid out as the load is, eight to a thread."""
-    if device not in _lanes:
-        _lanes[device] = torch.arange(BLOCK // PLANES, dtype=torch.int16, device=device)
-    return _lanes[device]
+    if device not in _numbers:
+        _numbers[device] = torch.arange(BLOCK // PLANES, dtype=torch.int16, device=device)
+    return _numbers[device]
 
 
-_lanes: dict[torch.device, Tensor] = {}
+_numbers: dict[torch.device, Tensor] = {}
 
 
 @triton.jit
@@ -94,10 +94,10 @@ def write(words, planes, low, high, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def draws(key, block, numbers):
+def draws(key, block, counted):
     """The four words of Philox4x32-10 for each of the block's counters. A product of 64 bits is one instruction, its halves are two."""
     first = block * _COUNTERS
-    c0 = tl.load(numbers + places(0)).to(tl.uint32) + first.to(tl.uint32)
+    c0 = tl.load(counted + places(0)).to(tl.uint32) + first.to(tl.uint32)
     c1, c2, c3 = tl.zeros_like(c0) + (first >> 32).to(tl.uint32), tl.zeros_like(c0), tl.zeros_like(c0)
     k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
     for _ in tl.static_range(10):

@@ -133,12 +133,11 @@ def _move_block(
     threshold = threshold_again(masks)
     for plane in tl.static_range(_PLANES):
         keeps = kept(drawn, masks, threshold, before, low, high, plane, STORED, WHOLE)
-        first, before_it = values + (tl.load(offsets + plane) - 1), of_plane(firsts, plane)
+        first, rank = values + (tl.load(offsets + plane) - 1), of_plane(firsts, plane) + ranks(keeps)
         if PUT:
-            at = first + before_it + ranks(keeps)
-            results = results + (tl.load(at, mask=keeps, other=planes[plane]),)  # type: ignore[assignment]
+            results = results + (tl.load(first + rank, mask=keeps, other=planes[plane]),)  # type: ignore[assignment]
         else:
-            _scatter(first, tl.where(keeps, before_it + ranks(keeps), 0).to(tl.int16), planes[plane])
+            _scatter(first, tl.where(keeps, rank, 0).to(tl.int16), planes[plane])
     if PUT:
         write(words, results, low, high, WHOLE)
 
@@ -300,7 +299,7 @@ def add(rows: Rows, terms: Sequence[Term]) -> None:
     offsets = torch.cat([term.offsets for term in terms])
     values = to_device(torch.tensor([term.values.data_ptr() for term in terms], dtype=torch.int64), device)
     _launch(
-        _add, rows, masks, blocks.lanes(device), factors, offsets, values, len(rows.rows), rows.blocks,
+        _add, rows, masks, blocks.numbers(device), factors, offsets, values, len(rows.rows), rows.blocks,
         len(terms), _bits(term.deltas for term in terms), _bits(term.masks.stored for term in terms),
         _WORDS[rows.word], rows.dtype.code, rows.aligned,
     )  # fmt: skip
@@ -308,7 +307,7 @@ def add(rows: Rows, terms: Sequence[Term]) -> None:
 
 def _of(rows: Rows, masks: Masks) -> tuple[Tensor, Tensor]:
     """What kernels need to work out masks."""
-    return masks.table(rows.device), blocks.lanes(rows.device)
+    return masks.table(rows.device), blocks.numbers(rows.device)
 
 
 def _launch(kernel: Any, rows: Rows, *arguments: Any) -> None:
