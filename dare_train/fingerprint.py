@@ -1,6 +1,6 @@
 """Fingerprints that do not depend on who holds which part of a tensor.
 
-A tensor's fingerprint is a sum over its elements, modulo 2⁶⁴ in two lanes, of a mix of (flat index, bits).
+A tensor's fingerprint is a sum over its bytes in units of 32 bits, modulo 2⁶⁴ in two lanes, of units times what their places say.
 It guards against a wrong base and against bit rot, not against forgery; docs/format.md §3 defines it.
 """
 
@@ -26,9 +26,6 @@ class Fingerprint(NamedTuple):
 
     def plus(self, other: tuple[int, int]) -> Fingerprint:
         return Fingerprint((self.first + other[0]) & _LANE, (self.second + other[1]) & _LANE)
-
-    def minus(self, other: tuple[int, int]) -> Fingerprint:
-        return Fingerprint((self.first - other[0]) & _LANE, (self.second - other[1]) & _LANE)
 
     @property
     def hex(self) -> str:

@@ -105,10 +105,10 @@ def encode_kept(plan: TensorPlan, start: int, length: int, positions: Positions,
     if not changed:
         return Encoded(result=base, **common)
     new = term.result(own, plan.info.dtype)
-    before, after = cpu.fingerprint_at(own, positions, start), cpu.fingerprint_at(new, positions, start)
     frame = codec.compress(_with_bitmap(plan, start, length, content))
     segment = Segment(tensor=plan.index, start=start, length=length, kept=positions.size, changed=symbols, size=len(frame))
-    return Encoded(result=base.plus(after).minus(before), segment=segment, frame=frame, **common)
+    result = base.plus(cpu.fingerprint_change(own, new, positions, start))
+    return Encoded(result=result, segment=segment, frame=frame, **common)
 
 
 def receiver_words(plan: TensorPlan, start: int, length: int, positions: Positions, own: Words, tuned: Words) -> Words:

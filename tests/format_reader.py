@@ -60,13 +60,21 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
 # §3 fingerprints
 
 
-def fingerprint(words: np.ndarray) -> str:
-    v = words.astype(np.uint64) + np.arange(len(words), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+def split_mix(n: np.ndarray) -> np.ndarray:
+    v = (n + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     v = (v ^ (v >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     v = (v ^ (v >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    v = v ^ (v >> np.uint64(31))
-    u = (v & np.uint64(0xFFFFFFFF)) * (v >> np.uint64(32))
-    return f"{int(v.sum(dtype=np.uint64)):016x}{int(u.sum(dtype=np.uint64)):016x}"
+    return v ^ (v >> np.uint64(31))
+
+
+def fingerprint(words: np.ndarray) -> str:
+    raw = words.astype(words.dtype.newbyteorder("<")).tobytes()
+    u = np.frombuffer(raw + bytes(-len(raw) % 4), "<u4").astype(np.uint64)
+    t, one, half = np.arange(len(u), dtype=np.uint64), np.uint64(1), np.uint64(32)
+    m, f = split_mix(t // np.uint64(1024)), split_mix(np.uint64(1 << 63) + t % np.uint64(1024))
+    a = u * (m | one) * ((f & np.uint64(0xFFFFFFFF)) | one)
+    b = u * ((m << half) | (m >> half) | one) * ((f >> half) | one)
+    return f"{int(a.sum(dtype=np.uint64)):016x}{int(b.sum(dtype=np.uint64)):016x}"
 
 
 def fingerprint_of_set(rows: list[tuple[str, str, list[int], str]]) -> str:

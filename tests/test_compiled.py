@@ -132,7 +132,7 @@ WIDE = """
 import sys
 import llvmlite.binding as llvm
 from numba import config
-from dare_train.kernels import compiler, cpu
+from dare_train.kernels import compiler, fingerprints
 
 class Features:
     def flatten(self):
@@ -144,7 +144,7 @@ seen, honest = [], compiler._drop_error_paths
 compiler._drop_error_paths = lambda module, machine: (seen.append(str(module)), honest(module, machine))
 llvm.initialize_native_target()
 llvm.initialize_native_asmprinter()
-compiler.object_code(cpu._fingerprint, ("pu2", "u8", "pu8"), "symbol")
+compiler.object_code(fingerprints._fingerprint, ("pu4", "u8", "pu4", "pu8"), "symbol")
 print("<8 x i64>" in seen[0], config.CPU_FEATURES)
 """
 

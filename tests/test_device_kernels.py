@@ -26,6 +26,7 @@ BF16 = DTYPES["BF16"]
 KEYS = [0, 1, 0x9E3779B97F4A7C15, 2**64 - 1, 2**63, 12345]
 SHAPES = [(0, 1), (5, 0), (0, BLOCK), (BLOCK - 1, 2), (3 * BLOCK + 8, BLOCK + 16), (2**35 - 5, 77), (2**33 + 17, 2 * BLOCK + 3)]
 """(flat start, elements): empty, odd, a block, across blocks, where Philox's counter needs its second word."""
+EVERY = [DTYPES[code] for code in ("F64", "F32", "F16", "BF16", "F8_E4M3", "I64", "BOOL")]
 both = pytest.mark.parametrize("kernels", [cuda, plain], ids=["triton", "torch"])
 
 
@@ -91,12 +92,28 @@ def stored(device: torch.device, masks: Masks, shapes: list[tuple[int, int]], ev
 
 
 @both
-@by_code([DTYPES[code] for code in ("F64", "F32", "F16", "BF16", "F8_E4M3", "I64", "BOOL")])
+@by_code(EVERY)
 @pytest.mark.parametrize("offset", [0, 1])
 def test_fingerprints(kernels: ModuleType, dtype: DType, offset: int, device: torch.device) -> None:
     rows, words = made(device, dtype, SHAPES, offset)
     found = back(kernels.fingerprint(rows)).tolist()
     assert found == [list(cpu.fingerprint(one, start)) for one, (start, _) in zip(words, SHAPES, strict=True)]
+
+
+@both
+@by_code(EVERY)
+def test_fingerprints_of_blocks_that_are_read_as_units(kernels: ModuleType, dtype: DType, device: torch.device) -> None:
+    shapes = [(0, BLOCK), (16, 2 * BLOCK), (2**33 + 32, 2 * BLOCK + 3)]
+    rows, words = made(device, dtype, shapes)
+    assert rows.aligned
+    found = back(kernels.fingerprint(rows)).tolist()
+    assert found == [list(cpu.fingerprint(one, start)) for one, (start, _) in zip(words, shapes, strict=True)]
+
+
+def test_bytes_that_begin_at_an_odd_eight_are_not_read_as_units(device: torch.device) -> None:
+    for code, aligned in (("F8_E4M3", False), ("BF16", True)):
+        rows, _ = made(device, DTYPES[code], [(8, BLOCK)])
+        assert rows.aligned == aligned
 
 
 @both
@@ -319,6 +336,7 @@ table = {"table": "*i64", "row_of_block": "*i32"}
 masked = {**table, "masks": "*i64", "numbers": "*i16"}
 moves = {**masked, "offsets": "*i64", "values": "*i16"}
 pairs = {**masked, "addresses": "*i64", "offsets": "*i64", "own": "*i16", "new": "*i16", "strange": "*i32"}
+units = {"WORD": tl.int16, "WIDTH": 2, "UNSIGNED": tl.uint16}
 common = {"STORED": False, "ALIGNED": True, "WORD": tl.int16}
 signature = {**masked, "factors": "*fp32", "offsets": "*i64", "values": "*i64", "rows": "i32", "blocks": "i32"}
 constants = {"TERMS": 2, "DELTAS": 2, "STORED": 1, "WORD": tl.int16, "CODE": "BF16", "ALIGNED": True}
@@ -327,7 +345,7 @@ for capability in (80, 90):
     added = ptx(cuda._add, signature, constants, capability)
     if capability == 90:
         moved += [
-            ptx(cuda._fingerprint, {**table, "lanes": "*i64"}, {"WORD": tl.int16, "UNSIGNED": tl.uint16, "ALIGNED": True}, capability),
+            ptx(cuda._fingerprint, {**table, "factors": "*i32", "lanes": "*i64"}, {**units, "ALIGNED": True}, capability),
             ptx(cuda._move, moves, {**common, "PUT": False}, capability),
             ptx(cuda._take_both, pairs, {**common, "EXPONENT": 0x7F80}, capability),
         ]

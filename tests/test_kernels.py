@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dare_train.dtypes import DTYPES, to_float
+from dare_train.fingerprint import Fingerprint
 from dare_train.kernels import cpu, philox, reference
 from dare_train.kernels.compiled import kernel
 from dare_train.stats import Magnitudes
@@ -23,6 +24,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 SIZES = st.sampled_from([0, 1, 2, 77, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5])
 STARTS = st.sampled_from([0, 1, BLOCK - 1, BLOCK, 3 * BLOCK + 17, 2**32 + 5, 2**35 - 5, 2**42 + 7, 2**62 + 1]) | st.integers(0, 2**50)
 """Philox's counter is the index / 8: its second word becomes 1 inside a run that begins at 2**35 - 5."""
+PRINT_STARTS = st.sampled_from([0, 1, 2, 511, 2047, BLOCK, 3 * BLOCK + 17, 2**42 + 7, 2**58 + 1]) | st.integers(0, 2**50)
 THRESHOLDS = st.sampled_from([0, 1, 32768, 58982, 65535]) | st.integers(0, 65535)
 WORD_TYPES = [DTYPES[code] for code in ("F64", "F32", "F16", "BF16", "F8_E4M3", "I64", "BOOL")]
 FACTORS = st.sampled_from([0.0, -0.0, 0.5, 1.5, -1.0, 65536 / 6554, 3e38, 1e-40]) | st.floats(-100, 100).filter(lambda x: x != 1)
@@ -102,18 +104,31 @@ def test_kept_positions_of_an_earlier_call_stay_as_they_were():
 
 
 @by_code(WORD_TYPES)
-@given(seed=SEEDS, size=SIZES, start=STARTS)
+@given(seed=SEEDS, size=SIZES, start=PRINT_STARTS)
 def test_fingerprint(dtype, seed, size, start):
     words = np.random.default_rng(seed).integers(0, 1 << dtype.bits, size, dtype=np.uint64).astype(dtype.word)
-    assert cpu.fingerprint(words, start) == reference.fingerprint(as_int64(words), start)
+    assert cpu.fingerprint(words, start) == reference.fingerprint(as_int64(words), start, words.itemsize)
 
 
 @by_code(WORD_TYPES)
-@given(seed=SEEDS, size=SIZES, start=STARTS, threshold=THRESHOLDS)
-def test_fingerprint_at(dtype, seed, size, start, threshold):
+@given(seed=SEEDS, size=SIZES, start=PRINT_STARTS, threshold=THRESHOLDS)
+def test_fingerprint_change(dtype, seed, size, start, threshold):
     positions = cpu.kept_positions(seed, start, size, threshold)
-    words = np.random.default_rng(seed).integers(0, 1 << dtype.bits, positions.size, dtype=np.uint64).astype(dtype.word)
-    assert cpu.fingerprint_at(words, positions, start) == reference.fingerprint_at(as_int64(words), torch.from_numpy(positions), start)
+    own, new = np.random.default_rng(seed).integers(0, 1 << dtype.bits, (2, positions.size), dtype=np.uint64).astype(dtype.word)
+    expected = reference.fingerprint_change(as_int64(own), as_int64(new), torch.from_numpy(positions), start, own.itemsize)
+    assert cpu.fingerprint_change(own, new, positions, start) == expected
+
+
+@by_code(WORD_TYPES)
+@given(seed=SEEDS, size=SIZES, start=PRINT_STARTS, threshold=THRESHOLDS)
+def test_a_change_leads_from_one_fingerprint_to_the_other(dtype, seed, size, start, threshold):
+    positions = cpu.kept_positions(seed, start, size, threshold)
+    own, new = np.random.default_rng(seed).integers(0, 1 << dtype.bits, (2, size), dtype=np.uint64).astype(dtype.word)
+    after = own.copy()
+    cpu.put(after, positions, cpu.take(new, positions))
+    change = cpu.fingerprint_change(cpu.take(own, positions), cpu.take(new, positions), positions, start)
+    found = Fingerprint(*cpu.fingerprint(own, start)).plus(change)
+    assert found == cpu.fingerprint(after, start)
 
 
 @by_code(WORD_TYPES)
@@ -142,6 +157,20 @@ def test_every_flipped_bit_and_every_swap_changes_both_lanes(dtype):
     assert len(changed) == words.size * dtype.bits + 10
     for lane in (0, 1):
         assert original[lane] not in [lanes[lane] for lanes in changed]
+
+
+def test_split_mix_gives_the_published_numbers():
+    """Steele, Lea and Flood's SplitMix64 seeded with 0; so https://prng.di.unimi.it/splitmix64.c."""
+    found = [value % 2**64 for value in reference.split_mix(torch.arange(4)).tolist()]
+    assert [f"{value:016x}" for value in found] == ["e220a8397b1dcdaf", "6e789e6aa1b965f4", "06c45d188009454f", "f88bb8a8724c81ec"]
+
+
+def test_no_two_units_that_share_a_multiplier_have_one_factor():
+    """So two flipped bits among them cannot cancel, nor can a swap: factors are odd and below 2**32 (docs/format.md §3.2)."""
+    for lane in reference.unit_factors(torch.arange(5 * 1024, 6 * 1024)):
+        assert lane.unique().numel() == 1024
+        assert (lane % 2 == 1).all()
+        assert lane.max() < 2**32
 
 
 def pair(dtype, size, seed):

@@ -48,6 +48,7 @@ FLOORS = [
     {"terminal", "parallel", "weights", "publish", "kernels.compiler", "kernels.reference", "kernels.staging"},
     {"kernels.compiled", "kernels.rows", "ownership", "engines", "lowrank"},
     {"kernels.philox", "kernels.blocks", "kernels.plain", "lora", "filenames"},
+    {"kernels.fingerprints"},
     {"kernels.cpu", "kernels.sums", "kernels.cuda", "kernels.unpack"},
     {"kernels.choice"},
     {"masks", "fingerprint", "checkpoint", "shards", "stats", "law"},

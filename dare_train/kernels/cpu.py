@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import Words
 from .compiled import inlined, kernel
+from .fingerprints import copy_with_fingerprint, fingerprint, fingerprint_change
 from .philox import BLOCK, Positions, draws, keep_mask, kept_positions
 
 __all__ = [
@@ -18,7 +19,7 @@ __all__ = [
     "draws",
     "expand",
     "fingerprint",
-    "fingerprint_at",
+    "fingerprint_change",
     "from_distances",
     "has_nonfinite",
     "keep_mask",
@@ -29,62 +30,10 @@ __all__ = [
     "take",
 ]
 
-_LOW = np.uint64(0xFFFFFFFF)
-_U32 = np.uint64(32)
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
 _THREE = np.uint64(3)
 _FOUR = np.uint64(4)
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX2 = np.uint64(0x94D049BB133111EB)
-_S30 = np.uint64(30)
-_S27 = np.uint64(27)
-_S31 = np.uint64(31)
-
-
-@inlined
-def _mix(word, offset):
-    v = np.uint64(word) + offset
-    v = (v ^ (v >> _S30)) * _MIX1
-    v = (v ^ (v >> _S27)) * _MIX2
-    v = v ^ (v >> _S31)
-    return v, (v & _LOW) * (v >> _U32)
-
-
-@kernel
-def _fingerprint(words, start, lanes):
-    a, b = np.uint64(0), np.uint64(0)
-    offset = start * _GOLDEN
-    for i in range(words.size):
-        v, u = _mix(words[i], offset)
-        offset += _GOLDEN
-        a += v
-        b += u
-    lanes[0], lanes[1] = a, b
-
-
-@kernel
-def _copy_with_fingerprint(words, start, out, lanes):
-    a, b = np.uint64(0), np.uint64(0)
-    offset = start * _GOLDEN
-    for i in range(words.size):
-        out[i] = words[i]
-        v, u = _mix(words[i], offset)
-        offset += _GOLDEN
-        a += v
-        b += u
-    lanes[0], lanes[1] = a, b
-
-
-@kernel
-def _fingerprint_at(words, positions, start, lanes):
-    a, b = np.uint64(0), np.uint64(0)
-    for i in range(words.size):
-        v, u = _mix(words[i], (start + np.uint64(positions[i])) * _GOLDEN)
-        a += v
-        b += u
-    lanes[0], lanes[1] = a, b
 
 
 @kernel
@@ -265,27 +214,6 @@ def take(words: Words, positions: NDArray[np.signedinteger]) -> Words:
 def put(words: Words, positions: NDArray[np.signedinteger], values: Words) -> None:
     """`words[positions] = values`, in place."""
     _put(words, positions, values)
-
-
-def fingerprint(words: Words, start: int) -> tuple[int, int]:
-    """Two 64-bit lanes of the elements whose flat indices begin at `start`; see `reference.fingerprint`."""
-    lanes = np.empty(2, np.uint64)
-    _fingerprint(words, np.uint64(start), lanes)
-    return int(lanes[0]), int(lanes[1])
-
-
-def copy_with_fingerprint(words: Words, start: int, out: Words) -> tuple[int, int]:
-    """`out[:] = words` and their `fingerprint`, in one pass over memory."""
-    lanes = np.empty(2, np.uint64)
-    _copy_with_fingerprint(words, np.uint64(start), out, lanes)
-    return int(lanes[0]), int(lanes[1])
-
-
-def fingerprint_at(words: Words, positions: Positions, start: int) -> tuple[int, int]:
-    """The share that the elements at `start + positions` have in a fingerprint."""
-    lanes = np.empty(2, np.uint64)
-    _fingerprint_at(words, positions, np.uint64(start), lanes)
-    return int(lanes[0]), int(lanes[1])
 
 
 def has_nonfinite(words: Words, exponent_mask: int) -> bool:

@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import blocks
-from .blocks import at_address, draws, earlier, inside, kept, of_plane, place, places, ranks, read, threshold_again, totals, write, zeros
+from .blocks import at_address, draws, earlier, kept, of_plane, place, places, ranks, read, threshold_again, totals, write, zeros
+from .reference import UNITS
 from .rows import BLOCK, PLANES, Masks, Rows, Term
 from .staging import to_device
 
@@ -35,6 +36,7 @@ _LAUNCH: dict[str, Any] = {"num_warps": blocks.THREADS // 32, "enable_fp_fusion"
 _BLOCK = tl.constexpr(BLOCK)
 _PLANES = tl.constexpr(PLANES)
 _COUNTERS = tl.constexpr(BLOCK // PLANES)
+_UNITS = tl.constexpr(UNITS)
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 _MIX1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MIX2 = tl.constexpr(0x94D049BB133111EB)
@@ -69,32 +71,71 @@ def _narrow(value, CODE: tl.constexpr):
 
 
 @triton.jit
-def _print_of(words, block, low, high, UNSIGNED: tl.constexpr, WHOLE: tl.constexpr):
-    """Both lanes of a block, [128, 8] each, still to be added up."""
-    first, second, planes = zeros(tl.uint64), zeros(tl.uint64), read(words, low, high, WHOLE)
-    index = (block * _BLOCK + places(0)).to(tl.uint64) * _GOLDEN
-    for plane in tl.static_range(_PLANES):
-        v = planes[plane].to(UNSIGNED, bitcast=True).to(tl.uint64) + index
-        index += (_COUNTERS * _GOLDEN) & 0xFFFFFFFFFFFFFFFF
-        v = (v ^ (v >> 30)) * _MIX1
-        v = (v ^ (v >> 27)) * _MIX2
-        v = v ^ (v >> 31)
-        if not WHOLE:
-            v = tl.where(inside(low, high, plane), v, 0)
-        first += v
-        second += (v & 0xFFFFFFFF) * (v >> 32)
-    return first, second
+def _split_mix(number):
+    v = (number.to(tl.uint64) + 1) * _GOLDEN
+    v = (v ^ (v >> 30)) * _MIX1
+    v = (v ^ (v >> 27)) * _MIX2
+    return v ^ (v >> 31)
 
 
 @triton.jit
-def _fingerprint(table, row_of_block, lanes, WORD: tl.constexpr, UNSIGNED: tl.constexpr, ALIGNED: tl.constexpr):
+def _multipliers(group):
+    """What 1,024 units share, in either lane."""
+    mixed = _split_mix(group)
+    return mixed | 1, (mixed << 32) | (mixed >> 32) | 1
+
+
+@triton.jit
+def _factors(factors, at):
+    """What units are multiplied by themselves, in either lane."""
+    first, second = tl.load(factors + at), tl.load(factors + _UNITS + at)
+    return first.to(tl.uint32, bitcast=True).to(tl.uint64), second.to(tl.uint32, bitcast=True).to(tl.uint64)
+
+
+@triton.jit
+def _print_of_whole(words, block, factors, WIDTH: tl.constexpr):
+    """Both lanes of a whole block whose elements have WIDTH bytes. It is read as units, 1,024 at a time."""
+    at, planes = tl.arange(0, _UNITS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :], ()
+    units = tl.multiple_of(words.to(tl.pointer_type(tl.int32)), 16)
+    for group in tl.static_range(2 * WIDTH):
+        planes = planes + (tl.load(units + group * _UNITS + at),)  # type: ignore[assignment]
+    one, other = _factors(factors, at)
+    first, second = tl.zeros((_UNITS // 4,), tl.uint64), tl.zeros((_UNITS // 4,), tl.uint64)
+    for group in tl.static_range(2 * WIDTH):
+        own = planes[group].to(tl.uint32, bitcast=True).to(tl.uint64)  # type: ignore[var-annotated]
+        multipliers = _multipliers(block * (2 * WIDTH) + group)
+        first += tl.sum(own * one, axis=1) * multipliers[0]
+        second += tl.sum(own * other, axis=1) * multipliers[1]
+    return tl.sum(first), tl.sum(second)
+
+
+@triton.jit
+def _print_of_some(words, block, low, high, factors, WIDTH: tl.constexpr, UNSIGNED: tl.constexpr):
+    """The same of some of a block's elements, wherever they lie: one by one."""
+    first, second, planes = zeros(tl.uint64), zeros(tl.uint64), read(words, low, high, False)
+    for plane in tl.static_range(_PLANES):
+        byte = places(plane) * WIDTH
+        word = planes[plane].to(UNSIGNED, bitcast=True).to(tl.uint64) << (8 * (byte & 3)).to(tl.uint64)
+        for half in tl.static_range(2 if WIDTH == 8 else 1):
+            unit, own = (byte >> 2) + half, word >> (32 * half) & 0xFFFFFFFF
+            one, other = _factors(factors, unit & (_UNITS - 1))
+            multipliers = _multipliers(block * (2 * WIDTH) + unit // _UNITS)
+            first += own * one * multipliers[0]
+            second += own * other * multipliers[1]
+    return tl.sum(first), tl.sum(second)
+
+
+@triton.jit
+def _fingerprint(
+    table, row_of_block, factors, lanes, WORD: tl.constexpr, WIDTH: tl.constexpr, UNSIGNED: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
     row, block, _, words, low, high = place(table, row_of_block, WORD, ALIGNED)
-    if high - low == _BLOCK:
-        first, second = _print_of(words, block, low, high, UNSIGNED, True)
+    if ALIGNED and high - low == _BLOCK:
+        first, second = _print_of_whole(words, block, factors, WIDTH)
     else:
-        first, second = _print_of(words, block, low, high, UNSIGNED, False)
-    tl.atomic_add(lanes + 2 * row, tl.sum(first).to(tl.int64, bitcast=True), sem="relaxed")
-    tl.atomic_add(lanes + 2 * row + 1, tl.sum(second).to(tl.int64, bitcast=True), sem="relaxed")
+        first, second = _print_of_some(words, block, low, high, factors, WIDTH, UNSIGNED)
+    tl.atomic_add(lanes + 2 * row, first.to(tl.int64, bitcast=True), sem="relaxed")
+    tl.atomic_add(lanes + 2 * row + 1, second.to(tl.int64, bitcast=True), sem="relaxed")
 
 
 @triton.jit
@@ -252,8 +293,9 @@ def _add(
 def fingerprint(rows: Rows) -> Tensor:
     """int64 [rows, 2]: both lanes of each row's share of its tensor's fingerprint, as bits of uint64."""
     lanes = torch.zeros((len(rows.rows), 2), dtype=torch.int64, device=rows.device)
-    unsigned = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}[rows.dtype.itemsize]
-    _launch(_fingerprint, rows, lanes, _WORDS[rows.word], unsigned, rows.aligned)
+    width = rows.dtype.itemsize
+    unsigned = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}[width]
+    _launch(_fingerprint, rows, blocks.factors(rows.device), lanes, _WORDS[rows.word], width, unsigned, rows.aligned)
     return lanes
 
 

@@ -15,8 +15,9 @@ FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F
 
 def fingerprint(rows: Rows) -> Tensor:
     """int64 [rows, 2]: both lanes of each row's share of its tensor's fingerprint, as bits of uint64."""
-    ones = -1 if rows.dtype.itemsize == 8 else (1 << 8 * rows.dtype.itemsize) - 1
-    shares = [reference.lanes(row.words.long() & ones, torch.arange(row.count, device=rows.device), row.start) for row in rows.rows]
+    width = rows.dtype.itemsize
+    ones = reference.ones(8 * width)
+    shares = [reference.lanes(row.words.long() & ones, torch.arange(row.count, device=rows.device), row.start, width) for row in rows.rows]
     return torch.stack(shares)
 
 

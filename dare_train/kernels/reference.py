@@ -11,6 +11,7 @@ from torch import Tensor
 
 COUNTERS = 1024
 BLOCK = 8 * COUNTERS
+UNITS = 1024
 _LOW = 0xFFFFFFFF
 
 
@@ -60,25 +61,47 @@ def put(words: Tensor, positions: Tensor, values: Tensor) -> None:
     words[positions] = values
 
 
-def fingerprint(words: Tensor, start: int) -> tuple[int, int]:
-    """Two lanes in [0, 2**64): sums over the elements of two mixes of (flat index, bits)."""
-    first, second = lanes(words, torch.arange(words.numel(), device=words.device), start).tolist()
+def fingerprint(words: Tensor, start: int, width: int) -> tuple[int, int]:
+    """Two lanes in [0, 2**64) of elements of `width` bytes whose flat indices begin at `start` (docs/format.md §3)."""
+    first, second = lanes(words, torch.arange(words.numel(), device=words.device), start, width).tolist()
     return first % 2**64, second % 2**64
 
 
-def fingerprint_at(words: Tensor, positions: Tensor, start: int) -> tuple[int, int]:
-    """The share that elements at flat indices `start + positions` have in a fingerprint."""
-    first, second = lanes(words, positions, start).tolist()
+def fingerprint_change(own: Tensor, new: Tensor, positions: Tensor, start: int, width: int) -> tuple[int, int]:
+    """What is added to a fingerprint when the elements at flat indices `start + positions` become `new` where they were `own`."""
+    first, second = (lanes(new, positions, start, width) - lanes(own, positions, start, width)).tolist()
     return first % 2**64, second % 2**64
 
 
-def lanes(words: Tensor, positions: Tensor, start: int) -> Tensor:
-    """The same as the bits of two uint64, int64 [2]."""
-    v = words + (start + positions) * _signed(0x9E3779B97F4A7C15)
+def lanes(words: Tensor, positions: Tensor, start: int, width: int) -> Tensor:
+    """The share that elements at `start + positions` have in a fingerprint, as the bits of two uint64, int64 [2].
+
+    A tensor's bytes are read as units of 32 bits, little-endian. Elements have their bytes there, and zeros for those of others.
+    """
+    byte = (start + positions) * width
+    low = _of_units((words << 8 * (byte % 4)) & _LOW, byte // 4)
+    return low + _of_units(_right(words, 32), byte // 4 + 1) if width == 8 else low
+
+
+def _of_units(units: Tensor, number: Tensor) -> Tensor:
+    own, shared = unit_factors(number), split_mix(number // UNITS)
+    first = own[0] * (shared | 1)
+    second = own[1] * ((shared << 32) | _right(shared, 32) | 1)
+    return torch.stack([(first * units).sum(), (second * units).sum()])
+
+
+def unit_factors(number: Tensor) -> tuple[Tensor, Tensor]:
+    """What units of these numbers are multiplied by in either lane, beside the multiplier that 1,024 of them share; odd, below 2**32."""
+    mixed = split_mix(number % UNITS + _signed(1 << 63))
+    return (mixed & _LOW) | 1, _right(mixed, 32) | 1
+
+
+def split_mix(number: Tensor) -> Tensor:
+    """Outputs of SplitMix64 seeded with 0 (Steele et al. 2014, "Fast splittable pseudorandom number generators"), the first for 0."""
+    v = (number + 1) * _signed(0x9E3779B97F4A7C15)
     v = (v ^ _right(v, 30)) * _signed(0xBF58476D1CE4E5B9)
     v = (v ^ _right(v, 27)) * _signed(0x94D049BB133111EB)
-    v = v ^ _right(v, 31)
-    return torch.stack([v.sum(), ((v & _LOW) * _right(v, 32)).sum()])
+    return v ^ _right(v, 31)
 
 
 def ordered(words: Tensor, bits: int) -> Tensor:

@@ -86,8 +86,9 @@ class Rows:
 
     @cached_property
     def aligned(self) -> bool:
-        """Whether every row's eights of elements lie where they can be read at once."""
-        return all(row.address % 16 == 0 and row.start % 8 == 0 for row in self.rows)
+        """Whether every row's eights of elements, and sixteens of bytes, lie where they can be read at once."""
+        each = max(8, 16 // self.dtype.itemsize)
+        return all(row.address % 16 == 0 and row.start % each == 0 for row in self.rows)
 
     @property
     def nbytes(self) -> int:

@@ -33,11 +33,11 @@ _WORD = tl.constexpr(tl.int16)
 
 
 @triton.jit
-def _fingerprint(table, row_of_block, lanes):
-    row, block, _, words, low, high = place(table, row_of_block, _WORD, True)
-    first, second = cuda._print_of(words, block, low, high, tl.uint16, True)
-    tl.atomic_add(lanes + 2 * row, tl.sum(first).to(tl.int64, bitcast=True), sem="relaxed")
-    tl.atomic_add(lanes + 2 * row + 1, tl.sum(second).to(tl.int64, bitcast=True), sem="relaxed")
+def _fingerprint(table, row_of_block, factors, lanes):
+    row, block, _, words, _, _ = place(table, row_of_block, _WORD, True)
+    first, second = cuda._print_of_whole(words, block, factors, 2)
+    tl.atomic_add(lanes + 2 * row, first.to(tl.int64, bitcast=True), sem="relaxed")
+    tl.atomic_add(lanes + 2 * row + 1, second.to(tl.int64, bitcast=True), sem="relaxed")
 
 
 @triton.jit
@@ -77,7 +77,7 @@ _BOTH = {**_MASKS, "addresses": "*i64", "offsets": "*i64", "own": "*i16", "new":
 _SUMS = {**_MASKS, "factors": "*fp32", "offsets": "*i64", "values": "*i64", "rows": "i32", "blocks": "i32"}
 
 KERNELS: list[tuple[str, float, Any, Mapping[str, str], dict[str, Any]]] = [
-    ("fingerprint", 2, _fingerprint, {**_TABLE, "lanes": "*i64"}, {}),
+    ("fingerprint", 2, _fingerprint, {**_TABLE, "factors": "*i32", "lanes": "*i64"}, {}),
     ("counts of kept words", 0, _counts, {**_MASKS, "counts": "*i64"}, {}),
     ("gather kept words", 2 + 2 * KEPT, _move, _VALUES, {"PUT": False}),
     ("gather kept words of base and tuned", 4 + 4 * KEPT, _take_both, _BOTH, {}),
