@@ -44,23 +44,24 @@ class PackageCache:
     Args:
         model: the base: a module, or a state dict of tensors, all of them whole and contiguous where they lie.
         memory: bytes that packages may take on the devices together. Those that were not used for longest go first.
+        kernels: "cuda" or "reference": see `apply_`.
 
     Raises:
         ConfigError: a tensor lies where no kernels work on it, or only in part.
     """
 
-    def __init__(self, model: Live, *, memory: int = 4 << 30) -> None:
+    def __init__(self, model: Live, *, memory: int = 4 << 30, kernels: str | None = None) -> None:
         if not isinstance(memory, int) or isinstance(memory, bool) or memory <= 0:
             raise ConfigError("memory", expected="a number of bytes above 0", found=repr(memory))
         self.memory = memory
-        self._live = LiveWeights(model)
+        self._live = LiveWeights(model, kernels=kernels)
         everything = {name: ((0, info.numel),) for name, info in self._live.tensors.items() if info.numel}
         self._groups = device.groups(self._live, {name: spans for name, spans in everything.items() if self._live.alone(name)})
         self._entries: OrderedDict[tuple[str, float], _Entry] = OrderedDict()
         self._active: tuple[str, float] | None = None
         left = sorted(everything.keys() - {name for group in self._groups for name in group.rows})
         if left:
-            remedy = "move the model to a GPU whole; apply_ works anywhere. DARE_TRAIN_KERNELS=reference keeps packages on any device"
+            remedy = 'move the model to a GPU whole; apply_ works anywhere, and kernels="reference" keeps packages on any device'
             raise ConfigError(left[0], expected="a whole, contiguous tensor where kernels of a device work", found="another", remedy=remedy)
 
     @property

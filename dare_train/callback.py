@@ -20,6 +20,7 @@ from . import tracking
 from .config import DareConfig, Patterns, Rescale, Values
 from .engines import SUPPORTED
 from .errors import BaseMismatch, ConfigError
+from .kernels.choice import checked
 from .origin import Origin, establish, find, loaded_from, recall
 from .package import DeltaPackage
 from .publish import COMPANIONS, sweep_folder
@@ -55,6 +56,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         evaluate: after each evaluation, also evaluate the model as a receiver of the package gets it; metrics are logged with
             the prefix `eval_{name}`.
         source: "weights", or "master": the fp32 values that DeepSpeed ZeRO keeps beside 16-bit weights.
+        kernels: which gather kept weights, "cpu", "cuda" or "reference": see `apply_`.
         name: of the folder, the metrics and the wandb artifact; several callbacks in one run need different names.
         artifact: upload each package to wandb, when the Trainer reports there.
 
@@ -85,6 +87,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         incremental: bool = False,
         evaluate: bool = False,
         source: Source = "weights",
+        kernels: str | None = None,
         name: str = "dare",
         artifact: bool = True,
     ) -> None:
@@ -95,7 +98,8 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         _check(keep, incremental, values, name)
         if source not in get_args(Source):
             raise ConfigError("source", expected='"weights" or "master"', found=repr(source))
-        self.base, self.keep, self.incremental, self.evaluate, self.source = base, keep, incremental, evaluate, source
+        self.base, self.keep, self.incremental, self.evaluate = base, keep, incremental, evaluate
+        self.source, self.kernels = source, checked(kernels, "kernels")
         self.name, self.artifact = name, artifact
         self.packages: list[Snapshot] = []
         self.waited: list[float] = []
@@ -130,7 +134,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         _check_engine()
         folder, ranks = self._folder(args), self._joined()
         ranks.together(lambda: sweep_folder(folder) if ranks.first else None)
-        live = LiveWeights(model, source=self.source, ranks=ranks)
+        live = LiveWeights(model, source=self.source, ranks=ranks, kernels=self.kernels)
         if self.evaluate and live.adapted:
             remedy = "apply a package to the base and evaluate that"
             raise ConfigError("evaluate", expected="a model without adapters", found="a PEFT model", remedy=remedy)
@@ -203,7 +207,8 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     def _snapshot(self, event: str, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         """At most one package for a step, whichever events meet there; and together with all callbacks that the event makes take one."""
         taken = "end" if event == "end" else state.global_step
-        due = [one for one in _in_training[model] if one.source == self.source and one._is_due(event, state) and one._last_taken != taken]
+        alike = [one for one in _in_training[model] if (one.source, one.kernels) == (self.source, self.kernels)]
+        due = [one for one in alike if one._is_due(event, state) and one._last_taken != taken]
         if self in due:
             before = take_together([one._order(event, args, state) for one in due], model, step=state.global_step)
             for one, snapshot in zip(due, before, strict=True):

@@ -89,7 +89,7 @@ class Snapshotter:
     Args:
         origin: what deltas are relative to.
         config: how they become packages.
-        live: the model as training begins. All ranks pass it together.
+        live: the model as training begins. All ranks pass it together. Its `kernels` gather kept weights.
         incremental: each package continues the one before: a chain whose every result has the bits that a package on
             the base would have given.
         source: what is read where an engine keeps fp32 masters: see `Source`.
@@ -99,6 +99,7 @@ class Snapshotter:
         self, origin: Origin, config: DareConfig, live: LiveWeights, *, incremental: bool = False, source: Source = "weights"
     ) -> None:
         self.origin, self.config, self.incremental, self._source = origin, config, incremental, source
+        self._kernels = live.kernels
         self.chain: list[Path] = []
         self.ranks = live.ranks
         self._line = self.ranks.another()
@@ -120,6 +121,7 @@ class Snapshotter:
         resumed: Mapping[str, Any] | None = None,
         incremental: bool = False,
         source: Source = "weights",
+        kernels: str | None = None,
     ) -> Snapshotter:
         """Get ready for snapshots in a training loop of one's own, before its first step. All ranks call it together.
 
@@ -132,12 +134,13 @@ class Snapshotter:
             resumed: in a run that goes on from a checkpoint, the `record` that was saved with it: the weights are no
                 longer the base's then.
             incremental, source: see `Snapshotter`.
+            kernels: which gather kept weights: see `apply_`.
 
         Raises:
             ConfigError: the model is laid out in a way that is not known.
             BaseMismatch: the base on record is gone, or no longer what it was.
         """
-        live = LiveWeights(model, source=source, ranks=Ranks.joined())
+        live = LiveWeights(model, source=source, ranks=Ranks.joined(), kernels=kernels)
         origin = recall(resumed, live) if resumed is not None else establish(live, model, folder / "base", base=base)
         return cls(origin, config, live, incremental=incremental, source=source)
 
@@ -309,7 +312,7 @@ def take_together(orders: Sequence[Order], model: Live, *, step: int) -> list[Sn
     updates: dict[str, list[LowRank]] = {}
     failure: Exception | None = None
     try:
-        live = LiveWeights(model, source=takers[0]._source)
+        live = LiveWeights(model, source=takers[0]._source, kernels=takers[0]._kernels)
         plans, updates = [taker._plan(live) for taker in takers], live.updates()
         taken = _copied(live, takers, plans, updates)
     except Exception as error:  # noqa: BLE001 - raised on all ranks, when they meet

@@ -196,5 +196,6 @@ def test_a_model_that_no_kernels_work_on_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("DARE_TRAIN_KERNELS")
     with pytest.raises(ConfigError, match="move the model to a GPU whole"):
         PackageCache({"a": torch.zeros(4)})
+    assert PackageCache({"a": torch.zeros(4)}, kernels="reference").packages == []
     with pytest.raises(ConfigError, match="memory: expected a number of bytes above 0, found 0"):
         PackageCache({"a": torch.zeros(4)}, memory=0)

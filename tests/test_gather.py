@@ -18,8 +18,9 @@ from training import classifier, save_base, train
 from dare_train import DareCallback, DareConfig, apply_, extract
 from dare_train.assembly import work_of
 from dare_train.capture import take_run
-from dare_train.errors import NonFiniteDelta
+from dare_train.errors import ConfigError, NonFiniteDelta
 from dare_train.gather import gathered, on_devices
+from dare_train.kernels import plain
 from dare_train.masks import Mask
 from dare_train.plan import plan_tensors
 from dare_train.segments import TensorPlan
@@ -89,6 +90,20 @@ def test_packages_of_a_training_run_are_the_same(kernels: str, tmp_path: Path, m
     monkeypatch.setenv("DARE_TRAIN_KERNELS", "cpu")
     train(classifier(base, dtype=torch.bfloat16), tmp_path / "host", DareCallback(**options))
     assert same_package(tmp_path / "device/dare/final", tmp_path / "host/dare/final")
+
+
+def test_a_callback_is_told_which_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go before the environment's, and callbacks of one run may have different ones."""
+    base = save_base(tmp_path / "base", dtype=torch.bfloat16)
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "cpu")
+    honest, launched = plain.take, []
+    monkeypatch.setattr(plain, "take", lambda *arguments: (launched.append(1), honest(*arguments)))
+    both = [DareCallback(p=0.5, when="end", name=name, kernels=kernels) for name, kernels in (("told", "reference"), ("not", None))]
+    train(classifier(base, dtype=torch.bfloat16), tmp_path / "out", *both)
+    assert len(launched) == 1
+    assert same_package(tmp_path / "out/told/final", tmp_path / "out/not/final")
+    with pytest.raises(ConfigError, match="kernels: expected one of reference, cpu, cuda, found 'gpu'"):
+        DareCallback(kernels="gpu")
 
 
 class Never:
