@@ -36,7 +36,7 @@ Positions = NDArray[np.int64]
 class Content:
     """What a frame holds before compression, with the places where the statistics of its bytes change."""
 
-    data: bytes
+    data: bytes | memoryview
     cuts: Sequence[int] = field(default_factory=list)
 
 
@@ -94,10 +94,23 @@ def pack_symbols(symbols: Words, starts: NDArray[np.int64]) -> Content:
     """Bytes of `symbols`, which come in groups that begin at `starts`, ascending."""
     bitmap, values, before = cpu.collapse(symbols, starts)
     planes = to_planes(values)
-    cuts = [*(starts // 8), bitmap.size]
-    for plane in range(planes.shape[0]):
-        cuts += [*(bitmap.size + plane * values.size + before), bitmap.size + (plane + 1) * values.size]
-    return Content(data=bitmap.tobytes() + planes.tobytes(), cuts=[int(cut) for cut in cuts])
+    return Content(data=bitmap.tobytes() + planes.tobytes(), cuts=_cuts(bitmap.size, values.size, values.itemsize, starts, before))
+
+
+def packed_symbols(
+    data: memoryview, kept: int, word: np.dtype[np.unsignedinteger], starts: NDArray[np.int64], before: NDArray[np.int64]
+) -> Content:
+    """The same of `kept` symbols that are packed already; `before` each of `starts` come so many that are not zero."""
+    size = -(-kept // 8)
+    return Content(data=data, cuts=_cuts(size, (len(data) - size) // word.itemsize, word.itemsize, starts, before))
+
+
+def _cuts(bitmap: int, values: int, width: int, starts: NDArray[np.int64], before: NDArray[np.int64]) -> list[int]:
+    """Where groups begin in the bitmap and in each plane, and where these end."""
+    cuts = [*(starts // 8), bitmap]
+    for plane in range(width):
+        cuts += [*(bitmap + plane * values + before), bitmap + (plane + 1) * values]
+    return [int(cut) for cut in cuts]
 
 
 def unpack_symbols(data: memoryview, kept: int, changed: int, word: np.dtype[np.unsignedinteger], *, name: str) -> Words:
@@ -132,6 +145,12 @@ def from_planes(data: memoryview, count: int, word: np.dtype[np.unsignedinteger]
 def encode_exact(base: Words, tuned: Words, dtype: DType) -> Content:
     symbols, starts = cpu.distances_by_exponent(base, tuned, dtype.exponent_bits)
     return pack_symbols(symbols, np.unique(starts)[1:-1])
+
+
+def packed_exact(data: memoryview, kept: int, starts: NDArray[np.int64], before: NDArray[np.int64], dtype: DType) -> Content:
+    """The same where a device grouped and packed the symbols; `starts` and `before` are of each exponent."""
+    inner, places = np.unique(np.append(starts, kept), return_index=True)
+    return packed_symbols(data, kept, dtype.word, inner[1:-1], before[places[1:-1]])
 
 
 def decode_exact(data: memoryview, base: Words, changed: int, dtype: DType, *, name: str) -> Words:

@@ -26,7 +26,7 @@ from .parallel import ordered_map, thread_share
 from .plan import WeightsLike, align, cast_to, open_weights, plan_tensors
 from .publish import shared_staging, storage_errors
 from .ranks import Ranks
-from .segments import Encoded, TensorPlan, encode_delta, encode_kept, encode_whole
+from .segments import Encoded, Packed, TensorPlan, encode_delta, encode_kept, encode_packed, encode_whole
 from .weights import Weights
 
 _AT_ONCE = 1 << 28
@@ -193,6 +193,8 @@ def _encode_pair(task: _Task, work: Work, pair: Any) -> Encoded:
     if pair is None:
         return _encode(task.base, task.tuned, *work)
     plan, start, count = work
+    if isinstance(pair, Packed):
+        return encode_packed(plan, start, count, pair)
     return encode_kept(plan, start, count, plan.positions(start, count), pair.own, pair.tuned, pair.base)
 
 

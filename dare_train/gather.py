@@ -17,7 +17,8 @@ from .fingerprint import Fingerprint
 from .kernels.choice import kernels_for
 from .kernels.rows import Masks, Row, Rows, offsets_of
 from .kernels.staging import to_device, to_host
-from .segments import TensorPlan
+from .packing import Both, packed, prints_of
+from .segments import Packed, TensorPlan
 from .shards import LiveWeights
 
 
@@ -30,10 +31,11 @@ class Pair(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """Runs of one dtype on one device, by their places in a list of work."""
+    """Runs of one dtype on one device, by their places in a list of work. Their values are `exact`, or those of none are."""
 
     kernels: ModuleType
     dtype: DType
+    exact: bool
     places: list[int]
     rows: list[Row]
 
@@ -62,44 +64,48 @@ def on_devices(live: LiveWeights) -> set[str]:
     return {name for name, spans in live.held.items() if spans and all(one(name, *span) for span in spans)}
 
 
-def pairs(base: LiveWeights, tuned: LiveWeights, work: Sequence[Work]) -> list[Pair | None]:
-    """Of each run of a delta what encoding needs; None where base and tuned do not lie on one device that has kernels, and
-    where tuned weights are not finite and would have to be: there one has to look closer."""
-    found: list[Pair | None] = [None] * len(work)
+def pairs(base: LiveWeights, tuned: LiveWeights, work: Sequence[Work]) -> list[Pair | Packed | None]:
+    """Of each run of a delta what encoding needs, or with `exact` values all but the frame; None where base and tuned do not lie on
+    one device that has kernels, and where tuned weights are not finite and would have to be: there one has to look closer."""
+    found: list[Pair | Packed | None] = [None] * len(work)
     for batch in _batches(base, work, lambda name: base.tensors[name] == tuned.tensors[name]):
         beside = [_row(tuned, *work[place]) for place in batch.places]
         both = [(n, row) for n, row in enumerate(beside) if row is not None and row.flat.device == batch.rows[0].flat.device]
         if both:
-            for place, pair in _paired(batch, [n for n, _ in both], [row for _, row in both], work):
-                found[place] = pair
+            for place, made in _paired(batch, [n for n, _ in both], [row for _, row in both], work):
+                found[place] = made
     return found
 
 
-def _paired(batch: _Batch, numbers: list[int], tuned: list[Row], work: Sequence[Work]) -> list[tuple[int, Pair]]:
+def _paired(batch: _Batch, numbers: list[int], tuned: list[Row], work: Sequence[Work]) -> list[tuple[int, Pair | Packed]]:
     places = [batch.places[n] for n in numbers]
     runs = [work[place] for place in places]
     base = Rows(dtype=batch.dtype, rows=tuple(batch.rows[n] for n in numbers))
-    lanes = batch.kernels.fingerprint(base)
     masks, offsets, sizes = _counted(batch, base, runs)
-    both = torch.empty((2, sum(sizes)), dtype=base.word, device=base.device)
-    strange = batch.kernels.take_both(base, Rows(dtype=batch.dtype, rows=tuple(tuned)), masks, offsets, both[0], both[1])
-    own, new = to_host(both).view(batch.dtype.word)
-    prints = [Fingerprint(first % 2**64, second % 2**64) for first, second in lanes.cpu().tolist()]
-    made = map(Pair, _split(own, sizes), _split(new, sizes), prints)
-    found = zip(places, runs, made, strange.tolist(), strict=True)
-    return [(place, pair) for place, (plan, _, _), pair, not_finite in found if not not_finite or plan.allow_nonfinite]
+    own, new = torch.empty((2, sum(sizes)), dtype=base.word, device=base.device)
+    strange = batch.kernels.take_both(base, Rows(dtype=batch.dtype, rows=tuple(tuned)), masks, offsets, own, new)
+    both = Both(kernels=batch.kernels, base=base, masks=masks, offsets=offsets, sizes=sizes, own=own, new=new)
+    plans = [plan for plan, _, _ in runs]
+    made: Sequence[Pair | Packed] = packed(both, [plan.factor for plan in plans]) if batch.exact else _fetched(both)
+    found = zip(places, plans, made, strange.tolist(), strict=True)
+    return [(place, one) for place, plan, one, not_finite in found if not not_finite or plan.allow_nonfinite]
+
+
+def _fetched(both: Both) -> list[Pair]:
+    own, new = (_split(to_host(words).view(both.dtype.word), both.sizes) for words in (both.own, both.new))
+    return list(map(Pair, own, new, prints_of(both.kernels, both.base)))
 
 
 def _batches(live: LiveWeights, work: Sequence[Work], wanted: Callable[[str], bool]) -> list[_Batch]:
     """Runs of deltas that kernels can work on where they lie."""
-    found: dict[tuple[torch.device, DType], _Batch] = {}
+    found: dict[tuple[torch.device, DType, bool], _Batch] = {}
     for place, (plan, start, count) in enumerate(work):
         is_delta = plan.kind == "delta" and start < plan.base_numel and wanted(plan.name)
         row = _row(live, plan, start, count) if is_delta else None
         kernels = kernels_for(row.flat.device, live.kernels) if row is not None else None
         if row is not None and kernels is not None:
-            dtype = live.tensors[plan.name].dtype
-            batch = found.setdefault((row.flat.device, dtype), _Batch(kernels, dtype, [], []))
+            dtype, exact = live.tensors[plan.name].dtype, plan.values == "exact"
+            batch = found.setdefault((row.flat.device, dtype, exact), _Batch(kernels, dtype, exact, [], []))
             batch.places.append(place)
             batch.rows.append(row)
     return list(found.values())

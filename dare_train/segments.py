@@ -98,17 +98,46 @@ def encode_kept(plan: TensorPlan, start: int, length: int, positions: Positions,
         NonFiniteDelta: as `encode_delta`.
     """
     magnitudes, strange = Magnitudes.between(own, tuned, plan.info.dtype)
-    if strange and not (plan.values == "exact" and plan.allow_nonfinite):
-        _refuse_nonfinite(plan, strange)
+    _check_finite(plan, strange)
     content, term, changed, symbols = _encode_values(plan, start, length, positions, own, tuned)
     common: dict[str, Any] = dict(index=plan.index, base=base, kept=positions.size, changed=changed, magnitudes=magnitudes)
     if not changed:
         return Encoded(result=base, **common)
-    new = term.result(own, plan.info.dtype)
+    change = cpu.fingerprint_change(own, term.result(own, plan.info.dtype), positions, start)
+    return _framed(plan, start, length, content, symbols, result=base.plus(change), **common)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """What a device made of a run of a delta with `exact` values: all but the frame."""
+
+    content: Content
+    kept: int
+    changed: int
+    magnitudes: Magnitudes
+    strange: int
+    """How many deltas are not finite."""
+    base: Fingerprint = field(default_factory=Fingerprint)
+    result: Fingerprint = field(default_factory=Fingerprint)
+
+
+def encode_packed(plan: TensorPlan, start: int, length: int, packed: Packed) -> Encoded:
+    """What `encode_kept` makes of the words that were packed.
+
+    Raises:
+        NonFiniteDelta: as `encode_delta`.
+    """
+    _check_finite(plan, packed.strange)
+    common: dict[str, Any] = dict(
+        index=plan.index, base=packed.base, kept=packed.kept, changed=packed.changed, magnitudes=packed.magnitudes, result=packed.result
+    )
+    return _framed(plan, start, length, packed.content, packed.changed, **common) if packed.changed else Encoded(**common)
+
+
+def _framed(plan: TensorPlan, start: int, length: int, content: Content, symbols: int, **common: Any) -> Encoded:
     frame = codec.compress(_with_bitmap(plan, start, length, content))
-    segment = Segment(tensor=plan.index, start=start, length=length, kept=positions.size, changed=symbols, size=len(frame))
-    result = base.plus(cpu.fingerprint_change(own, new, positions, start))
-    return Encoded(result=result, segment=segment, frame=frame, **common)
+    segment = Segment(tensor=plan.index, start=start, length=length, kept=common["kept"], changed=symbols, size=len(frame))
+    return Encoded(segment=segment, frame=frame, **common)
 
 
 def receiver_words(plan: TensorPlan, start: int, length: int, positions: Positions, own: Words, tuned: Words) -> Words:
@@ -126,6 +155,11 @@ def _checked_delta(plan: TensorPlan, own: Words, tuned: Words) -> FloatArray:
     if not finite.all():
         _refuse_nonfinite(plan, delta.size - int(np.count_nonzero(finite)))
     return delta
+
+
+def _check_finite(plan: TensorPlan, strange: int) -> None:
+    if strange and not (plan.values == "exact" and plan.allow_nonfinite):
+        _refuse_nonfinite(plan, strange)
 
 
 def _refuse_nonfinite(plan: TensorPlan, count: int) -> NoReturn:

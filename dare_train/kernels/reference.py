@@ -110,15 +110,18 @@ def ordered(words: Tensor, bits: int) -> Tensor:
     return torch.where(words & sign != 0, ~words, words | sign) & ones(bits)
 
 
-def distances_by_exponent(base: Tensor, tuned: Tensor, bits: int, exponent_bits: int) -> Tensor:
-    """Zigzag distances ordered(tuned) - ordered(base) modulo 2**bits, stably sorted by the base's exponent field."""
+def distances_by_exponent(base: Tensor, tuned: Tensor, bits: int, exponent_bits: int, segment: Tensor | None = None) -> Tensor:
+    """Zigzag distances ordered(tuned) - ordered(base) modulo 2**bits, stably sorted by the base's exponent field.
+
+    Of several segments, one after another, `segment` has each element's number.
+    """
     distance = (ordered(tuned, bits) - ordered(base, bits)) & ones(bits)
     zigzag = ((distance << 1) ^ -(_right(distance, bits - 1) & 1)) & ones(bits)
-    return zigzag[_by_exponent(base, bits, exponent_bits)]
+    return zigzag[_by_exponent(base, bits, exponent_bits, segment)]
 
 
 def from_distances(base: Tensor, symbols: Tensor, bits: int, exponent_bits: int, segment: Tensor | None = None) -> Tensor:
-    """Undo `distances_by_exponent`: the tuned words. Of several segments, one after another, `segment` has each element's number."""
+    """Undo `distances_by_exponent`: the tuned words."""
     zigzag = torch.empty_like(symbols)
     zigzag[_by_exponent(base, bits, exponent_bits, segment)] = symbols
     order = (ordered(base, bits) + (_right(zigzag, 1) ^ -(zigzag & 1))) & ones(bits)
@@ -141,8 +144,13 @@ def law(base: Tensor, tuned: Tensor, factor: float) -> Tensor:
     return torch.where(base.view(integers) == tuned.view(integers), base, moved)
 
 
+def exponents(words: Tensor, bits: int, exponent_bits: int) -> Tensor:
+    """The exponent fields of floats of `bits` bits."""
+    return _right(words, bits - 1 - exponent_bits) & ones(exponent_bits)
+
+
 def _by_exponent(base: Tensor, bits: int, exponent_bits: int, segment: Tensor | None = None) -> Tensor:
-    exponent = _right(base, bits - 1 - exponent_bits) & ones(exponent_bits)
+    exponent = exponents(base, bits, exponent_bits)
     return torch.argsort(exponent if segment is None else exponent + (segment << exponent_bits), stable=True)
 
 
