@@ -16,7 +16,7 @@ from .dtypes import to_float
 from .errors import ConfigError, DtypeMismatch, TensorMismatch
 from .masks import Mask, key_of
 from .segments import TensorPlan
-from .weights import ArrayWeights, Cast, Mapped, Shared, TensorInfo, Weights, runs
+from .weights import ArrayWeights, Cast, Mapped, Renamable, Shared, TensorInfo, Weights, runs
 
 if TYPE_CHECKING:
     from .shards import Live
@@ -73,10 +73,14 @@ def align(base: Weights, names: Collection[str], *, model: str) -> tuple[Weights
 
 def with_prefix(base: Weights, prefix: str) -> Weights:
     """The base under the names that `align` found."""
-    if prefix.startswith("-"):
-        top = prefix[1:]
-        return Mapped(base, {name.removeprefix(top): name for name in base.tensors if name.startswith(top)})
-    return Mapped(base, {f"{prefix}{name}": name for name in base.tensors}) if prefix else base
+    if not prefix:
+        return base
+    top = prefix.removeprefix("-")
+    if top != prefix:
+        names = {name.removeprefix(top): name for name in base.tensors if name.startswith(top)}
+    else:
+        names = {f"{prefix}{name}": name for name in base.tensors}
+    return base.renamed(names) if isinstance(base, Renamable) else Mapped(base, names)
 
 
 def without_prefix(name: str, prefix: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Union
@@ -108,6 +109,16 @@ class LiveWeights:
     def owned(self) -> Spans:
         """[start, stop) of the elements that this process speaks for."""
         return {name: spans[self.ranks.rank] for name, spans in self.shares.items()}
+
+    def renamed(self, names: Mapping[str, str]) -> LiveWeights:
+        """The same weights under other names: `names` says which of the others each of them is. Those it leaves out are not seen."""
+        view = copy(self)
+        for computed in ("shares", "owned"):
+            view.__dict__.pop(computed, None)
+        view._held = {name: self._held[other] for name, other in names.items()}
+        view.tensors = {name: self.tensors[other] for name, other in names.items()}
+        view.held = {name: self.held[other] for name, other in names.items()}
+        return view
 
     def holding(self, name: str) -> Held:
         """In which pieces this process holds a tensor, and its masters, if an engine keeps some."""

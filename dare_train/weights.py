@@ -59,6 +59,14 @@ class Shared(Weights, Protocol):
         """[start, stop) of the elements that this process speaks for; over all ranks, each element once."""
 
 
+@runtime_checkable
+class Renamable(Weights, Protocol):
+    """Weights that stay what they are, whatever that is, under other names."""
+
+    def renamed(self, names: Mapping[str, str]) -> Weights:
+        """As `Mapped`."""
+
+
 class Mapped:
     """The same weights under other names: `names` says which of the others each of them is. Those it leaves out are not seen."""
 

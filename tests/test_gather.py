@@ -135,6 +135,25 @@ def test_packages_of_two_models_on_a_device(
     assert same_package(tmp_path / "device", tmp_path / "host")
 
 
+@pytest.mark.parametrize("headed", ["base", "tuned"])
+def test_models_whose_names_differ_by_a_prefix(
+    headed: str, kernels: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an encoder's do from those of a task model with it: read where they lie, all the same."""
+    base, tuned = base_state(), tuned_state(1)
+    if headed == "base":
+        base = {f"bert.{name}": tensor for name, tensor in base.items()}
+    else:
+        tuned = {f"bert.{name}": tensor for name, tensor in tuned.items()}
+    lying = [{name: tensor.to(device) for name, tensor in state.items()} for state in (base, tuned)]
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["dare_train.extract"], "encode_delta", lambda *_: pytest.fail("a delta was read whole"))
+        extract(*lying, tmp_path / "device", p=0.5)
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "cpu")
+    extract(base, tuned, tmp_path / "host", p=0.5)
+    assert same_package(tmp_path / "device", tmp_path / "host")
+
+
 def test_batches_of_runs_make_the_same_package(kernels: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["dare_train.extract"], "_AT_ONCE", 1000)
     base, tuned = ({name: tensor.to(device) for name, tensor in state.items()} for state in (base_state(), tuned_state(1)))
