@@ -35,7 +35,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     rows = sequences(options.steps * BATCH * accelerator.num_processes)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows, batch_size=BATCH))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows, batch_size=BATCH))  # type: ignore[arg-type]
 
     checkpoint = options.out / "checkpoint"
     begun, record = load(accelerator, checkpoint) if options.resume else (0, None)

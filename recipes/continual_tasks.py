@@ -21,7 +21,7 @@ from statistics import fmean
 from typing import Any, get_args
 
 import torch
-from inputs import DATA, Rows, own_splits, present, split
+from inputs import DATA, Rows, Split, own_splits, present, split
 from quickstart import carried_model, console, say
 from rich.markdown import Markdown
 from studies import common_arguments, extent, quiet
@@ -80,7 +80,7 @@ def parse() -> argparse.Namespace:
 # What is learnt.
 
 
-def style(folder: Path) -> Mapping[str, Rows]:
+def style(folder: Path) -> Mapping[Split, Rows]:
     """Pieces of a text, or of several."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".txt", ".md"))
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
@@ -95,7 +95,7 @@ def in_float32(decoder: str, folder: Path) -> str:
     return str(folder)
 
 
-def encoder_base(options: argparse.Namespace) -> tuple[str, dict[str, Mapping[str, Rows]]]:
+def encoder_base(options: argparse.Namespace) -> tuple[str, dict[str, Mapping[Split, Rows]]]:
     """With a new head for all intents, which is a part of what every package is relative to; and the rows of each domain."""
     place, folder = present(options.data / "clinc150"), options.out / "encoder"
     rows, domains = own_splits(place / "clinc150.json"), json.loads((place / "domains.json").read_text(encoding="utf-8"))
@@ -105,13 +105,13 @@ def encoder_base(options: argparse.Namespace) -> tuple[str, dict[str, Mapping[st
         set_seed(0)
         AutoModelForSequenceClassification.from_pretrained(options.encoder, dtype=torch.float32, **labels).save_pretrained(folder)
         AutoTokenizer.from_pretrained(options.encoder).save_pretrained(folder)
-    found = {}
+    found = dict[str, Mapping[Split, Rows]]()
     for domain, intents in domains.items():
         found[domain.replace(" ", "-")] = {part: [row for row in some if row["label"] in intents] for part, some in rows.items()}
     return str(folder), {name: parts for name, parts in found.items() if parts["train"]}
 
 
-def as_task(name: str, tokenizer: Any, rows: Mapping[str, Rows], training: Training, examples: int) -> ContinualTask:
+def as_task(name: str, tokenizer: Any, rows: Mapping[Split, Rows], training: Training, examples: int) -> ContinualTask:
     """Learnt from the training rows, measured on so many of the test rows."""
     encode: Callable[..., list[dict[str, Any]]] = partial(encoded_rows, tokenizer=tokenizer, max_length=training.max_length)
 
@@ -120,8 +120,8 @@ def as_task(name: str, tokenizer: Any, rows: Mapping[str, Rows], training: Train
             model, tokenizer, encode(model, rows=rows["train"]), out, training, callbacks, save_steps=max(training.steps // 2, 1)
         )
 
-    def evaluate(model: torch.nn.Module) -> dict[str, float]:
-        known = sorted({model.config.label2id[row["label"]] for row in rows["train"]}) if "label" in rows["train"][0] else None  # type: ignore[union-attr, operator]
+    def evaluate(model: Any) -> dict[str, float]:
+        known = sorted({model.config.label2id[row["label"]] for row in rows["train"]}) if "label" in rows["train"][0] else None
         return Texts(batched(encode(model, rows=rows["test"][:examples]), tokenizer), classes=known)(model)
 
     setup = {**vars(training), "training_texts": len(rows["train"]), "held_out_texts": len(rows["test"][:examples])}
@@ -132,7 +132,13 @@ def as_task(name: str, tokenizer: Any, rows: Mapping[str, Rows], training: Train
 
 
 def sequence(
-    name: str, base: str, texts: Mapping[str, Mapping[str, Rows]], training: Training, p: float, examples: int, options: argparse.Namespace
+    name: str,
+    base: str,
+    texts: Mapping[str, Mapping[Split, Rows]],
+    training: Training,
+    p: float,
+    examples: int,
+    options: argparse.Namespace,
 ) -> None:
     """By each strategy; `p` is for those that drop, and such as a model of this size and learning rate bears."""
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -68,8 +68,9 @@ def report(callback: DareCallback, base: str, received: Path) -> None:
         stats = snapshot.package.stats
         size = f"{stats['bytes']:,} bytes, {stats['bits_per_parameter']:.3f} bits per parameter"
         print(f"{snapshot.package.path}: {size}; training waited {snapshot.waited:.3f} s")
-    fingerprint = apply(base, callback.package, received, cast_base=True, overwrite=True)
-    same = "the one on record" if fingerprint == callback.package.manifest.result else "NOT the one on record"
+    package = callback.packages[-1].package
+    fingerprint = apply(base, package, received, cast_base=True, overwrite=True)
+    same = "the one on record" if fingerprint == package.manifest.result else "NOT the one on record"
     print(f"applied to {base}: {received}, fingerprint {fingerprint[:12]}, {same}")
 
 

@@ -80,7 +80,7 @@ def main() -> None:
     )
     callback = dare_train.DareCallback(p=options.p, seed=options.seed, when="end")
     dense = train(options, task, callback)
-    package = callback.package
+    package = callback.packages[-1].package
     say("evaluating what a receiver of the package gets, the same without rescaling, and the base")
     drop_only = dare_train.extract(
         options.model,
@@ -142,7 +142,7 @@ def standard_library() -> Task:
     """Snippets of consecutive lines; whole files are held out, so that no test snippet's neighbour was trained on."""
     root = Path(sysconfig.get_paths()["stdlib"])
     present = [name for name in PACKAGES if (root / name).is_dir()]
-    train, test, names = Examples([], []), Examples([], []), []
+    train, test, names = Examples([], []), Examples([], []), list[str]()
     for name in present:
         snippets = [snippets_of(path) for path in sorted((root / name).rglob("*.py")) if not {"test", "tests"} & set(path.parts)]
         held_out, kept = split([snippet for snippets_ in snippets for snippet in snippets_], seed=len(names))

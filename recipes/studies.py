@@ -17,7 +17,7 @@ from tuning import Pair, Rows, Training, adapter
 
 from dare_train import compare, inside, sweep, write_report
 from dare_train.study.comparison import LABELS, Comparison
-from dare_train.study.document import Study, Table, with_interval
+from dare_train.study.document import Cell, Study, Table, with_interval
 from dare_train.study.loading import load_model
 from dare_train.study.publish import publish
 from dare_train.study.sweep import RATES, Sweep
@@ -150,7 +150,7 @@ def summarise(name: str, title: str, sweeps: Mapping[str, Sweep], comparisons: M
 
 def at_drop_rate(sweeps: Mapping[str, Sweep], metric: str, p: float) -> Table:
     names = next(iter(sweeps.values())).variants
-    rows = [
+    rows: list[tuple[Cell, ...]] = [
         (task, one.without(metric), one.dense(metric), *(with_interval(one.values(name, p, metric)) for name in names))
         for task, one in sweeps.items()
     ]
@@ -166,7 +166,7 @@ def at_sizes(comparisons: Mapping[str, Comparison], metric: str) -> Table:
     """Each contender's points, of all tasks side by side."""
     first = next(iter(comparisons.values()))
     keys = list(dict.fromkeys((point.variant, point.p) for point in first.points if point.variant in LABELS))
-    rows = []
+    rows = list[tuple[Cell, ...]]()
     for variant, p in keys:
         cells = [_values(one, variant, p, metric) for one in comparisons.values()]
         bits = sum(_values(one, variant, p, "bits")[0] for one in comparisons.values()) / len(comparisons)

@@ -83,7 +83,7 @@ def adapter(pair: Pair, rows: Rows, out: Path, training: Training, *callbacks: T
         examples = encoded_rows(model, AutoTokenizer.from_pretrained(pair.tuned), rows, max_length=training.max_length)
         adapted = get_peft_model(model, config)
         tune(adapted, AutoTokenizer.from_pretrained(pair.tuned), examples, out, training, callbacks)
-        adapted.save_pretrained(out)
+        adapted.save_pretrained(str(out))
         note(out, training, rank=rank)
     return out
 

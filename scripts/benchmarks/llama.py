@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,7 +58,7 @@ def others(name: str, count: int) -> list[Path]:
     """`count` further models of the pair's base, with deltas of their own."""
     base = pair(name).base / WEIGHTS
     return [
-        cached(f"llama-{name}-{seed}", f"making another {name} model", lambda folder, seed=seed: _another(SHAPES[name], base, seed, folder))
+        cached(f"llama-{name}-{seed}", f"making another {name} model", partial(_another, SHAPES[name], base, seed))
         for seed in range(1, count + 1)
     ]
 

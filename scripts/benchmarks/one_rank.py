@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -101,6 +101,7 @@ def _settled() -> float:
 @torch.no_grad()
 def _become(model: torch.nn.Module, tuned: Path) -> None:
     """Give this rank's shards the values of a fine-tune."""
+    parameter: Any
     with safe_open(tuned / WEIGHTS, "pt") as file:
         for name, parameter in model.named_parameters():
             local = parameter.to_local()
@@ -195,10 +196,10 @@ def fsdp2(base: Path) -> Training:
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
 
     def save(out: Path) -> None:
-        dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=out)
+        save_shards({"model": get_model_state_dict(model)}, checkpoint_id=out)
 
     def checkpoint(out: Path) -> None:
-        dcp.save({"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=out)
+        save_shards({"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=out)
 
     return Training(model=model, step=_stepper(model, optimizer), save=save, checkpoint=checkpoint)
 
