@@ -16,10 +16,10 @@ PACKAGE = Path(dare_train.__file__).parent
 MERGE = [
     {f"merge.{name}" for name in floor.split()}
     for floor in (
-        "parameters inputs vocabulary elements combinations matrices order walk",
+        "checks parameters inputs vocabulary elements combinations matrices order walk",
         "recipe methods rows drops naming",
-        "matching deltas mergekit task",
-        "growth report tensors",
+        "matching deltas configuration task",
+        "growth report tensors mergekit",
         "merged",
         "journal companions",
         "driver",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .configuration import Inputs, fields_of, inputs_of, parsed, says, settings_of, text_of
 from .parameters import Case, Gradient, Parameter, Scalar, Setting, Settings
-from .recipe import CHOICES, DTYPE_NAMES, FLAVOUR, LayerRange, Model, Recipe, Tokenizer
+from .recipe import CHOICES, DTYPE_NAMES, FLAVOUR, Recipe, Tokenizer
 
 _NAMES = (
     "average task_arithmetic ties magnitude dare_linear dare_ties drop_only breadcrumbs breadcrumbs_ties della della_linear "
@@ -32,15 +32,6 @@ _IMPLIED: dict[str, tuple[str, Scalar]] = {
 """What mergekit's methods keep where a file says nothing: everything."""
 
 _KEYS = "merge_method base_model models slices parameters dtype out_dtype tokenizer_source tokenizer rescale seed flavour"
-_WHOLE_MODELS = "merge whole models; mergekit's passthrough can move, repeat or leave out layers before or after"
-_REMEDIES = {
-    "modules": "list models; every part of a model is merged by the same method",
-    "chat_template": "take it out; set the template in the result's tokenizer",
-    "residual_weight": _WHOLE_MODELS,
-    "base_model": "one base_model for the merge, outside slices",
-    "tokens": "take it out; a token's embedding is merged like any other's",
-    "pad_to_multiple_of": "take it out; resize the embeddings of the result",
-}
 _DENSITY = Parameter(name="density")
 
 
@@ -57,7 +48,7 @@ def read(path_or_text: str | Path) -> tuple[Recipe, list[str]]:
     Raises:
         ConfigError: the file cannot be read, or asks for something that this package does not do.
     """
-    top = _fields(_parsed(path_or_text), (*_KEYS.split(), *CHOICES), "")
+    top = fields_of(parsed(path_or_text), (*_KEYS.split(), *CHOICES), "")
     if "flavour" not in top:
         return _translated(top)
     if top["flavour"] != FLAVOUR:
@@ -65,60 +56,30 @@ def read(path_or_text: str | Path) -> tuple[Recipe, list[str]]:
     return _as_written(top), []
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Inputs:
-    """The models that a configuration lists, and its slices."""
-
-    models: tuple[Model, ...]
-    layers: tuple[LayerRange, ...] = ()
-
-    def arranged(self, order: Sequence[int | None], base: str) -> _Inputs:
-        """The models at these places; None stands for the base, with no settings of its own."""
-        models = tuple(Model(model=base) if place is None else self.models[place] for place in order)
-        return _Inputs(models=models, layers=tuple(_arranged(each, order) for each in self.layers))
-
-    def changed(self, change: Callable[[Settings], Settings]) -> _Inputs:
-        """With every model's and slice's settings replaced."""
-        models = tuple(Model(model=each.model, parameters=change(each.parameters)) for each in self.models)
-        return _Inputs(models=models, layers=tuple(_changed(each, change) for each in self.layers))
-
-    def settings(self) -> Iterator[Settings]:
-        for model in self.models:
-            yield model.parameters
-        for layers in self.layers:
-            yield layers.parameters
-            yield from layers.models
-
-    def say(self, parameter: str) -> bool:
-        """Whether a parameter is given for every model and tensor, so that what they share does not count."""
-        ranges = [[layers.parameters, *layers.models] for layers in self.layers] or [[{}, *(each.parameters for each in self.models)]]
-        return all(_says(shared, parameter) or all(_says(each, parameter) for each in own) for shared, *own in ranges)
-
-
 def _as_written(top: Mapping[str, Any]) -> Recipe:
-    inputs = _inputs(top)
+    inputs = inputs_of(top)
     return Recipe(
-        method=_text(top, "merge_method"),
-        base=_text(top, "base_model"),
+        method=text_of(top, "merge_method"),
+        base=text_of(top, "base_model"),
         models=inputs.models,
         layers=inputs.layers,
-        parameters=_settings(top.get("parameters", {}), "parameters"),
+        parameters=settings_of(top.get("parameters", {}), "parameters"),
         rescale=top.get("rescale", "paper"),
         seed=top.get("seed", 0),
         out_dtype=_out_dtype(top),
-        tokenizer=_tokenizer(top, _text(top, "base_model")),
+        tokenizer=_tokenizer(top, text_of(top, "base_model")),
         **{name: top[name] for name in CHOICES if name in top},
     )
 
 
 def _translated(top: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
-    name = _text(top, "merge_method")
+    name = text_of(top, "merge_method")
     if name not in METHODS:
         raise ConfigError("merge_method", expected=f"one of {', '.join(METHODS)}", found=repr(name), remedy="choose one of these")
-    method, listed = METHODS[name], _inputs(top)
+    method, listed = METHODS[name], inputs_of(top)
     base, base_model = _base(top, method, listed), top.get("base_model")
     _check_names(base_model, [each.model for each in listed.models])
-    shared = dict(_settings(top.get("parameters", {}), "parameters"))
+    shared = dict(settings_of(top.get("parameters", {}), "parameters"))
     rescale, seed = _only(top, shared, "rescale"), _only(top, shared, "seed")
     order = _order(name, listed, base_model, shared)
     inputs = listed.arranged(order, base)
@@ -159,10 +120,10 @@ def _notes(recipe: Recipe, given: set[str], dtype: str) -> Iterator[str]:
 # What mergekit's words mean.
 
 
-def _base(top: Mapping[str, Any], method: str, inputs: _Inputs) -> str:
+def _base(top: Mapping[str, Any], method: str, inputs: Inputs) -> str:
     if "base_model" not in top and method in _BASE_MAY_BE_MISSING:
         return inputs.models[0].model
-    return _text(top, "base_model")
+    return text_of(top, "base_model")
 
 
 def _check_names(base: str | None, names: Sequence[str]) -> None:
@@ -175,7 +136,7 @@ def _check_names(base: str | None, names: Sequence[str]) -> None:
         raise ConfigError("models", expected="each model once", found=f"{twice[0]!r} again", remedy="give it the sum of its weights")
 
 
-def _order(name: str, inputs: _Inputs, base: str | None, shared: Settings) -> list[int | None]:
+def _order(name: str, inputs: Inputs, base: str | None, shared: Settings) -> list[int | None]:
     """Places of the models that are inputs; None is the base, where it is one without being listed."""
     names = [each.model for each in inputs.models]
     if base is None:
@@ -194,22 +155,16 @@ def _order(name: str, inputs: _Inputs, base: str | None, shared: Settings) -> li
     return [*range(len(names)), None]
 
 
-def _with_implied(method: str, base: str | None, inputs: _Inputs, shared: Settings) -> Settings:
+def _with_implied(method: str, base: str | None, inputs: Inputs, shared: Settings) -> Settings:
     """What the models share, and with it what mergekit decides where a file says nothing, and this package otherwise."""
     implied = {**_IMPLIED, "nuslerp": ("of", "weights" if base is None else "deltas")}
     if method not in implied:
         return shared
     name, value = implied[method]
-    if inputs.say(name) or _says(shared, name):
+    if inputs.say(name) or says(shared, name):
         return shared
     said = shared.get(name)
     return {**shared, name: (*said, Case(value=value)) if isinstance(said, tuple) and said else value}
-
-
-def _says(settings: Settings, name: str) -> bool:
-    """Whether settings give a parameter for every tensor: cases may leave some out."""
-    setting = settings.get(name, ())
-    return not isinstance(setting, tuple) or any(case.matches("") for case in setting)
 
 
 def _choices(top: Mapping[str, Any], order: Sequence[int | None], listed: int) -> dict[str, Any]:
@@ -277,7 +232,7 @@ def _complement_of_scalar(value: Scalar) -> float:
 def _out_dtype(top: Mapping[str, Any]) -> str | None:
     codes = {name: code for code, name in DTYPE_NAMES.items()}
     for key in ("dtype", "out_dtype"):
-        if key in top and _text(top, key).removeprefix("torch.") not in codes:
+        if key in top and text_of(top, key).removeprefix("torch.") not in codes:
             raise ConfigError(key, expected=f"one of {', '.join(codes)}", found=repr(top[key]), remedy="without it the base's is kept")
     found = top.get("out_dtype", top.get("dtype"))
     return None if found is None else codes[found.removeprefix("torch.")]
@@ -288,156 +243,10 @@ def _tokenizer(top: Mapping[str, Any], base: str) -> Tokenizer | None:
         raise ConfigError("tokenizer", expected="tokenizer or tokenizer_source", found="both", remedy="take one out")
     source = top.get("tokenizer_source")
     if "tokenizer" in top:
-        source = _fields(top["tokenizer"], ("source",), "tokenizer").get("source", "union")
+        source = fields_of(top["tokenizer"], ("source",), "tokenizer").get("source", "union")
     if source is None or source == "union":
         return source
     if source not in ("base", base):
         remedy = "choose one of these, or put that model's tokenizer into the result afterwards"
         raise ConfigError("tokenizer_source", expected="base or union", found=repr(source), remedy=remedy)
     return "base"
-
-
-# From YAML to the recipe's parts.
-
-
-def _parsed(path_or_text: str | Path) -> object:
-    import yaml
-
-    text = _text_of(path_or_text)
-    try:
-        return yaml.safe_load(text)
-    # Dates and numbers that YAML's grammar takes for such raise ValueError.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f"line {mark.line + 1}" if mark is not None else "the configuration"
-        raise ConfigError(where, expected="YAML", found=problem or f"{error}") from error
-
-
-def _text_of(path_or_text: str | Path) -> str:
-    if isinstance(path_or_text, str) and ("\n" in path_or_text or path_or_text.lstrip().startswith("{")):
-        return path_or_text
-    try:
-        return Path(path_or_text).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path_or_text}", expected="a file of YAML text", found=f"{error}") from error
-
-
-def _inputs(top: Mapping[str, Any]) -> _Inputs:
-    if ("models" in top) == ("slices" in top):
-        found = "both" if "models" in top else "neither"
-        raise ConfigError("models", expected="either models or slices", found=found, remedy="list what is to be merged")
-    return _sliced(top["slices"]) if "slices" in top else _Inputs(models=tuple(_models(top["models"])))
-
-
-def _models(value: object) -> Iterator[Model]:
-    for place, each in enumerate(_list(value, "models")):
-        where = f"models[{place}]"
-        fields = _fields(each, ("model", "parameters"), where)
-        yield Model(model=_text(fields, "model", where), parameters=_settings(fields.get("parameters", {}), f"{where}.parameters"))
-
-
-def _sliced(value: object) -> _Inputs:
-    names: list[str] = []
-    layers: list[LayerRange] = []
-    for place, each in enumerate(_list(value, "slices")):
-        where = f"slices[{place}]"
-        fields = _fields(each, ("sources", "parameters"), where)
-        sources = _sources(fields.get("sources"), f"{where}.sources", layers[-1].last if layers else 0)
-        found = [source.model for source in sources]
-        names = names or found
-        if found != names:
-            raise ConfigError(f"{where}.sources", expected=f"the models {names}", found=f"{found}", remedy=_WHOLE_MODELS)
-        shared, own = _settings(fields.get("parameters", {}), f"{where}.parameters"), tuple(source.parameters for source in sources)
-        layers.append(LayerRange(first=sources[0].first, last=sources[0].last, parameters=shared, models=own))
-    return _Inputs(models=tuple(Model(model=name) for name in names), layers=tuple(layers))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    model: str
-    first: int
-    last: int
-    parameters: Settings
-
-
-def _sources(value: object, where: str, first: int) -> list[_Source]:
-    """One slice's sources, which must all be the layers that come next in the result, from `first`."""
-    sources = [_source(each, f"{where}[{place}]") for place, each in enumerate(_list(value, where))]
-    for place, each in enumerate(sources):
-        if each.first != first or each.last != sources[0].last:
-            expected = f"[{first}, {sources[0].last if sources[0].first == first else '...'}], the layers' place in the result"
-            found = f"[{each.first}, {each.last}]"
-            raise ConfigError(f"{where}[{place}].layer_range", expected=expected, found=found, remedy=_WHOLE_MODELS)
-    return sources
-
-
-def _source(value: object, where: str) -> _Source:
-    fields = _fields(value, ("model", "layer_range", "parameters"), where)
-    found = fields.get("layer_range")
-    if not isinstance(found, list) or len(found) != 2 or not all(type(end) is int for end in found) or not 0 <= found[0] < found[1]:
-        raise ConfigError(f"{where}.layer_range", expected="[first, last + 1]", found=repr(found))
-    settings = _settings(fields.get("parameters", {}), f"{where}.parameters")
-    return _Source(model=_text(fields, "model", where), first=found[0], last=found[1], parameters=settings)
-
-
-def _settings(value: object, where: str) -> Settings:
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(where, expected="settings by parameter name", found=repr(value))
-    return {name: _setting(setting, f"{where}.{name}") for name, setting in value.items()}
-
-
-def _setting(value: object, where: str) -> Setting:
-    cases = [value] if isinstance(value, dict) else value
-    if isinstance(cases, list) and all(isinstance(each, dict) for each in cases):
-        return tuple(_case(each, where) for each in cases)
-    return _value(value, where)
-
-
-def _case(value: object, where: str) -> Case:
-    fields = _fields(value, ("filter", "value"), where)
-    if not isinstance(fields.get("filter", ""), str):
-        raise ConfigError(f"{where}.filter", expected="a part of tensor names", found=repr(fields["filter"]))
-    return Case(value=_value(fields.get("value"), f"{where}.value"), filter=fields.get("filter"))
-
-
-def _value(value: object, where: str) -> Scalar | Gradient:
-    if isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, list) and value and all(isinstance(each, (bool, int, float, str)) for each in value):
-        return Gradient(tuple(value))
-    raise ConfigError(where, expected="a value, a list of values, or cases of filter and value", found=repr(value))
-
-
-def _fields(value: object, known: Sequence[str], where: str) -> dict[str, Any]:
-    """What a mapping holds; null is as good as nothing."""
-    if not isinstance(value, dict):
-        raise ConfigError(where or "the configuration", expected=f"a mapping with keys among {', '.join(known)}", found=repr(value))
-    given = {key: item for key, item in value.items() if item is not None}
-    for key, item in given.items():
-        if key not in known:
-            remedy = _REMEDIES.get(key, "take it out")
-            raise ConfigError(
-                f"{where}.{key}" if where else f"{key}", expected=f"one of {', '.join(known)}", found=repr(item), remedy=remedy
-            )
-    return given
-
-
-def _list(value: object, where: str) -> list[object]:
-    if not isinstance(value, list) or not value:
-        raise ConfigError(where, expected="a list with at least one entry", found=repr(value))
-    return value
-
-
-def _text(fields: Mapping[str, Any], key: str, where: str = "") -> str:
-    found = fields.get(key)
-    if not isinstance(found, str) or not found:
-        raise ConfigError(f"{where}.{key}" if where else key, expected="a name", found="none" if found is None else repr(found))
-    return found
-
-
-def _arranged(layers: LayerRange, order: Sequence[int | None]) -> LayerRange:
-    return replace(layers, models=tuple({} if place is None else layers.models[place] for place in order))
-
-
-def _changed(layers: LayerRange, change: Callable[[Settings], Settings]) -> LayerRange:
-    return replace(layers, parameters=change(layers.parameters), models=tuple(change(each) for each in layers.models))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ..errors import ConfigError
+from .checks import check_choice, check_text, instances_of, is_integer, patterns_of, sequence_of, texts_by_text, texts_of
 from .parameters import Case, Gradient, Parameter, Scalar, Setting, Settings, checked_settings, scalars, value_at
 
 Tokenizer = Literal["base", "union"]
@@ -43,7 +44,7 @@ class Model:
     parameters: Settings = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_text("model", self.model)
+        check_text("model", self.model)
         object.__setattr__(self, "parameters", checked_settings(self.parameters, f" of {self.model!r}"))
 
 
@@ -59,10 +60,12 @@ class LayerRange:
     """For each model, in the recipe's order."""
 
     def __post_init__(self) -> None:
-        if not (_is_integer(self.first) and _is_integer(self.last) and 0 <= self.first < self.last):
+        if not (is_integer(self.first) and is_integer(self.last) and 0 <= self.first < self.last):
             raise ConfigError("layers", expected="first < last, both at least 0", found=f"{self.first!r} and {self.last!r}")
         object.__setattr__(self, "parameters", checked_settings(self.parameters, f" in {self.label}"))
-        own = (checked_settings(each, f" of model {place} in {self.label}") for place, each in enumerate(_sequence("models", self.models)))
+        own = (
+            checked_settings(each, f" of model {place} in {self.label}") for place, each in enumerate(sequence_of("models", self.models))
+        )
         object.__setattr__(self, "models", tuple(own))
 
     @property
@@ -110,27 +113,27 @@ class Recipe:
     """Files of the models' Gram matrices, in their order; none: those beside the models."""
 
     def __post_init__(self) -> None:
-        _check_text("method", self.method)
-        _check_text("base", self.base)
-        object.__setattr__(self, "models", _instances("models", self.models, Model))
-        object.__setattr__(self, "layers", _instances("layers", self.layers, LayerRange))
+        check_text("method", self.method)
+        check_text("base", self.base)
+        object.__setattr__(self, "models", instances_of("models", self.models, Model))
+        object.__setattr__(self, "layers", instances_of("layers", self.layers, LayerRange))
         object.__setattr__(self, "parameters", checked_settings(self.parameters, ""))
         if not self.models:
             raise ConfigError("models", expected="at least one besides the base", found="none")
-        _check_choice("rescale", self.rescale, RESCALES)
-        if not _is_integer(self.seed) or not 0 <= self.seed < 1 << 64:
+        check_choice("rescale", self.rescale, RESCALES)
+        if not is_integer(self.seed) or not 0 <= self.seed < 1 << 64:
             raise ConfigError("seed", expected="an integer in [0, 2**64)", found=repr(self.seed))
         if self.out_dtype is not None:
-            _check_choice("out_dtype", self.out_dtype, tuple(DTYPE_NAMES))
+            check_choice("out_dtype", self.out_dtype, tuple(DTYPE_NAMES))
         if self.tokenizer is not None:
-            _check_choice("tokenizer", self.tokenizer, get_args(Tokenizer))
-        object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
-        object.__setattr__(self, "take", _texts_by_text("take", self.take, "models by name pattern"))
-        object.__setattr__(self, "rename", _texts_by_text("rename", self.rename, "new parts of names by old"))
+            check_choice("tokenizer", self.tokenizer, get_args(Tokenizer))
+        object.__setattr__(self, "exclude", patterns_of("exclude", self.exclude))
+        object.__setattr__(self, "take", texts_by_text("take", self.take, "models by name pattern"))
+        object.__setattr__(self, "rename", texts_by_text("rename", self.rename, "new parts of names by old"))
         if not isinstance(self.cast_base, bool):
             raise ConfigError("cast_base", expected="true or false", found=repr(self.cast_base))
         for name in ("fisher", "gram"):
-            object.__setattr__(self, name, _texts(name, getattr(self, name), "a list of files"))
+            object.__setattr__(self, name, texts_of(name, getattr(self, name), "a list of files"))
         self._check_models_of_choices()
         self._check_ranges()
         self._check_places()
@@ -367,50 +370,3 @@ def _canonical(plain: Any) -> Any:
     if isinstance(plain, list):
         return [_canonical(value) for value in plain]
     return int(plain) if isinstance(plain, float) and plain.is_integer() else plain
-
-
-def _instances(name: str, given: object, kind: type) -> tuple[Any, ...]:
-    found = _sequence(name, given)
-    if not all(isinstance(each, kind) for each in found):
-        raise ConfigError(name, expected=f"{kind.__name__} objects", found=repr(given))
-    return found
-
-
-def _sequence(name: str, given: object) -> tuple[Any, ...]:
-    if not isinstance(given, (tuple, list)):
-        raise ConfigError(name, expected="a tuple", found=repr(given))
-    return tuple(given)
-
-
-def _patterns(name: str, given: object) -> tuple[str, ...]:
-    if isinstance(given, str):
-        given = (given,)
-    # A set has no order to keep, and a digest needs one.
-    return _texts(name, sorted(given, key=str) if isinstance(given, (set, frozenset)) else given, "a list of name patterns")
-
-
-def _texts(name: str, given: object, expected: str) -> tuple[str, ...]:
-    if not isinstance(given, (tuple, list)) or not all(isinstance(each, str) and each for each in given):
-        raise ConfigError(name, expected=expected, found=repr(given))
-    return tuple(given)
-
-
-def _texts_by_text(name: str, given: object, expected: str) -> dict[str, str]:
-    """A copy. Values may be empty: that is how `rename` takes something away."""
-    if not isinstance(given, Mapping) or not all(isinstance(key, str) and key and isinstance(given[key], str) for key in given):
-        raise ConfigError(name, expected=expected, found=repr(given))
-    return dict(given)
-
-
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(name, expected="a name", found=repr(value))
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(name, expected=f"one of {', '.join(choices)}", found=repr(value))
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
