@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,16 @@ def loaded_by(code: str) -> set[str]:
     listing = f"{code}\nimport sys; print(' '.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
     return {module for module in done.stdout.split() if "." not in module}
+
+
+def test_the_pinned_triton_is_the_one_that_the_pinned_torch_requires() -> None:
+    """PyPI's torch for Linux is built for CUDA and takes one version of Triton: with another in constraints.txt nothing can be set up
+    there. Builds for CPUs, as here perhaps, do not say so: look it up when raising one of them."""
+    lines = (PACKAGE.parent / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split(";")[0].split("==") for line in lines if "==" in line)
+    assert (pinned["torch"], pinned["triton"]) == ("2.13.0", "3.7.1")
+    required = [one for one in metadata.requires("torch") or () if one.startswith("triton")]
+    assert all(f"triton=={pinned['triton']}" in one for one in required)
 
 
 def test_importing_the_package_loads_no_framework() -> None:
