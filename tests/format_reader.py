@@ -74,7 +74,8 @@ def fingerprint(words: np.ndarray) -> str:
     m, f = split_mix(t // np.uint64(1024)), split_mix(np.uint64(1 << 63) + t % np.uint64(1024))
     a = u * (m | one) * ((f & np.uint64(0xFFFFFFFF)) | one)
     b = u * ((m << half) | (m >> half) | one) * ((f >> half) | one)
-    return f"{int(a.sum(dtype=np.uint64)):016x}{int(b.sum(dtype=np.uint64)):016x}"
+    lanes = [(len(words) + int(lane.sum(dtype=np.uint64))) % 2**64 for lane in (a, b)]
+    return f"{lanes[0]:016x}{lanes[1]:016x}"
 
 
 def fingerprint_of_set(rows: list[tuple[str, str, list[int], str]]) -> str:

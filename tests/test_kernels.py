@@ -159,6 +159,12 @@ def test_every_flipped_bit_and_every_swap_changes_both_lanes(dtype):
         assert original[lane] not in [lanes[lane] for lanes in changed]
 
 
+def test_zeros_count():
+    """So a tensor of zeros is not nothing, and of another length it is another."""
+    assert cpu.fingerprint(np.zeros(5, np.uint16), 3) == (5, 5)
+    assert cpu.fingerprint(np.zeros(0, np.uint16), 3) == (0, 0)
+
+
 def test_split_mix_gives_the_published_numbers():
     """Steele, Lea and Flood's SplitMix64 seeded with 0; so https://prng.di.unimi.it/splitmix64.c."""
     found = [value % 2**64 for value in reference.split_mix(torch.arange(4)).tolist()]

@@ -134,8 +134,8 @@ def _fingerprint(
         first, second = _print_of_whole(words, block, factors, WIDTH)
     else:
         first, second = _print_of_some(words, block, low, high, factors, WIDTH, UNSIGNED)
-    tl.atomic_add(lanes + 2 * row, first.to(tl.int64, bitcast=True), sem="relaxed")
-    tl.atomic_add(lanes + 2 * row + 1, second.to(tl.int64, bitcast=True), sem="relaxed")
+    tl.atomic_add(lanes + 2 * row, first.to(tl.int64, bitcast=True) + (high - low), sem="relaxed")
+    tl.atomic_add(lanes + 2 * row + 1, second.to(tl.int64, bitcast=True) + (high - low), sem="relaxed")
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Fingerprints (docs/format.md §3) on raw bits, compiled as in `cpu`: sums of 32-bit units times factors.
+"""Fingerprints (docs/format.md §3) on raw bits, compiled as in `cpu`: sums of 32-bit units times factors, and how many elements there are.
 
 1,024 units share a multiplier, by which their sum is multiplied once.
 """
@@ -128,7 +128,7 @@ def _change(own, new, positions, start, factors, lanes):
 
 def fingerprint(words: Words, start: int) -> tuple[int, int]:
     """Two 64-bit lanes of the elements whose flat indices begin at `start`; see `reference.fingerprint`."""
-    lanes = np.zeros(2, np.uint64)
+    lanes = np.full(2, words.size, np.uint64)
     _fingerprint(_units(words, start), np.uint64(start * words.itemsize // 4), _factors(), lanes)
     return int(lanes[0]), int(lanes[1])
 
@@ -138,7 +138,7 @@ def copy_with_fingerprint(words: Words, start: int, out: Words) -> tuple[int, in
     if not (_are_units(words, start) and _are_units(out, start)):
         out[:] = words
         return fingerprint(out, start)
-    lanes = np.zeros(2, np.uint64)
+    lanes = np.full(2, words.size, np.uint64)
     first = np.uint64(start * words.itemsize // 4)
     _copy_with_fingerprint(words.view(np.uint32), first, out.view(np.uint32), _factors(), lanes)
     return int(lanes[0]), int(lanes[1])

@@ -76,11 +76,12 @@ def fingerprint_change(own: Tensor, new: Tensor, positions: Tensor, start: int, 
 def lanes(words: Tensor, positions: Tensor, start: int, width: int) -> Tensor:
     """The share that elements at `start + positions` have in a fingerprint, as the bits of two uint64, int64 [2].
 
-    A tensor's bytes are read as units of 32 bits, little-endian. Elements have their bytes there, and zeros for those of others.
+    A tensor's bytes are read as units of 32 bits, little-endian. Elements have their bytes there, and zeros for those of others; and
+    each element counts as one more.
     """
     byte = (start + positions) * width
-    low = _of_units((words << 8 * (byte % 4)) & _LOW, byte // 4)
-    return low + _of_units(_right(words, 32), byte // 4 + 1) if width == 8 else low
+    sums = positions.numel() + _of_units((words << 8 * (byte % 4)) & _LOW, byte // 4)
+    return sums + _of_units(_right(words, 32), byte // 4 + 1) if width == 8 else sums
 
 
 def _of_units(units: Tensor, number: Tensor) -> Tensor:

@@ -34,10 +34,10 @@ _WORD = tl.constexpr(tl.int16)
 
 @triton.jit
 def _fingerprint(table, row_of_block, factors, lanes):
-    row, block, _, words, _, _ = place(table, row_of_block, _WORD, True)
+    row, block, _, words, low, high = place(table, row_of_block, _WORD, True)
     first, second = cuda._print_of_whole(words, block, factors, 2)
-    tl.atomic_add(lanes + 2 * row, first.to(tl.int64, bitcast=True), sem="relaxed")
-    tl.atomic_add(lanes + 2 * row + 1, second.to(tl.int64, bitcast=True), sem="relaxed")
+    tl.atomic_add(lanes + 2 * row, first.to(tl.int64, bitcast=True) + (high - low), sem="relaxed")
+    tl.atomic_add(lanes + 2 * row + 1, second.to(tl.int64, bitcast=True) + (high - low), sem="relaxed")
 
 
 @triton.jit
