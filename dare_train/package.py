@@ -9,7 +9,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from .codec import SEGMENT
 from .errors import CheckpointError, PackageError
 from .manifest import MANIFEST, FileRecord, Manifest, TensorRecord
 from .manifest_reader import load
-from .parallel import ordered_map
+from .parallel import once, ordered_map
 
 if TYPE_CHECKING:
     from .weights import Weights
@@ -87,7 +86,7 @@ class DeltaPackage:
             _check_size(path / record.file, record)
         return cls(path, manifest, name=str(where))
 
-    @cached_property
+    @once
     def _frames(self) -> Mapping[str, list[tuple[Segment, memoryview]]]:
         found: dict[str, list[tuple[Segment, memoryview]]] = defaultdict(list)
         for part in self.manifest.parts:

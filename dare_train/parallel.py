@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -46,6 +46,30 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, th
             yield window.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class once(Generic[Result]):
+    """A property that is worked out once for each object: by one thread, while others that want it wait.
+
+    `functools.cached_property` lets several threads do the work since Python 3.12, which is a waste, and wrong where ranks meet in it.
+    """
+
+    def __init__(self, function: Callable[[Any], Result]) -> None:
+        self._function, self._guard = function, threading.Lock()
+        self._name, self._lock = function.__name__, f"{function.__name__} lock"
+
+    def __get__(self, instance: object, owner: type | None = None) -> Result:
+        if instance is None:
+            return self  # type: ignore[return-value]
+        values = vars(instance)
+        if self._name not in values:
+            with self._guard:
+                lock = values.setdefault(self._lock, threading.RLock())
+            with lock:
+                if self._name not in values:
+                    values[self._name] = self._function(instance)
+        found: Result = values[self._name]
+        return found
 
 
 class ScratchWords(threading.local):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, Union
 
 import numpy as np
@@ -21,6 +20,7 @@ from .kernels.choice import checked
 from .kernels.rows import INTEGERS
 from .lowrank import LowRank
 from .ownership import Span, Spans, shares
+from .parallel import once
 from .ranks import Ranks
 from .weights import TensorInfo
 
@@ -100,12 +100,12 @@ class LiveWeights:
         self.tensors = {name: TensorInfo(_dtype_of(name, one.dtype), one.shape) for name, one in held.items()}
         self.held: Spans = {name: tuple((piece.start, piece.stop) for piece in one.pieces) for name, one in held.items()}
 
-    @cached_property
+    @once
     def shares(self) -> Mapping[str, tuple[tuple[Span, ...], ...]]:
         """What each rank speaks for of each tensor; over all ranks, each element once. All ranks ask for it together."""
         return shares(self.tensors, self.held, self.ranks)
 
-    @cached_property
+    @once
     def owned(self) -> Spans:
         """[start, stop) of the elements that this process speaks for."""
         return {name: spans[self.ranks.rank] for name, spans in self.shares.items()}
@@ -113,8 +113,8 @@ class LiveWeights:
     def renamed(self, names: Mapping[str, str]) -> LiveWeights:
         """The same weights under other names: `names` says which of the others each of them is. Those it leaves out are not seen."""
         view = copy(self)
-        for computed in ("shares", "owned"):
-            view.__dict__.pop(computed, None)
+        for worked_out in (name for name in ("shares", "owned") if name in vars(self)):
+            del vars(view)[worked_out]
         view._held = {name: self._held[other] for name, other in names.items()}
         view.tensors = {name: self.tensors[other] for name, other in names.items()}
         view.held = {name: self.held[other] for name, other in names.items()}
