@@ -24,6 +24,7 @@ from .kernels.choice import kernels_for
 from .kernels.rows import BLOCK, PLANES, Masks, Row, Rows, Term, offsets_of
 from .ownership import Span, Spans
 from .package import DeltaPackage
+from .packing import prints_of
 from .resolve import Link
 from .shards import LiveWeights
 
@@ -69,9 +70,9 @@ def fingerprints(live: LiveWeights, spans: Spans) -> dict[str, Fingerprint]:
     for group in groups(live, spans):
         names = [name for name, rows in group.rows.items() for _ in rows]
         table = Rows(dtype=group.dtype, rows=tuple(row for rows in group.rows.values() for row in rows))
-        for name, lanes in zip(names, group.kernels.fingerprint(table).cpu().tolist(), strict=True):
-            shares.setdefault(name, []).append(Fingerprint(*(lane % 2**64 for lane in lanes)))
-    return {name: total((one.first, one.second) for one in its) for name, its in shares.items() if len(its) == len(spans[name])}
+        for name, share in zip(names, prints_of(group.kernels, table), strict=True):
+            shares.setdefault(name, []).append(share)
+    return {name: total(its) for name, its in shares.items() if len(its) == len(spans[name])}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
