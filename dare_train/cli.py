@@ -127,6 +127,7 @@ def merge(
     minimize: Annotated[bool, typer.Option("--minimize", help="The smallest score is the best.")] = False,
     wandb: Annotated[Optional[str], typer.Option(help="Log the search to this wandb project.")] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="A row for each tensor.")] = False,
+    device: Annotated[Optional[str], typer.Option(help="Where to work it out, such as cuda; by default on the CPU.")] = None,
     cast_base: CastBase = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -143,13 +144,13 @@ def merge(
     if axes:
         if evaluate is None or package:
             raise ConfigError("--search", expected="--eval, and no --package", found="--package" if package else "no --eval")
-        show(_searched(task, axes, evaluate, out, trials=trials, minimize=minimize, overwrite=overwrite, project=wandb))
+        show(_searched(task, axes, evaluate, out, trials=trials, minimize=minimize, overwrite=overwrite, device=device, project=wandb))
         return
     for note in notes:
         typer.echo(f"dare-train: {note}", err=True)
     with joined_ranks() as ranks:
         with progress_bar("merging", ranks) as progress:
-            report = run(task, out, notes=notes, package=package, overwrite=overwrite, progress=progress, ranks=ranks)
+            report = run(task, out, notes=notes, package=package, overwrite=overwrite, device=device, progress=progress, ranks=ranks)
         if ranks.first:
             show(report.table(every_tensor=tensors))
             typer.echo(f"{out}: fingerprint {report.fingerprint[:12]}…")

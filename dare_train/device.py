@@ -21,6 +21,7 @@ from .dtypes import DType
 from .errors import DeviceMemoryError
 from .fingerprint import Fingerprint, total
 from .kernels.choice import kernels_for
+from .kernels.dense import compute
 from .kernels.rows import BLOCK, PLANES, Masks, Row, Rows, Term, offsets_of
 from .ownership import Span, Spans
 from .package import DeltaPackage
@@ -179,14 +180,14 @@ def _forms(link: Link, name: str) -> tuple[bool, ...]:
 def _resident(group: Group, link: Link, places: Mapping[Place, Row]) -> Resident:
     rows, alone = Rows(dtype=group.dtype, rows=tuple(places.values())), len(link.packages) == 1
     try:
-        decoded = [
-            _decoded(group, rows, list(places), package, weight, alone=alone)
+        both = [
+            decoded(group.kernels, rows, list(places), package, weight, alone=alone)
             for package, weight in zip(link.packages, link.weights, strict=True)
         ]
     except torch.OutOfMemoryError as error:
         raise _too_little(rows, places, link, error) from error
-    before = Overwritten(kernels=group.kernels, rows=rows, kept=tuple(kept for kept, _ in decoded))
-    return Resident(before=before, values=tuple(values for _, values in decoded))
+    before = Overwritten(kernels=group.kernels, rows=rows, kept=tuple(kept for kept, _ in both))
+    return Resident(before=before, values=tuple(values for _, values in both))
 
 
 def bytes_needed(groups: Iterable[Group], link: Link) -> int:
@@ -212,21 +213,25 @@ def _too_little(rows: Rows, places: Iterable[Place], link: Link, error: Exceptio
     )
 
 
-def _decoded(
-    group: Group, rows: Rows, places: Sequence[Place], package: DeltaPackage, weight: float, *, alone: bool
+def decoded(
+    kernels: ModuleType, rows: Rows, places: Sequence[Place], package: DeltaPackage, weight: float, *, alone: bool
 ) -> tuple[Kept, Values]:
+    """What a package has for rows that are its segments at `places`; `alone`: the words of the result.
+
+    Raises:
+        PackageError: the package is damaged.
+    """
     parts = parts_of(package, places)
     masks = masks_of(parts, rows.device)
-    counts = group.kernels.counts(rows, masks)
+    counts = kernels.counts(rows, masks)
     sizes = rows.per_row(counts)
     for part, size in zip(parts, sizes, strict=True):
         if part is not None:
             part.check_kept(size)
     deltas = not alone and any(part is not None and part.record.values != "exact" for part in parts)
     own = torch.empty(sum(sizes), dtype=rows.word, device=rows.device)
-    compute = torch.float64 if group.dtype.code == "F64" else torch.float32
-    values = torch.empty_like(own, dtype=compute if deltas else rows.word)
+    values = torch.empty_like(own, dtype=compute(rows.dtype) if deltas else rows.word)
     kept = Kept(masks=masks, offsets=offsets_of(counts), own=own)
-    group.kernels.take(rows, masks, kept.offsets, own)
-    decode([part for part in parts if part is not None], own, values, group.dtype, weight, alone=alone)
+    kernels.take(rows, masks, kept.offsets, own)
+    decode([part for part in parts if part is not None], own, values, rows.dtype, weight, alone=alone)
     return kept, Values(tensor=values, factors=tuple(1.0 if part is None else part.factor(weight) for part in parts), deltas=deltas)

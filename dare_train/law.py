@@ -2,7 +2,7 @@
 
     out = round_to_dtype( f32(base) + f32(w·γ) · (f32(tuned) - f32(base)) )      each operation rounded to float32
 
-An element whose delta is zero in every package keeps the base's bits, and with one package and w·γ = 1 an
+An element whose delta is zero in every package keeps the base's bits, and with one package and f32(w·γ) = 1 an
 `exact` value comes back as it was. float64 tensors use float64 where others use float32.
 """
 
@@ -36,9 +36,13 @@ class Term:
             return self.base
         return words if self.positions is None else cpu.take(words, self.positions)
 
+    def exact(self, dtype: DType) -> bool:
+        """Whether the term's words are the result where it is alone."""
+        return self.tuned is not None and bool(dtype.compute.type(self.factor) == 1)
+
     def result(self, base: Words, dtype: DType) -> Words:
         """The words that replace `base` (the words at `positions`) when this is the only package."""
-        if self.tuned is not None and self.factor == 1.0:
+        if self.tuned is not None and self.exact(dtype):
             return self.tuned
         if self.tuned is not None and dtype.code == "BF16":
             return cpu.law_bf16(base, self.tuned, self.factor)
@@ -72,15 +76,15 @@ def combine(words: Words, terms: Sequence[Term], dtype: DType) -> None:
         else:
             cpu.put(words, term.positions, result)
         return
-    before = words.copy() if any(_exact(term) for term in terms) else words  # a term may own them all, and they are about to change
+    before = words.copy() if any(term.exact(dtype) for term in terms) else words  # a term may own them all, and they are about to change
     owned = [term.own(before) for term in terms]
     total, touched = _added_up(words, terms, owned, dtype)
     if touched is None:
         sums.round_moved_bf16(words, total)
     else:
         words[touched] = from_float(total[touched], dtype)
-    if any(_exact(term) for term in terms):
-        _put_alone(words, terms, owned)
+    if any(term.exact(dtype) for term in terms):
+        _put_alone(words, terms, owned, dtype)
 
 
 def unrounded(words: Words, terms: Sequence[Term], dtype: DType) -> FloatArray:
@@ -108,12 +112,7 @@ def _added_up(words: Words, terms: Sequence[Term], owned: Sequence[Words], dtype
     return total, np.flatnonzero(touched)
 
 
-def _exact(term: Term) -> bool:
-    """Whether the term's words are the result where it is alone."""
-    return term.tuned is not None and term.factor == 1.0
-
-
-def _put_alone(words: Words, terms: Sequence[Term], owned: Sequence[Words]) -> None:
+def _put_alone(words: Words, terms: Sequence[Term], owned: Sequence[Words], dtype: DType) -> None:
     """Where one term alone moves an element, and is exact: its word."""
     movers = np.zeros(words.size, np.uint16)
     places = [np.arange(words.size) if term.positions is None else term.positions for term in terms]
@@ -123,5 +122,5 @@ def _put_alone(words: Words, terms: Sequence[Term], owned: Sequence[Words]) -> N
         else:
             movers[where] += np.asarray(term.delta) != 0
     for term, own, where in zip(terms, owned, places, strict=True):
-        if term.tuned is not None and _exact(term):
+        if term.tuned is not None and term.exact(dtype):
             sums.put_alone(words, where, own, term.tuned, movers)

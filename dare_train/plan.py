@@ -16,7 +16,7 @@ from .dtypes import to_float
 from .errors import ConfigError, DtypeMismatch, TensorMismatch
 from .masks import Mask, key_of
 from .segments import TensorPlan
-from .weights import ArrayWeights, Cast, Mapped, Renamable, Shared, TensorInfo, Weights, runs
+from .weights import ArrayWeights, Cast, Shared, TensorInfo, Weights, runs, under
 
 if TYPE_CHECKING:
     from .shards import Live
@@ -80,7 +80,7 @@ def with_prefix(base: Weights, prefix: str) -> Weights:
         names = {name.removeprefix(top): name for name in base.tensors if name.startswith(top)}
     else:
         names = {f"{prefix}{name}": name for name in base.tensors}
-    return base.renamed(names) if isinstance(base, Renamable) else Mapped(base, names)
+    return under(base, names)
 
 
 def without_prefix(name: str, prefix: str) -> str:
@@ -90,7 +90,8 @@ def without_prefix(name: str, prefix: str) -> str:
 
 def cast_to(base: Weights, tuned: Mapping[str, TensorInfo]) -> Weights:
     """The base rounded to the dtypes of the tuned tensors of the same names."""
-    return Cast(base, {name: info.dtype for name, info in tuned.items()})
+    dtypes = {name: info.dtype for name, info in tuned.items() if name in base.tensors and base.tensors[name].dtype != info.dtype}
+    return Cast(base, dtypes) if dtypes else base
 
 
 def plan_tensors(

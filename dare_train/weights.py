@@ -79,6 +79,11 @@ class Mapped:
         return self._weights.read(self._names[name], start, count)
 
 
+def under(weights: Weights, names: Mapping[str, str]) -> Weights:
+    """The same weights under other names, as `Mapped`; where they can say where they lie, they still can."""
+    return weights.renamed(names) if isinstance(weights, Renamable) else Mapped(weights, names)
+
+
 class Cast:
     """The same weights, floating-point tensors rounded to the dtypes given by name; others unchanged."""
 

@@ -297,7 +297,7 @@ def combine(base: np.ndarray, dtype: str, changes: list[Change]) -> np.ndarray:
         movers += change.moves
     out = np.where(movers > 0, to_words(total, dtype), base)
     for change in changes:
-        if change.factor == 1 and change.tuned is not None:
+        if work(change.factor) == 1 and change.tuned is not None:
             out = np.where(change.moves & (movers == 1), change.tuned, out)
     return out
 

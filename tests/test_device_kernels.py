@@ -245,7 +245,7 @@ def test_the_law(kernels: ModuleType, dtype: DType, terms: list[tuple[int, float
 
 @both
 @by_code(FLOATS)
-@pytest.mark.parametrize("factor", [1.0, 10.0, -1.0, 0.0])
+@pytest.mark.parametrize("factor", [1.0, 1 + 2**-40, 10.0, -1.0, 0.0])
 def test_the_law_on_special_numbers(kernels: ModuleType, dtype: DType, factor: float, device: torch.device) -> None:
     special = special_words(dtype)
     base, tuned = np.repeat(special, special.size), np.tile(special, special.size)

@@ -47,10 +47,15 @@ def test_one_package_obeys_the_reference_on_special_patterns(dtype, factor):
 
 
 @by_dtype
-def test_factor_one_gives_the_tuned_words_whatever_they_are(dtype):
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("factor", [1.0, 1 + 2**-40, 1 + 2**-20])
+def test_factor_one_gives_the_tuned_words_whatever_they_are(dtype, factor, others):
+    """One as it is multiplied with, in float32; also beside packages that move nothing."""
     base, tuned = special_pairs(dtype)
-    combine(base, [Term(positions=every(base.size), factor=1.0, tuned=tuned)], dtype)
-    assert np.array_equal(base, tuned)
+    result = base.copy()
+    unmoved = [Term(positions=every(base.size), factor=1.0, tuned=base)] * others
+    combine(result, [*unmoved, Term(positions=every(base.size), factor=factor, tuned=tuned)], dtype)
+    assert np.array_equal(result, tuned) == (dtype.compute.type(factor) == 1)
 
 
 @by_dtype

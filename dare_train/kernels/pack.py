@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dtypes import DType
 from . import reference
-from .plain import FLOATS
+from .dense import FLOATS
 from .staging import to_device
 
 _SHIFT, _BINS = 20, 2048

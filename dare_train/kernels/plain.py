@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .dense import FLOATS, Dense, combined
 from .rows import BLOCK, PLANES, Masks, Rows, Term
-
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 def fingerprint(rows: Rows) -> Tensor:
@@ -64,40 +63,15 @@ def add(rows: Rows, terms: Sequence[Term]) -> None:
     """What packages together make of the rows, in place (docs/format.md §5)."""
     for number, row in enumerate(rows.rows):
         if row.count and terms:
-            row.words.copy_(_sum(rows, terms, number))
+            row.words.copy_(combined(row.words, [_dense(rows, term, number) for term in terms], rows.dtype, rows.dtype))
 
 
-def _sum(rows: Rows, terms: Sequence[Term], number: int) -> Tensor:
-    words, dtype = rows.rows[number].words, FLOATS[rows.dtype.code]
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    own = words.view(dtype).to(compute)
-    total, alone = own.clone(), words.clone()
-    movers, exact = torch.zeros_like(words, dtype=torch.int64), torch.zeros_like(words, dtype=torch.int64)
-    for term in terms:
-        kept = _kept(rows, term.masks, number)
-        values = _values(rows, term.offsets, term.values, number, int(kept.sum()))
-        factor = torch.tensor(term.factors[number], dtype=compute, device=words.device)
-        if term.deltas:
-            delta = torch.zeros_like(own)
-            delta[kept] = values
-            moves = delta != 0
-        else:
-            tuned = words.clone()
-            tuned[kept] = values
-            delta = tuned.view(dtype).to(compute) - own
-            moves = tuned != words
-            as_it_is = moves & (factor == 1)
-            alone = torch.where(as_it_is, tuned, alone)
-            exact += as_it_is
-        total = torch.where(moves, total + factor * delta, total)
-        movers += moves
-    moved = torch.where((movers == 1) & (exact == 1), alone, _narrow(total, dtype).view(words.dtype))
-    return torch.where(movers > 0, moved, words)
-
-
-def _narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
-    narrow = values.to(dtype)
-    return torch.where(narrow.isnan(), torch.full_like(narrow, torch.nan), narrow)
+def _dense(rows: Rows, term: Term, number: int) -> Dense:
+    """A package's part in one row: where it keeps nothing, words stay and deltas are zero."""
+    words, kept = rows.rows[number].words, _kept(rows, term.masks, number)
+    every = torch.zeros_like(words, dtype=term.values.dtype) if term.deltas else words.clone()
+    every[kept] = _values(rows, term.offsets, term.values, number, int(kept.sum()))
+    return Dense(factor=term.factors[number], **{"delta" if term.deltas else "tuned": every})
 
 
 def _kept(rows: Rows, masks: Masks, number: int) -> Tensor:

@@ -135,10 +135,11 @@ def law(base: Tensor, tuned: Tensor, factor: float) -> Tensor:
 
     round_to_dtype(f32(base) + f32(factor) · (f32(tuned) - f32(base))), each operation rounded; bits that are equal stay.
     """
-    if factor == 1.0:
-        return tuned.clone()
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
-    moved = base.to(wide) + torch.tensor(factor, dtype=wide) * (tuned.to(wide) - base.to(wide))
+    rounded = torch.tensor(factor, dtype=wide)
+    if rounded == 1:
+        return tuned.clone()
+    moved = base.to(wide) + rounded * (tuned.to(wide) - base.to(wide))
     moved = moved.to(base.dtype)
     moved = torch.where(moved.isnan(), torch.full_like(moved, torch.nan), moved)
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[base.element_size()]

@@ -18,6 +18,14 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
+def sent(words: NDArray[Any], device: torch.device) -> Tensor:
+    """uint8: the bytes of a contiguous array, copied once on the host, and there not needed any more."""
+    data = words.view(np.uint8)
+    host = torch.empty(data.size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    np.copyto(host.numpy(), data)
+    return host.to(device, non_blocking=True)
+
+
 def to_host(words: Tensor) -> NDArray[np.signedinteger]:
     """Through pinned memory, which torch keeps for the next time; waits for this copy, and not for what other streams are doing."""
     if words.device.type != "cuda":

@@ -18,7 +18,7 @@ from . import drops
 from .drops import DropRate
 from .inputs import CheckpointInput, Input
 from .methods import Dropping
-from .order import EVERY, NONE, Sizes, largest
+from .order import EVERY, NONE, Largest, Sizes, largest, sizes_of
 from .walk import Walk
 
 Terms = Callable[[int, Words], Sequence[Term]]
@@ -55,13 +55,13 @@ class ModelDelta:
 
     def __init__(self, member: Member, walk: Walk, *, drops: Dropping, rescale: str) -> None:
         self.member, self._walk, self._rescale = member, walk, rescale
-        self._rate = self._own_rate()
+        self._rate = rate_of(member, walk.name)
         self._rate_factor = self._factor_of_rate()
         self._keep, self._outliers, self._magprune = EVERY, NONE, False
         self._trimmed_factor = 1.0
         density = member.settings.get("density", 1.0)
         if drops != "none" and density < 1 and member.input.moves(walk.name):
-            self._trim(drops, density)
+            self._trim(drops)
 
     def raw(self, start: int, words: Words) -> Sequence[Term]:
         """The delta of a run whose base words are `words`, before anything is dropped."""
@@ -89,12 +89,6 @@ class ModelDelta:
             sums.masked_deltas_bf16(words, tuned, draws, self._rate.threshold, self._rate_factor, row)
 
     # DARE
-
-    def _own_rate(self) -> DropRate | None:
-        p = self.member.settings.get("p", 0.0)
-        if p == 0 or self.member.input.dropped(self._walk.name):
-            return None
-        return DropRate.of(p, self.member.seed, self._walk.name)
 
     def _factor_of_rate(self) -> float:
         if self._rate is None or self._rescale == "none":
@@ -138,19 +132,16 @@ class ModelDelta:
 
     # What the method drops
 
-    def _trim(self, rule: Dropping, density: float) -> None:
-        numel = self._walk.info.numel
+    def _trim(self, rule: Dropping) -> None:
         if rule == "magprune":
             self._magprune = not self.member.input.dropped(self._walk.name)
-        elif rule == "magnitude":
-            rank = drops.trim_rank(numel, density)
-            self._keep = largest(self._each_sizes, rank) if rank < self.member.input.kept(self._walk.name) else EVERY
         else:
-            looked_at, dropped = drops.outlier_ranks(numel, density, self.member.settings["gamma"])
-            self._keep = largest(self._each_sizes, looked_at, last=True)
-            self._outliers = largest(self._each_sizes, dropped, last=True)
+            self._keep, self._outliers = borders(rule, self.member, self._walk.name, self._walk.info.numel, self._largest)
         if self._rescale == "norm":
             self._trimmed_factor = self._norm_factor(self._dared, self.terms)
+
+    def _largest(self, k: int, last: bool) -> Largest:
+        return largest(self._each_sizes, k, last=last)
 
     def _each_sizes(self, function: Callable[[int, Sizes], object]) -> Iterator[object]:
         return self._walk.each(lambda start, words: function(start, self._sizes(start, words)))
@@ -159,7 +150,7 @@ class ModelDelta:
         return np.concatenate([np.empty(0, np.float32), *self._all_sizes(self._dared(start, words), words)])
 
     def _all_sizes(self, terms: Sequence[Term], words: Words) -> list[Sizes]:
-        return [np.abs(delta_of(term, words, self._walk.info.dtype)).astype(np.float32, copy=False) for term in terms]
+        return [sizes_of(delta_of(term, words, self._walk.info.dtype)) for term in terms]
 
     def _trimmed(self, terms: Sequence[Term], start: int, words: Words) -> Sequence[Term]:
         """What is left of the terms of a run, which are trimmed together: a rank is one among all its elements."""
@@ -182,6 +173,26 @@ class ModelDelta:
         positions = np.flatnonzero(kept)
         rest = delta[positions] * factors[positions] if self._rescale == "paper" else delta[positions]
         return Term(positions=positions, factor=self._trimmed_factor, delta=rest)
+
+
+def rate_of(member: Member, name: str) -> DropRate | None:
+    """At which DARE drops elements of a tensor of a model, if it does: not where some were dropped already."""
+    p = member.settings.get("p", 0.0)
+    return None if p == 0 or member.input.dropped(name) else DropRate.of(p, member.seed, name)
+
+
+def borders(rule: Dropping, member: Member, name: str, numel: int, find: Callable[[int, bool], Largest]) -> tuple[Largest, Largest]:
+    """What `magnitude` and `outliers` keep of a model's delta of a tensor, and what of that they drop as outliers.
+
+    Args:
+        find: the k largest of the delta's elements; with True the last of equal ones.
+    """
+    density = member.settings["density"]
+    if rule == "magnitude":
+        rank = drops.trim_rank(numel, density)
+        return find(rank, False) if rank < member.input.kept(name) else EVERY, NONE
+    looked_at, dropped = drops.outlier_ranks(numel, density, member.settings["gamma"])
+    return find(looked_at, True), find(dropped, True)
 
 
 def delta_of(term: Term, words: Words, dtype: DType) -> FloatArray:

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 from .._version import __version__
 from ..checkpoint import Checkpoint, CheckpointWriter, layout_like
@@ -39,6 +39,12 @@ from .recipe import Recipe, layer_counts
 from .report import MergeReport
 from .task import MergeTask, task_of
 
+if TYPE_CHECKING:
+    import torch
+
+    from .devices import Devices
+
+DeviceLike = Union[str, "torch.device"]
 Progress = Callable[[int, int], object]
 """Called with the bytes of the result that are done and of all that there are."""
 
@@ -63,6 +69,7 @@ def merge(
     package: bool = False,
     cast_base: bool = False,
     overwrite: bool = False,
+    device: DeviceLike | None = None,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
     **parameters: Any,
@@ -92,6 +99,8 @@ def merge(
         package: write a delta package on the base instead of a checkpoint. One that was killed begins anew.
         cast_base: round the base to the models' dtypes first.
         overwrite: replace a folder that is already there.
+        device: where to work it out, such as "cuda" or "cpu", as far as the method can (docs/gpu.md); by default where the base's
+            tensors lie, of files on the CPU. The result is the same.
         progress: called with (bytes done, bytes in all) of this rank's share.
         ranks: the processes that share the work, such as `Ranks.joined()`. They make the same call, on one file system.
         parameters: of the method, such as `density=0.2` or `t=0.3`; a list gives each model its own, where the parameter is
@@ -99,13 +108,13 @@ def merge(
 
     Raises:
         ConfigError, CheckpointError, PackageError, ChainError, TensorMismatch, DtypeMismatch, BaseMismatch, OutputExists,
-        StorageError; RankError when it happened on another rank.
+        StorageError, DeviceMemoryError; RankError when it happened on another rank.
     """
     task = task_of(
         base, models, method=method, weights=weights, p=p, seed=seed, rescale=rescale, out_dtype=out_dtype, tokenizer=tokenizer,
         exclude=exclude, take=take, rename=rename, fisher=fisher, gram=gram, cast_base=cast_base, **parameters,
     )  # fmt: skip
-    return run(task, out, package=package, overwrite=overwrite, progress=progress, ranks=ranks)
+    return run(task, out, package=package, overwrite=overwrite, device=device, progress=progress, ranks=ranks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,12 +139,13 @@ def run(
     notes: Sequence[str] = (),
     package: bool = False,
     overwrite: bool = False,
+    device: DeviceLike | None = None,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
 ) -> MergeReport:
     """Carry out a merge; see `merge`. `notes` go into the report."""
     ranks, out = ranks or Ranks(), Path(out)
-    ready = ranks.each(lambda: _ready(task, ranks))
+    ready = ranks.each(lambda: _ready(task, ranks, device))
     write = _write_package if package else _write_checkpoint
     by_matrices = ready.merged.method.reach == "matrix" or task.recipe.rescale == "q"
     with one_thread() if by_matrices else nullcontext():
@@ -148,10 +158,10 @@ def merged_weights(task: MergeTask) -> Merged:
     Raises:
         As `merge`.
     """
-    return _ready(task, Ranks()).merged
+    return _ready(task, Ranks(), None).merged
 
 
-def _ready(task: MergeTask, ranks: Ranks) -> _Ready:
+def _ready(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> _Ready:
     recipe, method = task.recipe, method_of(task.recipe.method)
     _check(recipe, method)
     base = open_weights(task.base)
@@ -166,9 +176,21 @@ def _ready(task: MergeTask, ranks: Ranks) -> _Ready:
         values=recipe.resolver(layer_counts(named.tensors)),
         fisher=_statistics("fisher", recipe.fisher, inputs, needed=method.needs == "fisher"),
         gram=_statistics("gram", recipe.gram, inputs, needed=method.needs == "gram" or (recipe.rescale == "q" and not _gives_q(recipe))),
-        threads=thread_share(ranks),
+        threads=thread_share(ranks), devices=_devices(device, named),
     )  # fmt: skip
     return _Ready(merged=merged, base=base, base_folder=folder, prefix=prefix, growth=growth)
+
+
+def _devices(given: DeviceLike | None, base: Weights) -> Devices | None:
+    """None where nothing is known of devices: weights in files need no torch."""
+    if given is None and not hasattr(base, "lying"):
+        return None
+    try:
+        from .devices import Devices
+    except ImportError as error:
+        remedy = 'pip install "dare_train[train]", or leave it out'
+        raise ConfigError("device", expected="torch, which works there", found="not installed", remedy=remedy) from error
+    return Devices(given, base)
 
 
 def _check(recipe: Recipe, method: Method) -> None:

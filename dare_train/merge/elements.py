@@ -6,6 +6,7 @@ dropping. `weights` holds the n weights w. Sums run over the models in their ord
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -73,28 +74,32 @@ def sce(deltas: FloatArray, weights: FloatArray, *, selected: NDArray[np.bool_],
 
 
 def _consensus(merged: FloatArray, undropped: FloatArray, mask_threshold: float, agree: int) -> FloatArray:
-    factor = merged.dtype.type(mask_threshold)
-    needing = summed(np.abs(own) >= factor * np.abs(merged - own) for own in undropped)
-    return np.where((needing >= agree) | np.isnan(merged), merged, merged.dtype.type(0))
+    library = _library(merged)
+    one, zero = library.ones_like(merged), library.zeros_like(merged)
+    needing = summed(library.where(abs(own) >= float(mask_threshold) * abs(merged - own), one, zero) for own in undropped)
+    agreed: FloatArray = library.where((needing >= agree) | library.isnan(merged), merged, zero)
+    return agreed
 
 
 def _of_the_elected(weighted: FloatArray, weights: FloatArray, *, normalize: bool) -> FloatArray:
     sign = _elected(weighted)
-    agreeing = np.maximum(weighted * sign, 0)
+    agreeing = (weighted * sign).clip(0)
     total = summed(agreeing) * sign
     return _ratio(total, summed((agreeing > 0) * weights[:, None])) if normalize else total
 
 
 def _elected(deltas: FloatArray) -> FloatArray:
     """The sign of their sum as 1 or -1, shape (k,); of zero, 1."""
-    one = deltas.dtype.type(1)
-    return np.where(summed(deltas) >= 0, one, -one)
+    total = summed(deltas)
+    ones = _library(total).ones_like(total)
+    signs: FloatArray = _library(total).where(total >= 0, ones, -ones)
+    return signs
 
 
 def summed(rows: Iterable[NDArray[Any]]) -> FloatArray:
     """Their sum, one after the other: numpy would choose the order by the shape."""
     first, *others = rows
-    total: FloatArray = first.astype(np.float32) if first.dtype == np.bool_ else first.copy()
+    total: FloatArray = 1 * first  # a copy
     for row in others:
         total += row
     return total
@@ -105,6 +110,14 @@ def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
     denominator[denominator == 0] = 1
     return numerator / denominator
 
+
+def _library(array: Any) -> Any:
+    """Numpy or torch, whose functions have the same names."""
+    return np if isinstance(array, np.ndarray) else sys.modules["torch"]
+
+
+ANYWHERE = (ties, consensus_ta, consensus_ties)
+"""Those that take torch's tensors as well, on any device."""
 
 COMPILED: dict[Callable[..., FloatArray], Callable[..., FloatArray]] = {ties: sums.ties}
 """The same functions of float32 deltas as machine code."""

@@ -13,7 +13,7 @@ from ..law import Term
 from ..package import DeltaPackage
 from ..resolve import Link, Resolver, clip
 from ..segments import decode_delta, decode_whole
-from ..weights import Mapped, TensorInfo, Weights
+from ..weights import TensorInfo, Weights, under
 
 
 class Input(Protocol):
@@ -56,8 +56,8 @@ class CheckpointInput:
     """A fine-tuned model's weights, and the base's under the result's names."""
 
     def __init__(self, weights: Weights, base: Weights, names: Mapping[str, str], *, folder: Path | None) -> None:
-        self._weights, self._base, self.names = Mapped(weights, names), base, names
-        self.label, self.folder, self.tensors = weights.label, folder, self._weights.tensors
+        self.weights, self._base, self.names = under(weights, names), base, names
+        self.label, self.folder, self.tensors = weights.label, folder, self.weights.tensors
 
     def dropped(self, name: str) -> bool:
         return False
@@ -73,7 +73,7 @@ class CheckpointInput:
 
     def terms(self, name: str, start: int, words: Words) -> list[Term]:
         own, base = self.tensors[name].dtype, self._base.tensors[name].dtype
-        tuned = self._weights.read(name, start, words.size)
+        tuned = self.weights.read(name, start, words.size)
         if own == base:
             return [Term(positions=None, factor=1.0, tuned=tuned)]
         with np.errstate(over="ignore", invalid="ignore"):
@@ -81,7 +81,7 @@ class CheckpointInput:
         return [Term(positions=None, factor=1.0, delta=delta)]
 
     def words(self, name: str, start: int, count: int) -> Words:
-        return self._weights.read(name, start, count)
+        return self.weights.read(name, start, count)
 
 
 class PackageInput:

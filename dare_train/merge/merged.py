@@ -9,6 +9,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +25,10 @@ from .methods import Method
 from .parameters import Scalar
 from .recipe import Recipe, SettingResolver
 from .tensors import MergedTensor, lacks
+
+if TYPE_CHECKING:
+    from .devices import Devices
+    from .on_device import DeviceTensor
 
 _PREPARED = 16
 """Tensors whose thresholds and coefficients are remembered: as many as threads may be at work on at a time, and more."""
@@ -77,15 +82,16 @@ class Merged:
         fisher: Sequence[Statistics] = (),
         gram: Sequence[Statistics] = (),
         threads: int = 1,
+        devices: Devices | None = None,
     ) -> None:
         self.folder: Path | None = None
         self.label = f"{method.name} of {', '.join(one.label for one in inputs)}"
         self.recipe, self.method, self.base, self.inputs = recipe, method, base, inputs
         self.fates = {fate.name: fate for fate in fates}
         self.tensors = {fate.name: fate.info for fate in fates}
-        self._values, self.fisher, self.gram, self._threads = values, fisher, gram, threads
+        self._values, self.fisher, self.gram, self._threads, self._devices = values, fisher, gram, threads, devices
         self._lock, self._busy = threading.Lock(), dict[str, threading.Lock]()
-        self._prepared: OrderedDict[str, MergedTensor] = OrderedDict()
+        self._prepared: OrderedDict[str, MergedTensor | DeviceTensor] = OrderedDict()
         self._last: OrderedDict[tuple[str, int], Words] = OrderedDict()
         for given in (fisher, gram):
             self._check_statistics(given)
@@ -170,7 +176,7 @@ class Merged:
         known = [parameter for parameter in self.method.parameters if parameter.name == "weight"]
         return [float(self._values.value(known[0], name, number)) if known else 1.0 for number in range(len(self.inputs))]
 
-    def _tensor(self, name: str) -> MergedTensor:
+    def _tensor(self, name: str) -> MergedTensor | DeviceTensor:
         """A tensor with its thresholds and coefficients, worked out by whoever needs it first."""
         with self._lock:
             found = self._prepared.get(name)
@@ -188,19 +194,17 @@ class Merged:
                     self._prepared.popitem(last=False)
         return made
 
-    def _prepare(self, name: str) -> MergedTensor:
+    def _prepare(self, name: str) -> MergedTensor | DeviceTensor:
         shared: dict[str, Scalar] = {one.name: self._values.value(one, name, None) for one in self.method.parameters if not one.per_model}
         members = [self._member(name, number) for number in self.fates[name].models]
-        return MergedTensor(
-            self.method,
-            self.base,
-            name,
-            self.tensors[name].dtype,
-            members,
-            shared,
-            rescale=self.method.rescale or self.recipe.rescale,
-            threads=self._threads,
-        )
+        own, out, rescale = self.base.tensors[name], self.tensors[name].dtype, self.method.rescale or self.recipe.rescale
+        device = self._devices.of(name) if self._devices is not None else None
+        if device is not None:
+            from .on_device import DeviceTensor, works
+
+            if works(self.method, own, out, name, members, rescale):
+                return DeviceTensor(self.method, self.base, name, out, members, shared, rescale=rescale, device=device)
+        return MergedTensor(self.method, self.base, name, out, members, shared, rescale=rescale, threads=self._threads)
 
     def _member(self, name: str, number: int) -> Member:
         own = {one.name: self._values.value(one, name, number) for one in self.method.parameters if one.per_model}

@@ -15,7 +15,7 @@ from ..manifest import MANIFEST
 from ..package import DeltaPackage
 from ..plan import WeightsLike, align, cast_to, open_weights, with_prefix, without_prefix
 from ..resolve import open_chain
-from ..weights import Mapped, TensorInfo, Weights
+from ..weights import TensorInfo, Weights, under
 from .inputs import CheckpointInput, Input, PackageInput
 
 ModelLike = Union[WeightsLike, DeltaPackage]
@@ -122,7 +122,7 @@ def open_models(
     base_is_tied = _says_tied(base, base.folder if isinstance(base, Checkpoint) else None) is not False
     aliases = tied(named.tensors, {name for own in names for name in own}, base_is_tied)
     if aliases:
-        named = Mapped(named, {**{name: name for name in named.tensors}, **aliases})
+        named = under(named, {**{name: name for name in named.tensors}, **aliases})
     names = [{**own, **one.tied_heads(own, own_heads, aliases, base_is_tied=base_is_tied)} for one, own in zip(opened, names, strict=True)]
     if cast_base:
         wanted = [one.bases(own) for one, own in zip(opened, names, strict=True)]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import FloatArray
 from ..kernels import sums
 
 Sizes = NDArray[np.float32]
@@ -16,7 +18,18 @@ Sizes = NDArray[np.float32]
 Bits = NDArray[np.uint32]
 """Of magnitudes: in the same order, and NaNs have a place in it."""
 
+NAN = np.uint32(0x7F800001)
+"""Bits of every NaN among sizes: hardware disagrees on the payloads of those that it makes."""
+
 _LEADING = 1 << 15
+
+
+def sizes_of(deltas: FloatArray) -> Sizes:
+    """Magnitudes of deltas."""
+    sizes: Sizes = np.abs(deltas).astype(np.float32, copy=False)
+    bits = sizes.view(np.uint32)
+    np.minimum(bits, NAN, out=bits)
+    return sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,24 +66,46 @@ Runs = Callable[[Callable[[int, Sizes], object]], Iterable[object]]
 """Calls a function with the start and the sizes of every run of a tensor, on any thread; its results in order."""
 
 
-def largest(each_run: Runs, k: int, *, last: bool = False) -> Largest:
+def _counted(sizes: Sizes) -> NDArray[np.int64]:
+    counts = np.zeros(_LEADING, np.int64)
+    sums.count_leading(np.ascontiguousarray(sizes), counts)
+    return counts
+
+
+def _within(sizes: Sizes, border: int) -> Bits:
+    """Those whose leading bits are `border`."""
+    bits: Bits = sizes.view(np.uint32)
+    found: Bits = bits[bits >> np.uint32(16) == border]
+    return found
+
+
+def largest(
+    each_run: Runs,
+    k: int,
+    *,
+    last: bool = False,
+    counted: Callable[[Any], NDArray[np.int64]] = _counted,
+    within: Callable[[Any, int], Bits] = _within,
+) -> Largest:
     """The k largest elements of a tensor. Two passes: count the leading bits, then order those on the border.
 
     Args:
         each_run: walks over the tensor.
         k: how many; zeros that runs leave out are taken last.
         last: of equal elements take those with the highest flat indices.
+        counted, within: of a run's sizes, how many have each of the 2¹⁵ leading bits after the sign, and the bits of those that
+            have certain ones. By default sizes are numpy's.
     """
     if k <= 0:
         return NONE
     counts = np.zeros(_LEADING, np.int64)
-    for part in each_run(lambda _, sizes: _counted(sizes)):
+    for part in each_run(lambda _, sizes: counted(sizes)):
         counts += part  # type: ignore[arg-type]
     above = int(counts.sum()) - np.cumsum(counts)
     if above[0] + counts[0] <= k:
         return EVERY
     border = int(np.argmax(above < k))
-    found: list[tuple[int, Bits]] = list(each_run(lambda start, sizes: (start, _within(sizes, border))))  # type: ignore[arg-type]
+    found: list[tuple[int, Bits]] = list(each_run(lambda start, sizes: (start, within(sizes, border))))  # type: ignore[arg-type]
     values = np.concatenate([part for _, part in found])
     rest = k - int(above[border])
     bound = np.partition(values, values.size - rest)[values.size - rest]
@@ -83,16 +118,3 @@ def largest(each_run: Runs, k: int, *, last: bool = False) -> Largest:
         equal=int(places[-1]),
         last=last,
     )
-
-
-def _counted(sizes: Sizes) -> NDArray[np.int64]:
-    counts = np.zeros(_LEADING, np.int64)
-    sums.count_leading(np.ascontiguousarray(sizes), counts)
-    return counts
-
-
-def _within(sizes: Sizes, border: int) -> Bits:
-    """Those whose leading bits are `border`."""
-    bits: Bits = sizes.view(np.uint32)
-    found: Bits = bits[bits >> np.uint32(16) == border]
-    return found

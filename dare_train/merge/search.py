@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .driver import run
+from .driver import DeviceLike, run
 from .methods import method_of
 from .parameters import Scalar
 from .recipe import RESCALES, Recipe
@@ -103,6 +103,7 @@ def search(
     trials: int | None = None,
     minimize: bool = False,
     overwrite: bool = False,
+    device: DeviceLike | None = None,
     told: Callable[[Trial], object] | None = None,
 ) -> Found:
     """Merge with each combination of settings, ask the metric, and write the best into `out`.
@@ -113,6 +114,7 @@ def search(
         metric: called with the folder of each result, which is removed afterwards.
         trials: this many combinations, chosen by Optuna (TPE, seeded by the recipe's seed); None tries the whole grid.
         minimize: the smallest score is the best instead of the largest.
+        device: as for `merge`.
         told: called with each trial when it is done.
 
     Raises:
@@ -127,7 +129,7 @@ def search(
 
     def score(settings: Mapping[str, Scalar]) -> float:
         try:
-            run(replace(task, recipe=_checked(task.recipe, settings)), scratch, overwrite=True)
+            run(replace(task, recipe=_checked(task.recipe, settings)), scratch, overwrite=True, device=device)
             trial = Trial(settings=dict(settings), score=_number(metric(str(scratch))))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -142,7 +144,8 @@ def search(
     else:
         _ask_optuna(axes, score, trials, minimize=minimize, seed=task.recipe.seed)
     best = (min if minimize else max)(done, key=lambda trial: trial.score)
-    report = run(replace(task, recipe=_checked(task.recipe, best.settings)), out, overwrite=overwrite, notes=[_told(best, len(done))])
+    chosen = replace(task, recipe=_checked(task.recipe, best.settings))
+    report = run(chosen, out, overwrite=overwrite, device=device, notes=[_told(best, len(done))])
     return Found(trials=tuple(done), best=best, report=report)
 
 

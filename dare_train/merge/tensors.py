@@ -18,7 +18,7 @@ from ..weights import TensorInfo, Weights
 from . import combinations, elements
 from .deltas import Member, ModelDelta, ModelStatistics, dense
 from .methods import Method
-from .order import EVERY, Largest, Sizes, largest
+from .order import EVERY, Largest, Sizes, largest, sizes_of
 from .parameters import Scalar
 from .walk import Walk, quiet
 
@@ -71,8 +71,7 @@ class MergedTensor:
 
     def _merged(self, start: int, words: Words) -> Words:
         if self._averaged:
-            mean = combinations.average(None, self._weights, normalize=True)
-            return self._combined(start, words, mean * float(self._settings["lambda"]))
+            return self._combined(start, words, averaged_coefficients(self._weights, self._settings))
         if self._coefficients is not None:
             return self._combined(start, words, self._coefficients)
         if self._method.reach == "coefficients":
@@ -114,10 +113,7 @@ class MergedTensor:
     def _factors(self, gram: NDArray[np.float64] | None) -> NDArray[np.float64]:
         if gram is None and self._method.needs_gram:
             return np.zeros(len(self._deltas))
-        given = {name: self._settings[name] for name in self._method.arguments}
-        with quiet():
-            made: NDArray[np.float64] = self._method.function(gram, self._weights, **given)
-        return made * float(self._settings.get("lambda", 1.0))
+        return own_coefficients(self._method, gram, self._weights, self._settings)
 
     def _vectors(self, start: int, words: Words) -> FloatArray:
         rows = self._rows(start, words)
@@ -242,6 +238,21 @@ class MergedTensor:
         return np.array(cast(words, self.info.dtype, self._out))
 
 
+def averaged_coefficients(weights: NDArray[np.float64], settings: Mapping[str, Scalar]) -> NDArray[np.float64]:
+    """Where a model lacks statistics that the method needs."""
+    return combinations.average(None, weights, normalize=True) * float(settings["lambda"])
+
+
+def own_coefficients(
+    method: Method, gram: NDArray[np.float64] | None, weights: NDArray[np.float64], settings: Mapping[str, Scalar]
+) -> NDArray[np.float64]:
+    """Those of a method that combines vectors."""
+    given = {name: settings[name] for name in method.arguments}
+    with quiet():
+        made: NDArray[np.float64] = method.function(gram, weights, **given)
+    return made * float(settings.get("lambda", 1.0))
+
+
 def _row_length(info: TensorInfo, method: Method, per: str) -> int:
     """Elements that belong together: a row where rows are ranked or have coefficients of their own, else one."""
     if method.drops == "magprune":
@@ -271,7 +282,7 @@ def _variance(deltas: FloatArray) -> Sizes:
     count = deltas.dtype.type(len(deltas))
     mean = elements.summed(deltas) / count
     variance = elements.summed(np.square(row - mean) for row in deltas) / count
-    return np.abs(variance).astype(np.float32, copy=False)
+    return sizes_of(variance)
 
 
 def lacks(method: Method, members: Sequence[Member], name: str) -> str | None:

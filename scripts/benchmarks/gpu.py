@@ -22,6 +22,8 @@ from dare_train import apply_, extract
 from dare_train.config import threshold_of
 from dare_train.dtypes import DTYPES
 from dare_train.kernels.rows import Masks, Row, Rows, Term, offsets_of
+from dare_train.merge.driver import merged_weights
+from dare_train.merge.task import task_of
 from dare_train.parallel import ordered_map
 
 from . import llama
@@ -44,7 +46,7 @@ def run(runs: int) -> Report:
     if not torch.cuda.is_available():
         raise SystemExit("scripts/bench gpu needs a CUDA device, and this machine has none")
     model = Model.random()  # before anything is loaded: it takes most of the memory
-    rows = [*_memory(model, runs), *_beside_torch(runs), *_cold(runs)]
+    rows = [*_memory(model, runs), *_beside_torch(runs), *_cold(runs), *_merge(runs)]
     return Report(title=f"Kernels on {torch.cuda.get_device_name()}, 7 B-shaped, bf16, p = {DROP_RATE}", rows=rows, notes=_versions())
 
 
@@ -199,6 +201,25 @@ def _cold(runs: int) -> list[Line]:
         Line(what="cold: apply_ of a 468 M package", values=[1e3 * own for own, _ in times[1:]], unit="ms"),
         Line(what="cold / (compressed bytes to the device + zstd on all cores)", values=[a / b for a, b in times[1:]], unit="×", at_most=3),
     ]
+
+
+def _merge(runs: int) -> list[Line]:
+    """TIES of two models, nothing written: from where they lie to words in the host's memory; wall time."""
+    pair = llama.pair("468M")
+    there, here = ([load_file(one / WEIGHTS, device=device) for one in (pair.base, pair.tuned, pair.tuned)] for device in ("cuda", "cpu"))
+    times = [(_wall(lambda: _merged(there)), _wall(lambda: _merged(here))) for _ in range(runs + 1)][1:]
+    return [
+        Line(what="merge: ties of two 468 M models on the device, to the host", values=[1e3 * own for own, _ in times], unit="ms"),
+        Line(what="the same on all cores / on the device", values=[other / own for own, other in times], unit="×"),
+    ]
+
+
+def _merged(states: list[dict[str, Tensor]]) -> None:
+    base, *models = states
+    merged = merged_weights(task_of(base, models, method="ties"))
+    work = [(name, *run) for name in merged.tensors for run in merged.runs(name)]
+    for _ in ordered_map(lambda run: merged.run(*run), work):
+        pass
 
 
 def _wall(work: Callable[[], Any]) -> float:
