@@ -245,6 +245,8 @@ def test_a_search_is_logged_to_wandb(place: Path, tmp_path: Path, quiet: Path) -
         (["base", "one", "--take", "x"], 2, "--take: expected NAME=VALUE, found 'x'"),
         (["base", "one", "--take", "*=two"], 2, "two"),
         (["base", "nowhere"], 1, "nowhere"),
+        (["base", "one", "--device", "gpu"], 2, "device: expected one that torch has here, such as cpu or cuda, found gpu"),
+        (["base", "one", "--device", "gpu", "--search", "weights=1,2", "--eval", "metrics:distance"], 2, "such as cpu or cuda, found gpu"),
         (["nowhere.yml"], 2, "nowhere.yml"),
         (["config.yml", "--method", "ties"], 2, "config.yml: expected all options in the configuration itself, found method"),
         (["base", "one", "--method", "fisher"], 1, "fisher"),
