@@ -13,7 +13,7 @@ from . import device
 from .errors import ConfigError, DeviceMemoryError
 from .fingerprint import Fingerprint
 from .inplace import check_fits
-from .package import DeltaPackage
+from .package import DeltaPackage, checking
 from .resolve import Link, Resolver, open_chain
 from .shards import Live, LiveWeights
 
@@ -131,12 +131,14 @@ class PackageCache:
             resident.apply()
 
     def _load(self, key: tuple[str, float], package: PackageLike) -> None:
-        (link,) = open_chain([package], [key[1]])
+        (link,) = open_chain([package], [key[1]], check=False)
         resolver = Resolver(self._live, [link], live=True)
         check_fits(self._live, resolver)
-        for name, found in self._prints({name: resolver.base_numel(name) for name in resolver.source}).items():
-            resolver.check_base_print(name, found)
-        self._entries[key] = self._decoded(link)
+        with checking(link.packages):
+            for name, found in self._prints({name: resolver.base_numel(name) for name in resolver.source}).items():
+                resolver.check_base_print(name, found)
+            decoded = self._decoded(link)
+        self._entries[key] = decoded
         self._put(key, self._entries[key])
         try:
             for name, found in self._prints({name: self._live.tensors[name].numel for name in resolver.expected}).items():

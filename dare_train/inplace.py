@@ -15,7 +15,7 @@ from .errors import BaseMismatch
 from .fingerprint import Fingerprint, total
 from .manifest import TensorRecord
 from .ownership import Span, Spans
-from .package import DeltaPackage
+from .package import DeltaPackage, checking
 from .parallel import ordered_map
 from .ranks import Ranks
 from .resolve import Packages, Resolver, listed, open_chain
@@ -95,18 +95,19 @@ def apply_(
     opened = _Opened()
     live.ranks.together(lambda: opened.open(live, packages, weights))
     resolver, base = opened.resolver, opened.base
-    _compare(live, lambda name: _clipped(live.owned[name], resolver.base_numel(name)), resolver.check_base_print, resolver.source)
     undo = Undo(live, [], {})
-    try:
-        done = live.ranks.each(lambda: _apply_on_devices(live, resolver, undo))
-        for name in resolver.tensors:
-            _apply_tensor(name, live, base, resolver, undo, done.get(name, ()))
-        live.settle()
-        undo._applied = _prints(live, {name: live.held[name] for name in resolver.tensors if resolver.windows(name)})
-        _compare(live, lambda name: live.owned[name], resolver.check_result_print, resolver.tensors, undo._applied)
-    except BaseException:
-        undo._restore()
-        raise
+    with checking([package for link in resolver.links for package in link.packages]) as checked:
+        _compare(live, lambda name: _clipped(live.owned[name], resolver.base_numel(name)), resolver.check_base_print, resolver.source)
+        try:
+            done = live.ranks.each(lambda: _apply_on_devices(live, resolver, undo, checked))
+            for name in resolver.tensors:
+                _apply_tensor(name, live, base, resolver, undo, done.get(name, ()))
+            live.settle()
+            undo._applied = _prints(live, {name: live.held[name] for name in resolver.tensors if resolver.windows(name)})
+            _compare(live, lambda name: live.owned[name], resolver.check_result_print, resolver.tensors, undo._applied)
+        except BaseException:
+            undo._restore()
+            raise
     return undo
 
 
@@ -167,7 +168,7 @@ class _Opened:
     base: _Base
 
     def open(self, live: LiveWeights, packages: Packages | str | os.PathLike[str] | DeltaPackage, weights: Sequence[float] | None) -> None:
-        links = open_chain(listed(packages), weights)
+        links = open_chain(listed(packages), weights, check=False)
         self.base = _Base(live, links[0].packages[0])
         self.resolver = Resolver(self.base, links, live=True)
         check_fits(live, self.resolver)
@@ -224,13 +225,15 @@ def _compare(
         check(name, total((first, second) for first, second in shares))
 
 
-def _apply_on_devices(live: LiveWeights, resolver: Resolver, undo: Undo) -> dict[str, set[Span]]:
-    """Apply what kernels can apply where it lies. Returns which windows of which tensors that is."""
+def _apply_on_devices(live: LiveWeights, resolver: Resolver, undo: Undo, checked: Callable[[], None]) -> dict[str, set[Span]]:
+    """Apply what kernels can apply where it lies. Returns which windows of which tensors that is. Nothing changes before `checked`."""
     names = [name for name in resolver.tensors if live.alone(name) and all(device.decodable(link, name) for link in resolver.links)]
     spans = {name: tuple((start, stop) for start, stop, cut in _windows(live, resolver, name) if not cut) for name in names}
     found = device.groups(live, spans)
     for link in resolver.links:
-        for resident in [resident for group in found for resident in device.residents(group, link)]:
+        residents = [resident for group in found for resident in device.residents(group, link)]
+        checked()
+        for resident in residents:
             undo._log.append(resident.before)
             resident.apply()
     done: dict[str, set[Span]] = {}

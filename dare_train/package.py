@@ -7,7 +7,9 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from safetensors.numpy import save_file
 
 from .checkpoint import SafetensorsFile, locate
 from .codec import SEGMENT
-from .errors import CheckpointError, PackageError
+from .errors import CheckpointError, DareError, PackageError
 from .manifest import MANIFEST, FileRecord, Manifest, TensorRecord
 from .manifest_reader import load
 from .parallel import once, ordered_map
@@ -179,6 +181,26 @@ class DeltaPackage:
     def __repr__(self) -> str:
         stats = self.stats
         return f"DeltaPackage({self.name!r}, {stats['bits_per_parameter']:.3f} bits per parameter, on {self.manifest.base_model!r})"
+
+
+@contextmanager
+def checking(packages: Iterable[DeltaPackage]) -> Iterator[Callable[[], None]]:
+    """`check_integrity` of packages beside what the block does, which gets a function that waits for it: nothing that the block
+    leaves behind may come of bytes that were not checked. Where the block fails, damage that explains it is what is raised.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="dare-train") as pool:
+        found = pool.submit(_check_all, packages)
+        try:
+            yield found.result
+        except DareError:
+            found.result()
+            raise
+        found.result()
+
+
+def _check_all(packages: Iterable[DeltaPackage]) -> None:
+    for package in packages:
+        package.check_integrity()
 
 
 def _check_size(path: Path, record: FileRecord) -> None:

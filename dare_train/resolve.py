@@ -36,8 +36,10 @@ def listed(packages: Packages | str | os.PathLike[str] | DeltaPackage) -> Packag
     return [packages] if isinstance(packages, (str, os.PathLike, DeltaPackage)) else packages
 
 
-def open_chain(packages: Packages, weights: Sequence[float] | None) -> list[Link]:
+def open_chain(packages: Packages, weights: Sequence[float] | None, *, check: bool = True) -> list[Link]:
     """Open packages, check every byte of them, and find out whether they lie side by side or continue one another.
+
+    Without `check` the caller does that: see `package.checking`.
 
     Raises:
         ConfigError: no package, or another number of weights.
@@ -56,7 +58,7 @@ def open_chain(packages: Packages, weights: Sequence[float] | None) -> list[Link
         raise ConfigError("weights", expected=f"one for each of {len(opened)} packages", found=str(len(given)))
     if not all(np.isfinite(weight) for weight in given):
         raise ConfigError("weights", expected="finite numbers", found=repr(given))
-    for package in opened:
+    for package in opened if check else ():
         package.check_integrity()
     if len({package.manifest.parent for package in opened}) == 1:
         return [Link(packages=tuple(opened), weights=tuple(given))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,6 +19,7 @@ from tiny import State, random_tensor, refusal
 
 from dare_train import PackageCache, applied, apply, apply_, decoding, extract, gather
 from dare_train import device as on_devices
+from dare_train import package as packages
 from dare_train.codec import SEGMENT
 from dare_train.errors import ConfigError, DeviceMemoryError, PackageError
 from dare_train.segments import Opened
@@ -312,6 +315,43 @@ def test_a_bitmap_that_contradicts_the_table_is_found_before_a_weight_changes(
     state = to(base_state(), device)
     with pytest.raises(PackageError, match=r"bf16: expected \d+ changed elements, found \d+; fetch the package again"):
         apply_(state, package)
+    assert same(state, base_state())
+
+
+@pytest.mark.parametrize("use", [apply_, lambda model, package: PackageCache(model).use(package)], ids=["apply_", "cache"])
+def test_files_are_checked_beside_decoding_and_before_a_weight_changes(
+    use: Callable[..., object], device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else is wrong: damage to a file is what is said."""
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "reference")
+    package = extract(base_state(), tuned_state(1), tmp_path / "package", p=0.5)
+    begun, honest, sums = threading.Event(), on_devices.residents, packages.sha256_of
+
+    def beside(path: Path) -> str:
+        assert begun.wait(60), "decoding waits for the checksum"
+        time.sleep(0.2)
+        return sums(path)
+
+    def decoded(*rest: Any) -> Any:
+        begun.set()
+        return honest(*rest)
+
+    def damaged(*rest: Any) -> Any:
+        begun.set()
+        raise PackageError("a frame", expected="a frame", found="none")
+
+    state = to(base_state(), device)
+    monkeypatch.setattr(packages, "sha256_of", beside)
+    monkeypatch.setattr(on_devices, "residents", decoded)
+    monkeypatch.setattr(on_devices.Resident, "apply", lambda self: pytest.fail("a weight changes"))
+    part = package.path / "dare_delta.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(PackageError, match="SHA-256"):
+        use(state, package)
+    monkeypatch.setattr(on_devices, "residents", damaged)
+    begun.clear()
+    with pytest.raises(PackageError, match="SHA-256"):
+        use(state, package)
     assert same(state, base_state())
 
 
