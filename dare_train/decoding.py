@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -158,7 +159,7 @@ class _Share:
     first: int
     parts: list[Part]
 
-    @property
+    @cached_property
     def kept(self) -> int:
         return sum(part.segment.kept for part in self.parts)
 
@@ -166,7 +167,7 @@ class _Share:
     def exact(self) -> bool:
         return self.parts[0].exact
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Of what `exact` parts hold."""
         return sum(part.content_size for part in self.parts)

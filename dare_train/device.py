@@ -7,7 +7,7 @@ one after another; which elements they are, the seed says. Putting them into pla
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import attrgetter
@@ -44,6 +44,8 @@ class Group:
         start, stop = span
         place = bisect_right(self.rows[name], start, key=attrgetter("start")) - 1
         row = self.rows[name][place]
+        if (row.start, row.start + row.count) == span:
+            return row
         if place < 0 or stop > row.start + row.count:
             return None
         return replace(row, start=start, count=stop - start, offset=row.offset + start - row.start)
@@ -51,15 +53,22 @@ class Group:
 
 def groups(live: LiveWeights, spans: Spans) -> list[Group]:
     """Those runs that kernels can work on where they lie; the others are for the CPU."""
-    found: dict[tuple[torch.device, DType], tuple[ModuleType, dict[str, list[Row]]]] = {}
+    found: dict[tuple[torch.device, DType], dict[str, list[Row]]] = {}
     for name, its in spans.items():
-        for start, stop in its:
-            lying = live.lying(name, start, stop - start)
-            kernels = kernels_for(lying[0].device, live.kernels) if lying is not None else None
-            if lying is not None and kernels is not None:
-                _, rows = found.setdefault((lying[0].device, live.tensors[name].dtype), (kernels, {}))
-                rows.setdefault(name, []).append(Row(flat=lying[0], start=start, count=stop - start, offset=lying[1]))
-    return [Group(kernels=kernels, dtype=dtype, rows=rows) for (_, dtype), (kernels, rows) in found.items()]
+        for row in _lying(live, name, its):
+            found.setdefault((row.flat.device, live.tensors[name].dtype), {}).setdefault(name, []).append(row)
+    chosen = [(kernels_for(device, live.kernels), dtype, rows) for (device, dtype), rows in found.items()]
+    return [Group(kernels=kernels, dtype=dtype, rows=rows) for kernels, dtype, rows in chosen if kernels is not None]
+
+
+def _lying(live: LiveWeights, name: str, spans: Sequence[Span]) -> Iterator[Row]:
+    """Those of a tensor's runs that lie in one piece. Mostly they do so all together: torch is asked once."""
+    first, last = (spans[0][0], spans[-1][1]) if spans else (0, 0)
+    together = live.lying(name, first, last - first)
+    for start, stop in spans:
+        lying = (together[0], together[1] + start - first) if together is not None else live.lying(name, start, stop - start)
+        if lying is not None:
+            yield Row(flat=lying[0], start=start, count=stop - start, offset=lying[1])
 
 
 def fingerprints(live: LiveWeights, spans: Spans) -> dict[str, Fingerprint]:

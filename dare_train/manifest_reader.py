@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from .codec import Encoding
 from .dtypes import DTYPES
@@ -163,7 +163,11 @@ def _file(get: _Fields) -> FileRecord:
 
 def _is_text(name: str) -> bool:
     """Whether the name can be written as UTF-8: JSON can hold halves of characters."""
-    return not any("\ud800" <= char <= "\udfff" for char in name)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _brief(value: object) -> str:
@@ -182,9 +186,10 @@ class _Fields:
         self.data, self.where = data, where
 
     def __call__(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        return self._check(
-            key, self.data.get(key), lambda value: isinstance(value, kind) and not isinstance(value, bool), "of another type"
-        )
+        value = self.data.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            self._refuse(key, value, "of another type")
+        return value
 
     def insist(self, good: bool, expected: str, found: str) -> None:
         if not good:
@@ -194,25 +199,38 @@ class _Fields:
         return _Fields(self(key, dict), f"{self.where}: {key}")
 
     def choice(self, key: str, choices: tuple[str, ...]) -> Any:
-        return self._check(
-            key, self.data.get(key), lambda value: isinstance(value, str) and value in choices, f"one of {', '.join(choices)}"
-        )
+        value = self.data.get(key)
+        if not isinstance(value, str) or value not in choices:
+            self._refuse(key, value, f"one of {', '.join(choices)}")
+        return value
 
     def count(self, key: str, *, below: int) -> int:
-        return int(self._check(key, self(key, int), lambda number: 0 <= number < below, f"a number in [0, {below})"))
+        number: int = self(key, int)
+        if not 0 <= number < below:
+            self._refuse(key, number, f"a number in [0, {below})")
+        return number
 
     def number(self, key: str, *, below: float = _HUGE) -> float:
-        return float(self._check(key, self(key, (int, float)), lambda number: 0 <= number < below, f"a number in [0, {below:g})"))
+        return self._number(key, self(key, (int, float)), below)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        items = self._check(key, self.list_of(key, (int, float)), lambda items: len(items) == count, f"{count} numbers")
-        return tuple(_Fields({key: item}, self.where).number(key) for item in items)
+        items = self.list_of(key, (int, float))
+        if len(items) != count:
+            self._refuse(key, items, f"{count} numbers")
+        return tuple(self._number(key, item, _HUGE) for item in items)
 
     def list_of(self, key: str, kind: type | tuple[type, ...]) -> list[Any]:
-        items = self(key, list)
-        self._check(key, items, lambda values: all(isinstance(value, kind) for value in values), "a list of another type")
-        return list(items)
+        items: list[Any] = self(key, list)
+        if not all(isinstance(item, kind) for item in items):
+            self._refuse(key, items, "a list of another type")
+        return items
 
-    def _check(self, key: str, value: Any, good: Callable[[Any], bool], expected: str) -> Any:
-        self.insist(good(value), f"{key!r} to be {expected}", _brief(value))
-        return value
+    def _number(self, key: str, value: float, below: float) -> float:
+        if isinstance(value, bool):
+            self._refuse(key, value, "of another type")
+        if not 0 <= value < below:
+            self._refuse(key, value, f"a number in [0, {below:g})")
+        return float(value)
+
+    def _refuse(self, key: str, value: object, expected: str) -> NoReturn:
+        raise PackageError(self.where, expected=f"{key!r} to be {expected}", found=_brief(value), remedy=_REMEDY)

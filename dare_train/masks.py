@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,7 @@ DITHER_DOMAIN = 1
 """Third Philox counter word of the draws that round quantized values."""
 
 
+@functools.lru_cache(1 << 12)
 def key_of(seed: int, tensor: str) -> int:
     """The 64-bit Philox key of one tensor: the first 8 bytes, little-endian, of
     SHA-256("dare_train\\0" + seed as 8 bytes little-endian + name in UTF-8)."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -56,7 +57,8 @@ class Segment:
     @classmethod
     def of(cls, row: Iterable[int]) -> Segment:
         """The segment that has this `row`."""
-        return cls(**dict(zip(("tensor", "start", "length", "kept", "changed", "size"), row, strict=True)))
+        tensor, start, length, kept, changed, size = row
+        return cls(tensor=tensor, start=start, length=length, kept=kept, changed=changed, size=size)
 
     @property
     def stop(self) -> int:
@@ -233,9 +235,9 @@ def _read_part(path: Path, manifest: Manifest) -> Iterator[tuple[Segment, memory
         raise PackageError(str(path), expected="segments I64 [n, 6] and data U8 [bytes]", found=_listed(shapes), remedy=_REMEDY)
     table = file.read("segments", 0, file.tensors["segments"].numel).view(np.int64).reshape(-1, _COLUMNS)
     data, offset = file.bytes_of("data"), 0
+    _check_table(table, manifest, len(data), str(path))
     for row in table.tolist():
         segment = Segment.of(row)
-        _check_segment(segment, manifest, len(data) - offset, str(path))
         yield segment, data[offset : offset + segment.size]
         offset += segment.size
     if offset != len(data):
@@ -256,12 +258,6 @@ def _check_header(path: Path) -> None:
         )
 
 
-def _counts_fit(segment: Segment, record: TensorRecord) -> bool:
-    if record.kind == "whole" or segment.start >= record.base_info.numel:
-        return segment.kept == segment.changed == segment.length
-    return record.values in ("exact", "rounded") or segment.changed == segment.kept
-
-
 def _check_coverage(record: TensorRecord, segments: list[Segment], where: str) -> None:
     numel, base_numel = record.info.numel, record.base_info.numel if record.kind == "delta" else 0
     inside = [segment for segment in segments if segment.start < base_numel]
@@ -277,22 +273,27 @@ def _check_coverage(record: TensorRecord, segments: list[Segment], where: str) -
             raise PackageError(where, expected=f"{record.changed} changed elements", found=f"{changed}", remedy=_REMEDY)
 
 
-def _check_segment(segment: Segment, manifest: Manifest, remaining: int, where: str) -> None:
-    known = 0 <= segment.tensor < len(manifest.tensors)
-    record = manifest.tensors[segment.tensor] if known else None
-    fits = (
-        record is not None
-        and record.kind != "base"
-        and segment.start >= 0
-        and 0 < segment.length <= SEGMENT
-        and segment.stop <= record.info.numel
-        and 0 <= segment.changed <= segment.kept <= segment.length
-        and 0 < segment.size <= remaining
-        and not (segment.start < record.base_info.numel < segment.stop)
-        and _counts_fit(segment, record)
-    )
-    if not fits:
-        raise PackageError(where, expected="segments that lie within their tensor and their file", found=str(segment.row), remedy=_REMEDY)
+def _check_table(table: NDArray[np.int64], manifest: Manifest, nbytes: int, where: str) -> None:
+    """Every row is a segment that lies within its tensor and, after those before it, within so many bytes of frames."""
+    tensor, start, length, kept, changed, size = table.T
+    known = (tensor >= 0) & (tensor < len(manifest.tensors))
+    limits = np.array([*map(_limits, manifest.tensors), (0, 0, False, False, False)], np.int64)
+    numel, base_numel, has_segments, whole, counts_changes = limits[np.where(known, tensor, -1)].T
+    whole = (whole != 0) | (start >= base_numel)
+    sizes = np.clip(size, 0, nbytes + 1)  # so that no sum is too large
+    inside = known & (has_segments != 0) & (start >= 0) & (length > 0) & (length <= SEGMENT) & (start <= numel - length)
+    apart = (start >= base_numel) | (base_numel >= start + length)
+    ordered = (changed >= 0) & (changed <= kept) & (kept <= length) & (size > 0) & (np.cumsum(sizes) <= nbytes)
+    fits = np.where(whole, (kept == length) & (changed == length), (counts_changes != 0) | (changed == kept))
+    bad = np.flatnonzero(~(inside & apart & ordered & fits))
+    if bad.size:
+        found = str(tuple(table[bad[0]].tolist()))
+        raise PackageError(where, expected="segments that lie within their tensor and their file", found=found, remedy=_REMEDY)
+
+
+def _limits(record: TensorRecord) -> tuple[int, int, bool, bool, bool]:
+    """What segments of a tensor may be: its elements, those of the base, and whether it has segments, is whole, and counts changes."""
+    return record.info.numel, record.base_info.numel, record.kind != "base", record.kind == "whole", record.values in ("exact", "rounded")
 
 
 class PackageWriter:
