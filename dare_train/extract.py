@@ -29,7 +29,7 @@ from .ranks import Ranks
 from .segments import Encoded, Packed, TensorPlan, encode_delta, encode_kept, encode_packed, encode_whole
 from .weights import Weights
 
-_AT_ONCE = 1 << 28
+_AT_ONCE = 1 << 26
 """Elements of which a device gathers the kept ones at a time."""
 
 Progress = Callable[[int, int], object]
@@ -165,10 +165,11 @@ def _reported(encoded: Iterable[Encoded], work: list[Work], progress: Progress |
 def _encoded(task: _Task, work: list[Work], threads: int) -> Generator[Encoded, None, None]:
     """The runs in order. Of models on a device kept words are gathered there, some runs ahead of those that are encoded."""
     on_device = all(hasattr(weights, "lying") for weights in (task.base, task.tuned))
-    for batch in _in_batches(work) if on_device else [work]:
-        pairs = _pairs(task, batch) if on_device else [None] * len(batch)
-        with closing(ordered_map(lambda run: _encode_pair(task, *run), zip(batch, pairs, strict=True), threads=threads)) as encoded:
-            yield from encoded
+    batches = list(_in_batches(work)) if on_device else [work]
+    with closing(_pairs(task, batches) if on_device else _no_pairs(batches)) as gathered:
+        for batch, pairs in zip(batches, gathered, strict=True):
+            with closing(ordered_map(lambda run: _encode_pair(task, *run), zip(batch, pairs, strict=True), threads=threads)) as encoded:
+                yield from encoded
 
 
 def _in_batches(work: list[Work]) -> Iterator[list[Work]]:
@@ -183,10 +184,14 @@ def _in_batches(work: list[Work]) -> Iterator[list[Work]]:
         yield batch
 
 
-def _pairs(task: _Task, work: list[Work]) -> list[Any]:
-    from .gather import pairs
+def _pairs(task: _Task, batches: list[list[Work]]) -> Generator[list[Any], None, None]:
+    from .gather import pairs_ahead
 
-    return pairs(task.base, task.tuned, work)  # type: ignore[arg-type]
+    return pairs_ahead(task.base, task.tuned, batches)  # type: ignore[arg-type]
+
+
+def _no_pairs(batches: list[list[Work]]) -> Generator[list[Any], None, None]:
+    yield from ([None] * len(batch) for batch in batches)
 
 
 def _encode_pair(task: _Task, work: Work, pair: Any) -> Encoded:

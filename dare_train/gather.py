@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from .kernels.choice import kernels_for
 from .kernels.rows import Masks, Row, Rows, offsets_of
 from .kernels.staging import to_device, to_host
 from .packing import Both, packed, prints_of
+from .parallel import ordered_map
 from .segments import Packed, TensorPlan
 from .shards import LiveWeights
 
@@ -62,6 +63,19 @@ def on_devices(live: LiveWeights) -> set[str]:
         return lying is not None and kernels_for(lying[0].device, live.kernels) is not None
 
     return {name for name, spans in live.held.items() if spans and all(one(name, *span) for span in spans)}
+
+
+def pairs_ahead(
+    base: LiveWeights, tuned: LiveWeights, batches: Sequence[Sequence[Work]]
+) -> Generator[list[Pair | Packed | None], None, None]:
+    """`pairs` of one batch after another, on a thread: the device works on the next ones while these are compressed.
+
+    The thread has streams of its own, so what the device was asked to do before is waited for.
+    """
+    for device in {piece.tensor.device for live in (base, tuned) for name in live.tensors for piece in live.holding(name).pieces}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return ordered_map(lambda batch: pairs(base, tuned, batch), batches, threads=1)
 
 
 def pairs(base: LiveWeights, tuned: LiveWeights, work: Sequence[Work]) -> list[Pair | Packed | None]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from test_device import base_state, tuned_state
 from tiny import extract_refused, save
 from training import classifier, save_base, train
 
-from dare_train import DareCallback, DareConfig, apply_, extract
-from dare_train.assembly import work_of
+from dare_train import DareCallback, DareConfig, apply_, extract, gather
+from dare_train.assembly import Work, work_of
 from dare_train.capture import take_run
 from dare_train.errors import ConfigError, NonFiniteDelta
 from dare_train.gather import gathered, on_devices
@@ -161,6 +162,30 @@ def test_batches_of_runs_make_the_same_package(kernels: str, device: torch.devic
     monkeypatch.setenv("DARE_TRAIN_KERNELS", "cpu")
     extract(base_state(), tuned_state(1), tmp_path / "host", p=0.5)
     assert same_package(tmp_path / "device", tmp_path / "host")
+
+
+def test_a_device_works_ahead_of_what_is_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run of the first batch is encoded before the second is asked for."""
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "reference")
+    extraction, asked, ahead = sys.modules["dare_train.extract"], threading.Event(), list[bool]()
+    monkeypatch.setattr(extraction, "_AT_ONCE", 1000)
+    honest, encode, calls = gather.pairs, extraction._encode_pair, list[int]()
+
+    def pairs(base: LiveWeights, tuned: LiveWeights, work: Sequence[Work]) -> Any:
+        calls.append(len(work))
+        if len(calls) == 2:
+            asked.set()
+        return honest(base, tuned, work)
+
+    def encoded(*run: Any) -> Any:
+        ahead.append(asked.wait(20))
+        return encode(*run)
+
+    monkeypatch.setattr(gather, "pairs", pairs)
+    monkeypatch.setattr(extraction, "_encode_pair", encoded)
+    extract(base_state(), tuned_state(1), tmp_path / "package", p=0.5)
+    assert len(calls) > 2
+    assert all(ahead)
 
 
 def test_nan_on_a_device_is_refused_by_name_and_place(kernels: str, device: torch.device, tmp_path: Path) -> None:
