@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from dare_train.kernels.staging import Ring
+from dare_train.kernels import staging
+from dare_train.kernels.staging import Ring, in_pieces
 from dare_train.parallel import ordered_map
 
 pytestmark = pytest.mark.gpu
@@ -40,6 +44,31 @@ def test_threads_send_what_they_made_of_what_they_fetched(target_dtype: torch.dt
     ring.close()
     assert torch.equal(target, (3 * source).to(target_dtype))
     assert most[0] <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+@pytest.mark.parametrize("shape", [(0,), (1,), (4096,), (67, 151)])
+def test_much_comes_to_the_host_in_pieces(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    words = (torch.arange(math.prod(shape)) % 251).to(dtype).reshape(shape).to(device)
+    for nbytes in (1, 100, 8192, 1 << 20):
+        found = in_pieces(words, nbytes)
+        assert found.dtype == words.cpu().numpy().dtype
+        assert np.array_equal(found, words.cpu().numpy())
+
+
+def test_few_pinned_bytes_will_do(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much is copied."""
+    pinned, honest = list[int](), staging.torch.empty
+
+    def empty(*size: Any, **options: Any) -> torch.Tensor:
+        made = honest(*size, **options)
+        pinned.append(made.nbytes if options.get("pin_memory") is not None else 0)
+        return made
+
+    words = torch.zeros(1 << 20, dtype=torch.int16, device=device)
+    monkeypatch.setattr(staging.torch, "empty", empty)
+    in_pieces(words, 1 << 10)
+    assert 0 < sum(pinned) <= 1 << 13
 
 
 def test_a_buffer_comes_back_from_a_thread_that_failed(device: torch.device) -> None:

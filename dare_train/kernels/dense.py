@@ -44,7 +44,7 @@ class Dense:
 def combined(words: Tensor, terms: Sequence[Dense], dtype: DType, out: DType) -> Tensor:
     """What models together make of a run's words, as words of `out` (docs/format.md §5).
 
-    With an `out` other than `dtype`, which nothing has words of, it is the sum that is rounded, everywhere.
+    Where `out` is another dtype than theirs, every sum is rounded, whether or not anything moved the element.
     """
     total, alone = widened(words, dtype), words
     movers, exact = torch.zeros_like(words, dtype=torch.int16), torch.zeros_like(words, dtype=torch.int16)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import queue
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from ..parallel import ordered_map
+
+_PINNED_AT_ONCE = 16 << 20
+"""Bytes."""
+_THREADS = 4
+"""Enough to copy from pinned memory as fast as a device copies to it."""
 
 
 def to_device(table: Tensor, device: torch.device) -> Tensor:
@@ -27,13 +35,30 @@ def sent(words: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def to_host(words: Tensor) -> NDArray[np.signedinteger]:
-    """Through pinned memory, which torch keeps for the next time; waits for this copy, and not for what other streams are doing."""
+    """Through pinned memory; waits for this copy, and not for what other streams are doing."""
     if words.device.type != "cuda":
         return words.cpu().numpy()
+    if words.nbytes > _PINNED_AT_ONCE:
+        return in_pieces(words)
     host = torch.empty(words.shape, dtype=words.dtype, pin_memory=True)
     host.copy_(words, non_blocking=True)
     torch.cuda.current_stream(words.device).synchronize()
     return host.numpy()
+
+
+def in_pieces(words: Tensor, nbytes: int = _PINNED_AT_ONCE) -> NDArray[np.signedinteger]:
+    """The same of much: pieces of so many bytes go through a ring, since to pin gigabytes takes longer than to copy them."""
+    flat, each = words.reshape(-1), max(1, nbytes // words.itemsize)
+    out: NDArray[np.signedinteger] = torch.empty_like(flat, device="cpu").numpy()
+    ring = Ring(words.device, slots=_THREADS + 1, nbytes=each * words.itemsize)
+
+    def copy(begin: int) -> None:
+        with ring.slot() as slot:
+            out[begin : begin + each] = slot.fetch(flat[begin : begin + each])
+
+    with closing(ring), closing(ordered_map(copy, range(0, flat.numel(), each), threads=_THREADS)) as done:
+        deque(done, maxlen=0)
+    return out.reshape(words.shape)
 
 
 class Ring:
