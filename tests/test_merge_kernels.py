@@ -26,7 +26,7 @@ def test_every_public_function_is_tested_here() -> None:
     public = {name for name, thing in vars(sums).items() if getattr(thing, "__module__", "") == sums.__name__ and not name.startswith("_")}
     assert public == {
         "add_at_bf16", "count_movers", "round_moved_bf16", "put_alone", "deltas_bf16", "masked_deltas_bf16", "ties", "moved_bf16",
-        "count_leading", "widened_bf16",
+        "count_leading", "widened_bf16", "sizes_bf16",
     }  # fmt: skip
 
 
@@ -171,6 +171,24 @@ def test_deltas(seed: int, size: int, factor: float) -> None:
 def test_deltas_of_all_special_pairs(factor: float) -> None:
     own, tuned = special_pair()
     assert same(sums.deltas_bf16(own, tuned, factor), delta(own, tuned, factor))
+
+
+def sizes(own: Words, tuned: Words, factor: float) -> NDArray[np.uint32]:
+    """Bits of magnitudes, every NaN the smallest there is."""
+    magnitudes = np.abs(delta(own, tuned, factor))
+    return np.where(np.isnan(magnitudes), np.uint32(0x7F800001), magnitudes.view(np.uint32))
+
+
+@given(seed=SEEDS, size=SIZES, factor=FACTORS)
+def test_sizes_of_deltas(seed: int, size: int, factor: float) -> None:
+    own, tuned = pair(size, seed)
+    assert np.array_equal(sums.sizes_bf16(own, tuned, factor).view(np.uint32), sizes(own, tuned, factor))
+
+
+@pytest.mark.parametrize("factor", [1.0, -1.0, 10.0, 0.0])
+def test_sizes_of_all_special_pairs(factor: float) -> None:
+    own, tuned = special_pair()
+    assert np.array_equal(sums.sizes_bf16(own, tuned, factor).view(np.uint32), sizes(own, tuned, factor))
 
 
 def test_equal_words_have_no_delta_whatever_they_are() -> None:

@@ -15,7 +15,11 @@ _U16 = np.uint32(16)
 _ONE = np.uint32(1)
 _NAN = np.uint32(0x7FC0)
 _CANONICAL = np.float32(np.nan)
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
 _AT_A_TIME = 2048
+
+NAN_SIZE = np.uint32(0x7F800001)
+"""Bits of every NaN among magnitudes, since hardware disagrees on the payloads of those that it makes: the smallest one's."""
 
 
 @inlined
@@ -84,6 +88,15 @@ def _deltas_bf16(own, tuned, factor, out):
     for i in range(own.size):
         delta = np.float32(factor * np.float32(_widened(tuned[i]) - _widened(own[i])))
         out[i] = delta if own[i] != tuned[i] else zero
+
+
+@kernel
+def _sizes_bf16(own, tuned, factor, out):
+    zero = np.uint32(0)
+    for i in range(own.size):
+        bits = np.float32(factor * np.float32(_widened(tuned[i]) - _widened(own[i]))).view(np.uint32) & _MAGNITUDE
+        bits = bits if bits < NAN_SIZE else NAN_SIZE
+        out[i] = bits if own[i] != tuned[i] else zero
 
 
 @kernel
@@ -185,6 +198,13 @@ def deltas_bf16(own: Words, tuned: Words, factor: float) -> NDArray[np.float32]:
     out = np.empty(own.size, np.float32)
     _deltas_bf16(own, tuned, np.float32(factor), out)
     return out
+
+
+def sizes_bf16(own: Words, tuned: Words, factor: float) -> NDArray[np.float32]:
+    """Magnitudes of `deltas_bf16`; NaNs have the bits `NAN_SIZE`."""
+    out = np.empty(own.size, np.uint32)
+    _sizes_bf16(own, tuned, np.float32(factor), out)
+    return out.view(np.float32)
 
 
 def masked_deltas_bf16(

@@ -150,7 +150,13 @@ class ModelDelta:
         return np.concatenate([np.empty(0, np.float32), *self._all_sizes(self._dared(start, words), words)])
 
     def _all_sizes(self, terms: Sequence[Term], words: Words) -> list[Sizes]:
-        return [sizes_of(delta_of(term, words, self._walk.info.dtype)) for term in terms]
+        dtype = self._walk.info.dtype
+        return [
+            sums.sizes_bf16(term.own(words), term.tuned, term.factor)
+            if term.tuned is not None and dtype.code == "BF16"
+            else sizes_of(delta_of(term, words, dtype))
+            for term in terms
+        ]
 
     def _trimmed(self, terms: Sequence[Term], start: int, words: Words) -> Sequence[Term]:
         """What is left of the terms of a run, which are trimmed together: a rank is one among all its elements."""

@@ -22,13 +22,14 @@ from ..dtypes import DTYPES, DType, Words
 from ..kernels.dense import Dense, combined, compute, narrowed, widened
 from ..kernels.rows import INTEGERS, Masks, Row, Rows, offsets_of
 from ..kernels.staging import sent, to_device, to_host
+from ..kernels.sums import NAN_SIZE
 from ..weights import TensorInfo, Weights, runs
 from . import elements
 from .deltas import Member, borders, rate_of
 from .devices import Device, lying
 from .inputs import CheckpointInput, PackageInput
 from .methods import Dropping, Method
-from .order import EVERY, NAN, NONE, Bits, Largest, largest
+from .order import EVERY, NONE, Bits, Largest, largest
 from .parameters import Scalar
 from .tensors import averaged_coefficients, lacks, own_coefficients
 
@@ -131,7 +132,7 @@ class DeviceDelta:
         sizes = self._sizes(term, words)
         kept = _among(self._keep, sizes, start)
         if self._outliers is not NONE:
-            kept &= ~_among(self._outliers, sizes, start) | (sizes == int(NAN))
+            kept &= ~_among(self._outliers, sizes, start) | (sizes == int(NAN_SIZE))
         return replace(term, present=kept)
 
     def _of_checkpoint(self, one: CheckpointInput, start: int, words: Tensor) -> Dense:
@@ -178,7 +179,7 @@ class DeviceDelta:
         """int32: bits of the magnitudes, -1 where there is no delta."""
         if term is None:
             return torch.full_like(words, -1, dtype=torch.int32)
-        sizes = delta_of(term, words, self._tensor.info.dtype).abs().float().view(torch.int32).clamp(max=int(NAN))
+        sizes = delta_of(term, words, self._tensor.info.dtype).abs().float().view(torch.int32).clamp(max=int(NAN_SIZE))
         return sizes if term.present is None else torch.where(term.present, sizes, -1)
 
 

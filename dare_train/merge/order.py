@@ -18,17 +18,14 @@ Sizes = NDArray[np.float32]
 Bits = NDArray[np.uint32]
 """Of magnitudes: in the same order, and NaNs have a place in it."""
 
-NAN = np.uint32(0x7F800001)
-"""Bits of every NaN among sizes: hardware disagrees on the payloads of those that it makes."""
-
 _LEADING = 1 << 15
 
 
 def sizes_of(deltas: FloatArray) -> Sizes:
-    """Magnitudes of deltas."""
+    """Magnitudes of deltas, every NaN with the same bits."""
     sizes: Sizes = np.abs(deltas).astype(np.float32, copy=False)
     bits = sizes.view(np.uint32)
-    np.minimum(bits, NAN, out=bits)
+    np.minimum(bits, sums.NAN_SIZE, out=bits)
     return sizes
 
 
