@@ -19,6 +19,7 @@ BF16, F32 = DTYPES["BF16"], DTYPES["F32"]
 SEEDS = st.integers(0, 2**32 - 1)
 SIZES = st.sampled_from([0, 1, 2, 77, 2047, 2048, 2049, 3 * 2048 + 5, 65536 + 3])
 FACTORS = st.sampled_from([1.0, 0.0, -0.0, -1.0, 0.5, 65536 / 6554, 3e38, 1e-40]) | st.floats(-20, 20)
+BITS = st.sampled_from([0, 1, 0x7F800000, 0x7F800001, 0x7F800002, 0xFFFFFFFF]) | st.integers(0, 0x7FFFFFFF)
 THRESHOLDS = st.sampled_from([0, 1, 32768, 58982, 65535]) | st.integers(0, 65535)
 
 
@@ -26,7 +27,7 @@ def test_every_public_function_is_tested_here() -> None:
     public = {name for name, thing in vars(sums).items() if getattr(thing, "__module__", "") == sums.__name__ and not name.startswith("_")}
     assert public == {
         "add_at_bf16", "count_movers", "round_moved_bf16", "put_alone", "deltas_bf16", "masked_deltas_bf16", "ties", "moved_bf16",
-        "count_leading", "widened_bf16", "sizes_bf16",
+        "count_leading", "widened_bf16", "sizes_bf16", "keep_sizes", "keep",
     }  # fmt: skip
 
 
@@ -206,6 +207,26 @@ def test_masked_deltas(seed: int, size: int, factor: float, threshold: int) -> N
     out = floats(size, seed + 4)
     sums.masked_deltas_bf16(own, tuned, draws, threshold, factor, out)
     assert same(out, np.where(draws >= threshold, delta(own, tuned, factor), np.float32(0)))
+
+
+@given(seed=SEEDS, size=SIZES, bounds=st.tuples(BITS, BITS))
+def test_what_is_smaller_or_larger_becomes_zero(seed: int, size: int, bounds: tuple[int, int]) -> None:
+    """NaN stays, but where nothing does."""
+    least, most = map(np.uint32, bounds)
+    row, bits = floats(size, seed), np.abs(floats(size, seed)).view(np.uint32)
+    nan = np.isnan(row)
+    keeps = np.where(nan, np.uint32(0x7F800001) >= least, (bits >= least) & (bits < most))
+    expected = np.where(keeps, row, np.float32(0))
+    sums.keep_sizes(row, least, most)
+    assert row.tobytes() == expected.tobytes()
+
+
+@given(seed=SEEDS, size=SIZES)
+def test_what_is_not_kept_becomes_zero(seed: int, size: int) -> None:
+    row, kept = floats(size, seed), np.random.default_rng(seed).random(size) < 0.5
+    expected = np.where(kept, row, np.float32(0))
+    sums.keep(row, kept)
+    assert row.tobytes() == expected.tobytes()
 
 
 @given(seed=SEEDS, size=SIZES)

@@ -67,6 +67,22 @@ def test_a_tensor_may_be_cut_anywhere(numbers: list[float], places: list[int], k
     assert np.array_equal(found(cut(sizes, places), k, last=last), found(cut(sizes), k, last=last))
 
 
+@given(numbers=LISTS, places=CUTS, k=st.integers(-1, 70), last=st.booleans())
+def test_where_equal_ones_share_a_fate_a_bound_tells_it(numbers: list[float], places: list[int], k: int, last: bool) -> None:
+    """In all runs but one at most."""
+    runs = cut(array(numbers), places)
+    chosen = largest(each(runs), k, last=last)
+    split = [sizes for start, sizes in runs if chosen.least(start) is None]
+    assert len(split) <= 1
+    for start, sizes in runs:
+        least, equal = chosen.least(start), chosen.among(sizes, start)[sizes.view(np.uint32) == chosen.bound]
+        if least is not None:
+            assert np.array_equal(chosen.among(sizes, start), sizes.view(np.uint32) >= least)
+        else:
+            assert equal.any()
+            assert not equal.all()
+
+
 @given(numbers=LISTS, places=CUTS, k=st.integers(0, 60), last=st.booleans(), seed=st.integers(0, 99))
 def test_zeros_may_be_left_out(numbers: list[float], places: list[int], k: int, last: bool, seed: int) -> None:
     """As runs of packages leave out what was dropped: of the rest, those are chosen that would have been."""

@@ -100,6 +100,21 @@ def _sizes_bf16(own, tuned, factor, out):
 
 
 @kernel
+def _keep_sizes(row, least, most):
+    zero = np.float32(0)
+    for i in range(row.size):
+        bits = np.float32(row[i]).view(np.uint32) & _MAGNITUDE
+        row[i] = row[i] if (bits >= least) & ((bits < most) | (bits >= NAN_SIZE)) else zero
+
+
+@kernel
+def _keep(row, flags):
+    zero, none = np.float32(0), np.uint8(0)
+    for i in range(row.size):
+        row[i] = row[i] if flags[i] != none else zero
+
+
+@kernel
 def _masked_deltas_bf16(own, tuned, draws, threshold, factor, out):
     zero = np.float32(0)
     for i in range(own.size):
@@ -205,6 +220,16 @@ def sizes_bf16(own: Words, tuned: Words, factor: float) -> NDArray[np.float32]:
     out = np.empty(own.size, np.uint32)
     _sizes_bf16(own, tuned, np.float32(factor), out)
     return out.view(np.float32)
+
+
+def keep_sizes(row: NDArray[np.float32], least: np.uint32, most: np.uint32) -> None:
+    """Make zero, in place, what has magnitudes of other bits than [least, most); NaN is above every number, and too large for no `most`."""
+    _keep_sizes(row, least, most)
+
+
+def keep(row: NDArray[np.float32], kept: NDArray[np.bool_]) -> None:
+    """Make zero, in place, what is not kept."""
+    _keep(row, kept.view(np.uint8))
 
 
 def masked_deltas_bf16(

@@ -73,11 +73,10 @@ class ModelDelta:
 
     @property
     def plain(self) -> bool:
-        """Whether a run's delta depends on nothing but the words in it: then `fill` is the fast way."""
-        name = self._walk.name
-        trimmed = self._magprune or self._keep is not EVERY or self._outliers is not NONE
-        same = self.member.input.tensors[name].dtype == self._walk.info.dtype
-        return isinstance(self.member.input, CheckpointInput) and self._walk.info.dtype.code == "BF16" and same and not trimmed
+        """Whether each element of a delta is known by itself, once the borders are: then `fill` is the fast way."""
+        one, dtype = self.member.input, self._walk.info.dtype
+        by_ranks = self._magprune or self._trimmed_factor != 1
+        return isinstance(one, CheckpointInput) and dtype.code == "BF16" and one.tensors[self._walk.name].dtype == dtype and not by_ranks
 
     def fill(self, start: int, words: Words, row: FloatArray) -> None:
         """The delta after dropping of a run whose base words are `words`, where it is `plain`, into a row."""
@@ -87,6 +86,8 @@ class ModelDelta:
         else:
             draws = self._rate.draws(start, words.size)
             sums.masked_deltas_bf16(words, tuned, draws, self._rate.threshold, self._rate_factor, row)
+        if self._trims:
+            self._trim_row(start, row)
 
     # DARE
 
@@ -147,7 +148,8 @@ class ModelDelta:
         return self._walk.each(lambda start, words: function(start, self._sizes(start, words)))
 
     def _sizes(self, start: int, words: Words) -> Sizes:
-        return np.concatenate([np.empty(0, np.float32), *self._all_sizes(self._dared(start, words), words)])
+        parts = self._all_sizes(self._dared(start, words), words)
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.float32), *parts])
 
     def _all_sizes(self, terms: Sequence[Term], words: Words) -> list[Sizes]:
         dtype = self._walk.info.dtype
@@ -160,17 +162,32 @@ class ModelDelta:
 
     def _trimmed(self, terms: Sequence[Term], start: int, words: Words) -> Sequence[Term]:
         """What is left of the terms of a run, which are trimmed together: a rank is one among all its elements."""
-        if not terms or (self._keep is EVERY and self._outliers is NONE and not self._magprune):
-            return terms
-        if self._magprune:
+        if terms and self._magprune:
             return [self._pruned(terms, start, words)]
+        if not terms or not self._trims:
+            return terms
         parts = self._all_sizes(terms, words)
-        sizes = np.concatenate(parts)
+        kept = self._kept(np.concatenate(parts), start)
+        own = np.split(kept, np.cumsum([part.size for part in parts])[:-1])
+        return [drops.chosen(term, np.flatnonzero(one), self._trimmed_factor) for term, one in zip(terms, own, strict=True)]
+
+    @property
+    def _trims(self) -> bool:
+        return self._keep is not EVERY or self._outliers is not NONE
+
+    def _kept(self, sizes: Sizes, start: int) -> NDArray[np.bool_]:
         kept = self._keep.among(sizes, start)
         if self._outliers is not NONE:
             kept &= ~self._outliers.among(sizes, start) | np.isnan(sizes)
-        own = np.split(kept, np.cumsum([part.size for part in parts])[:-1])
-        return [drops.chosen(term, np.flatnonzero(one), self._trimmed_factor) for term, one in zip(terms, own, strict=True)]
+        return kept
+
+    def _trim_row(self, start: int, row: FloatArray) -> None:
+        """Make zero what is not kept of a run's deltas, in place."""
+        least, most = self._keep.least(start), self._outliers.least(start)
+        if least is None or most is None:  # the run in which the border lies
+            sums.keep(row, self._kept(sizes_of(row), start))
+        else:
+            sums.keep_sizes(row, least, most)
 
     def _pruned(self, terms: Sequence[Term], start: int, words: Words) -> Term:
         settings, delta = self.member.settings, dense(terms, words, self._walk.info.dtype)

@@ -205,9 +205,9 @@ def _among(border: Largest, sizes: Tensor, start: int) -> Tensor:
     if border is NONE:
         return torch.zeros_like(sizes, dtype=torch.bool)
     equal = sizes == int(border.bound)
-    place = equal.cumsum(0) + (border.before.get(start, 0) - 1)
-    chosen = place >= border.equal - border.wanted if border.last else place < border.wanted
-    return (sizes > int(border.bound)) | (equal & chosen)
+    (begin, end), (before, _) = border.chosen, border.equals.get(start, (0, 0))
+    place = equal.cumsum(0) + (before - 1)
+    return (sizes > int(border.bound)) | (equal & (place >= begin) & (place < end))
 
 
 class DeviceTensor:

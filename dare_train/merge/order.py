@@ -19,6 +19,7 @@ Bits = NDArray[np.uint32]
 """Of magnitudes: in the same order, and NaNs have a place in it."""
 
 _LEADING = 1 << 15
+_TRAILING = np.uint32(0xFFFF)
 
 
 def sizes_of(deltas: FloatArray) -> Sizes:
@@ -40,24 +41,37 @@ class Largest:
     """Bits of a magnitude."""
     wanted: int
     """Elements equal to the bound that belong."""
-    before: dict[int, int]
-    """By the start of each run, how many elements equal to the bound lie before it."""
+    equals: dict[int, tuple[int, int]]
+    """By the start of each run, how many elements equal to the bound lie before it, and how many in it."""
     equal: int
     """Elements equal to the bound in all."""
     last: bool
+
+    @property
+    def chosen(self) -> tuple[int, int]:
+        """[begin, end) of those equal to the bound that belong, counted over the tensor."""
+        return (self.equal - self.wanted, self.equal) if self.last else (0, self.wanted)
 
     def among(self, sizes: Sizes, start: int) -> NDArray[np.bool_]:
         """Those of a run, which must begin where one of the runs began that were counted."""
         bits = sizes.view(np.uint32)
         keep = bits > self.bound
         equals = np.flatnonzero(bits == self.bound)
-        place = np.arange(equals.size) + self.before.get(start, 0)
-        keep[equals[place >= self.equal - self.wanted if self.last else place < self.wanted]] = True
+        (begin, end), (before, _) = self.chosen, self.equals.get(start, (0, 0))
+        keep[equals[max(begin - before, 0) : max(end - before, 0)]] = True
         return keep
 
+    def least(self, start: int) -> np.uint32 | None:
+        """From which bits on the elements of a run belong; None where of those equal to the bound some do and some do not."""
+        (begin, end), (before, count) = self.chosen, self.equals.get(start, (0, 0))
+        inside = min(before + count, end) - max(before, begin)
+        if count and 0 < inside < count:
+            return None
+        return np.uint32(self.bound if not count or inside > 0 else self.bound + np.uint32(1))
 
-EVERY = Largest(bound=np.uint32(0), wanted=1 << 62, before={}, equal=0, last=False)
-NONE = Largest(bound=np.uint32(0xFFFFFFFF), wanted=0, before={}, equal=0, last=False)
+
+EVERY = Largest(bound=np.uint32(0), wanted=1 << 62, equals={}, equal=0, last=False)
+NONE = Largest(bound=np.uint32(0xFFFFFFFF), wanted=0, equals={}, equal=0, last=False)
 
 Runs = Callable[[Callable[[int, Sizes], object]], Iterable[object]]
 """Calls a function with the start and the sizes of every run of a tensor, on any thread; its results in order."""
@@ -84,7 +98,7 @@ def largest(
     counted: Callable[[Any], NDArray[np.int64]] = _counted,
     within: Callable[[Any, int], Bits] = _within,
 ) -> Largest:
-    """The k largest elements of a tensor. Two passes: count the leading bits, then order those on the border.
+    """The k largest elements of a tensor. Two passes: count the leading bits, then the others of those on the border.
 
     Args:
         each_run: walks over the tensor.
@@ -103,15 +117,19 @@ def largest(
         return EVERY
     border = int(np.argmax(above < k))
     found: list[tuple[int, Bits]] = list(each_run(lambda start, sizes: (start, within(sizes, border))))  # type: ignore[arg-type]
-    values = np.concatenate([part for _, part in found])
+    trailing = np.zeros(1 << 16, np.int64)
+    for _, part in found:
+        trailing += np.bincount(part & _TRAILING, minlength=1 << 16)
     rest = k - int(above[border])
-    bound = np.partition(values, values.size - rest)[values.size - rest]
+    over = trailing.sum() - np.cumsum(trailing)
+    last_bits = int(np.argmax(over < rest))
+    bound = np.uint32(border << 16 | last_bits)
     equals = [(start, int(np.count_nonzero(part == bound))) for start, part in found]
     places = np.cumsum([0, *(count for _, count in equals)])
     return Largest(
         bound=bound,
-        wanted=rest - int(np.count_nonzero(values > bound)),
-        before={start: int(place) for (start, _), place in zip(equals, places, strict=False)},
+        wanted=rest - int(over[last_bits]),
+        equals={start: (int(before), count) for (start, count), before in zip(equals, places, strict=False)},
         equal=int(places[-1]),
         last=last,
     )
