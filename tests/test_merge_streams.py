@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ import numpy as np
 import pytest
 import torch
 from bit_patterns import words_of
-from dense_merge import State, base_state, check_equal, expected, result, shrink, tuned_from
+from dense_merge import RUN, State, base_state, check_equal, expected, result, shrink, tuned_from
 from numpy.typing import NDArray
 from test_offline_ranks import check_same
 
 from dare_train import DeltaPackage, extract, merge, save_statistics
 from dare_train.dtypes import Words
+from dare_train.merge.driver import merged_weights
+from dare_train.merge.merged import Merged
 from dare_train.merge.methods import METHODS
+from dare_train.merge.task import task_of
+from dare_train.parallel import ordered_map
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +130,25 @@ def first_case(method: str, folder: Path) -> dict[str, Any]:
 
 def small_models(method: str) -> list[State]:
     return TUNED[: METHODS[method].models[1] or len(TUNED)]
+
+
+def test_readers_of_one_run_wait_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is worked out once, and what is remembered is bounded by its size."""
+    made, honest = list[tuple[str, int]](), Merged.run
+
+    def run(self: Merged, name: str, start: int, count: int) -> Words:
+        made.append((name, start))
+        time.sleep(0.1)
+        return honest(self, name, start, count)
+
+    monkeypatch.setattr(Merged, "run", run)
+    merged = merged_weights(task_of(SMALL, small_models("slerp"), method="slerp"))
+    numel = merged.tensors["BF16.weight"].numel
+    parts = [(begin, min(100, numel - begin)) for begin in range(0, numel, 100)]
+    words = np.concatenate(list(ordered_map(lambda part: merged.read("BF16.weight", *part), parts, threads=8)))
+    assert sorted(made) == [("BF16.weight", start) for start in range(0, numel, RUN)]
+    assert np.array_equal(words, merged.read("BF16.weight", 0, numel))
+    assert sum(one.size for one in merged._last.values()) <= 4 * RUN
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -90,7 +90,7 @@ class Merged:
         self.fates = {fate.name: fate for fate in fates}
         self.tensors = {fate.name: fate.info for fate in fates}
         self._values, self.fisher, self.gram, self._threads, self._devices = values, fisher, gram, threads, devices
-        self._lock, self._busy = threading.Lock(), dict[str, threading.Lock]()
+        self._lock, self._busy = threading.Lock(), dict[object, threading.Lock]()
         self._prepared: OrderedDict[str, MergedTensor | DeviceTensor] = OrderedDict()
         self._last: OrderedDict[tuple[str, int], Words] = OrderedDict()
         for given in (fisher, gram):
@@ -147,16 +147,22 @@ class Merged:
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.tensors[name].dtype.word), *parts])
 
     def _remembered(self, name: str, start: int, count: int) -> Words:
-        """A run that several readers may want a part of."""
+        """A run that several readers may want a part of: the first works it out, while others wait."""
+        key = name, start
         with self._lock:
-            found = self._last.get((name, start))
+            found = self._last.get(key)
+            own = self._busy.setdefault(key, threading.Lock())
         if found is not None:
             return found
-        words = self.run(name, start, count)
-        with self._lock:
-            self._last[name, start] = words
-            while len(self._last) > 4 * self._threads:
-                self._last.popitem(last=False)
+        with own:
+            with self._lock:
+                if key in self._last:
+                    return self._last[key]
+            words = self.run(name, start, count)
+            with self._lock:
+                self._last[key] = words
+                while len(self._last) > 1 and sum(one.size for one in self._last.values()) > 4 * self._threads * SEGMENT:
+                    self._last.popitem(last=False)
         return words
 
     def run(self, name: str, start: int, count: int) -> Words:
