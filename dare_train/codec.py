@@ -132,10 +132,8 @@ def to_planes(words: Words) -> NDArray[np.uint8]:
 
 
 def from_planes(data: memoryview, count: int, word: np.dtype[np.unsignedinteger]) -> Words:
-    planes = np.frombuffer(data, np.uint8, count * word.itemsize).reshape(word.itemsize, count)
-    words: Words = planes[0].astype(word)
-    for number in range(1, word.itemsize):
-        words |= planes[number].astype(word) << word.type(8 * number)
+    words: Words = np.empty(count, word)
+    cpu.join(np.frombuffer(data, np.uint8, count * word.itemsize), words)
     return words
 
 

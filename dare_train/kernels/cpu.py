@@ -22,6 +22,7 @@ __all__ = [
     "fingerprint_change",
     "from_distances",
     "has_nonfinite",
+    "join",
     "keep_mask",
     "kept_positions",
     "law_bf16",
@@ -159,6 +160,17 @@ def _expand(bitmap, values, out) -> int:
 
 
 @kernel
+def _join(planes, width, out):
+    """out[i] = the bytes at i, n + i, 2n + i ... of `width` planes of n bytes, the least significant first."""
+    for i in range(out.size):
+        out[i] = out.dtype.type(planes[i])
+    for plane in range(1, width):
+        first, shift = np.uint64(plane * out.size), out.dtype.type(8 * plane)
+        for i in range(out.size):
+            out[i] |= out.dtype.type(out.dtype.type(planes[first + np.uint64(i)]) << shift)
+
+
+@kernel
 def _collapse(symbols, starts, bitmap, values, before) -> int:
     """Undo `_expand`; before[g] is how many values come before symbol starts[g]. Returns how many there are."""
     one = symbols.dtype.type(1)
@@ -241,6 +253,11 @@ def expand(bitmap: NDArray[np.uint8], values: Words, kept: int) -> tuple[Words, 
     """`kept` symbols from a bitmap of those that are not zero and the others less one, and how many bits were set."""
     out = np.zeros(kept, values.dtype)
     return out, _expand(bitmap, values, out) if values.size else int(np.unpackbits(bitmap, count=kept, bitorder="little").sum())
+
+
+def join(planes: NDArray[np.uint8], out: Words) -> None:
+    """Make words of byte planes, least significant first, one plane after another."""
+    _join(planes, out.itemsize, out)
 
 
 def collapse(symbols: Words, starts: NDArray[np.int64]) -> tuple[NDArray[np.uint8], Words, NDArray[np.int64]]:
