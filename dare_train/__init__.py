@@ -1,4 +1,5 @@
-"""Delta packages: what fine-tuning changed, dropped and rescaled (DARE), compressed, verifiable, applied to the bit.
+"""Delta packages: what fine-tuning changed, dropped and rescaled (DARE), compressed, verifiable, applied to
+the bit.
 
 Names resolve on first use, so that importing this package loads no framework.
 """
@@ -6,92 +7,94 @@ Names resolve on first use, so that importing this package loads no framework.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .apply import apply as apply
-    from .cache import PackageCache as PackageCache
-    from .callback import DareCallback as DareCallback
+    from .applying.apply import apply as apply
+    from .applying.apply import verify as verify
+    from .applying.cache import PackageCache as PackageCache
+    from .applying.in_place import applied as applied
+    from .applying.in_place import apply_ as apply_
     from .config import DareConfig as DareConfig
-    from .continual import ContinualRun as ContinualRun
-    from .continual import ContinualTask as ContinualTask
-    from .diagnose import diagnose as diagnose
     from .errors import DareError as DareError
-    from .extract import extract as extract
-    from .inplace import applied as applied
-    from .inplace import apply_ as apply_
-    from .merge.driver import merge as merge
-    from .merge.methods import register_merge_method as register_merge_method
-    from .package import DeltaPackage as DeltaPackage
-    from .rescaling import find_q as find_q
-    from .snapshot import Snapshotter as Snapshotter
-    from .statistics import StatisticsCallback as StatisticsCallback
-    from .statistics import collect_fisher as collect_fisher
-    from .statistics import collect_gram as collect_gram
-    from .statistics_file import save_statistics as save_statistics
-    from .study.comparison import compare as compare
-    from .study.inside import inside as inside
-    from .study.reporting import write_report as write_report
-    from .study.sweep import sweep as sweep
-    from .tickets import TicketSearch as TicketSearch
-    from .tuning import SparseTuningCallback as SparseTuningCallback
-    from .tuning import sparse_tuning as sparse_tuning
+    from .extracting.extract import extract as extract
+    from .merging.merge import merge as merge
+    from .merging.methods.registry import register_merge_method as register_merge_method
+    from .merging.statistics.fisher_and_gram import StatisticsCallback as StatisticsCallback
+    from .merging.statistics.fisher_and_gram import collect_fisher as collect_fisher
+    from .merging.statistics.fisher_and_gram import collect_gram as collect_gram
+    from .merging.statistics.statistics_file import save_statistics as save_statistics
+    from .package.reader import DeltaPackage as DeltaPackage
+    from .parallel.ranks import Ranks as Ranks
+    from .reports.writing import write_report as write_report
+    from .snapshots.callback import DareCallback as DareCallback
+    from .snapshots.snapshotter import Snapshotter as Snapshotter
+    from .studies import drop_rates
+    from .studies.comparison import compare as compare
+    from .studies.diagnosis import diagnose as diagnose
+    from .studies.inside import inside as inside
+    from .studies.rescaling import find_q as find_q
+    from .studies.sweep import sweep as sweep
+    from .training import subnetwork as subnetwork
+    from .training.continual import ContinualRun as ContinualRun
+    from .training.continual import ContinualTask as ContinualTask
+    from .training.lottery_tickets import TicketSearch as TicketSearch
+    from .training.sparse_tuning import SparseTuningCallback as SparseTuningCallback
+    from .training.sparse_tuning import sparse_tuning as sparse_tuning
+
+    rates = drop_rates
 
 _HOMES = {
-    "ContinualRun": "continual",
-    "ContinualTask": "continual",
-    "DareCallback": "callback",
+    "ContinualRun": "training.continual",
+    "ContinualTask": "training.continual",
+    "DareCallback": "snapshots.callback",
     "DareConfig": "config",
     "DareError": "errors",
-    "DeltaPackage": "package",
-    "PackageCache": "cache",
-    "Snapshotter": "snapshot",
-    "SparseTuningCallback": "tuning",
-    "StatisticsCallback": "statistics",
-    "TicketSearch": "tickets",
-    "applied": "inplace",
-    "apply": "apply",
-    "apply_": "inplace",
-    "collect_fisher": "statistics",
-    "collect_gram": "statistics",
-    "compare": "study.comparison",
-    "diagnose": "diagnose",
-    "extract": "extract",
-    "find_q": "rescaling",
-    "inside": "study.inside",
-    "merge": "merge.driver",
-    "register_merge_method": "merge.methods",
-    "save_statistics": "statistics_file",
-    "sparse_tuning": "tuning",
-    "sweep": "study.sweep",
-    "write_report": "study.reporting",
+    "DeltaPackage": "package.reader",
+    "PackageCache": "applying.cache",
+    "Ranks": "parallel.ranks",
+    "Snapshotter": "snapshots.snapshotter",
+    "SparseTuningCallback": "training.sparse_tuning",
+    "StatisticsCallback": "merging.statistics.fisher_and_gram",
+    "TicketSearch": "training.lottery_tickets",
+    "applied": "applying.in_place",
+    "apply": "applying.apply",
+    "apply_": "applying.in_place",
+    "collect_fisher": "merging.statistics.fisher_and_gram",
+    "collect_gram": "merging.statistics.fisher_and_gram",
+    "compare": "studies.comparison",
+    "diagnose": "studies.diagnosis",
+    "extract": "extracting.extract",
+    "find_q": "studies.rescaling",
+    "inside": "studies.inside",
+    "merge": "merging.merge",
+    "register_merge_method": "merging.methods.registry",
+    "save_statistics": "merging.statistics.statistics_file",
+    "sparse_tuning": "training.sparse_tuning",
+    "sweep": "studies.sweep",
+    "verify": "applying.apply",
+    "write_report": "reports.writing",
 }
+"""The module in which each public name is defined."""
 
-__all__ = ["__version__", *_HOMES]
+_NAMESPACES = {"rates": "studies.drop_rates", "subnetwork": "training.subnetwork"}
+"""Modules that are public as they are: `dare_train.rates.largest_rate`, `dare_train.subnetwork.by_size`."""
+
+__all__ = ["__version__", *_HOMES, *_NAMESPACES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name in _NAMESPACES:
+        value = importlib.import_module(f".{_NAMESPACES[name]}", __name__)
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Keeps `dare_train.apply` the function: importing the submodule of that name would put the module in its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

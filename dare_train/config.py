@@ -49,17 +49,21 @@ class DareConfig:
     """
 
     p: float | Mapping[str, float] = 0.9
-    """Probability that an element of the delta is dropped, in [0, 1); or a mapping from name patterns to it, first match wins."""
+    """Probability that an element of the delta is dropped, in [0, 1); or a mapping from name patterns to it,
+    first match wins."""
 
     seed: int = 0
     """Selects the mask, in [0, 2**64). The same seed, tensor name and index always give the same decision."""
 
     rescale: Rescale = "paper"
-    """What multiplies the survivors: `paper`, 1 / (1 - p) (arXiv 2311.03099, eq. 2); `none`, 1 (the drop-only baseline)."""
+    """What multiplies the survivors: `paper`, 1 / (1 - p) (arXiv 2311.03099, eq. 2); `none`, 1 (the drop-only
+    baseline)."""
 
     values: Values = "auto"
-    """How kept values are stored. `exact`: bit for bit. `rounded`: the delta as bfloat16. `int8`, `int4`, `sign`: quantized
-    in groups, unbiased. `auto`: `exact` for 16-bit weights and wherever nothing is dropped, else `rounded`."""
+    """How kept values are stored. `exact`: bit for bit. `rounded`: the delta as bfloat16. `int8`, `int4`,
+    `sign`: quantized
+    in groups, unbiased. `auto`: `exact` for 16-bit weights and wherever nothing is dropped, else
+        `rounded`."""
 
     include: Patterns = ("*",)
     """Only tensors whose name matches one of these are covered; the others stay as they are in the base."""
@@ -81,7 +85,10 @@ class DareConfig:
             raise ConfigError("p", expected="at least one pattern", found="an empty mapping")
         if not all(isinstance(pattern, str) for pattern in given):
             raise ConfigError("p", expected="name patterns", found=repr(list(given)))
-        rates = {pattern: check_drop_rate(rate, name=f"p[{pattern!r}]" if pattern != "*" else "p") for pattern, rate in given.items()}
+        rates = {
+            pattern: check_drop_rate(rate, name=f"p[{pattern!r}]" if pattern != "*" else "p")
+            for pattern, rate in given.items()
+        }
         object.__setattr__(self, "_rates", MappingProxyType(rates))
         for name in ("include", "exclude", "whole"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
@@ -99,7 +106,11 @@ class DareConfig:
         for pattern, rate in self._rates.items():
             if fnmatchcase(tensor, pattern):
                 return rate
-        raise ConfigError(f"p for {tensor}", expected=f"a pattern that matches it among {list(self._rates)}", remedy='add "*"')
+        raise ConfigError(
+            f"p for {tensor}",
+            expected=f"a pattern that matches it among {list(self._rates)}",
+            remedy='add "*"',
+        )
 
     def covers(self, tensor: str) -> bool:
         """Whether the package takes part in this tensor at all."""
@@ -119,7 +130,13 @@ def matches(name: str, patterns: Patterns) -> bool:
 
 
 def _patterns(name: str, given: object) -> tuple[str, ...]:
-    patterns = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, (list, tuple, set, frozenset)) else None
+    patterns = (
+        (given,)
+        if isinstance(given, str)
+        else tuple(given)
+        if isinstance(given, (list, tuple, set, frozenset))
+        else None
+    )
     if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(name, expected="a list of name patterns", found=repr(given))
     return patterns

@@ -46,7 +46,9 @@ class DType:
 
     @property
     def can_be_delta(self) -> bool:
-        """Whether differences of such elements are meaningful: floats of 16 bits and more. Others travel whole."""
+        """Whether differences of such elements are meaningful: floats of 16 bits and more. Others travel
+        whole.
+        """
         return self.is_float and self.bits >= 16
 
     @property
@@ -60,7 +62,9 @@ class DType:
 
     @property
     def compute(self) -> np.dtype[np.floating]:
-        """The type the arithmetic law is evaluated in: float64 for float64, float32 for everything narrower."""
+        """The type the arithmetic law is evaluated in: float64 for float64, float32 for everything
+        narrower.
+        """
         return np.dtype(np.float64 if self.bits == 64 else np.float32)
 
 
@@ -99,7 +103,9 @@ def to_float(words: Words, dtype: DType) -> FloatArray:
 
 
 def from_float(values: FloatArray, dtype: DType) -> Words:
-    """Numbers rounded once, to nearest-even, into `dtype`; every NaN becomes the type's canonical quiet NaN."""
+    """Numbers rounded once, to nearest-even, into `dtype`; every NaN becomes the type's canonical quiet
+    NaN.
+    """
     if dtype.code == "BF16":
         return _narrow_to_bf16(values)
     with np.errstate(over="ignore"):  # beyond the largest float16 lies infinity, as IEEE 754 rounds
@@ -109,7 +115,9 @@ def from_float(values: FloatArray, dtype: DType) -> Words:
 
 
 def _narrow_to_bf16(values: FloatArray) -> Words:
-    single = _to_odd_float32(values) if values.dtype == np.float64 else np.ascontiguousarray(values, np.float32)
+    single = (
+        _to_odd_float32(values) if values.dtype == np.float64 else np.ascontiguousarray(values, np.float32)
+    )
     bits = single.view(np.uint32)
     half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     rounded = ((bits + half) >> np.uint32(16)).astype(np.uint16)
@@ -120,8 +128,9 @@ def _narrow_to_bf16(values: FloatArray) -> Words:
 def _to_odd_float32(values: FloatArray) -> NDArray[np.float32]:
     """float64 cut to float32, the last bit set where anything was cut off.
 
-    Rounded on to a narrower type, that gives what rounding once would have: nearest-even twice would mistake a value just
-    beside the middle of two neighbours for the middle itself (Boldo and Melquiond, "When double rounding is odd", 2004).
+    Rounded on to a narrower type, that gives what rounding once would have: nearest-even twice would mistake
+    a value just beside the middle of two neighbours for the middle itself (Boldo and Melquiond, "When double
+    rounding is odd", 2004).
     """
     with np.errstate(over="ignore", invalid="ignore"):
         nearest = np.ascontiguousarray(values.astype(np.float32))

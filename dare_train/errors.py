@@ -5,8 +5,9 @@
     ├── OutputExists                the place to write to is taken                     (exit code 2)
     ├── StorageError                the disk did not take what was written             (exit code 1)
     ├── DeviceMemoryError           a device has too little memory; nothing was changed (exit code 1)
-    ├── RankError                   another process of the job failed, or is gone      (exit code of that failure, or 1)
-    └── DataError                   the data said no                                   (exit code 1)
+    ├── RankError                   another process of the job failed, or is gone      (exit code of that
+    failure, or 1) └── DataError                   the data said no                                   (exit
+    code 1)
         ├── CheckpointError         a checkpoint cannot be read
         ├── TensorMismatch          a tensor is missing, extra, or has another shape
         ├── BaseMismatch            this is not the base the package was made from
@@ -74,7 +75,15 @@ class DeviceMemoryError(DareError, MemoryError):
 class RankError(DareError):
     """`exit_code` is that of the failure on the other rank."""
 
-    def __init__(self, name: str, *, expected: object = None, found: object = None, remedy: str = "", exit_code: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        expected: object = None,
+        found: object = None,
+        remedy: str = "",
+        exit_code: int = 1,
+    ) -> None:
         super().__init__(name, expected=expected, found=found, remedy=remedy)
         self.exit_code = exit_code
 

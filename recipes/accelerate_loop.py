@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 import dare_train
-from dare_train.snapshot import Snapshot
+from dare_train.snapshots.snapshotter import Snapshot
 
 BATCH = 8
 

@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tuning import Training, trainer_for
 
 from dare_train import ContinualRun, ContinualTask, write_report
-from dare_train.continual import Continual, Strategy
-from dare_train.study.texts import Texts, batched, encoded_rows
+from dare_train.evaluation.texts import Texts, batched, encoded_rows
+from dare_train.training.continual import Continual, Strategy
 
 STYLES = {
     "shakespeare": "tinyshakespeare",

@@ -29,13 +29,13 @@ from transformers import AutoTokenizer, TrainerCallback
 from tuning import Pair, Training, adapter, classifier, tune, untrained
 
 from dare_train import SparseTuningCallback, extract
-from dare_train.record import Record
-from dare_train.study.document import Chart, Curve, Study, Table
-from dare_train.study.loading import load_model
-from dare_train.study.publish import publish
-from dare_train.study.seat import Seat
-from dare_train.study.texts import Texts, encoded_rows, load_texts
-from dare_train.study.variants import VARIANTS, dropped, without_delta
+from dare_train.evaluation.measurements import Record
+from dare_train.evaluation.model_loading import load_model
+from dare_train.evaluation.swapped_model import Seat
+from dare_train.evaluation.texts import Texts, encoded_rows, load_texts
+from dare_train.reports.document import Chart, Curve, Study, Table
+from dare_train.reports.writing import publish
+from dare_train.studies.variants import VARIANTS, dropped, without_delta
 
 MAX_LENGTH = 64
 NEW_HEAD = {"classifier*": 0.0}

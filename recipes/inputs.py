@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dare_train.study.texts import read_rows
+from dare_train.evaluation.texts import read_rows
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 HELD_OUT = 0.2

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from tuning import Training
 
 from dare_train import TicketSearch, write_report
-from dare_train.tickets import ABLATIONS
+from dare_train.training.lottery_tickets import ABLATIONS
 
 
 def main() -> None:

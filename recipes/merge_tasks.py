@@ -30,8 +30,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
 import dare_train
-from dare_train.merge.methods import METHODS
-from dare_train.statistics_file import Kind, beside, save_statistics
+from dare_train.merging.methods.registry import METHODS
+from dare_train.merging.statistics.statistics_file import Kind, beside, save_statistics
 
 PAPER = ("average", "task_arithmetic", "ties", "fisher", "regmean")
 BASELINES = ("drop_only", "magnitude")

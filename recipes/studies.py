@@ -16,14 +16,14 @@ from transformers.utils import logging
 from tuning import Pair, Rows, Training, adapter
 
 from dare_train import compare, inside, sweep, write_report
-from dare_train.study.comparison import LABELS, Comparison
-from dare_train.study.document import Cell, Study, Table, with_interval
-from dare_train.study.loading import load_model
-from dare_train.study.publish import publish
-from dare_train.study.sweep import RATES, Sweep
-from dare_train.study.sweep_report import several_study
-from dare_train.study.texts import load_texts
-from dare_train.study.variants import VARIANTS
+from dare_train.evaluation.model_loading import load_model
+from dare_train.evaluation.texts import load_texts
+from dare_train.reports.document import Cell, Study, Table, with_interval
+from dare_train.reports.sweep_report import several_study
+from dare_train.reports.writing import publish
+from dare_train.studies.comparison import LABELS, Comparison
+from dare_train.studies.sweep import RATES, Sweep
+from dare_train.studies.variants import VARIANTS
 
 
 @dataclass(frozen=True, kw_only=True)

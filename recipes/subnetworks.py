@@ -27,14 +27,14 @@ from transformers import AutoTokenizer
 from tuning import Pair, Rows, Training, classifier, untrained
 
 from dare_train import apply_, extract
-from dare_train.rates import FoundRate, largest_rate, largest_rates
-from dare_train.study.document import Cell, Study, Table, with_interval
-from dare_train.study.loading import load_model
-from dare_train.study.masks_report import masks_study
-from dare_train.study.publish import publish
-from dare_train.study.rates_report import rates_study
-from dare_train.study.texts import Texts, batched, encoded_rows
-from dare_train.subnetwork import Masks, by_size
+from dare_train.evaluation.model_loading import load_model
+from dare_train.evaluation.texts import Texts, batched, encoded_rows
+from dare_train.reports.document import Cell, Study, Table, with_interval
+from dare_train.reports.masks_report import masks_study
+from dare_train.reports.rates_report import rates_study
+from dare_train.reports.writing import publish
+from dare_train.studies.drop_rates import FoundRate, largest_rate, largest_rates
+from dare_train.training.subnetwork import Masks, by_size
 
 MAX_LENGTH = 64
 MASKS = 3

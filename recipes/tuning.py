@@ -22,8 +22,8 @@ from transformers import (
     set_seed,
 )
 
-from dare_train.study.loading import load_model
-from dare_train.study.texts import encoded_rows
+from dare_train.evaluation.model_loading import load_model
+from dare_train.evaluation.texts import encoded_rows
 
 Rows = Sequence[Mapping[str, str]]
 

@@ -24,11 +24,11 @@ from transformers import AutoTokenizer
 from tuning import Pair, Training, classifier, decoder
 
 from dare_train import sweep, write_report
-from dare_train.study.loading import load_model
-from dare_train.study.publish import publish
-from dare_train.study.sweep import Sweep
-from dare_train.study.sweep_report import several_study
-from dare_train.study.texts import load_texts
+from dare_train.evaluation.model_loading import load_model
+from dare_train.evaluation.texts import load_texts
+from dare_train.reports.sweep_report import several_study
+from dare_train.reports.writing import publish
+from dare_train.studies.sweep import Sweep
 
 MAX_LENGTH = 128
 SPEECH = 400

@@ -1,4 +1,6 @@
-"""What all tests share: no network, a bounded Hypothesis, a device for kernels, and a way to put weights on disk."""
+"""What all tests share: no network, a bounded Hypothesis, a device for kernels, and a way to put weights on
+disk.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 
 settings.register_profile(
-    "tests", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "tests",
+    deadline=None,
+    max_examples=40,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("tests")
 
@@ -29,7 +35,9 @@ MakeCheckpoint = Callable[..., Path]
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where Triton's kernels are tested: a GPU where there is one, else their interpreter, on tensors of the CPU."""
+    """Where Triton's kernels are tested: a GPU where there is one, else their interpreter, on tensors of the
+    CPU.
+    """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -40,10 +48,16 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
     A relative `folder` lies in the test's own temporary directory.
     """
 
-    def make(folder: str | Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None) -> Path:
+    def make(
+        folder: str | Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None
+    ) -> Path:
         path = tmp_path / folder
         path.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            path / "model.safetensors",
+            {"format": "pt"},
+        )
         if config is not None:
             (path / "config.json").write_text(json.dumps(config))
         return path
@@ -53,7 +67,9 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
 
 @pytest.fixture
 def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """wandb offline, in a folder of the test's own; its service reads the environment once, so it is stopped afterwards."""
+    """wandb offline, in a folder of the test's own; its service reads the environment once, so it is stopped
+    afterwards.
+    """
     import wandb
 
     wandb.teardown()

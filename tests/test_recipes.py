@@ -29,9 +29,15 @@ def started(world: int, recipe: str, out: Path, *options: str) -> list[str]:
     """The lines that a recipe prints which say what it made: on one process only."""
     command = [*LAUNCHERS[world], f"recipes/{recipe}", "--out", str(out), *options]
     environment = {**os.environ, **ENVIRONMENT}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return [line.replace(str(out), "OUT") for line in done.stdout.splitlines() if line.startswith((str(out), "applied to"))]
+    return [
+        line.replace(str(out), "OUT")
+        for line in done.stdout.splitlines()
+        if line.startswith((str(out), "applied to"))
+    ]
 
 
 def checked(out: Path, name: str, parts: int) -> DeltaPackage:
@@ -49,7 +55,9 @@ def is_summary(lines: list[str], packages: list[str]) -> None:
     *each, last = lines
     took = r"[\d,]+ bytes, \d\.\d{3} bits per parameter; training waited \d+\.\d{3} s"
     assert len(each) == len(packages), lines
-    assert all(re.fullmatch(f"OUT/dare/{name}: {took}", line) for name, line in zip(packages, each, strict=True)), lines
+    assert all(
+        re.fullmatch(f"OUT/dare/{name}: {took}", line) for name, line in zip(packages, each, strict=True)
+    ), lines
     assert re.fullmatch(r"applied to OUT/base: OUT/received, fingerprint \w{12}, the one on record", last)
 
 
@@ -62,12 +70,17 @@ def test_a_loop_of_ones_own_resumes_to_the_same_package(tmp_path: Path) -> None:
     started(1, "accelerate_loop.py", resumed, "--steps", "4", *EVERY_FOUR)
     is_summary(started(1, "accelerate_loop.py", resumed, "--steps", "8", "--resume", *EVERY_FOUR), ["step-8"])
     expected, found = checked(through, "step-8", 1), checked(resumed, "step-8", 1)
-    assert (expected.manifest.parent, expected.manifest.result) == (found.manifest.parent, found.manifest.result)
+    assert (expected.manifest.parent, expected.manifest.result) == (
+        found.manifest.parent,
+        found.manifest.result,
+    )
 
 
 def test_a_loop_of_ones_own_on_two_processes(tmp_path: Path) -> None:
     is_summary(started(2, "accelerate_loop.py", tmp_path, "--steps", "4", *EVERY_FOUR), ["step-4"])
-    is_summary(started(2, "accelerate_loop.py", tmp_path, "--steps", "8", "--resume", *EVERY_FOUR), ["step-8"])
+    is_summary(
+        started(2, "accelerate_loop.py", tmp_path, "--steps", "8", "--resume", *EVERY_FOUR), ["step-8"]
+    )
     assert checked(tmp_path, "step-4", 2).manifest.parent == checked(tmp_path, "step-8", 2).manifest.parent
     assert sorted(path.name for path in (tmp_path / "dare").iterdir()) == ["step-4", "step-8"]
 
@@ -75,17 +88,26 @@ def test_a_loop_of_ones_own_on_two_processes(tmp_path: Path) -> None:
 def test_zero3_with_a_configuration_file(tmp_path: Path) -> None:
     is_summary(started(2, "deepspeed_zero3.py", tmp_path, "--steps", "10"), ["step-10", "final"])
     assert checked(tmp_path, "step-10", 2).manifest.result == checked(tmp_path, "final", 2).manifest.result
-    assert len(list(tmp_path.glob("checkpoint-10/global_step10/*_optim_states.pt"))) == 2, "ZeRO-3 was at work"
+    assert len(list(tmp_path.glob("checkpoint-10/global_step10/*_optim_states.pt"))) == 2, (
+        "ZeRO-3 was at work"
+    )
 
 
 # Recipes on real texts, as small as they are by default.
 
 
 def tried(recipe: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """A recipe that needs shared/data. By default each is done in under two minutes; a busy machine may take longer."""
+    """A recipe that needs shared/data. By default each is done in under two minutes; a busy machine may take
+    longer.
+    """
     assert SHARED.is_dir(), f"this test needs {SHARED}"
-    command, environment = [sys.executable, f"recipes/{recipe}", *options], {**os.environ, "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    command, environment = (
+        [sys.executable, f"recipes/{recipe}", *options],
+        {**os.environ, "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"},
+    )
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def told(recipe: str, *options: str) -> str:
@@ -134,17 +156,27 @@ def test_the_encoder_study(tmp_path: Path) -> None:
 def test_the_decoder_study(tmp_path: Path) -> None:
     told("decoder.py", "--out", str(tmp_path))
     loss = means(measured(tmp_path / "stories260K-instructions", "sweep"), "loss")
-    assert loss["base", 1.0] > loss["drop_only", 0.9] > loss["magnitude", 0.9] > loss["dare", 0.9] > loss["dense", 0.0]
+    assert (
+        loss["base", 1.0]
+        > loss["drop_only", 0.9]
+        > loss["magnitude", 0.9]
+        > loss["dare", 0.9]
+        > loss["dense", 0.0]
+    )
     assert measured(tmp_path, "decoder")["models"].keys() == {"stories260K-instructions"}
 
 
 def test_a_decoder_is_pretrained_and_loads(tmp_path: Path) -> None:
     text = told("pretrain_decoder.py", "--out", str(tmp_path / "model"))
     loss = float(re.findall(r"held-out loss (\d+\.\d+)", text)[0])
-    model, tokenizer = (kind.from_pretrained(tmp_path / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (
+        kind.from_pretrained(tmp_path / "model") for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
     assert model.dtype == torch.bfloat16
     assert loss < math.log(len(tokenizer)) - 0.5, "it learnt something"
-    assert tokenizer.decode(tokenizer("def main(): pass  # naïve")["input_ids"]) == "def main(): pass  # naïve"
+    assert (
+        tokenizer.decode(tokenizer("def main(): pass  # naïve")["input_ids"]) == "def main(): pass  # naïve"
+    )
 
 
 def test_what_breaks_is_foreseen(tmp_path: Path) -> None:
@@ -163,7 +195,9 @@ def test_tuning_what_is_kept(tmp_path: Path) -> None:
     told("efficient_tuning.py", "--out", str(tmp_path), "--steps", "16", "--examples", "60")
     found = measured(tmp_path / "subjectivity", "efficient_tuning")
     dense, tenth, hundredth, lora, smaller = found["lines"]
-    assert [tenth["state"] / dense["state"], hundredth["state"] / dense["state"]] == pytest.approx([0.1, 0.01], rel=0.05)
+    assert [tenth["state"] / dense["state"], hundredth["state"] / dense["state"]] == pytest.approx(
+        [0.1, 0.01], rel=0.05
+    )
     assert lora["trained"] == pytest.approx(hundredth["trained"], rel=0.15)
     assert smaller["shipped"] == pytest.approx(hundredth["shipped"], rel=0.2)
     assert dense["shipped"] > 3 * tenth["shipped"] > 6 * hundredth["shipped"]
@@ -192,7 +226,17 @@ def test_a_lottery_ticket_is_found(tmp_path: Path) -> None:
 
 
 def test_where_deltas_lie(tmp_path: Path) -> None:
-    text = told("subnetworks.py", "--out", str(tmp_path), "--steps", "12", "--examples", "40", "--learning-rate", "1e-3")
+    text = told(
+        "subnetworks.py",
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "12",
+        "--examples",
+        "40",
+        "--learning-rate",
+        "1e-3",
+    )
     assert "times chance" in text
     (pair,) = measured(tmp_path, "masks")["pairs"]
     assert pair["masks"] == ["subjectivity 0", "subjectivity 1"]
@@ -201,25 +245,43 @@ def test_where_deltas_lie(tmp_path: Path) -> None:
     assert [*found["rates"]] == ["subjectivity, one rate", "subjectivity, a rate for each layer"]
     dense, one, each = found["judged"]
     assert dense["bytes"] > 3 * max(one["bytes"], each["bytes"])
-    assert [row["p of all elements"] for row in (one, each)] == [rates["p"] for rates in found["rates"].values()]
+    assert [row["p of all elements"] for row in (one, each)] == [
+        rates["p"] for rates in found["rates"].values()
+    ]
 
 
 def test_a_file_of_ones_own_is_a_task_as_well(tmp_path: Path) -> None:
-    rows = [{"text": f"{'good' if n % 2 else 'bad'} number {n}", "label": "good" if n % 2 else "bad"} for n in range(200)]
+    rows = [
+        {"text": f"{'good' if n % 2 else 'bad'} number {n}", "label": "good" if n % 2 else "bad"}
+        for n in range(200)
+    ]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    few = ("--out", str(tmp_path / "out"), "--tasks", str(tmp_path / "mine.jsonl"), "--examples", "10", "--seeds", "1")
+    few = (
+        "--out",
+        str(tmp_path / "out"),
+        "--tasks",
+        str(tmp_path / "mine.jsonl"),
+        "--examples",
+        "10",
+        "--seeds",
+        "1",
+    )
     told("encoder.py", *few, "--steps", "2")
     assert measured(tmp_path / "out" / "mine", "sweep")["setup"]["held_out_texts"] == 10
     longer = tried("encoder.py", *few, "--steps", "3")
     assert longer.returncode == 1
-    assert longer.stderr.endswith(f"{tmp_path / 'out' / 'mine'} was trained with steps 2, not 3: choose another --out\n")
+    assert longer.stderr.endswith(
+        f"{tmp_path / 'out' / 'mine'} was trained with steps 2, not 3: choose another --out\n"
+    )
 
 
 def test_recipes_are_all_here() -> None:
     found = {path.name for path in (ROOT / "recipes").iterdir() if path.is_file()}
     assert found == {
-        "quickstart.py", "counting.py", "merge_tasks.py", "accelerate_loop.py", "deepspeed_zero3.py", "deepspeed_zero3.json",
-        "encoder.py", "decoder.py", "pretrain_decoder.py", "when_it_breaks.py", "efficient_tuning.py", "continual_tasks.py",
+        "quickstart.py", "counting.py", "merge_tasks.py", "accelerate_loop.py", "deepspeed_zero3.py",
+        "deepspeed_zero3.json",
+        "encoder.py", "decoder.py", "pretrain_decoder.py", "when_it_breaks.py", "efficient_tuning.py",
+        "continual_tasks.py",
         "lottery_ticket.py", "subnetworks.py",
         "inputs.py", "tuning.py", "studies.py",
     }  # fmt: skip

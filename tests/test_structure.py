@@ -1,10 +1,12 @@
-"""The promises of the layout: floors, cheap imports, and nothing that hides randomness or swallows errors."""
+"""The promises of the layout: rooms in order, cheap imports, and nothing that hides randomness."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
@@ -14,115 +16,134 @@ import dare_train
 
 PACKAGE = Path(dare_train.__file__).parent
 
-MERGE = [
-    {f"merge.{name}" for name in floor.split()}
-    for floor in (
-        "checks parameters inputs vocabulary elements combinations matrices order walk devices",
-        "recipe methods rows drops naming",
-        "matching deltas configuration task",
-        "growth report tensors mergekit",
-        "on_device",
-        "merged",
-        "journal companions",
-        "driver",
-        "search",
-        "arguments",
-    )
+ROOMS = [
+    ["_version", "errors"],
+    ["config", "dtypes", "wandb_run"],
+    ["parallel"],
+    ["kernels"],
+    ["weights"],
+    ["package", "evaluation"],
+    ["extracting", "applying", "merging.methods", "merging.statistics"],
+    ["snapshots", "merging.models"],
+    ["merging.config"],
+    ["merging"],
+    ["training", "studies"],
+    ["reports"],
+    ["cli"],
+    ["__main__"],
 ]
-"""The floors of the folder `merge`, from the lowest."""
+"""The rooms, floor by floor from the lowest: folders, and the files that lie in none. Imports lead down."""
 
-STUDY = [
-    {f"study.{name}" for name in floor.split()}
-    for floor in (
-        "seat variants",
-        "points",
-        "sweep inside comparison",
-        "sweep_report inside_report comparison_report continual_report tickets_report masks_report rates_report",
-        "reporting",
-    )
-]
-"""The floors of the folder `study` that measure; those that draw lie below."""
+PUBLIC_FACE = "dare_train"
+"""Names resolve there when they are asked for. A room that asks does as its users do: only in a function."""
 
-FLOORS = [
-    {"errors", "_version"},
-    {"dtypes", "config", "record", "study.document", "study.loading", "study.texts"},
-    {"ranks", "offloaded", "study.drawing", "study.page"},
-    {"terminal", "parallel", "weights", "publish", "kernels.compiler", "kernels.reference"},
-    {"kernels.staging"},
-    {"kernels.compiled", "kernels.rows", "kernels.dense", "ownership", "engines", "lowrank"},
-    {"kernels.philox", "kernels.blocks", "kernels.plain", "lora", "filenames"},
-    {"kernels.fingerprints"},
-    {"kernels.cpu", "kernels.sums", "kernels.cuda", "kernels.pack", "kernels.unpack"},
-    {"kernels.choice"},
-    {"masks", "fingerprint", "checkpoint", "shards", "stats", "law"},
-    {"codec", "statistics_file", "layers", "tuning"},
-    {"manifest"},
-    {"manifest_reader"},
-    {"package", "card"},
-    {"segments"},
-    {"plan", "adapter_config"},
-    {"assembly", "adapters"},
-    {"resolve", "diagnose", "capture"},
-    {"packing", "decoding"},
-    {"gather"},
-    {"extract", "apply", "device", "origin"},
-    {"inplace"},
-    {"snapshot", "report", "rescaling", "cache"} | MERGE[0],
-    {"tracking"} | MERGE[1],
-    {"callback", "statistics"} | MERGE[2],
-    *MERGE[3:8],
-    MERGE[8] | {"study.publish"},
-    MERGE[9] | STUDY[0],
-    *STUDY[1:3],
-    {"continual", "rates", "subnetwork"},
-    {"tickets"},
-    *STUDY[3:],
-    {"study.commands"},
-    {"cli"},
-    {"__main__"},
-]
-"""A module imports from lower floors only. Imports inside functions count too, except those that LAZY names."""
-
-LAZY = {("package", "apply")}
-"""`DeltaPackage.verify(base)` rehearses an application: a convenience that points up, resolved when it is called."""
+ASK_THE_PUBLIC_FACE = {"package.reader"}
+"""`DeltaPackage.verify` is `dare_train.verify` under the name that users know."""
 
 FRAMEWORKS = {"torch", "triton", "transformers", "accelerate", "deepspeed", "wandb", "numba", "matplotlib"}
 
 
 def modules() -> dict[str, Path]:
-    found = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
-    return {name: path for name, path in found.items() if not name.endswith("__init__")}
+    """Every module but the public face, by its name within the package."""
+    names = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in PACKAGE.rglob("*.py")}
+    return {".".join(parts): path for path, parts in names.items() if parts[-1] != "__init__"}
 
 
-def imports(name: str, path: Path) -> set[str]:
-    """Modules of this package that a module imports, anywhere in its text."""
-    parents = name.split(".")
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def room_of(module: str) -> str:
+    """The folder that a module lies in; itself where it lies in none."""
+    return module.rpartition(".")[0] or module
+
+
+def imported(tree: ast.AST, parents: list[str]) -> Iterator[str]:
+    """Full names of what is imported from this package, anywhere in the text of a module in a folder."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
-            start = parents[: len(parents) - node.level]
+            start = parents[: len(parents) - node.level + 1]
             base = [*start, *(node.module.split(".") if node.module else [])]
-            found |= {".".join([*base, alias.name]) for alias in node.names} | {".".join(base)}
-    return found & modules().keys()
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+            yield ".".join(base)
 
 
-def upward_edges(floors: list[set[str]], edges: dict[str, set[str]]) -> list[tuple[str, str]]:
-    level = {name: number for number, floor in enumerate(floors) for name in floor}
-    return sorted((name, other) for name, others in edges.items() for other in others if level[other] >= level[name])
+def edges() -> dict[str, set[str]]:
+    """What each module imports of this package."""
+    known = modules()
+    trees = {name: ast.parse(path.read_text()) for name, path in known.items()}
+    return {name: {*imported(tree, name.split(".")[:-1])} & known.keys() for name, tree in trees.items()}
 
 
-def test_every_module_has_a_floor() -> None:
-    assert set().union(*FLOORS) == modules().keys()
+def between_rooms(imports: Mapping[str, set[str]]) -> set[tuple[str, str]]:
+    pairs = {(room_of(name), room_of(other)) for name, others in imports.items() for other in others}
+    return {(room, other) for room, other in pairs if room != other}
 
 
-def test_modules_import_from_lower_floors_only() -> None:
-    edges = {name: imports(name, path) for name, path in modules().items()}
-    assert sum(map(len, edges.values())) > 60, "the imports were not found"
-    assert set(upward_edges(FLOORS, edges)) == LAZY
+def arrows_up(rooms: list[list[str]], arrows: set[tuple[str, str]]) -> list[tuple[str, str]]:
+    floor = {room: number for number, floor in enumerate(rooms) for room in floor}
+    return sorted((room, other) for room, other in arrows if floor[other] >= floor[room])
 
 
-def test_an_upward_import_would_be_found() -> None:
-    assert upward_edges([{"low"}, {"high"}], {"low": {"high"}, "high": {"low"}}) == [("low", "high")]
+def circle(imports: Mapping[str, set[str]]) -> list[str]:
+    """The modules of one circle of imports; none where there is no circle."""
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        found: list[str] = error.args[1]
+        return found
+    return []
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room for floor in ROOMS for room in floor} == {room_of(name) for name in modules()}
+    assert sum(map(len, ROOMS)) <= 30
+    assert len(ROOMS) <= 15
+
+
+def test_the_ground_floor_is_small() -> None:
+    assert len([name for name in modules() if "." not in name]) + 1 <= 8, "files directly in dare_train/"
+
+
+def test_rooms_import_from_lower_rooms_only() -> None:
+    arrows = between_rooms(edges())
+    assert len(arrows) > 60, "the imports were not found"
+    assert arrows_up(ROOMS, arrows) == []
+
+
+def test_an_arrow_up_would_be_found() -> None:
+    rooms = [["low"], ["high"]]
+    assert arrows_up(rooms, {("low", "high"), ("high", "low")}) == [("low", "high")]
+
+
+def test_there_is_no_circle() -> None:
+    assert circle(edges()) == []
+
+
+def test_a_circle_would_be_found() -> None:
+    assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
+
+
+def test_rooms_ask_the_public_face_in_functions_only() -> None:
+    public = {*dare_train.__all__} - {"__version__"}
+    asking = set()
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text())
+        parents = name.split(".")[:-1]
+        if public & {*imported(tree, parents)}:
+            asking.add(name)
+            top = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+            assert not public & {*imported(ast.Module(list(top), []), parents)}
+    assert asking == ASK_THE_PUBLIC_FACE
+
+
+def test_names_of_files_are_unique() -> None:
+    names = [name.rpartition(".")[2] for name in modules()]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def test_every_room_says_what_belongs_there() -> None:
+    folders = sorted({path.parent for path in modules().values()} - {PACKAGE})
+    assert len(folders) > 10
+    for folder in folders:
+        lines = (folder / "README.md").read_text().strip().splitlines()
+        assert 3 <= len(lines) <= 14, f"{folder.name}/README.md has {len(lines)} lines"
 
 
 def loaded_by(code: str) -> set[str]:
@@ -132,8 +153,9 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_the_pinned_triton_is_the_one_that_the_pinned_torch_requires() -> None:
-    """PyPI's torch for Linux is built for CUDA and takes one version of Triton: with another in constraints.txt nothing can be set up
-    there. Builds for CPUs, as here perhaps, do not say so: look it up when raising one of them."""
+    """PyPI's torch for Linux is built for CUDA and takes one version of Triton: with another in
+    constraints.txt nothing can be set up there. Builds for CPUs, as here perhaps, do not say so: look it up
+    when raising one of them."""
     lines = (PACKAGE.parent / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split(";")[0].split("==") for line in lines if "==" in line)
     assert (pinned["torch"], pinned["triton"]) == ("2.13.0", "3.7.1")
@@ -142,26 +164,22 @@ def test_the_pinned_triton_is_the_one_that_the_pinned_torch_requires() -> None:
 
 
 def test_importing_the_package_loads_no_framework() -> None:
-    assert not loaded_by("import dare_train; dare_train.__all__; dir(dare_train)") & (FRAMEWORKS | {"numpy", "rich", "typer"})
+    code = "import dare_train; dare_train.__all__; dir(dare_train)"
+    assert not loaded_by(code) & (FRAMEWORKS | {"numpy", "rich", "typer"})
 
 
 def test_help_loads_no_framework() -> None:
-    code = "import sys; sys.argv = ['dare-train', '--help']\nfrom dare_train.cli import main\nmain()"
+    code = "import sys; sys.argv = ['dare-train', '--help']\nfrom dare_train.cli.main import main\nmain()"
     assert not loaded_by(code) & (FRAMEWORKS | {"numpy", "zstandard", "huggingface_hub"})
 
 
 def test_checkpoints_need_no_torch() -> None:
-    assert not loaded_by("import dare_train; dare_train.extract; dare_train.apply") & FRAMEWORKS
+    code = "import dare_train; dare_train.extract; dare_train.apply; dare_train.verify"
+    assert not loaded_by(code) & FRAMEWORKS
 
 
 def test_a_framework_would_be_noticed() -> None:
     assert "torch" in loaded_by("import dare_train; dare_train.DareCallback")
-
-
-def test_functions_stay_functions_when_their_modules_are_imported() -> None:
-    check = "assert callable(dare_train.apply) and callable(dare_train.extract)"
-    code = f"import dare_train\nfrom dare_train import apply_\nimport dare_train.extract\n{check}"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_unknown_names_are_attribute_errors() -> None:
@@ -173,7 +191,12 @@ def test_public_names_resolve() -> None:
     assert all(getattr(dare_train, name) is not None for name in dare_train.__all__)
 
 
-@pytest.mark.parametrize("forbidden", ["np.random.seed", "torch.manual_seed", "random.seed", "np.random.rand", "pickle", "eval(", "exec("])
+FORBIDDEN = [
+    "np.random.seed", "torch.manual_seed", "random.seed", "np.random.rand", "pickle", "eval(", "exec("
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("forbidden", FORBIDDEN)
 def test_no_global_randomness_and_nothing_executed(forbidden: str) -> None:
     sources = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
     assert len(sources) > 25

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import Words
-from .compiled import inlined, kernel
 from .fingerprints import copy_with_fingerprint, fingerprint, fingerprint_change
+from .numba_cache import inlined, kernel
 from .philox import BLOCK, Positions, draws, keep_mask, kept_positions
 
 __all__ = [
@@ -52,9 +52,11 @@ def _group_of(word, shift, groups):
 
 @inlined
 def _count_groups(base, shift, groups, cursor):
-    """Where in a stable sort by exponent field each quarter of `base` puts its first word of each group: cursor[quarter * groups + group].
+    """Where in a stable sort by exponent field each quarter of `base` puts its first word of each group:
+    cursor[quarter * groups + group].
 
-    Quarters, because neighbours are often of one group, and a counter cannot be raised again before it has been written.
+    Quarters, because neighbours are often of one group, and a counter cannot be raised again before it has
+    been written.
     """
     quarter = np.uint64(base.size // 4)
     for g in range(cursor.size):
@@ -87,7 +89,9 @@ def _all_if(bit):
 
 @inlined
 def _order(word, top):
-    """Words of floats as uint64 that ascend with their values, in the bits of a word; what is above them means nothing."""
+    """Words of floats as uint64 that ascend with their values, in the bits of a word; what is above them
+    means nothing.
+    """
     wide = np.uint64(word)
     return wide ^ (_all_if(wide >> top) | (_ONE << top))
 
@@ -120,7 +124,9 @@ def _distances_by_exponent(base, tuned, shift, groups, top, out, starts, cursor)
             b, t = base[lane * quarter + i], tuned[lane * quarter + i]
             out[_next(cursor, lane * groups + _group_of(b, shift, groups))] = word(_distance(b, t, top))
     for i in range(_FOUR * quarter, np.uint64(base.size)):
-        out[_next(cursor, _THREE * groups + _group_of(base[i], shift, groups))] = word(_distance(base[i], tuned[i], top))
+        out[_next(cursor, _THREE * groups + _group_of(base[i], shift, groups))] = word(
+            _distance(base[i], tuned[i], top)
+        )
 
 
 @kernel
@@ -130,9 +136,15 @@ def _from_distances(base, symbols, shift, groups, top, out, cursor):
     for i in range(quarter):
         for lane in range(_ZERO, _FOUR):
             b = base[lane * quarter + i]
-            out[lane * quarter + i] = word(_at_distance(b, symbols[_next(cursor, lane * groups + _group_of(b, shift, groups))], top))
+            out[lane * quarter + i] = word(
+                _at_distance(b, symbols[_next(cursor, lane * groups + _group_of(b, shift, groups))], top)
+            )
     for i in range(_FOUR * quarter, np.uint64(base.size)):
-        out[i] = word(_at_distance(base[i], symbols[_next(cursor, _THREE * groups + _group_of(base[i], shift, groups))], top))
+        out[i] = word(
+            _at_distance(
+                base[i], symbols[_next(cursor, _THREE * groups + _group_of(base[i], shift, groups))], top
+            )
+        )
 
 
 @kernel
@@ -154,14 +166,18 @@ def _expand(bitmap, values, out) -> int:
     found = 0
     for i in range(out.size):
         bit = (bitmap[i >> 3] >> np.uint8(i & 7)) & np.uint8(1)
-        out[i] = (values[min(found, last)] + one) * out.dtype.type(bit)  # branchless: bits are hard to predict
+        out[i] = (values[min(found, last)] + one) * out.dtype.type(
+            bit
+        )  # branchless: bits are hard to predict
         found += bit
     return found
 
 
 @kernel
 def _join(planes, width, out):
-    """out[i] = the bytes at i, n + i, 2n + i ... of `width` planes of n bytes, the least significant first."""
+    """out[i] = the bytes at i, n + i, 2n + i ... of `width` planes of n bytes, the least significant
+    first.
+    """
     for i in range(out.size):
         out[i] = out.dtype.type(planes[i])
     for plane in range(1, width):
@@ -172,7 +188,9 @@ def _join(planes, width, out):
 
 @kernel
 def _collapse(symbols, starts, bitmap, values, before) -> int:
-    """Undo `_expand`; before[g] is how many values come before symbol starts[g]. Returns how many there are."""
+    """Undo `_expand`; before[g] is how many values come before symbol starts[g]. Returns how many there
+    are.
+    """
     one = symbols.dtype.type(1)
     found, group = 0, 0
     for i in range(symbols.size):
@@ -188,7 +206,9 @@ def _collapse(symbols, starts, bitmap, values, before) -> int:
 
 @kernel
 def _law_bf16(base, tuned, factor, out):
-    """round_to_bf16(f32(base) + factor * (f32(tuned) - f32(base))), each operation rounded; equal words stay."""
+    """round_to_bf16(f32(base) + factor * (f32(tuned) - f32(base))), each operation rounded; equal words
+    stay.
+    """
     for i in range(base.size):
         b = np.uint32(np.uint32(base[i]) << np.uint32(16)).view(np.float32)
         t = np.uint32(np.uint32(tuned[i]) << np.uint32(16)).view(np.float32)
@@ -201,7 +221,9 @@ def _law_bf16(base, tuned, factor, out):
 
 @kernel
 def _magnitudes_bf16(own, tuned, counts, largest) -> int:
-    """Adds float32 |tuned - own| to `counts`, by the leading bits of each; returns how many are not finite and not counted."""
+    """Adds float32 |tuned - own| to `counts`, by the leading bits of each; returns how many are not finite
+    and not counted.
+    """
     top, strange = np.uint32(0), 0
     for i in range(own.size):
         b = np.uint32(np.uint32(own[i]) << np.uint32(16)).view(np.float32)
@@ -250,9 +272,13 @@ def from_distances(base: Words, symbols: Words, exponent_bits: int) -> Words:
 
 
 def expand(bitmap: NDArray[np.uint8], values: Words, kept: int) -> tuple[Words, int]:
-    """`kept` symbols from a bitmap of those that are not zero and the others less one, and how many bits were set."""
+    """`kept` symbols from a bitmap of those that are not zero and the others less one, and how many bits were
+    set.
+    """
     out = np.zeros(kept, values.dtype)
-    return out, _expand(bitmap, values, out) if values.size else int(np.unpackbits(bitmap, count=kept, bitorder="little").sum())
+    return out, _expand(bitmap, values, out) if values.size else int(
+        np.unpackbits(bitmap, count=kept, bitorder="little").sum()
+    )
 
 
 def join(planes: NDArray[np.uint8], out: Words) -> None:
@@ -261,7 +287,9 @@ def join(planes: NDArray[np.uint8], out: Words) -> None:
 
 
 def collapse(symbols: Words, starts: NDArray[np.int64]) -> tuple[NDArray[np.uint8], Words, NDArray[np.int64]]:
-    """A bitmap of the symbols that are not zero, those less one, and how many of them come before each of `starts`."""
+    """A bitmap of the symbols that are not zero, those less one, and how many of them come before each of
+    `starts`.
+    """
     bitmap = np.zeros(-(-symbols.size // 8), np.uint8)
     values, before = np.empty(symbols.size + 1, symbols.dtype), np.empty(starts.size, np.int64)
     return bitmap, values[: _collapse(symbols, starts, bitmap, values, before)], before
@@ -275,7 +303,8 @@ def law_bf16(base: Words, tuned: Words, factor: float) -> Words:
 
 
 def magnitudes_bf16(own: Words, tuned: Words, counts: NDArray[np.int64]) -> tuple[float, int]:
-    """Count float32 |tuned - own| of bfloat16 words by the leading 11 bits after the sign, into `counts`, shape (2048,).
+    """Count float32 |tuned - own| of bfloat16 words by the leading 11 bits after the sign, into `counts`,
+    shape (2048,).
 
     Returns the largest, and how many are not finite: those are not counted.
     """

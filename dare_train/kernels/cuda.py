@@ -1,4 +1,5 @@
-"""The operations of `reference` on whole models in a GPU's memory, in Triton: one launch for all tensors of a dtype.
+"""The operations of `reference` on whole models in a GPU's memory, in Triton: one launch for all tensors of a
+dtype.
 
 Bytes that each must move, per element of n bytes at drop rate p:
 
@@ -9,8 +10,9 @@ Bytes that each must move, per element of n bytes at drop rate p:
     put           2n + (1 - p)·n         read, values read, written
     add           2n + k·(1 - p)·n       the same with the values of k packages
 
-Products and sums are rounded one by one: kernels are launched with fusion of floating-point operations off. On CPU tensors
-these run in Triton's interpreter (TRITON_INTERPRET=1), which is how they are tested where there is no GPU.
+Products and sums are rounded one by one: kernels are launched with fusion of floating-point operations off.
+On CPU tensors these run in Triton's interpreter (TRITON_INTERPRET=1), which is how they are tested where
+there is no GPU.
 """
 
 from __future__ import annotations
@@ -23,11 +25,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import blocks
-from .blocks import at_address, draws, earlier, kept, of_plane, place, places, ranks, read, threshold_again, totals, write, zeros
+from . import cuda_blocks as blocks
+from .cuda_blocks import (
+    at_address,
+    draws,
+    earlier,
+    kept,
+    of_plane,
+    place,
+    places,
+    ranks,
+    read,
+    threshold_again,
+    totals,
+    write,
+    zeros,
+)
+from .launch_tables import BLOCK, PLANES, Masks, Rows, Term
 from .reference import UNITS
-from .rows import BLOCK, PLANES, Masks, Rows, Term
-from .staging import to_device
+from .transfers import to_device
 
 _WORDS = {torch.uint8: tl.uint8, torch.int16: tl.int16, torch.int32: tl.int32, torch.int64: tl.int64}
 # Kernels are compiled once for any number of rows, and wherever values lie.
@@ -127,8 +143,15 @@ def _print_of_some(words, block, low, high, factors, WIDTH: tl.constexpr, UNSIGN
 
 @triton.jit
 def _fingerprint(
-    table, row_of_block, factors, lanes, WORD: tl.constexpr, WIDTH: tl.constexpr, UNSIGNED: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
+    table,
+    row_of_block,
+    factors,
+    lanes,
+    WORD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNSIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     row, block, _, words, low, high = place(table, row_of_block, WORD, ALIGNED)
     if ALIGNED and high - low == _BLOCK:
         first, second = _print_of_whole(words, block, factors, WIDTH)
@@ -159,15 +182,27 @@ def _count(table, row_of_block, masks, numbers, counts, STORED: tl.constexpr):
 
 @triton.jit
 def _scatter(first, at, word):
-    """Write words to their places after `first`, those at 0 nowhere. Stores are laid out otherwise than loads, one element to a
-    thread: as 16 bits, places move between threads, and neither pointers nor masks."""
+    """Write words to their places after `first`, those at 0 nowhere. Stores are laid out otherwise than
+    loads, one element to a thread: as 16 bits, places move between threads, and neither pointers nor
+        masks."""
     tl.store(first + at.to(tl.int64), word, mask=at.to(tl.int32) > 0)
 
 
 @triton.jit
 def _move_block(
-    words, offsets, values, masks, numbers, block, before, low, high, STORED: tl.constexpr, WHOLE: tl.constexpr, PUT: tl.constexpr
-):  # fmt: skip
+    words,
+    offsets,
+    values,
+    masks,
+    numbers,
+    block,
+    before,
+    low,
+    high,
+    STORED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PUT: tl.constexpr,
+):
     planes, results = read(words, low, high, WHOLE), ()
     drawn = draws(tl.load(masks), block, numbers)
     firsts = earlier(drawn, masks, before, low, high, STORED, WHOLE)
@@ -203,15 +238,24 @@ def _take_both_block(
     WORD: tl.constexpr, EXPONENT: tl.constexpr, STORED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Returns the largest exponent among the tuned words, in its place."""
-    base_planes, tuned_planes, largest = read(base, low, high, WHOLE), read(tuned, low, high, WHOLE), zeros(WORD)
+    base_planes, tuned_planes, largest = (
+        read(base, low, high, WHOLE),
+        read(tuned, low, high, WHOLE),
+        zeros(WORD),
+    )
     drawn = draws(tl.load(masks), block, numbers)
     firsts = earlier(drawn, masks, before, low, high, STORED, WHOLE)
     threshold = threshold_again(masks)
     for plane in tl.static_range(_PLANES):
         keeps = kept(drawn, masks, threshold, before, low, high, plane, STORED, WHOLE)
-        at, first = tl.where(keeps, of_plane(firsts, plane) + ranks(keeps), 0).to(tl.int16), tl.load(offsets + plane) - 1
+        at, first = (
+            tl.where(keeps, of_plane(firsts, plane) + ranks(keeps), 0).to(tl.int16),
+            tl.load(offsets + plane) - 1,
+        )
         _scatter(own + first, at, base_planes[plane])
-        _scatter(new + first, at.to(tl.uint16), tuned_planes[plane])  # unsigned: places widened for both would move as 64 bits
+        _scatter(
+            new + first, at.to(tl.uint16), tuned_planes[plane]
+        )  # unsigned: places widened for both would move as 64 bits
         largest = tl.maximum(largest, tuned_planes[plane] & EXPONENT)
     return tl.max(largest)
 
@@ -221,21 +265,56 @@ def _take_both(
     table, row_of_block, masks, numbers, addresses, offsets, own, new, strange,
     WORD: tl.constexpr, EXPONENT: tl.constexpr, STORED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Kept words of rows and of others like them, which lie at `addresses`; and in `strange` which of these hold NaN or infinity."""
+    """Kept words of rows and of others like them, which lie at `addresses`; and in `strange` which of these
+    hold NaN or infinity.
+    """
     row, block, before, base, low, high = place(table, row_of_block, WORD, ALIGNED)
     tuned = at_address(tl.load(addresses + row), before, WORD, ALIGNED)
     masks, offsets = masks + 3 * row, offsets + _PLANES * tl.program_id(0)
     if high - low == _BLOCK:
-        largest = _take_both_block(base, tuned, offsets, own, new, masks, numbers, block, before, low, high, WORD, EXPONENT, STORED, True)
+        largest = _take_both_block(
+            base,
+            tuned,
+            offsets,
+            own,
+            new,
+            masks,
+            numbers,
+            block,
+            before,
+            low,
+            high,
+            WORD,
+            EXPONENT,
+            STORED,
+            True,
+        )
     else:
-        largest = _take_both_block(base, tuned, offsets, own, new, masks, numbers, block, before, low, high, WORD, EXPONENT, STORED, False)
+        largest = _take_both_block(
+            base,
+            tuned,
+            offsets,
+            own,
+            new,
+            masks,
+            numbers,
+            block,
+            before,
+            low,
+            high,
+            WORD,
+            EXPONENT,
+            STORED,
+            False,
+        )
     tl.atomic_max(strange + row, 1, mask=largest == EXPONENT, sem="relaxed")
 
 
 @triton.jit
 def _add_block(
     words, offsets, values, factors, masks, numbers, block, before, low, high, rows, blocks,
-    TERMS: tl.constexpr, DELTAS: tl.constexpr, STORED: tl.constexpr, WORD: tl.constexpr, CODE: tl.constexpr, WHOLE: tl.constexpr,
+    TERMS: tl.constexpr, DELTAS: tl.constexpr, STORED: tl.constexpr, WORD: tl.constexpr, CODE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     planes, results = read(words, low, high, WHOLE), ()
     drawn, firsts, thresholds = (), (), ()
@@ -273,9 +352,12 @@ def _add_block(
 @triton.jit(do_not_specialize=["rows", "blocks"])
 def _add(
     table, row_of_block, masks, numbers, factors, offsets, values, rows, blocks,
-    TERMS: tl.constexpr, DELTAS: tl.constexpr, STORED: tl.constexpr, WORD: tl.constexpr, CODE: tl.constexpr, ALIGNED: tl.constexpr,
+    TERMS: tl.constexpr, DELTAS: tl.constexpr, STORED: tl.constexpr, WORD: tl.constexpr, CODE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The arithmetic law (docs/format.md §5) for TERMS packages. Bit t of DELTAS and STORED says whether term t has deltas, bitmaps."""
+    """The arithmetic law (docs/format.md §5) for TERMS packages. Bit t of DELTAS and STORED says whether term
+    t has deltas, bitmaps.
+    """
     row, block, before, words, low, high = place(table, row_of_block, WORD, ALIGNED)
     masks, offsets, factors = masks + 3 * row, offsets + _PLANES * tl.program_id(0), factors + row
     if high - low == _BLOCK:
@@ -295,7 +377,16 @@ def fingerprint(rows: Rows) -> Tensor:
     lanes = torch.zeros((len(rows.rows), 2), dtype=torch.int64, device=rows.device)
     width = rows.dtype.itemsize
     unsigned = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}[width]
-    _launch(_fingerprint, rows, blocks.factors(rows.device), lanes, _WORDS[rows.word], width, unsigned, rows.aligned)
+    _launch(
+        _fingerprint,
+        rows,
+        blocks.factors(rows.device),
+        lanes,
+        _WORDS[rows.word],
+        width,
+        unsigned,
+        rows.aligned,
+    )
     return lanes
 
 
@@ -308,7 +399,9 @@ def counts(rows: Rows, masks: Masks) -> Tensor:
 
 def take(rows: Rows, masks: Masks, offsets: Tensor, out: Tensor) -> None:
     """Write kept words into `out`, each plane's from its offset on, in their order."""
-    _launch(_move, rows, *_of(rows, masks), offsets, out, _WORDS[rows.word], masks.stored, rows.aligned, False)
+    _launch(
+        _move, rows, *_of(rows, masks), offsets, out, _WORDS[rows.word], masks.stored, rows.aligned, False
+    )
 
 
 def take_both(base: Rows, tuned: Rows, masks: Masks, offsets: Tensor, own: Tensor, new: Tensor) -> Tensor:
@@ -328,7 +421,9 @@ def take_both(base: Rows, tuned: Rows, masks: Masks, offsets: Tensor, own: Tenso
 
 def put(rows: Rows, masks: Masks, offsets: Tensor, values: Tensor) -> None:
     """Make `values` the kept words, in place: the inverse of `take`."""
-    _launch(_move, rows, *_of(rows, masks), offsets, values, _WORDS[rows.word], masks.stored, rows.aligned, True)
+    _launch(
+        _move, rows, *_of(rows, masks), offsets, values, _WORDS[rows.word], masks.stored, rows.aligned, True
+    )
 
 
 def add(rows: Rows, terms: Sequence[Term]) -> None:

@@ -1,4 +1,5 @@
-"""Fingerprints (docs/format.md §3) on raw bits, compiled as in `cpu`: sums of 32-bit units times factors, and how many elements there are.
+"""Fingerprints (docs/format.md §3) on raw bits, compiled as in `cpu`: sums of 32-bit units times factors, and
+how many elements there are.
 
 1,024 units share a multiplier, by which their sum is multiplied once.
 """
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import Words
-from .compiled import inlined, kernel
+from .numba_cache import inlined, kernel
 from .philox import Positions
 
 UNITS = 1024
@@ -145,7 +146,9 @@ def copy_with_fingerprint(words: Words, start: int, out: Words) -> tuple[int, in
 
 
 def fingerprint_change(own: Words, new: Words, positions: Positions, start: int) -> tuple[int, int]:
-    """What is added to a fingerprint when the elements at `start + positions` (ascending) become `new` where they were `own`."""
+    """What is added to a fingerprint when the elements at `start + positions` (ascending) become `new` where
+    they were `own`.
+    """
     if own.itemsize == 8:
         halves = (2 * positions[:, None] + np.arange(2)).reshape(-1)
         return fingerprint_change(own.view(np.uint32), new.view(np.uint32), halves, 2 * start)

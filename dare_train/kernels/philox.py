@@ -7,7 +7,7 @@ import threading
 import numpy as np
 from numpy.typing import NDArray
 
-from .compiled import inlined, kernel
+from .numba_cache import inlined, kernel
 
 BLOCK = 8192
 """Elements that share 1,024 consecutive Philox counters; see docs/format.md."""
@@ -37,7 +37,9 @@ def _round(c0, c1, c2, c3, k0, k1):
 
 @inlined
 def _philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 (Salmon et al. 2011). Words are uint32 values in uint64; unrolled so that loops over it vectorise."""
+    """Philox4x32-10 (Salmon et al. 2011). Words are uint32 values in uint64; unrolled so that loops over it
+    vectorise.
+    """
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
     k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
@@ -61,7 +63,9 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 @inlined
 def _block_draws(key, block, domain, out, at):
-    """The 8,192 draws of one block from `at` on, planar: word w of counter j is draws 2w*1024+j (low half) and (2w+1)*1024+j."""
+    """The 8,192 draws of one block from `at` on, planar: word w of counter j is draws 2w*1024+j (low half)
+    and (2w+1)*1024+j.
+    """
     k0, k1 = key & _LOW, key >> _U32
     first = block * np.uint64(_COUNTERS)
     high = first >> _U32
@@ -115,9 +119,11 @@ def _bits_of(flags, first):
 
 @inlined
 def _write_positions(bits, first, out, at):
-    """first + position of each set bit, from out[at] on; up to 12 places behind the last may hold anything afterwards.
+    """first + position of each set bit, from out[at] on; up to 12 places behind the last may hold anything
+    afterwards.
 
-    How many there are is hard to predict, so they are written a few at a time, whether there are as many or not.
+    How many there are is hard to predict, so they are written a few at a time, whether there are as many or
+    not.
     """
     for k in range(4):
         out[at + k] = first + _ones(~bits & (bits - np.uint64(1)))
@@ -170,17 +176,28 @@ def keep_mask(key: int, start: int, count: int, threshold: int) -> NDArray[np.bo
 
 
 def kept_positions(key: int, start: int, count: int, threshold: int) -> Positions:
-    """Ascending positions relative to `start` of the kept elements among `count`: the set bits of `keep_mask`."""
+    """Ascending positions relative to `start` of the kept elements among `count`: the set bits of
+    `keep_mask`.
+    """
     room = _scratch.positions(count + _SLACK)
     flags = _scratch.flags
     kept = _kept_positions(
-        np.uint64(key), np.uint64(start), count, np.uint16(threshold), room, _scratch.draws, flags, flags.view(np.uint64)
+        np.uint64(key),
+        np.uint64(start),
+        count,
+        np.uint16(threshold),
+        room,
+        _scratch.draws,
+        flags,
+        flags.view(np.uint64),
     )
     return room[:kept].copy()
 
 
 class _Scratch(threading.local):
-    """Memory that a thread uses again and again: kernels allocate none, and fresh pages each time would be slow."""
+    """Memory that a thread uses again and again: kernels allocate none, and fresh pages each time would be
+    slow.
+    """
 
     def __init__(self) -> None:
         self.draws = np.empty(BLOCK, np.uint16)

@@ -1,7 +1,8 @@
-"""What the kernels compute, in plain torch: slow, short, and the definition. The other kernel sets are tested against it.
+"""What the kernels compute, in plain torch: slow, short, and the definition. The other kernel sets are tested
+against it.
 
-Words and draws are int64 tensors here, because torch computes little with unsigned types. 64-bit words wrap around,
-as they would in unsigned arithmetic; only shifts to the right need a mask.
+Words and draws are int64 tensors here, because torch computes little with unsigned types. 64-bit words wrap
+around, as they would in unsigned arithmetic; only shifts to the right need a mask.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ _LOW = 0xFFFFFFFF
 
 
 def philox(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
-    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): four uint32 words per counter."""
+    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): four uint32 words
+    per counter.
+    """
     k0, k1 = key & _LOW, key >> 32
     c0, c1, c2, c3 = counter
     for _ in range(10):
@@ -29,8 +32,8 @@ def philox(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Ten
 def draws(key: int, start: int, count: int, domain: int, device: torch.device | None = None) -> Tensor:
     """The 16-bit draws of flat indices [start, start + count), int64 in [0, 65536).
 
-    Index i lies in block i // 8192 at r = i % 8192. It takes half (r // 1024) % 2, low first, of word r // 2048 of
-    counter 1024 · block + r % 1024.
+    Index i lies in block i // 8192 at r = i % 8192. It takes half (r // 1024) % 2, low first, of word r //
+    2048 of counter 1024 · block + r % 1024.
     """
     index = torch.arange(start, start + count, device=device)
     block, r = index // BLOCK, index % BLOCK
@@ -62,22 +65,29 @@ def put(words: Tensor, positions: Tensor, values: Tensor) -> None:
 
 
 def fingerprint(words: Tensor, start: int, width: int) -> tuple[int, int]:
-    """Two lanes in [0, 2**64) of elements of `width` bytes whose flat indices begin at `start` (docs/format.md §3)."""
+    """Two lanes in [0, 2**64) of elements of `width` bytes whose flat indices begin at `start`
+    (docs/format.md §3).
+    """
     first, second = lanes(words, torch.arange(words.numel(), device=words.device), start, width).tolist()
     return first % 2**64, second % 2**64
 
 
-def fingerprint_change(own: Tensor, new: Tensor, positions: Tensor, start: int, width: int) -> tuple[int, int]:
-    """What is added to a fingerprint when the elements at flat indices `start + positions` become `new` where they were `own`."""
+def fingerprint_change(
+    own: Tensor, new: Tensor, positions: Tensor, start: int, width: int
+) -> tuple[int, int]:
+    """What is added to a fingerprint when the elements at flat indices `start + positions` become `new` where
+    they were `own`.
+    """
     first, second = (lanes(new, positions, start, width) - lanes(own, positions, start, width)).tolist()
     return first % 2**64, second % 2**64
 
 
 def lanes(words: Tensor, positions: Tensor, start: int, width: int) -> Tensor:
-    """The share that elements at `start + positions` have in a fingerprint, as the bits of two uint64, int64 [2].
+    """The share that elements at `start + positions` have in a fingerprint, as the bits of two uint64, int64
+    [2].
 
-    A tensor's bytes are read as units of 32 bits, little-endian. Elements have their bytes there, and zeros for those of others; and
-    each element counts as one more.
+    A tensor's bytes are read as units of 32 bits, little-endian. Elements have their bytes there, and zeros
+    for those of others; and each element counts as one more.
     """
     byte = (start + positions) * width
     sums = positions.numel() + _of_units((words << 8 * (byte % 4)) & _LOW, byte // 4)
@@ -92,13 +102,17 @@ def _of_units(units: Tensor, number: Tensor) -> Tensor:
 
 
 def unit_factors(number: Tensor) -> tuple[Tensor, Tensor]:
-    """What units of these numbers are multiplied by in either lane, beside the multiplier that 1,024 of them share; odd, below 2**32."""
+    """What units of these numbers are multiplied by in either lane, beside the multiplier that 1,024 of them
+    share; odd, below 2**32.
+    """
     mixed = split_mix(number % UNITS + _signed(1 << 63))
     return (mixed & _LOW) | 1, _right(mixed, 32) | 1
 
 
 def split_mix(number: Tensor) -> Tensor:
-    """Outputs of SplitMix64 seeded with 0 (Steele et al. 2014, "Fast splittable pseudorandom number generators"), the first for 0."""
+    """Outputs of SplitMix64 seeded with 0 (Steele et al. 2014, "Fast splittable pseudorandom number
+    generators"), the first for 0.
+    """
     v = (number + 1) * _signed(0x9E3779B97F4A7C15)
     v = (v ^ _right(v, 30)) * _signed(0xBF58476D1CE4E5B9)
     v = (v ^ _right(v, 27)) * _signed(0x94D049BB133111EB)
@@ -111,8 +125,11 @@ def ordered(words: Tensor, bits: int) -> Tensor:
     return torch.where(words & sign != 0, ~words, words | sign) & ones(bits)
 
 
-def distances_by_exponent(base: Tensor, tuned: Tensor, bits: int, exponent_bits: int, segment: Tensor | None = None) -> Tensor:
-    """Zigzag distances ordered(tuned) - ordered(base) modulo 2**bits, stably sorted by the base's exponent field.
+def distances_by_exponent(
+    base: Tensor, tuned: Tensor, bits: int, exponent_bits: int, segment: Tensor | None = None
+) -> Tensor:
+    """Zigzag distances ordered(tuned) - ordered(base) modulo 2**bits, stably sorted by the base's exponent
+    field.
 
     Of several segments, one after another, `segment` has each element's number.
     """
@@ -121,7 +138,9 @@ def distances_by_exponent(base: Tensor, tuned: Tensor, bits: int, exponent_bits:
     return zigzag[_by_exponent(base, bits, exponent_bits, segment)]
 
 
-def from_distances(base: Tensor, symbols: Tensor, bits: int, exponent_bits: int, segment: Tensor | None = None) -> Tensor:
+def from_distances(
+    base: Tensor, symbols: Tensor, bits: int, exponent_bits: int, segment: Tensor | None = None
+) -> Tensor:
     """Undo `distances_by_exponent`: the tuned words."""
     zigzag = torch.empty_like(symbols)
     zigzag[_by_exponent(base, bits, exponent_bits, segment)] = symbols
@@ -133,7 +152,8 @@ def from_distances(base: Tensor, symbols: Tensor, bits: int, exponent_bits: int,
 def law(base: Tensor, tuned: Tensor, factor: float) -> Tensor:
     """The arithmetic law on tensors of one floating-point dtype, one package, every element kept.
 
-    round_to_dtype(f32(base) + f32(factor) · (f32(tuned) - f32(base))), each operation rounded; bits that are equal stay.
+    round_to_dtype(f32(base) + f32(factor) · (f32(tuned) - f32(base))), each operation rounded; bits that are
+    equal stay.
     """
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
     rounded = torch.tensor(factor, dtype=wide)

@@ -1,4 +1,6 @@
-"""Sums of several deltas on raw bits, and the counts by which merging finds its thresholds; compiled as in `cpu`."""
+"""Sums of several deltas on raw bits, and the counts by which merging finds its thresholds; compiled as in
+`cpu`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import Words
-from .compiled import inlined, kernel
+from .numba_cache import inlined, kernel
 from .philox import Positions
 
 _HALF = np.uint32(0x7FFF)
@@ -19,7 +21,8 @@ _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _AT_A_TIME = 2048
 
 NAN_SIZE = np.uint32(0x7F800001)
-"""Bits of every NaN among magnitudes, since hardware disagrees on the payloads of those that it makes: the smallest one's."""
+"""Bits of every NaN among magnitudes, since hardware disagrees on the payloads of those that it makes: the
+smallest one's."""
 
 
 @inlined
@@ -94,7 +97,10 @@ def _deltas_bf16(own, tuned, factor, out):
 def _sizes_bf16(own, tuned, factor, out):
     zero = np.uint32(0)
     for i in range(own.size):
-        bits = np.float32(factor * np.float32(_widened(tuned[i]) - _widened(own[i]))).view(np.uint32) & _MAGNITUDE
+        bits = (
+            np.float32(factor * np.float32(_widened(tuned[i]) - _widened(own[i]))).view(np.uint32)
+            & _MAGNITUDE
+        )
         bits = bits if bits < NAN_SIZE else NAN_SIZE
         out[i] = bits if own[i] != tuned[i] else zero
 
@@ -141,7 +147,9 @@ def _add_agreeing(rows, first, size, weight, sums, total, counts):
 
 @kernel
 def _ties(rows, weights, normalize, out, sums, total, counts):
-    """`rows` holds weights.size rows of out.size; `sums`, `total` and `counts` as many elements as are worked on at a time."""
+    """`rows` holds weights.size rows of out.size; `sums`, `total` and `counts` as many elements as are worked
+    on at a time.
+    """
     zero, one = np.float32(0), np.float32(1)
     begun = 0
     while begun < out.size:
@@ -182,8 +190,11 @@ def widened_bf16(words: Words) -> NDArray[np.float32]:
     return out
 
 
-def add_at_bf16(own: Words, tuned: Words, positions: Positions | None, factor: float, total: NDArray[np.float32]) -> None:
-    """`total[positions] += f32(factor) · (f32(tuned) - f32(own))` where words differ, in place; NaNs become canonical.
+def add_at_bf16(
+    own: Words, tuned: Words, positions: Positions | None, factor: float, total: NDArray[np.float32]
+) -> None:
+    """`total[positions] += f32(factor) · (f32(tuned) - f32(own))` where words differ, in place; NaNs become
+    canonical.
 
     `own` and `tuned` are bfloat16 words at the positions; None stands for every element.
     """
@@ -203,8 +214,12 @@ def round_moved_bf16(words: Words, total: NDArray[np.float32]) -> None:
     _round_moved_bf16(words, total)
 
 
-def put_alone(words: Words, positions: Positions, own: Words, tuned: Words, movers: NDArray[np.uint16]) -> None:
-    """`words[positions] = tuned` where `tuned` differs from `own` and nothing else moved the element, in place."""
+def put_alone(
+    words: Words, positions: Positions, own: Words, tuned: Words, movers: NDArray[np.uint16]
+) -> None:
+    """`words[positions] = tuned` where `tuned` differs from `own` and nothing else moved the element, in
+    place.
+    """
     _put_alone(words, positions, own, tuned, movers)
 
 
@@ -223,7 +238,9 @@ def sizes_bf16(own: Words, tuned: Words, factor: float) -> NDArray[np.float32]:
 
 
 def keep_sizes(row: NDArray[np.float32], least: np.uint32, most: np.uint32) -> None:
-    """Make zero, in place, what has magnitudes of other bits than [least, most); NaN is above every number, and too large for no `most`."""
+    """Make zero, in place, what has magnitudes of other bits than [least, most); NaN is above every number,
+    and too large for no `most`.
+    """
     _keep_sizes(row, least, most)
 
 
@@ -233,13 +250,20 @@ def keep(row: NDArray[np.float32], kept: NDArray[np.bool_]) -> None:
 
 
 def masked_deltas_bf16(
-    own: Words, tuned: Words, draws: NDArray[np.uint16], threshold: int, factor: float, out: NDArray[np.float32]
+    own: Words,
+    tuned: Words,
+    draws: NDArray[np.uint16],
+    threshold: int,
+    factor: float,
+    out: NDArray[np.float32],
 ) -> None:
     """`deltas_bf16` where the draw is at least the threshold, else zero, into `out`."""
     _masked_deltas_bf16(own, tuned, draws, np.uint16(threshold), np.float32(factor), out)
 
 
-def ties(deltas: NDArray[np.float32], weights: NDArray[np.float32], *, normalize: bool) -> NDArray[np.float32]:
+def ties(
+    deltas: NDArray[np.float32], weights: NDArray[np.float32], *, normalize: bool
+) -> NDArray[np.float32]:
     """`merge.elements.ties` of float32 deltas [n, k], to the bit."""
     out = np.empty(deltas.shape[1], np.float32)
     _ties(deltas.reshape(-1), weights, np.uint8(normalize), out, *np.empty((3, _AT_A_TIME), np.float32))

@@ -36,12 +36,19 @@ def main() -> None:
     reports: dict[str, Report] = {}
     where = machine()
     if where["load_before"] > BUSY:
-        say(f"[yellow]the machine is busy (load average {where['load_before']:.1f}): times will be too long, ours and the peers'[/]")
+        say(
+            f"[yellow]the machine is busy (load average {where['load_before']:.1f}): times will "
+            "be too long, ours and the peers'[/]"
+        )
     for name in names:
         reports[name] = importlib.import_module(f".{MODULES[name]}", __package__).run(options.runs)
         show(reports[name])
         if options.json:
-            options.json.write_text(json.dumps({"machine": where, **{key: value.plain() for key, value in reports.items()}}, indent=1))
+            options.json.write_text(
+                json.dumps(
+                    {"machine": where, **{key: value.plain() for key, value in reports.items()}}, indent=1
+                )
+            )
 
 
 def everything() -> list[str]:
@@ -55,10 +62,19 @@ def everything() -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(prog="scripts/bench", description="Measure dare_train on this machine and say which targets it meets.")
+    result = argparse.ArgumentParser(
+        prog="scripts/bench", description="Measure dare_train on this machine and say which targets it meets."
+    )
     result.add_argument("benchmark", choices=[*MODULES, "all"], help="what to measure")
-    result.add_argument("--runs", type=positive, default=5, metavar="N", help="measured runs of each command (default: 5)")
-    result.add_argument("--json", type=Path, metavar="FILE", help="also write every measurement to FILE, relative to the repository")
+    result.add_argument(
+        "--runs", type=positive, default=5, metavar="N", help="measured runs of each command (default: 5)"
+    )
+    result.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write every measurement to FILE, relative to the repository",
+    )
     return result
 
 

@@ -1,7 +1,9 @@
-"""Whether merges agree with mergekit's: the same configuration, computed in float32 and written in bfloat16, by both.
+"""Whether merges agree with mergekit's: the same configuration, computed in float32 and written in bfloat16,
+by both.
 
-On float32 models no two magnitudes are equal, and results should differ by a rounding step at most. Deltas of bfloat16
-models repeat: among equals at a threshold mergekit keeps whichever its unstable sort puts first, we the first by index.
+On float32 models no two magnitudes are equal, and results should differ by a rounding step at most. Deltas of
+bfloat16 models repeat: among equals at a threshold mergekit keeps whichever its unstable sort puts first, we
+the first by index.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from .process import DARE_TRAIN, measure
 from .report import Row
 
 NOTES = [
-    "agreement: elements that differ from mergekit's by more than one bf16 step, and by any, tiny Llama, dtype float32, out_dtype bfloat16",
-    "float32 models have no equal magnitudes; among equals of bf16 models mergekit's choice is arbitrary, so trims are compared in float32",
+    "agreement: elements that differ from mergekit's by more than one bf16 step, and by any, "
+    "tiny Llama, dtype float32, out_dtype bfloat16",
+    "float32 models have no equal magnitudes; among equals of bf16 models mergekit's choice is "
+    "arbitrary, so trims are compared in float32",
 ]
 _EVERY = {"weight": 0.4}
 METHODS: dict[str, dict[str, Any]] = {
@@ -48,8 +52,14 @@ def rows(peers: Path) -> Iterator[Row]:
                 if kind == "bf16" and method in _TRIMS:
                     continue
                 far, any_ = _compared(peers, folder, method, base, models)
-                target = 0 if method in ("linear", "task_arithmetic", "ties", "slerp", "breadcrumbs", "model_stock") else None
-                yield Row(what=f"{method}, {kind} models: differ by more than a step", values=[far], at_most=target)
+                target = (
+                    0
+                    if method in ("linear", "task_arithmetic", "ties", "slerp", "breadcrumbs", "model_stock")
+                    else None
+                )
+                yield Row(
+                    what=f"{method}, {kind} models: differ by more than a step", values=[far], at_most=target
+                )
                 yield Row(what=f"{method}, {kind} models: differ at all", values=[100 * any_], unit="%")
 
 
@@ -63,13 +73,19 @@ def _float32(folder: Path) -> tuple[str, Path, list[Path]]:
     from safetensors.numpy import save_file
 
     generator = np.random.default_rng(5)
-    base = {name: generator.normal(scale=0.02, size=shape).astype(np.float32) for name, shape in llama.SHAPES["tiny"].tensors().items()}
+    base = {
+        name: generator.normal(scale=0.02, size=shape).astype(np.float32)
+        for name, shape in llama.SHAPES["tiny"].tensors().items()
+    }
     names = ["base", "one", "two", "three"]
     for name in names:
         (folder / name).mkdir(parents=True)
         shutil.copy(llama.pair("tiny").base / "config.json", folder / name)
         scale = 0.0 if name == "base" else 5e-4
-        tensors = {key: (value + generator.laplace(scale=scale, size=value.shape)).astype(np.float32) for key, value in base.items()}
+        tensors = {
+            key: (value + generator.laplace(scale=scale, size=value.shape)).astype(np.float32)
+            for key, value in base.items()
+        }
         save_file(tensors, folder / name / WEIGHTS, metadata={"format": "pt"})
     return "float32", folder / "base", [folder / name for name in names[1:]]
 
@@ -79,7 +95,10 @@ def _compared(peers: Path, folder: Path, method: str, base: Path, models: list[P
     asked = METHODS[method]
     config: dict[str, Any] = {
         "merge_method": method,
-        "models": [{"model": str(model), "parameters": asked.get("models", {})} for model in models[: asked.get("count")]],
+        "models": [
+            {"model": str(model), "parameters": asked.get("models", {})}
+            for model in models[: asked.get("count")]
+        ],
         "parameters": asked.get("parameters", {}),
         "dtype": "float32",
         "out_dtype": "bfloat16",
@@ -89,7 +108,13 @@ def _compared(peers: Path, folder: Path, method: str, base: Path, models: list[P
     (folder / "merge.yml").write_text(json.dumps(config))
     for out in ("theirs", "ours"):
         shutil.rmtree(folder / out, ignore_errors=True)
-    theirs: list[str | Path] = [peers / "mergekit-yaml", folder / "merge.yml", folder / "theirs", "--no-copy-tokenizer", "--quiet"]
+    theirs: list[str | Path] = [
+        peers / "mergekit-yaml",
+        folder / "merge.yml",
+        folder / "theirs",
+        "--no-copy-tokenizer",
+        "--quiet",
+    ]
     measure(theirs, env={"HF_HUB_OFFLINE": "1"})
     measure([*DARE_TRAIN, "merge", folder / "merge.yml", "--out", folder / "ours"])
     steps = np.concatenate(list(_steps(folder / "theirs", folder / "ours")))
@@ -98,7 +123,7 @@ def _compared(peers: Path, folder: Path, method: str, base: Path, models: list[P
 
 def _steps(theirs: Path, ours: Path) -> Iterator[NDArray[np.int32]]:
     """How many bf16 numbers lie between the two, tensor by tensor."""
-    from dare_train.checkpoint import Checkpoint
+    from dare_train.weights.checkpoint import Checkpoint
 
     one, other = Checkpoint.open(theirs), Checkpoint.open(ours)
     if one.tensors.keys() != other.tensors.keys():

@@ -1,7 +1,9 @@
-"""`dare-train apply` to a 468 M bf16 base in the page cache, beside `cp` of the base's file in the same minute.
+"""`dare-train apply` to a 468 M bf16 base in the page cache, beside `cp` of the base's file in the same
+minute.
 
-The file system's speed is no merit of ours, so the target is relative to copying. The two alternate, and each output is
-deleted before the next process starts: pages that a machine touches for the first time are slow, for both alike.
+The file system's speed is no merit of ours, so the target is relative to copying. The two alternate, and each
+output is deleted before the next process starts: pages that a machine touches for the first time are slow,
+for both alike.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ def run(runs: int) -> Report:
         extract(pair, folder / "package")
         rounds = [(copy(pair.base, folder / "out"), apply(pair.base, folder)) for _ in range(1 + runs)][1:]
         check(folder)
-    return Report(title="dare-train apply: 468 M, bf16, page cache", rows=_rows(rounds), notes=["result verified against the record"])
+    return Report(
+        title="dare-train apply: 468 M, bf16, page cache",
+        rows=_rows(rounds),
+        notes=["result verified against the record"],
+    )
 
 
 def _rows(rounds: list[tuple[Measured, Measured]]) -> list[Row]:
@@ -35,8 +41,17 @@ def _rows(rounds: list[tuple[Measured, Measured]]) -> list[Row]:
         Row(what="apply, wall time", values=[ours.seconds for _, ours in rounds], unit="s"),
         Row(what="apply / cp", values=[ours.seconds / cp.seconds for cp, ours in rounds], unit="×"),
         Row(what=f"apply / ({FACTOR} cp + {SECONDS:g} s)", values=allowed, unit="×", at_most=1),
-        Row(what="peak anonymous memory", values=[ours.anonymous for _, ours in rounds], unit="MB", at_most=ANONYMOUS_MB),
-        Row(what="peak resident set, mapped files included", values=[ours.resident for _, ours in rounds], unit="MB"),
+        Row(
+            what="peak anonymous memory",
+            values=[ours.anonymous for _, ours in rounds],
+            unit="MB",
+            at_most=ANONYMOUS_MB,
+        ),
+        Row(
+            what="peak resident set, mapped files included",
+            values=[ours.resident for _, ours in rounds],
+            unit="MB",
+        ),
     ]
 
 
@@ -60,12 +75,14 @@ def check(folder: Path) -> None:
         RuntimeError: it is not the one that the package records.
     """
     from dare_train import DeltaPackage
-    from dare_train.checkpoint import Checkpoint
-    from dare_train.fingerprint import Fingerprint, model_fingerprint
+    from dare_train.weights.checkpoint import Checkpoint
+    from dare_train.weights.fingerprint import Fingerprint, model_fingerprint
 
     result = Checkpoint.open(folder / "out")
     prints = {name: Fingerprint.of(result.read(name, 0, info.numel)) for name, info in result.tensors.items()}
-    found = model_fingerprint((name, info.dtype.code, info.shape, prints[name]) for name, info in result.tensors.items())
+    found = model_fingerprint(
+        (name, info.dtype.code, info.shape, prints[name]) for name, info in result.tensors.items()
+    )
     recorded = DeltaPackage.open(folder / "package").manifest.result
     if found != recorded:
         raise RuntimeError(f"{folder / 'out'}: fingerprint {found}, the package records {recorded}")

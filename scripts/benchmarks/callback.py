@@ -1,4 +1,6 @@
-"""How long training waits for a snapshot of `DareCallback`, beside `save_pretrained` of the same model in the same run."""
+"""How long training waits for a snapshot of `DareCallback`, beside `save_pretrained` of the same model in the
+same run.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,32 @@ from .common import remove, scratch
 from .report import Report, Row
 
 EVERY = 4
-"""Steps from one snapshot to the next; `save_pretrained` is timed halfway, when the snapshot's worker is done."""
+"""Steps from one snapshot to the next; `save_pretrained` is timed halfway, when the snapshot's worker is
+done."""
 SHARE = 0.25
 
 
 def run(runs: int) -> Report:
-    """One training of all-MiniLM-L6-v2 in fp32 with `runs` snapshots and as many calls of `save_pretrained`."""
+    """One training of all-MiniLM-L6-v2 in fp32 with `runs` snapshots and as many calls of
+    `save_pretrained`.
+    """
     with scratch() as folder:
         waited, saved = _train(runs, folder)
     rows = [
         Row(what="save_pretrained", values=saved, unit="s"),
         Row(what="training waits for a snapshot", values=waited, unit="s"),
-        Row(what="snapshot / save_pretrained", values=[w / s for w, s in zip(waited, saved, strict=True)], unit="×", at_most=SHARE),
+        Row(
+            what="snapshot / save_pretrained",
+            values=[w / s for w, s in zip(waited, saved, strict=True)],
+            unit="×",
+            at_most=SHARE,
+        ),
     ]
-    return Report(title="DareCallback(p=0.9): all-MiniLM-L6-v2, 22.7 M, fp32", rows=rows, notes=["the first snapshot is counted too"])
+    return Report(
+        title="DareCallback(p=0.9): all-MiniLM-L6-v2, 22.7 M, fp32",
+        rows=rows,
+        notes=["the first snapshot is counted too"],
+    )
 
 
 def _train(runs: int, folder: Path) -> tuple[list[float], list[float]]:
@@ -34,7 +48,9 @@ def _train(runs: int, folder: Path) -> tuple[list[float], list[float]]:
     from dare_train import DareCallback
 
     model, snapshots, saves = finetune.classifier(), DareCallback(p=0.9), _save_timer(folder / "saved")
-    args = finetune.arguments(folder / "run", EVERY * runs, save_strategy="steps", save_steps=EVERY, save_only_model=True)
+    args = finetune.arguments(
+        folder / "run", EVERY * runs, save_strategy="steps", save_steps=EVERY, save_only_model=True
+    )
     Trainer(model=model, args=args, train_dataset=finetune.examples(), callbacks=[snapshots, saves]).train()
     return list(snapshots.waited)[:runs], saves.seconds
 

@@ -69,11 +69,13 @@ def size(folder: Path) -> int:
 
 def parameters(folder: Path) -> int:
     """Elements of all tensors of a checkpoint."""
-    from dare_train.checkpoint import Checkpoint
+    from dare_train.weights.checkpoint import Checkpoint
 
     return sum(info.numel for info in Checkpoint.open(folder).tensors.values())
 
 
 def bits_per_parameter(package: Path, pair: Pair) -> float:
-    """8 × bytes of the whole package folder, manifest and card included, over the tuned model's parameters."""
+    """8 × bytes of the whole package folder, manifest and card included, over the tuned model's
+    parameters.
+    """
     return 8 * size(package) / parameters(pair.tuned)

@@ -1,4 +1,6 @@
-"""`dare-train extract` of a 468 M bf16 pair that lies in the page cache: the whole process, its time and its own memory."""
+"""`dare-train extract` of a 468 M bf16 pair that lies in the page cache: the whole process, its time and its
+own memory.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,17 @@ def run(runs: int) -> Report:
         density = bits_per_parameter(package, pair)
     rows = [
         Row(what="wall time", values=[one.seconds for one in measured], unit="s", at_most=SECONDS),
-        Row(what="peak anonymous memory", values=[one.anonymous for one in measured], unit="MB", at_most=ANONYMOUS_MB),
-        Row(what="peak resident set, mapped files included", values=[one.resident for one in measured], unit="MB"),
+        Row(
+            what="peak anonymous memory",
+            values=[one.anonymous for one in measured],
+            unit="MB",
+            at_most=ANONYMOUS_MB,
+        ),
+        Row(
+            what="peak resident set, mapped files included",
+            values=[one.resident for one in measured],
+            unit="MB",
+        ),
         Row(what="package (synthetic deltas: see size)", values=[density], unit="bit/param"),
     ]
     return Report(title="dare-train extract --p 0.9: 468 M, bf16, page cache", rows=rows)

@@ -1,7 +1,9 @@
-"""A real fine-tune: all-MiniLM-L6-v2 (22.7 M) learns to tell to which standard-library package a piece of Python belongs.
+"""A real fine-tune: all-MiniLM-L6-v2 (22.7 M) learns to tell to which standard-library package a piece of
+Python belongs.
 
-fp32 training as the Trainer does it by default (AdamW, linear decay), 250 steps of 32; base and tuned are saved as bf16.
-The text is the running Python's own standard library, so another Python version gives a slightly different fine-tune.
+fp32 training as the Trainer does it by default (AdamW, linear decay), 250 steps of 32; base and tuned are
+saved as bf16. The text is the running Python's own standard library, so another Python version gives a
+slightly different fine-tune.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ PER_PACKAGE = 560
 
 def pair() -> Pair:
     """The fine-tuned pair from the cache, trained the first time."""
-    folder = cached("minilm", f"fine-tuning all-MiniLM-L6-v2 for {STEPS} steps: about 5 minutes on two cores", _make)
+    folder = cached(
+        "minilm", f"fine-tuning all-MiniLM-L6-v2 for {STEPS} steps: about 5 minutes on two cores", _make
+    )
     return Pair(folder / "base", folder / "tuned")
 
 
@@ -40,7 +44,9 @@ def _make(folder: Path) -> None:
 
     model = classifier()
     save_as_bf16(model, folder / "base")
-    trainer = Trainer(model=model, args=arguments(folder / "unused", STEPS, save_strategy="no"), train_dataset=examples())
+    trainer = Trainer(
+        model=model, args=arguments(folder / "unused", STEPS, save_strategy="no"), train_dataset=examples()
+    )
     trainer.train()
     save_as_bf16(model, folder / "tuned")
 
@@ -59,7 +65,9 @@ def classifier() -> PreTrainedModel:
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_pretrained(original(), num_labels=len(PACKAGES), dtype=torch.float32)
+    return AutoModelForSequenceClassification.from_pretrained(
+        original(), num_labels=len(PACKAGES), dtype=torch.float32
+    )
 
 
 def arguments(out: Path, steps: int, **options: Any) -> TrainingArguments:
@@ -85,9 +93,15 @@ def examples() -> list[dict[str, Any]]:
 
     tokenizer: Callable[..., Any] = AutoTokenizer.from_pretrained(original())
     texts = [(text, label) for label, package in enumerate(PACKAGES) for text in snippets(package)]
-    encoded = tokenizer([text for text, _ in texts], truncation=True, max_length=LONGEST, padding="max_length")
+    encoded = tokenizer(
+        [text for text, _ in texts], truncation=True, max_length=LONGEST, padding="max_length"
+    )
     return [
-        {"input_ids": encoded["input_ids"][row], "attention_mask": encoded["attention_mask"][row], "labels": label}
+        {
+            "input_ids": encoded["input_ids"][row],
+            "attention_mask": encoded["attention_mask"][row],
+            "labels": label,
+        }
         for row, (_, label) in enumerate(texts)
     ]
 

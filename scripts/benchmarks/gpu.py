@@ -1,7 +1,8 @@
-"""Kernels of a GPU on a 7 B-shaped bf16 model at p = 0.9, beside a copy of the same bytes on the same GPU in the same run.
+"""Kernels of a GPU on a 7 B-shaped bf16 model at p = 0.9, beside a copy of the same bytes on the same GPU in
+the same run.
 
-Times are of the device (CUDA events), medians of runs after two that are not counted. Bandwidth is bytes read plus bytes written,
-as counted at the top of `dare_train/kernels/cuda.py`, over time.
+Times are of the device (CUDA events), medians of runs after two that are not counted. Bandwidth is bytes read
+plus bytes written, as counted at the top of `dare_train/kernels/cuda.py`, over time.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from torch import Tensor
 from dare_train import apply_, extract
 from dare_train.config import threshold_of
 from dare_train.dtypes import DTYPES
-from dare_train.kernels.rows import Masks, Row, Rows, Term, offsets_of
-from dare_train.merge.driver import merged_weights
-from dare_train.merge.task import task_of
-from dare_train.parallel import ordered_map
+from dare_train.kernels.launch_tables import Masks, Row, Rows, Term, offsets_of
+from dare_train.merging.config.task import task_of
+from dare_train.merging.merge import merged_weights
+from dare_train.parallel.threads import ordered_map
 
 from . import llama
 from .common import WEIGHTS, scratch
@@ -47,18 +48,27 @@ def run(runs: int) -> Report:
         raise SystemExit("scripts/bench gpu needs a CUDA device, and this machine has none")
     model = Model.random()  # before anything is loaded: it takes most of the memory
     rows = [*_memory(model, runs), *_beside_torch(runs), *_cold(runs), *_merge(runs)]
-    return Report(title=f"Kernels on {torch.cuda.get_device_name()}, 7 B-shaped, bf16, p = {DROP_RATE}", rows=rows, notes=_versions())
+    return Report(
+        title=f"Kernels on {torch.cuda.get_device_name()}, 7 B-shaped, bf16, p = {DROP_RATE}",
+        rows=rows,
+        notes=_versions(),
+    )
 
 
 def _versions() -> list[str]:
     import triton
 
-    return [f"torch {torch.__version__}, CUDA {torch.version.cuda}, triton {triton.__version__}, driver {_driver()}"]
+    return [
+        f"torch {torch.__version__}, CUDA {torch.version.cuda}, triton {triton.__version__}, "
+        f"driver {_driver()}"
+    ]
 
 
 def _driver() -> str:
     version = Path("/proc/driver/nvidia/version")
-    return version.read_text().split("\n")[0].split("Module")[-1].split()[0] if version.exists() else "unknown"
+    return (
+        version.read_text().split("\n")[0].split("Module")[-1].split()[0] if version.exists() else "unknown"
+    )
 
 
 @dataclass(frozen=True)
@@ -74,12 +84,20 @@ class Model:
     @classmethod
     def random(cls) -> Model:
         flats = [torch.randint(0, 1 << 15, (numel,), dtype=torch.int16, device="cuda") for numel in _sizes()]
-        rows = Rows(dtype=DTYPES["BF16"], rows=tuple(Row(flat=flat, start=0, count=flat.numel()) for flat in flats))
+        rows = Rows(
+            dtype=DTYPES["BF16"], rows=tuple(Row(flat=flat, start=0, count=flat.numel()) for flat in flats)
+        )
         masks = [
-            Masks(keys=[7919 * seed + n for n in range(len(flats))], thresholds=[threshold_of(DROP_RATE)] * len(flats)) for seed in range(3)
+            Masks(
+                keys=[7919 * seed + n for n in range(len(flats))],
+                thresholds=[threshold_of(DROP_RATE)] * len(flats),
+            )
+            for seed in range(3)
         ]
         counts = [_kernels().counts(rows, one) for one in masks]
-        values = [torch.randint(0, 1 << 15, (int(one.sum()),), dtype=torch.int16, device="cuda") for one in counts]
+        values = [
+            torch.randint(0, 1 << 15, (int(one.sum()),), dtype=torch.int16, device="cuda") for one in counts
+        ]
         return cls(rows, masks, [offsets_of(one) for one in counts], values, torch.empty_like(values[0]))
 
     @property
@@ -116,7 +134,10 @@ def _memory(model: Model, runs: int) -> list[Line]:
     printed = _seconds(lambda: kernels.fingerprint(rows), runs)
     taken = _seconds(lambda: kernels.take(rows, masks, offsets, model.own), runs)
     tuned, new = (
-        Rows(dtype=rows.dtype, rows=tuple(Row(flat=row.flat.clone(), start=0, count=row.count) for row in rows.rows)),
+        Rows(
+            dtype=rows.dtype,
+            rows=tuple(Row(flat=row.flat.clone(), start=0, count=row.count) for row in rows.rows),
+        ),
         torch.empty_like(values),
     )
     extracted = _seconds(lambda: kernels.take_both(rows, tuned, masks, offsets, model.own, new), runs)
@@ -128,16 +149,35 @@ def _memory(model: Model, runs: int) -> list[Line]:
     copied = [2 * n / seconds for seconds in copy]
     return [
         Line(what="copy on the device", values=[rate / 1e12 for rate in copied], unit="TB/s"),
-        Line(what="read on the device (torch.sum)", values=[n / seconds / 1e12 for seconds in read], unit="TB/s"),
+        Line(
+            what="read on the device (torch.sum)",
+            values=[n / seconds / 1e12 for seconds in read],
+            unit="TB/s",
+        ),
         _share("apply: one resident package put into place", put, 2 * n + kept, median(copied), 0.7),
         Line(what="apply: the same", values=[1e3 * seconds for seconds in put], unit="ms"),
         _share("revert: the words that were there, put back", back, 2 * n + kept, median(copied), 0.6),
-        _share("extract: kept words of base and tuned gathered in one pass", extracted, 2 * (n + kept), median(copied), 0.6),
+        _share(
+            "extract: kept words of base and tuned gathered in one pass",
+            extracted,
+            2 * (n + kept),
+            median(copied),
+            0.6,
+        ),
         _share("snapshot: kept words of the weights gathered", taken, n + kept, median(copied), None),
-        Line(what="counts of kept words, before either", values=[1e3 * seconds for seconds in counted], unit="ms"),
+        Line(
+            what="counts of kept words, before either",
+            values=[1e3 * seconds for seconds in counted],
+            unit="ms",
+        ),
         _share("fingerprint, of a read", printed, n, n / median(read), 0.8),
         _share("apply: one package by the arithmetic law", one, 2 * n + kept, median(copied), None),
-        Line(what="three packages in one pass / one", values=[t / median(one) for t in several], unit="×", at_most=1.6),
+        Line(
+            what="three packages in one pass / one",
+            values=[t / median(one) for t in several],
+            unit="×",
+            at_most=1.6,
+        ),
     ]
 
 
@@ -174,18 +214,29 @@ def _beside_torch(runs: int) -> list[Line]:
 
     theirs = _seconds(dense, runs)
     return [
-        Line(what="torch (mask, where, index_add) / ours", values=[median(theirs) / one for one in ours], unit="×", at_least=8),
+        Line(
+            what="torch (mask, where, index_add) / ours",
+            values=[median(theirs) / one for one in ours],
+            unit="×",
+            at_least=8,
+        ),
         Line(what="our peak extra memory / torch's", values=[extra / _peak(dense)], unit="×", at_most=0.25),
     ]
 
 
 def _cold(runs: int) -> list[Line]:
-    """A package file in the page cache, until the model has it on it and both fingerprints agree; wall time."""
+    """A package file in the page cache, until the model has it on it and both fingerprints agree; wall
+    time.
+    """
     pair = llama.pair("468M")
     state = load_file(pair.base / WEIGHTS, device="cuda")
     with scratch() as folder:
         package = extract(pair.base, pair.tuned, folder / "package", p=DROP_RATE)
-        frames = [bytes(frame) for name, record in package.records.items() for _, frame in package.frames(name, 0, record.info.numel)]
+        frames = [
+            bytes(frame)
+            for name, record in package.records.items()
+            for _, frame in package.frames(name, 0, record.info.numel)
+        ]
 
         def least() -> None:
             torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8).cuda()
@@ -199,18 +250,34 @@ def _cold(runs: int) -> list[Line]:
             applied.pop().revert()
     return [
         Line(what="cold: apply_ of a 468 M package", values=[1e3 * own for own, _ in times[1:]], unit="ms"),
-        Line(what="cold / (compressed bytes to the device + zstd on all cores)", values=[a / b for a, b in times[1:]], unit="×", at_most=3),
+        Line(
+            what="cold / (compressed bytes to the device + zstd on all cores)",
+            values=[a / b for a, b in times[1:]],
+            unit="×",
+            at_most=3,
+        ),
     ]
 
 
 def _merge(runs: int) -> list[Line]:
     """TIES of two models, nothing written: from where they lie to words in the host's memory; wall time."""
     pair = llama.pair("468M")
-    there, here = ([load_file(one / WEIGHTS, device=device) for one in (pair.base, pair.tuned, pair.tuned)] for device in ("cuda", "cpu"))
+    there, here = (
+        [load_file(one / WEIGHTS, device=device) for one in (pair.base, pair.tuned, pair.tuned)]
+        for device in ("cuda", "cpu")
+    )
     times = [(_wall(lambda: _merged(there)), _wall(lambda: _merged(here))) for _ in range(runs + 1)][1:]
     return [
-        Line(what="merge: ties of two 468 M models on the device, to the host", values=[1e3 * own for own, _ in times], unit="ms"),
-        Line(what="the same on all cores / on the device", values=[other / own for own, other in times], unit="×"),
+        Line(
+            what="merge: ties of two 468 M models on the device, to the host",
+            values=[1e3 * own for own, _ in times],
+            unit="ms",
+        ),
+        Line(
+            what="the same on all cores / on the device",
+            values=[other / own for own, other in times],
+            unit="×",
+        ),
     ]
 
 

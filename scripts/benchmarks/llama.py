@@ -1,4 +1,6 @@
-"""Llama-shaped pairs of bf16 checkpoints of any size: normal base weights, Laplace-distributed deltas, a real LlamaConfig."""
+"""Llama-shaped pairs of bf16 checkpoints of any size: normal base weights, Laplace-distributed deltas, a real
+LlamaConfig.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from .common import WEIGHTS, Pair, cached
 SEED = 0
 BASE_STD = 0.02
 DELTA_SCALE = 0.0005
-"""Mean |δ|: about 5 % of the base's, so that nearly every bf16 weight changes. Real fine-tunes compress better."""
+"""Mean |δ|: about 5 % of the base's, so that nearly every bf16 weight changes. Real fine-tunes compress
+better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,9 @@ SHAPES = {
 
 def pair(name: str) -> Pair:
     """The pair of that size from the cache, made the first time: the same bits on every machine."""
-    folder = cached(f"llama-{name}", f"making a {name} Llama-shaped pair", lambda folder: _make(SHAPES[name], folder))
+    folder = cached(
+        f"llama-{name}", f"making a {name} Llama-shaped pair", lambda folder: _make(SHAPES[name], folder)
+    )
     return Pair(folder / "base", folder / "tuned")
 
 
@@ -58,7 +63,11 @@ def others(name: str, count: int) -> list[Path]:
     """`count` further models of the pair's base, with deltas of their own."""
     base = pair(name).base / WEIGHTS
     return [
-        cached(f"llama-{name}-{seed}", f"making another {name} model", partial(_another, SHAPES[name], base, seed))
+        cached(
+            f"llama-{name}-{seed}",
+            f"making another {name} model",
+            partial(_another, SHAPES[name], base, seed),
+        )
         for seed in range(1, count + 1)
     ]
 

@@ -1,7 +1,9 @@
-"""What a GPU's kernels compute for each element, counted in their machine code for Hopper: bf16, whole blocks, seeded masks. No GPU needed.
+"""What a GPU's kernels compute for each element, counted in their machine code for Hopper: bf16, whole
+blocks, seeded masks. No GPU needed.
 
-A block's instructions are one after another, without loops; all but no-ops are counted, also those that are not executed because
-their predicate is false. Beside them what a memory that moves 4 TB/s leaves time for: 30 T instructions a second are issued at most.
+A block's instructions are one after another, without loops; all but no-ops are counted, also those that are
+not executed because their predicate is false. Beside them what a memory that moves 4 TB/s leaves time for: 30
+T instructions a second are issued at most.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dare_train.kernels import cuda
-from dare_train.kernels.blocks import THREADS, at_address, place
-from dare_train.kernels.rows import BLOCK
+from dare_train.kernels.cuda_blocks import THREADS, at_address, place
+from dare_train.kernels.launch_tables import BLOCK
 
 from .report import Report, Row
 
@@ -66,7 +68,24 @@ def _take_both(table, row_of_block, masks, numbers, addresses, offsets, own, new
 def _add(table, row_of_block, masks, numbers, factors, offsets, values, rows, blocks, TERMS: tl.constexpr):
     _, block, before, words, low, high = place(table, row_of_block, _WORD, True)
     cuda._add_block(
-        words, offsets, values, factors, masks, numbers, block, before, low, high, rows, blocks, TERMS, 0, 0, _WORD, "BF16", True
+        words,
+        offsets,
+        values,
+        factors,
+        masks,
+        numbers,
+        block,
+        before,
+        low,
+        high,
+        rows,
+        blocks,
+        TERMS,
+        0,
+        0,
+        _WORD,
+        "BF16",
+        True,
     )
 
 
@@ -96,7 +115,11 @@ def run(_: int) -> Report:
         rows.append(Row(what=f"{name}, instructions of a thread", values=[count], unit="per element"))
         if moved:
             rows.append(
-                Row(what=f"  time to issue them / to move {moved:.3g} bytes", values=[(count / ISSUED) / (moved / MOVED)], unit="×")
+                Row(
+                    what=f"  time to issue them / to move {moved:.3g} bytes",
+                    values=[(count / ISSUED) / (moved / MOVED)],
+                    unit="×",
+                )
             )
         rows.append(Row(what="  registers of a thread", values=[registers]))
         if spilled:
@@ -106,14 +129,22 @@ def run(_: int) -> Report:
 
 def _compiled(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> bytes:
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
-    aligned = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(types.values()) if kind.startswith("*")}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, kind in enumerate(types.values())
+        if kind.startswith("*")
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
-    cubin: bytes = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options=dict(cuda._LAUNCH)).asm["cubin"]
+    cubin: bytes = triton.compile(
+        source, target=GPUTarget("cuda", HOPPER, 32), options=dict(cuda._LAUNCH)
+    ).asm["cubin"]
     return cubin
 
 
 def _instructions(cubin: bytes) -> int:
-    found = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", _tool("nvdisasm", cubin, "-c"), re.MULTILINE)
+    found = re.findall(
+        r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", _tool("nvdisasm", cubin, "-c"), re.MULTILINE
+    )
     return sum(name != "NOP" for name in found)
 
 

@@ -1,6 +1,8 @@
-"""What each rank of `scripts/bench ranks` does; started by torchrun, which leaves what was measured in a file.
+"""What each rank of `scripts/bench ranks` does; started by torchrun, which leaves what was measured in a
+file.
 
-A model is trained for a few steps of real gradients with the engine itself, no Trainer around it: what is timed is the engine's.
+A model is trained for a few steps of real gradients with the engine itself, no Trainer around it: what is
+timed is the engine's.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +38,15 @@ from .process import Watch
 P = 0.9
 RATE = 1e-5
 TOKENS = (1, 4)
-"""Rows and length of a step's input: gradients are as large as the model, however few tokens they come from."""
+"""Rows and length of a step's input: gradients are as large as the model, however few tokens they come
+from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """A model under an engine: one step of it, and the two ways in which the engine writes to a new folder."""
+    """A model under an engine: one step of it, and the two ways in which the engine writes to a new
+    folder.
+    """
 
     model: torch.nn.Module
     step: Callable[[], None]
@@ -53,7 +59,11 @@ class Training:
 def main() -> None:
     what, size, runs, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
     dist.init_process_group("gloo")
-    measured = memory(llama.pair(size), runs, folder) if what == "memory" else waits(what, llama.pair(size).base, runs, folder)
+    measured = (
+        memory(llama.pair(size), runs, folder)
+        if what == "memory"
+        else waits(what, llama.pair(size).base, runs, folder)
+    )
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, measured)
     if dist.get_rank() == 0:
@@ -67,7 +77,8 @@ def main() -> None:
 
 
 def memory(pair: Pair, runs: int, folder: Path) -> dict[str, Any]:
-    """Anonymous memory beyond the sharded model's, in MB: the peak of each snapshot, and what stays after it; a package's name.
+    """Anonymous memory beyond the sharded model's, in MB: the peak of each snapshot, and what stays after it;
+    a package's name.
 
     Everything counts that came since before `Snapshotter.begin`.
     """
@@ -94,7 +105,9 @@ def _settled() -> float:
     dist.barrier()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    [line] = [
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")
+    ]
     return int(line.split()[1]) * 1024 / 1e6
 
 
@@ -113,13 +126,16 @@ def _become(model: torch.nn.Module, tuned: Path) -> None:
 
 
 def waits(engine: str, base: Path, runs: int, folder: Path) -> dict[str, list[float]]:
-    """Seconds of each snapshot, of each of the engine's own ways to write, and of each question whether a snapshot is written."""
+    """Seconds of each snapshot, of each of the engine's own ways to write, and of each question whether a
+    snapshot is written.
+    """
     training = ENGINES[engine](base)
     snapshotter = Snapshotter.begin(training.model, folder / "dare", DareConfig(p=P), base=base)
     seconds: dict[str, list[float]] = {"snapshot": [], "save": [], "checkpoint": [], "finished": []}
     for number in range(runs):
         training.step()
-        seconds["snapshot"].append(_timed(lambda: snapshotter.take(training.model, folder / "dare/package", step=number)))  # noqa: B023
+        take = partial(snapshotter.take, training.model, folder / "dare/package", step=number)
+        seconds["snapshot"].append(_timed(take))
         seconds["finished"].append(_timed(snapshotter.finished))
         snapshotter.wait()
         for kind, write in (("save", training.save), ("checkpoint", training.checkpoint)):
@@ -199,7 +215,10 @@ def fsdp2(base: Path) -> Training:
         save_shards({"model": get_model_state_dict(model)}, checkpoint_id=out)
 
     def checkpoint(out: Path) -> None:
-        save_shards({"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=out)
+        save_shards(
+            {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)},
+            checkpoint_id=out,
+        )
 
     return Training(model=model, step=_stepper(model, optimizer), save=save, checkpoint=checkpoint)
 
@@ -215,13 +234,17 @@ def zero3(base: Path) -> Training:
     partitioning = HfDeepSpeedConfig(config)
     model = _load(base)
     del partitioning
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=RATE), config=config)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=RATE), config=config
+    )
 
     def step() -> None:
         engine.backward(_loss(engine))
         engine.step()
 
-    return Training(model=engine.module, step=step, save=engine.save_16bit_model, checkpoint=engine.save_checkpoint)
+    return Training(
+        model=engine.module, step=step, save=engine.save_16bit_model, checkpoint=engine.save_checkpoint
+    )
 
 
 ENGINES: dict[str, Callable[[Path], Training]] = {"ddp": ddp, "zero3": zero3, "fsdp2": fsdp2}

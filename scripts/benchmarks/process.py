@@ -46,7 +46,9 @@ def measure(command: Sequence[str | Path], env: Mapping[str, str] | None = None)
         stderr = errors.read().decode(errors="replace")
     if code:
         raise RuntimeError(f"{' '.join(map(str, command))}: exit code {code}\n{stderr[-2000:]}")
-    return Measured(seconds=seconds, anonymous=watch.peaks["RssAnon"], resident=watch.peaks["VmHWM"], stderr=stderr)
+    return Measured(
+        seconds=seconds, anonymous=watch.peaks["RssAnon"], resident=watch.peaks["VmHWM"], stderr=stderr
+    )
 
 
 class Watch(threading.Thread):
@@ -80,4 +82,8 @@ class Watch(threading.Thread):
 def _fields(status: str) -> list[tuple[str, float]]:
     """RssAnon and VmHWM in MB; nothing of a process that is about to be gone."""
     lines = (line.split() for line in status.splitlines())
-    return [(words[0][:-1], int(words[1]) * 1024 / 1e6) for words in lines if words and words[0] in ("RssAnon:", "VmHWM:")]
+    return [
+        (words[0][:-1], int(words[1]) * 1024 / 1e6)
+        for words in lines
+        if words and words[0] in ("RssAnon:", "VmHWM:")
+    ]

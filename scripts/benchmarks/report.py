@@ -56,7 +56,10 @@ class Report:
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it: every run of every row."""
-        rows = [{**vars(row), "values": list(row.values), "median": row.median, "met": row.met} for row in self.rows]
+        rows = [
+            {**vars(row), "values": list(row.values), "median": row.median, "met": row.met}
+            for row in self.rows
+        ]
         return {"title": self.title, "rows": rows, "notes": list(self.notes)}
 
 
@@ -66,7 +69,13 @@ def number(value: float) -> str:
 
 
 def show(report: Report) -> None:
-    table = Table(box=SIMPLE_HEAD, title=report.title, title_justify="left", caption="\n".join(report.notes), caption_justify="left")
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=report.title,
+        title_justify="left",
+        caption="\n".join(report.notes),
+        caption_justify="left",
+    )
     table.add_column("measured", overflow="fold")
     for heading in ("median", "min – max", "", "target", ""):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
@@ -77,7 +86,11 @@ def show(report: Report) -> None:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),

@@ -1,4 +1,6 @@
-"""Bits per parameter of packages of a real fine-tune (all-MiniLM-L6-v2, bf16), every file of the package counted."""
+"""Bits per parameter of packages of a real fine-tune (all-MiniLM-L6-v2, bf16), every file of the package
+counted.
+"""
 
 from __future__ import annotations
 
@@ -39,17 +41,27 @@ def _package(pair: Pair, folder: Path, *, p: float, values: Values, at_most: flo
 
     out = folder / f"{values}-{p}"
     extract(pair.base, pair.tuned, out, p=p, values=values)
-    return Row(what=f"{values}, p = {p:g}", values=[bits_per_parameter(out, pair)], unit=UNIT, at_most=at_most)
+    return Row(
+        what=f"{values}, p = {p:g}", values=[bits_per_parameter(out, pair)], unit=UNIT, at_most=at_most
+    )
 
 
 def _smaller(pair: Pair, folder: Path) -> list[Row]:
     """The first package beside the tuned model's folder."""
-    return [Row(what="the same: times smaller than bf16", values=[size(pair.tuned) / size(folder / "exact-0.9")], unit="×")]
+    return [
+        Row(
+            what="the same: times smaller than bf16",
+            values=[size(pair.tuned) / size(folder / "exact-0.9")],
+            unit="×",
+        )
+    ]
 
 
 def entropy(pair: Pair, p: float) -> float:
-    """Order-0 entropy, in bits per parameter, of the distances that are kept, given tensor and base exponent."""
-    from dare_train.checkpoint import Checkpoint
+    """Order-0 entropy, in bits per parameter, of the distances that are kept, given tensor and base
+    exponent.
+    """
+    from dare_train.weights.checkpoint import Checkpoint
 
     base, tuned = Checkpoint.open(pair.base), Checkpoint.open(pair.tuned)
     generator = np.random.default_rng(0)
@@ -62,7 +74,9 @@ def entropy(pair: Pair, p: float) -> float:
 
 def _conditional_bits(base: NDArray[np.uint16], tuned: NDArray[np.uint16]) -> float:
     exponent = (base >> 7) & 0xFF
-    return _bits(exponent.astype(np.int64) << 20 | (_ordered(tuned) - _ordered(base) + (1 << 17))) - _bits(exponent)
+    return _bits(exponent.astype(np.int64) << 20 | (_ordered(tuned) - _ordered(base) + (1 << 17))) - _bits(
+        exponent
+    )
 
 
 def _ordered(bf16: NDArray[np.uint16]) -> NDArray[np.int64]:

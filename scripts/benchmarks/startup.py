@@ -1,4 +1,6 @@
-"""What starting costs: `import dare_train` beyond bare Python, `dare-train --help`, and the first run's compilation."""
+"""What starting costs: `import dare_train` beyond bare Python, `dare-train --help`, and the first run's
+compilation.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ ANNOUNCEMENT = "compiling"
 
 
 def run(runs: int) -> Report:
-    """Whole processes, all in the page cache. Compilation: a tiny bf16 model extracted and applied, without and with a kernel cache."""
+    """Whole processes, all in the page cache. Compilation: a tiny bf16 model extracted and applied, without
+    and with a kernel cache.
+    """
     tiny = llama.pair("tiny")
     with scratch() as folder:
         compiling = [_first_run(tiny, folder) for _ in range(runs)]
@@ -24,8 +28,17 @@ def run(runs: int) -> Report:
     rows = [
         Row(what="import dare_train, beyond bare Python", values=beyond, unit="ms", at_most=IMPORT_MS),
         Row(what="dare-train --help", values=helped, unit="ms", at_most=HELP_MS),
-        Row(what="first run ever: kernels compile", values=[seconds for seconds, _ in compiling], unit="s", at_most=COMPILE_SECONDS),
-        Row(what="share of first runs that said so on stderr", values=[float(said) for _, said in compiling], at_least=1),
+        Row(
+            what="first run ever: kernels compile",
+            values=[seconds for seconds, _ in compiling],
+            unit="s",
+            at_most=COMPILE_SECONDS,
+        ),
+        Row(
+            what="share of first runs that said so on stderr",
+            values=[float(said) for _, said in compiling],
+            at_least=1,
+        ),
     ]
     return Report(title="Starting", rows=rows)
 
@@ -35,7 +48,9 @@ def _seconds(code: str) -> float:
 
 
 def _first_run(pair: Pair, folder: Path) -> tuple[float, bool]:
-    """Seconds that extract and apply take longer with an empty kernel cache than with the one they left; whether they said so."""
+    """Seconds that extract and apply take longer with an empty kernel cache than with the one they left;
+    whether they said so.
+    """
     kernels = folder / "kernels"
     remove(kernels)
     (first, stderr), (second, _) = (_extract_and_apply(pair, folder, kernels) for _ in range(2))

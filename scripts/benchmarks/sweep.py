@@ -1,4 +1,6 @@
-"""What a sweep costs beside its evaluations: 12 drop rates × 5 seeds × 4 variants on the fine-tuned all-MiniLM-L6-v2, in fp32."""
+"""What a sweep costs beside its evaluations: 12 drop rates × 5 seeds × 4 variants on the fine-tuned
+all-MiniLM-L6-v2, in fp32.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ FACTOR = 1.15
 def run(runs: int) -> Report:
     """One sweep, whatever `runs`: it is 177 evaluations already."""
     from dare_train import sweep
-    from dare_train.study.loading import load_model
+    from dare_train.evaluation.model_loading import load_model
 
     pair, evaluation = finetune.pair(), Evaluation()
     model: Any = load_model(str(pair.tuned)).float()
@@ -33,8 +35,15 @@ def run(runs: int) -> Report:
         Row(what="one swap of all weights", values=[(seconds - spent) / count], unit="s"),
         Row(what="sweep / its evaluations", values=[seconds / spent], unit="×", at_most=FACTOR),
     ]
-    rows += [Row(what=f"accuracy, {name} at p = 0.9", values=found.values(name, 0.9, "accuracy")) for name in ("dare", "drop_only")]
-    return Report(title="Sweep: all-MiniLM-L6-v2, 22.7 M, fp32", rows=rows, notes=[f"evaluated on {EXAMPLES} of the training examples"])
+    rows += [
+        Row(what=f"accuracy, {name} at p = 0.9", values=found.values(name, 0.9, "accuracy"))
+        for name in ("dare", "drop_only")
+    ]
+    return Report(
+        title="Sweep: all-MiniLM-L6-v2, 22.7 M, fp32",
+        rows=rows,
+        notes=[f"evaluated on {EXAMPLES} of the training examples"],
+    )
 
 
 class Evaluation:
@@ -56,7 +65,10 @@ class Evaluation:
         begun = time.perf_counter()
         with torch.no_grad():
             right = [
-                (model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits.argmax(-1) == b["labels"])
+                (
+                    model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits.argmax(-1)
+                    == b["labels"]
+                )
                 for b in self._batches
             ]
         accuracy = float(torch.cat(right).float().mean())

@@ -1,4 +1,6 @@
-"""What a search for lottery tickets costs beside the trainings that it makes: the real fine-tune, and a level of half its elements."""
+"""What a search for lottery tickets costs beside the trainings that it makes: the real fine-tune, and a level
+of half its elements.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ def run(runs: int) -> Report:
     rows, trainings = finetune.examples(), Trainings()
     with scratch() as folder:
         finetune.classifier().save_pretrained(folder / "base")
-        task = ContinualTask(name="packages", trainer=trainings.trainer(rows), evaluate=Evaluation(rows[:: len(rows) // EXAMPLES]))
+        task = ContinualTask(
+            name="packages",
+            trainer=trainings.trainer(rows),
+            evaluate=Evaluation(rows[:: len(rows) // EXAMPLES]),
+        )
         begun = time.perf_counter()
         TicketSearch(str(folder / "base"), task, out=folder / "search", levels=LEVELS, beside=()).run()
         seconds = time.perf_counter() - begun
@@ -33,7 +39,9 @@ def run(runs: int) -> Report:
         title=f"Ticket search: all-MiniLM-L6-v2, 22.7 M, fp32, {finetune.STEPS} steps of 32 texts a level",
         rows=[
             Row(what="a training", values=trainings.seconds, unit="s"),
-            Row(what="the search's own time for a level", values=[(seconds - spent) / (LEVELS + 1)], unit="s"),
+            Row(
+                what="the search's own time for a level", values=[(seconds - spent) / (LEVELS + 1)], unit="s"
+            ),
             Row(what="search / its trainings", values=[seconds / spent], unit="×", at_most=FACTOR),
         ],
     )
@@ -78,5 +86,7 @@ class Evaluation:
         import torch
 
         with torch.no_grad():
-            logits = model(input_ids=self._batch["input_ids"], attention_mask=self._batch["attention_mask"]).logits
+            logits = model(
+                input_ids=self._batch["input_ids"], attention_mask=self._batch["attention_mask"]
+            ).logits
         return {"accuracy": float((logits.argmax(-1) == self._batch["labels"]).float().mean())}

@@ -1,4 +1,6 @@
-"""What sparse tuning costs and saves: time per step and the optimizer's state, beside dense AdamW's in the same process."""
+"""What sparse tuning costs and saves: time per step and the optimizer's state, beside dense AdamW's in the
+same process.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,18 @@ TIME, STATE = 1.15, 0.15
 
 
 def run(runs: int) -> Report:
-    """`runs` times, some steps of dense tuning and as many of sparse tuning; the first of each are not counted."""
+    """`runs` times, some steps of dense tuning and as many of sparse tuning; the first of each are not
+    counted.
+    """
     import torch
 
     from dare_train import sparse_tuning
 
     rows = finetune.examples()[: BATCH * STEPS]
-    batches = [{key: torch.tensor([row[key] for row in rows[i * BATCH : (i + 1) * BATCH]]) for key in rows[0]} for i in range(STEPS)]
+    batches = [
+        {key: torch.tensor([row[key] for row in rows[i * BATCH : (i + 1) * BATCH]]) for key in rows[0]}
+        for i in range(STEPS)
+    ]
     model: Any = finetune.classifier().train()
     seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
     state: dict[str, int] = {}
@@ -39,7 +46,8 @@ def run(runs: int) -> Report:
                 state[kind] = sum(value.nbytes for one in optimizer.state.values() for value in one.values())
     ratios = [sparse / dense for sparse, dense in zip(seconds["sparse"], seconds["dense"], strict=True)]
     return Report(
-        title=f"Sparse tuning, p = {P:g}: all-MiniLM-L6-v2, 22.7 M, fp32, AdamW, {BATCH} texts of {finetune.LONGEST} tokens",
+        title=f"Sparse tuning, p = {P:g}: all-MiniLM-L6-v2, 22.7 M, fp32, AdamW, {BATCH} texts "
+        f"of {finetune.LONGEST} tokens",
         rows=[
             Row(what="a step of dense tuning", values=seconds["dense"], unit="s"),
             Row(what="a step of sparse tuning", values=seconds["sparse"], unit="s"),

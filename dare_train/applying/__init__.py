@@ -1,0 +1,1 @@
+"""A base and packages in, weights out: on disk, in place, on devices."""

@@ -1,0 +1,224 @@
+"""`apply`: a base and packages in, the fine-tuned checkpoint out, to the recorded bits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import NamedTuple
+
+from ..kernels import cpu
+from ..package.companion_files import copy_carried, copy_companions
+from ..package.reader import DeltaPackage
+from ..parallel.ranks import Ranks
+from ..parallel.staged_folder import shared_staging, storage_errors
+from ..parallel.threads import ScratchWords, ordered_map, thread_share
+from ..weights.alignment import without_prefix
+from ..weights.checkpoint import Checkpoint
+from ..weights.checkpoint_writer import CheckpointWriter, Layout, layout_like
+from ..weights.fingerprint import Fingerprint, model_fingerprint, total
+from ..weights.opening import WeightsLike, open_weights
+from .chain import Link, Packages, listed, open_chain
+from .resolver import Resolver
+
+Progress = Callable[[int, int], object]
+"""Called with the bytes of the result that are done and of all that there are."""
+
+
+def apply(
+    base: str | os.PathLike[str],
+    packages: Packages | str | os.PathLike[str] | DeltaPackage,
+    out: str | os.PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    cast_base: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    ranks: Ranks | None = None,
+) -> str:
+    """Write the checkpoint that packages make of a base, streaming, and prove that it arrived.
+
+    Args:
+        base: folder, file or Hub id of the base model.
+        packages: one package or several: all on this base (their deltas add up), or a chain in order.
+        out: folder to create; `from_pretrained` loads it.
+        weights: factor w of each package, by default 1; only for packages side by side.
+        cast_base: round the base to the packages' dtypes first.
+        overwrite: replace a folder that is already there.
+        progress: called with (bytes done, bytes in all) after each tensor: of this rank's share of them.
+        ranks: the processes that share the work, such as `Ranks.joined()`; by default this one alone. All of
+            them make the same call, on a file system that they share; the checkpoint is the same to the byte.
+
+    Returns:
+        The fingerprint of the result. With weights of 1 it has been compared with the one on record.
+
+    Raises:
+        CheckpointError, PackageError, ChainError, TensorMismatch, DtypeMismatch, BaseMismatch,
+        ResultMismatch, OutputExists, StorageError; RankError when it happened on another rank. Nothing is
+        left at `out` then.
+    """
+    ranks, out = ranks or Ranks(), Path(out)
+    checkpoint, resolver = ranks.each(lambda: _opened(base, packages, weights, cast_base=cast_base))
+    inputs = [checkpoint.folder, *(package.path for link in resolver.links for package in link.packages)]
+    with shared_staging(out, ranks, overwrite=overwrite, sync=False, inputs=inputs) as staging:
+        on_disk, layout = storage_errors(out), _layout(checkpoint, resolver)
+        made = ranks.each(on_disk(lambda: CheckpointWriter(staging, layout) if ranks.first else None))
+
+        def write() -> dict[str, _Lanes]:
+            with made or CheckpointWriter(staging, layout, join=True) as writer:
+                return _write_share(resolver, writer, ranks, progress)
+
+        prints = _checked_prints(resolver, ranks.together(on_disk(write)))
+        ranks.each(
+            on_disk(lambda: _copy_files(checkpoint.folder, resolver.links, staging) if ranks.first else None)
+        )
+    return _named(resolver, prints)
+
+
+def _opened(
+    base: str | os.PathLike[str],
+    packages: Packages | str | os.PathLike[str] | DeltaPackage,
+    weights: Sequence[float] | None,
+    *,
+    cast_base: bool,
+) -> tuple[Checkpoint, Resolver]:
+    checkpoint = Checkpoint.open(base)
+    return checkpoint, Resolver(checkpoint, open_chain(listed(packages), weights), cast_base=cast_base)
+
+
+def verify(
+    package: DeltaPackage | str | os.PathLike[str],
+    base: WeightsLike | None = None,
+    *,
+    cast_base: bool = False,
+) -> None:
+    """Check every byte of a package; with `base`, also that it is the right one and that applying arrives.
+
+    Args:
+        package: an opened package, its folder or its Hub id.
+        base: what the package is to be applied to: a folder, a Hub id, a module, a state dict or arrays by
+            name.
+        cast_base: round the base to the package's dtypes first.
+
+    Raises:
+        PackageError: a file is damaged.
+        BaseMismatch, TensorMismatch, DtypeMismatch, ResultMismatch: with `base`, see `apply`.
+    """
+    opened = DeltaPackage.open(package)
+    opened.check_integrity()
+    if base is not None:
+        rehearse(base, [opened], cast_base=cast_base)
+
+
+def rehearse(
+    base: WeightsLike, packages: Packages, *, weights: Sequence[float] | None = None, cast_base: bool = False
+) -> str:
+    """Everything `apply` checks, with nothing written. Returns the result's fingerprint.
+
+    Raises:
+        As `apply`.
+    """
+    resolver = Resolver(open_weights(base), open_chain(packages, weights), cast_base=cast_base)
+    return _named(resolver, _checked_prints(resolver, [_write_share(resolver, None, Ranks(), None)]))
+
+
+def _named(resolver: Resolver, prints: dict[str, Fingerprint]) -> str:
+    return model_fingerprint(
+        (name, record.info.dtype.code, record.info.shape, prints[name])
+        for name, record in resolver.tensors.items()
+    )
+
+
+_Run = tuple[str, int, int]
+"""Tensor, flat start, count."""
+_Lanes = tuple[int, int, int, int]
+"""Fingerprint shares of a tensor's base and result."""
+
+
+def _write_share(
+    resolver: Resolver, writer: CheckpointWriter | None, ranks: Ranks, progress: Progress | None
+) -> dict[str, _Lanes]:
+    """Resolve and write this rank's share of the runs. Returns what they add up to, by tensor."""
+    scratch = ScratchWords()
+
+    def one(run: _Run) -> _Done:
+        name, start, count = run
+        base = resolver.base_run(name, start, count)
+        words = scratch.like(base)
+        share = Fingerprint(*cpu.copy_with_fingerprint(base, start, words))
+        before = share if start < resolver.base_numel(name) else Fingerprint()
+        resolver.resolve(name, start, count, words)
+        if writer is not None:
+            writer.write(name, start, words)
+        return _Done(before, Fingerprint.of(words, start), words.nbytes)
+
+    work = [(name, start, count) for name in resolver.tensors for start, count in resolver.runs(name)]
+    mine = ranks.share(work, size=itemgetter(2))
+    with closing(ordered_map(one, mine, threads=thread_share(ranks) + 1)) as done:  # one of them is writing
+        return _added_up(resolver, mine, done, progress)
+
+
+class _Done(NamedTuple):
+    """A run that was written: fingerprint shares of base and result, and its bytes."""
+
+    base: Fingerprint
+    result: Fingerprint
+    nbytes: int
+
+
+def _added_up(
+    resolver: Resolver, work: list[_Run], done: Iterator[_Done], progress: Progress | None
+) -> dict[str, _Lanes]:
+    """Shares by tensor. One that lies here completely is compared with the record as soon as its last run is
+    done.
+    """
+    lanes, written = {}, 0
+    everything = sum(count * resolver.tensors[name].info.dtype.itemsize for name, _, count in work)
+    for name, several in groupby(work, key=itemgetter(0)):
+        counts = [count for _, _, count in several]
+        shares = [next(done) for _ in counts]
+        base, result = total(run.base for run in shares), total(run.result for run in shares)
+        if sum(counts) == resolver.tensors[name].info.numel:
+            _check(resolver, name, base, result)
+        lanes[name] = (*base, *result)
+        written += sum(run.nbytes for run in shares)
+        if progress is not None:
+            progress(written, everything)
+    return lanes
+
+
+def _check(resolver: Resolver, name: str, base: Fingerprint, result: Fingerprint) -> None:
+    resolver.check_base_print(name, base)
+    resolver.check_result_print(name, result)
+
+
+def _checked_prints(resolver: Resolver, shares: Sequence[Mapping[str, _Lanes]]) -> dict[str, Fingerprint]:
+    """Fingerprints of the result, of what all ranks wrote: tensors that several of them share are complete
+    only now.
+    """
+    prints = {}
+    for name in resolver.tensors:
+        lanes = [share[name] for share in shares if name in share]
+        base, prints[name] = total((a, b) for a, b, _, _ in lanes), total((a, b) for _, _, a, b in lanes)
+        _check(resolver, name, base, prints[name])
+    return prints
+
+
+def _layout(base: Checkpoint, resolver: Resolver) -> Layout:
+    prefix = resolver.links[0].packages[0].manifest.prefix
+    return layout_like(
+        base,
+        {name: record.info for name, record in resolver.tensors.items()},
+        lambda name: without_prefix(name, prefix),
+    )
+
+
+def _copy_files(base: Path, links: Sequence[Link], staging: Path) -> None:
+    """What belongs to a model beside its weights: the base's, then what packages carry."""
+    copy_companions(base, staging)
+    for link in links:
+        for package in link.packages:
+            copy_carried(package, staging)

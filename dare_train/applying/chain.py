@@ -1,0 +1,80 @@
+"""Packages as links: each beside others on one base, or continuing the one before."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import ChainError, ConfigError
+from ..package.reader import DeltaPackage
+
+Packages = Sequence["str | os.PathLike[str] | DeltaPackage"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """Packages that share a base, with their weights. A chain has several links of one package each."""
+
+    packages: tuple[DeltaPackage, ...]
+    weights: tuple[float, ...]
+
+
+def listed(packages: Packages | str | os.PathLike[str] | DeltaPackage) -> Packages:
+    """One package or several, as several."""
+    return [packages] if isinstance(packages, (str, os.PathLike, DeltaPackage)) else packages
+
+
+def open_chain(packages: Packages, weights: Sequence[float] | None, *, check: bool = True) -> list[Link]:
+    """Open packages, check every byte of them, and find out whether they lie side by side or continue one
+    another.
+
+    Without `check` the caller does that: see `package.checking`.
+
+    Raises:
+        ConfigError: no package, or another number of weights.
+        PackageError: a package is damaged.
+        ChainError: neither all on one base nor each on the result of the one before.
+    """
+    opened = [DeltaPackage.open(package) for package in packages]
+    if not opened:
+        raise ConfigError("packages", expected="at least one", found="none")
+    if weights is not None and (isinstance(weights, str) or not hasattr(weights, "__iter__")):
+        raise ConfigError("weights", expected="a list of numbers", found=repr(weights))
+    given = list(weights) if weights is not None else [1.0] * len(opened)
+    if not all(isinstance(weight, (int, float, np.floating, np.integer)) for weight in given):
+        raise ConfigError("weights", expected="a list of numbers", found=repr(given))
+    if len(given) != len(opened):
+        raise ConfigError(
+            "weights", expected=f"one for each of {len(opened)} packages", found=str(len(given))
+        )
+    if not all(np.isfinite(weight) for weight in given):
+        raise ConfigError("weights", expected="finite numbers", found=repr(given))
+    for package in opened if check else ():
+        package.check_integrity()
+    if len({package.manifest.parent for package in opened}) == 1:
+        return [Link(packages=tuple(opened), weights=tuple(given))]
+    for before, after in zip(opened, opened[1:], strict=False):
+        if before.manifest.result != after.manifest.parent:
+            expected = (
+                f"a package on {after.manifest.parent[:12]}… before it"
+                if after.manifest.continues == "package"
+                else "the same base as the others"
+            )
+            remedy = "give a chain in the order it was written, or packages of one base"
+            raise ChainError(
+                after.name,
+                expected=expected,
+                found=f"{before.name}, which gives {before.manifest.result[:12]}…",
+                remedy=remedy,
+            )
+    if any(weight != 1.0 for weight in given):
+        raise ChainError(
+            "weights",
+            expected="1 for each package of a chain",
+            found=repr(given),
+            remedy="only packages side by side on one base can be weighted",
+        )
+    return [Link(packages=(package,), weights=(1.0,)) for package in opened]

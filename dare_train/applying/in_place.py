@@ -1,0 +1,321 @@
+"""`apply_`, `applied` and their way back: packages on a live model, in place, whoever holds its parts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..dtypes import Words
+from ..errors import BaseMismatch
+from ..package.manifest import TensorRecord
+from ..package.reader import DeltaPackage, checking
+from ..parallel.ranks import Ranks
+from ..parallel.threads import ordered_map
+from ..weights.fingerprint import Fingerprint, fingerprints, total
+from ..weights.live import Change, Live, LiveWeights, check_same_tensors
+from ..weights.ownership import Span, Spans
+from ..weights.protocol import TensorInfo
+from . import device_packages as device
+from .chain import Packages, listed, open_chain
+from .resolver import Resolver
+
+
+@dataclass
+class Undo:
+    """What `apply_` overwrote. `revert()` puts it back, exactly; the log holds changed elements only."""
+
+    _live: LiveWeights
+    _log: list[Change | device.Overwritten]
+    _applied: dict[str, Fingerprint]
+    reverted: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the log takes in this process."""
+        return sum(change.nbytes for change in self._log)
+
+    def revert(self) -> None:
+        """Restore the weights as they were before `apply_`. Ranks that share the model call it together.
+
+        Raises:
+            BaseMismatch: they have changed since, so that what is on record would not fit; nothing is touched
+                then.
+        """
+        if not self.reverted:
+            self._live.ranks.together(self._check_untouched)
+            self._restore()
+
+    def _check_untouched(self) -> None:
+        found = _prints(self._live, {name: self._live.held[name] for name in self._applied})
+        for name, expected in self._applied.items():
+            if found[name] != expected:
+                remedy = "revert before training on, or load the base again"
+                raise BaseMismatch(
+                    name, expected="the weights that apply_ left", found="others", remedy=remedy
+                )
+
+    def _restore(self) -> None:
+        while self._log:
+            self._log.pop().undo()
+        self._live.settle()
+        self.reverted = True
+
+
+def apply_(
+    model: Live,
+    packages: Packages | str | os.PathLike[str] | DeltaPackage,
+    *,
+    weights: Sequence[float] | None = None,
+    kernels: str | None = None,
+) -> Undo:
+    """Apply packages to a live model (or state dict of torch tensors) in place.
+
+    The weights are compared with the packages' base before the first of them is touched, and with the
+    recorded result after the last. If anything fails in between, what was changed is put back before the
+    error surfaces.
+
+    A model that FSDP or ZeRO-3 spreads over ranks is applied to by all of them together, each its own part.
+    Where an engine keeps fp32 masters, those of changed elements take the new values, so that training can go
+    on from there.
+
+    Args:
+        model: a module, or a state dict of tensors.
+        packages: one or several; their deltas add up, or they continue one another.
+        weights: w of each, by default 1.
+        kernels: "cpu", "cuda" (Triton, or an error) or "reference"; by default what DARE_TRAIN_KERNELS names,
+            or those of the device that each tensor lies on. The bits are the same.
+
+    Returns:
+        An `Undo` whose `revert()` restores the exact bits, those of masters too.
+
+    Raises:
+        PackageError, ChainError, TensorMismatch, DtypeMismatch, BaseMismatch, ResultMismatch, ConfigError.
+    """
+    live = LiveWeights(model, kernels=kernels)
+    if not live.whole:
+        live.ranks = Ranks.joined()
+    opened = _Opened()
+    live.ranks.together(lambda: opened.open(live, packages, weights))
+    resolver, base = opened.resolver, opened.base
+    undo = Undo(live, [], {})
+    with checking([package for link in resolver.links for package in link.packages]) as checked:
+        _compare(
+            live,
+            lambda name: _clipped(live.owned[name], resolver.base_numel(name)),
+            resolver.check_base_print,
+            resolver.source,
+        )
+        try:
+            done = live.ranks.each(lambda: _apply_on_devices(live, resolver, undo, checked))
+            for name in resolver.tensors:
+                _apply_tensor(name, live, base, resolver, undo, done.get(name, ()))
+            live.settle()
+            undo._applied = _prints(
+                live, {name: live.held[name] for name in resolver.tensors if resolver.windows(name)}
+            )
+            _compare(
+                live,
+                lambda name: live.owned[name],
+                resolver.check_result_print,
+                resolver.tensors,
+                undo._applied,
+            )
+        except BaseException:
+            undo._restore()
+            raise
+    return undo
+
+
+@contextmanager
+def applied(
+    model: Live,
+    packages: Packages | str | os.PathLike[str] | DeltaPackage,
+    *,
+    weights: Sequence[float] | None = None,
+    kernels: str | None = None,
+) -> Iterator[Live]:
+    """`apply_` for the length of a `with` block, with its arguments: the model has its own weights back
+    afterwards.
+
+    Raises:
+        As `apply_`.
+    """
+    undo = apply_(model, packages, weights=weights, kernels=kernels)
+    try:
+        yield model
+    finally:
+        undo.revert()
+
+
+class _Base:
+    """A live model as the base of packages: built for the result, so that of tensors that grew only the
+    leading rows are the base's.
+    """
+
+    def __init__(self, live: LiveWeights, package: DeltaPackage) -> None:
+        self.label, self.whole, self._live = live.label, live.whole, live
+        self.tensors = {
+            name: _base_part(info, package.records.get(name)) for name, info in live.tensors.items()
+        }
+        self._borrowed: tuple[str, int, Words] | None = None
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        if self._borrowed is not None:
+            borrowed, begin, words = self._borrowed
+            if borrowed == name and begin <= start and start + count <= begin + words.size:
+                return words[start - begin : start - begin + count]
+        return self._live.read(name, start, count)
+
+    @contextmanager
+    def borrowing(self, name: str, start: int, stop: int) -> Iterator[None]:
+        """While the block lasts, [start, stop) of a tensor can be read on every rank, whichever of them hold
+        it.
+        """
+        words = np.zeros(stop - start, self.tensors[name].dtype.word)
+        for begin, end in _clipped(self._live.owned[name], stop):
+            if begin < end and end > start:
+                begin = max(begin, start)
+                words[begin - start : end - start] = self._live.read(name, begin, end - begin)
+        self._borrowed = name, start, self._live.ranks.sum_of(words)
+        try:
+            yield
+        finally:
+            self._borrowed = None
+
+
+class _Opened:
+    """Packages that fit a live model."""
+
+    resolver: Resolver
+    base: _Base
+
+    def open(
+        self,
+        live: LiveWeights,
+        packages: Packages | str | os.PathLike[str] | DeltaPackage,
+        weights: Sequence[float] | None,
+    ) -> None:
+        links = open_chain(listed(packages), weights, check=False)
+        self.base = _Base(live, links[0].packages[0])
+        self.resolver = Resolver(self.base, links, live=True)
+        check_fits(live, self.resolver)
+
+
+def _base_part(info: TensorInfo, record: TensorRecord | None) -> TensorInfo:
+    if record is None or record.base_rows is None or info.shape != record.info.shape:
+        return info
+    return TensorInfo(info.dtype, record.base_info.shape)
+
+
+def check_fits(live: LiveWeights, resolver: Resolver) -> None:
+    """Every tensor of the result has a place of its shape and dtype in the model: it was built for the tuned
+    checkpoint.
+    """
+    expected = {name: record.info for name, record in resolver.tensors.items()}
+    remedy = "build the model as for the fine-tuned checkpoint (same head, same vocabulary), then apply"
+    check_same_tensors(
+        {name: live.tensors[name] for name in live.tensors if name in expected},
+        expected,
+        what="the model",
+        remedy=remedy,
+    )
+
+
+def _clipped(spans: tuple[Span, ...], numel: int) -> tuple[Span, ...]:
+    return tuple((start, min(stop, numel)) for start, stop in spans if start < numel)
+
+
+def _prints(live: LiveWeights, spans: Spans) -> dict[str, Fingerprint]:
+    """The fingerprint of spans of each tensor, worked out where they lie if there are kernels."""
+    found = device.fingerprints(live, spans)
+    rest = [name for name in spans if name not in found]
+    return found | fingerprints(live, {name: spans[name] for name in rest})
+
+
+def _compare(
+    live: LiveWeights,
+    spans: Callable[[str], tuple[Span, ...]],
+    check: Callable[[str, Fingerprint], None],
+    names: Iterable[str],
+    known: Mapping[str, Fingerprint] | None = None,
+) -> None:
+    """Check the fingerprint of each tensor's spans, which all ranks together have. `known` are those of all
+    that lies here.
+    """
+    shared = {name: spans(name) for name in names if name in live.tensors}
+    same = {name: one for name, one in (known or {}).items() if shared[name] == live.held[name]}
+
+    def own() -> list[Fingerprint]:
+        prints = same | _prints(live, {name: its for name, its in shared.items() if name not in same})
+        return [prints[name] for name in shared]
+
+    prints = live.ranks.together(own)
+    for name, shares in zip(shared, zip(*prints, strict=True), strict=True):
+        check(name, total((first, second) for first, second in shares))
+
+
+def _apply_on_devices(
+    live: LiveWeights, resolver: Resolver, undo: Undo, checked: Callable[[], None]
+) -> dict[str, set[Span]]:
+    """Apply what kernels can apply where it lies. Returns which windows of which tensors that is. Nothing
+    changes before `checked`.
+    """
+    names = [
+        name
+        for name in resolver.tensors
+        if live.alone(name) and all(device.decodable(link, name) for link in resolver.links)
+    ]
+    spans = {
+        name: tuple((start, stop) for start, stop, cut in _windows(live, resolver, name) if not cut)
+        for name in names
+    }
+    found = device.groups(live, spans)
+    for link in resolver.links:
+        residents = [resident for group in found for resident in device.residents(group, link)]
+        checked()
+        for resident in residents:
+            undo._log.append(resident.before)
+            resident.apply()
+    done: dict[str, set[Span]] = {}
+    for group in found:
+        for name, rows in group.rows.items():
+            done.setdefault(name, set()).update((row.start, row.start + row.count) for row in rows)
+    return done
+
+
+def _windows(live: LiveWeights, resolver: Resolver, name: str) -> list[tuple[int, int, bool]]:
+    """[start, stop) of each place that packages change, and whether a border between ranks cuts it."""
+    edges = {edge for spans in live.shares[name] for span in spans for edge in span}
+    return [
+        (start, stop, any(start < edge < stop for edge in edges)) for start, stop in resolver.windows(name)
+    ]
+
+
+def _apply_tensor(
+    name: str, live: LiveWeights, base: _Base, resolver: Resolver, undo: Undo, done: Collection[Span]
+) -> None:
+    """Resolve what packages change of a tensor into it, but for windows that are done. A segment that lies on
+    several ranks needs the base of all of them."""
+    windows = _windows(live, resolver, name)
+
+    def put(start: int, stop: int) -> None:
+        live.put(name, start, resolver.resolve(name, start, stop - start), undo._log.append)
+
+    for start, stop, cut in windows:
+        if cut:
+            with base.borrowing(name, start, stop):
+                live.ranks.together(lambda start=start, stop=stop: put(start, stop))  # type: ignore[misc]
+    here = [
+        (start, stop)
+        for start, stop, cut in windows
+        if not cut and any(a <= start and stop <= b for a, b in live.held[name])
+    ]
+    with closing(
+        ordered_map(lambda window: put(*window), [window for window in here if window not in done])
+    ) as finished:
+        for _ in finished:
+            pass

@@ -1,0 +1,388 @@
+"""The `dare-train` command: arguments, exit codes, and what a person sees meanwhile.
+
+Exit codes: 0 done; 1 the data said no; 2 the command line was wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional, cast
+
+import typer
+
+from ..errors import ConfigError, DareError
+from . import study_commands as studies
+from .terminal import (
+    AsJson,
+    Base,
+    CastBase,
+    Out,
+    Overwrite,
+    Package,
+    Tuned,
+    debugging,
+    exit_code,
+    joined_ranks,
+    progress_bar,
+    show,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ..config import Rescale, Values
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+
+app = typer.Typer(
+    name="dare-train", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Delta packages: what fine-tuning changed, small, verifiable, applied to the bit.",
+)  # fmt: skip
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from .._version import __version__
+
+        typer.echo(f"dare_train {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+def extract(
+    base: Base,
+    tuned: Tuned,
+    out: Out,
+    p: Annotated[
+        list[str],
+        typer.Option(
+            "--p", help="Drop rate in [0, 1), or PATTERN=RATE; may be given several times, first match wins."
+        ),
+    ] = ["0.9"],  # noqa: B006
+    seed: Annotated[int, typer.Option(help="Selects the mask.")] = 0,
+    rescale: Annotated[str, typer.Option(help="paper: survivors times 1/(1-p). none: drop only.")] = "paper",
+    values: Annotated[str, typer.Option(help="auto, exact, rounded, int8, int4 or sign.")] = "auto",
+    include: Annotated[
+        list[str], typer.Option(help="Name pattern of tensors to cover; may be given several times.")
+    ] = ["*"],  # noqa: B006
+    exclude: Annotated[list[str], typer.Option(help="Name pattern of tensors to leave as in the base.")] = [],  # noqa: B006
+    whole: Annotated[list[str], typer.Option(help="Name pattern of tensors to carry as they are.")] = [],  # noqa: B006
+    cast_base: CastBase = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the delta between two checkpoints as a package."""
+    from ..extracting.extract import extract as run
+
+    rates = _drop_rates(p)
+    with joined_ranks() as ranks:
+        with progress_bar("extracting", ranks) as progress:
+            package = run(
+                base,
+                tuned,
+                out,
+                p=rates,
+                seed=seed,
+                rescale=cast("Rescale", rescale),
+                values=cast("Values", values),
+                include=include,
+                exclude=exclude,
+                whole=whole,
+                cast_base=cast_base,
+                allow_nonfinite=allow_nonfinite,
+                overwrite=overwrite,
+                progress=progress,
+                ranks=ranks,
+            )
+        if ranks.first:
+            stats = package.stats
+            size = (
+                f"{stats['bits_per_parameter']:.3f} bits per parameter, "
+                f"{stats['compression_ratio']:.1f}× smaller than the model"
+            )
+            typer.echo(f"{out}: {stats['bytes']:,} bytes, {size}")
+
+
+@app.command()
+def apply(
+    base: Base,
+    packages: Annotated[
+        list[str], typer.Argument(metavar="PKG...", help="Packages on this base, or a chain in order.")
+    ],
+    out: Out,
+    weight: Annotated[
+        Optional[list[float]],
+        typer.Option("--weight", help="Factor of each package, in order; 1 by default."),
+    ] = None,
+    cast_base: CastBase = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the checkpoint that packages make of a base, verified."""
+    from ..applying.apply import apply as run
+
+    with joined_ranks() as ranks:
+        with progress_bar("applying", ranks) as progress:
+            result = run(
+                base,
+                packages,
+                out,
+                weights=weight,
+                cast_base=cast_base,
+                overwrite=overwrite,
+                progress=progress,
+                ranks=ranks,
+            )
+        if ranks.first:
+            verified = "as on record" if weight is None and len(packages) == 1 else "of the combination"
+            typer.echo(f"{out}: fingerprint {result[:12]}…, {verified}")
+
+
+@app.command()
+def merge(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="BASE MODEL... | CONFIG.yml", help="Packages and checkpoints; or a configuration."
+        ),
+    ],
+    out: Out,
+    method: Annotated[Optional[str], typer.Option(help="task_arithmetic by default.")] = None,
+    weight: Annotated[
+        Optional[list[float]], typer.Option("--weight", help="Factor of each model, in order; 1 by default.")
+    ] = None,
+    p: Annotated[
+        Optional[list[float]],
+        typer.Option("--p", help="Drop rate of DARE before the method: one, or one for each model."),
+    ] = None,
+    settings: Annotated[
+        list[str], typer.Option("--set", help="NAME=VALUE of the method, such as density=0.2 or lambda=0.5.")
+    ] = [],  # noqa: B006
+    rescale: Annotated[
+        Optional[str], typer.Option(help="paper: 1/(1-p). norm: mergekit's. q: DAREx's. none.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Selects the masks.")] = 0,
+    out_dtype: Annotated[
+        Optional[str], typer.Option(help="BF16, F16, F32 or F64; the base's by default.")
+    ] = None,
+    tokenizer: Annotated[
+        Optional[str], typer.Option(help="base or union, where models added tokens.")
+    ] = None,
+    exclude: Annotated[list[str], typer.Option(help="Name pattern of tensors to leave as in the base.")] = [],  # noqa: B006
+    take: Annotated[list[str], typer.Option(help="PATTERN=MODEL: take these tensors from that model.")] = [],  # noqa: B006
+    rename: Annotated[
+        list[str], typer.Option(help="OLD=NEW: replace a part of the models' tensor names.")
+    ] = [],  # noqa: B006
+    fisher: Annotated[
+        list[str], typer.Option(help="Fisher statistics of each model; those beside it by default.")
+    ] = [],  # noqa: B006
+    gram: Annotated[
+        list[str], typer.Option(help="Gram matrices of each model; those beside it by default.")
+    ] = [],  # noqa: B006
+    package: Annotated[
+        bool, typer.Option("--package", help="Write a delta package instead of a checkpoint.")
+    ] = False,
+    search: Annotated[
+        Optional[str],
+        typer.Option(help="Settings to search: NAME=LOW:HIGH:STEP or NAME=A,B; more may follow."),
+    ] = None,
+    evaluate: Annotated[
+        Optional[str], typer.Option("--eval", help="MODULE:FUNCTION that scores a merged folder.")
+    ] = None,
+    trials: Annotated[
+        Optional[int], typer.Option(help="Let Optuna choose this many, instead of the whole grid.")
+    ] = None,
+    minimize: Annotated[bool, typer.Option("--minimize", help="The smallest score is the best.")] = False,
+    wandb: Annotated[Optional[str], typer.Option(help="Log the search to this wandb project.")] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="A row for each tensor.")] = False,
+    device: Annotated[
+        Optional[str], typer.Option(help="Where to work it out, such as cuda; by default on the CPU.")
+    ] = None,
+    cast_base: CastBase = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Merge packages and models of one base into a checkpoint or a package."""
+    from ..merging.merge import run
+    from . import merge_arguments as arguments
+
+    models, axes = arguments.axes(sources, search) if search else (sources, [])
+    task, notes = arguments.task_and_notes(
+        models, method, settings, weights=weight, p=p[0] if p and len(p) == 1 else p, rescale=rescale,
+        seed=seed, out_dtype=out_dtype,
+        tokenizer=tokenizer, exclude=exclude, take=arguments.pairs("take", take),
+        rename=arguments.pairs("rename", rename), fisher=fisher,
+        gram=gram, cast_base=cast_base,
+    )  # fmt: skip
+    if axes:
+        if evaluate is None or package:
+            raise ConfigError(
+                "--search", expected="--eval, and no --package", found="--package" if package else "no --eval"
+            )
+        show(
+            _searched(
+                task,
+                axes,
+                evaluate,
+                out,
+                trials=trials,
+                minimize=minimize,
+                overwrite=overwrite,
+                device=device,
+                project=wandb,
+            )
+        )
+        return
+    for note in notes:
+        typer.echo(f"dare-train: {note}", err=True)
+    with joined_ranks() as ranks:
+        with progress_bar("merging", ranks) as progress:
+            report = run(
+                task,
+                out,
+                notes=notes,
+                package=package,
+                overwrite=overwrite,
+                device=device,
+                progress=progress,
+                ranks=ranks,
+            )
+        if ranks.first:
+            show(report.table(every_tensor=tensors))
+            typer.echo(f"{out}: fingerprint {report.fingerprint[:12]}…")
+
+
+def _searched(
+    task: Any, axes: Any, evaluate: str, out: Path, *, project: str | None, **options: Any
+) -> RenderableType:
+    """A table of the trials. The user's function may be anything, so the process is no longer settled for a
+    small command.
+    """
+    from ..merging.search import metric_of, results, search
+    from ..wandb_run import searching
+
+    gc.enable()
+    with searching(project) as told:
+        found = search(task, axes, metric_of(evaluate), out, told=told, **options)
+    return results(found)
+
+
+app.add_typer(studies.app)
+
+
+@app.command()
+def inspect(
+    package: Package,
+    as_json: AsJson = False,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="A row for each tensor instead of each kind.")
+    ] = False,
+    plot: Annotated[
+        Optional[Path], typer.Option(help="Draw density, bits per parameter and |δ| by layer into this file.")
+    ] = None,
+) -> None:
+    """Show what a package holds."""
+    from ..package.reader import DeltaPackage
+    from ..reports import package_tables as report
+
+    opened = DeltaPackage.open(package)
+    show(report.inspect_json(opened) if as_json else report.inspect_table(opened, every_tensor=tensors))
+    if plot is not None:
+        report.plot(opened, plot)
+        typer.echo(f"drew {plot}", err=True)
+
+
+@app.command()
+def verify(
+    package: Package,
+    base: Annotated[
+        Optional[str],
+        typer.Option("--base", help="Also check that this is the right base, and that applying arrives."),
+    ] = None,
+    cast_base: CastBase = False,
+) -> None:
+    """Check every byte of a package, and with a base the result too."""
+    from ..applying.apply import verify as run
+    from ..package.reader import DeltaPackage
+
+    opened = DeltaPackage.open(package)
+    run(opened, base, cast_base=cast_base)
+    typer.echo(
+        f"{package}: intact"
+        + (f", and gives {opened.manifest.result[:12]}… on {base}" if base is not None else "")
+    )
+
+
+@app.command()
+def diagnose(base: Base, tuned: Tuned, cast_base: CastBase = False, as_json: AsJson = False) -> None:
+    """Will DARE work here, and at which p?"""
+    from ..reports import package_tables as report
+    from ..studies.diagnosis import diagnose as run
+
+    diagnosis = run(base, tuned, cast_base=cast_base)
+    show(report.diagnosis_json(diagnosis) if as_json else report.diagnosis_table(diagnosis))
+
+
+def _drop_rates(given: list[str]) -> float | dict[str, float]:
+    pairs = [item.rpartition("=") for item in given]
+    try:
+        rates = {pattern or "*": float(rate) for pattern, _, rate in pairs}
+    except ValueError as error:
+        raise ConfigError("--p", expected="a number, or PATTERN=NUMBER", found=" ".join(given)) from error
+    return rates["*"] if list(rates) == ["*"] else rates
+
+
+def _settle_process() -> None:
+    """Settings for a process that lives for one command: together they halve the time of a small one.
+
+    BLAS starts threads that spin, though runs are spread over threads already; the garbage collector walks
+    what the imports made, again and again; and glibc hands freed buffers back to the kernel, which then has
+    to find fresh pages.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    gc.disable()
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+def command() -> NoReturn:
+    """The process of `dare-train`: settled for one command, and gone when it is done, without tearing down
+    the interpreter.
+    """
+    _settle_process()
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> int:
+    """Run the command line in `sys.argv`; returns the exit code."""
+    try:
+        app(prog_name="dare-train")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    except (DareError, OSError) as error:
+        if debugging():
+            raise
+        print(f"dare-train: {error}", file=sys.stderr)
+        return exit_code(error)
+    return 0

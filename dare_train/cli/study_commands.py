@@ -1,0 +1,316 @@
+"""The studies as commands: arguments only."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from ..errors import CheckpointError, ConfigError
+from .terminal import Base, Out, progress_bar
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..evaluation.measurements import Evaluate
+    from ..evaluation.texts import Texts
+    from ..reports.writing import Found
+
+app = typer.Typer()
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+Model = Annotated[str, typer.Argument(metavar="TUNED", help="Folder or Hub id of the fine-tuned model.")]
+Models = Annotated[
+    list[str],
+    typer.Argument(metavar="TUNED...", help="Folders or Hub ids of fine-tuned models of that base."),
+]
+Eval = Annotated[
+    Optional[str],
+    typer.Option(
+        "--eval", help="MODULE:FUNCTION, called with the model; returns a number, or several by name."
+    ),
+]
+Data = Annotated[
+    Optional[Path], typer.Option("--data", help="Texts to evaluate on: .jsonl, .json, .csv or .txt.")
+]
+Columns = Annotated[
+    list[str],
+    typer.Option(
+        "--column", help="NAME=COLUMN: what the columns text, label and prompt are called in --data."
+    ),
+]
+MaxLength = Annotated[int, typer.Option("--max-length", help="Tokens that count of a text.")]
+Examples = Annotated[Optional[int], typer.Option("--examples", help="Only the first so many texts.")]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="To compute in: auto (that of the files), float32, bfloat16 or float16."),
+]
+Wandb = Annotated[Optional[str], typer.Option("--wandb", help="Log to this wandb project.")]
+Seeds = Annotated[int, typer.Option("--seeds", help="Masks at each rate.")]
+FirstSeed = Annotated[int, typer.Option("--first-seed", help="Seed of the first mask.")]
+
+
+@app.command()
+def sweep(
+    base: Base,
+    tuned: Models,
+    out: Out,
+    evaluate: Eval = None,
+    data: Data = None,
+    p: Annotated[
+        Optional[str],
+        typer.Option("--p", help="Drop rates, such as 0.5,0.9; twelve from 0 to 0.99 by default."),
+    ] = None,
+    seeds: Seeds = 5,
+    first_seed: FirstSeed = 0,
+    variants: Annotated[
+        str, typer.Option(help="What to compare: dare, drop_only, magnitude, weights, norm, q.")
+    ] = "dare,drop_only,magnitude,weights",
+    column: Columns = [],  # noqa: B006
+    max_length: MaxLength = 128,
+    examples: Examples = None,
+    dtype: Dtype = "auto",
+    wandb: Wandb = None,
+) -> None:
+    """How much can be dropped: a metric against the drop rate, into OUT. Goes on where it was when it runs
+    again.
+    """
+    from ..studies.sweep import RATES, Sweep, planned
+    from ..studies.sweep import sweep as run
+
+    _check_inputs(evaluate, data, column, dtype)
+    rates, names = _numbers("--p", p) if p is not None else RATES, variants.split(",")
+    planned(rates, seeds, first_seed, names)
+    labels, found = _labels(tuned), dict[str, Sweep]()
+    for label, folder in zip(labels, tuned, strict=True):
+        model = _loaded(folder, dtype)
+        metric, texts = _metric(model, folder, evaluate, data, column, max_length, examples)
+        place = out / label if len(tuned) > 1 else out
+        with progress_bar(f"sweeping {label}", of_bytes=False) as progress:
+            found[label] = run(
+                model, base, metric, out=place, p=rates, seeds=seeds, first_seed=first_seed, variants=names,
+                tuned=folder if dtype == "auto" else None,
+                batches=texts.batches if texts is not None else None, progress=progress,
+                setup=_depends(evaluate, data, column, max_length, examples, dtype),
+            )  # fmt: skip
+        found[label] = replace(found[label], setup={**_named(base, folder, data), **found[label].setup})
+        _publish(found[label], f"How much can be dropped of {label}", place, wandb, quiet=len(tuned) > 1)
+    if len(tuned) > 1:
+        _publish(found, "When it breaks", out, wandb)
+
+
+@app.command()
+def inside(
+    base: Base,
+    tuned: Model,
+    out: Out,
+    data: Annotated[
+        Path, typer.Option("--data", help="Texts for the model to read: .jsonl, .json, .csv or .txt.")
+    ],
+    p: Annotated[str, typer.Option("--p", help="Drop rates.")] = "0.5,0.9,0.99",
+    seeds: Seeds = 5,
+    first_seed: FirstSeed = 0,
+    masks: Annotated[
+        int, typer.Option(help="How many masks the mean error of layer outputs is taken over.")
+    ] = 64,
+    tokens: Annotated[int, typer.Option(help="How many tokens the figures are about.")] = 2048,
+    column: Columns = [],  # noqa: B006
+    max_length: MaxLength = 128,
+    dtype: Dtype = "auto",
+    wandb: Wandb = None,
+) -> None:
+    """What happens inside: embeddings and layer outputs after dropping, against what is calculated, into
+    OUT.
+    """
+    from ..studies.inside import inside as run
+
+    _check_inputs(None, data, column, dtype)
+    rates = _numbers("--p", p)
+    model = _loaded(tuned, dtype)
+    texts = _texts(model, tuned, data, column, max_length, None, labels=False)
+    with progress_bar(f"looking into {_labels([tuned])[0]}", of_bytes=False) as progress:
+        found = run(
+            model, base, texts.batches, p=rates, seeds=seeds, first_seed=first_seed, masks=masks,
+            tokens=tokens, progress=progress,
+            setup={**_named(base, tuned, data), **_depends(None, data, column, max_length, None, dtype)},
+        )  # fmt: skip
+    _publish(found, f"What happens inside {_labels([tuned])[0]}", out, wandb)
+
+
+@app.command()
+def compare(
+    base: Base,
+    tuned: Model,
+    out: Out,
+    evaluate: Eval = None,
+    data: Data = None,
+    p: Annotated[
+        Optional[str], typer.Option("--p", help="Drop rates; six from 0.5 to 0.99 by default.")
+    ] = None,
+    rank: Annotated[
+        Optional[str], typer.Option("--rank", help="Ranks of truncated SVDs, such as 1,4,16.")
+    ] = None,
+    adapter: Annotated[
+        list[str], typer.Option("--adapter", help="Folder of a LoRA adapter trained for the same task.")
+    ] = [],  # noqa: B006
+    seeds: Seeds = 5,
+    first_seed: FirstSeed = 0,
+    column: Columns = [],  # noqa: B006
+    max_length: MaxLength = 128,
+    examples: Examples = None,
+    dtype: Dtype = "auto",
+    wandb: Wandb = None,
+) -> None:
+    """Quality against bytes: DARE's packages, low rank, 1 bit, magnitude pruning and LoRA, into OUT. Goes on
+    where it was.
+    """
+    from ..studies.comparison import RANKS, RATES
+    from ..studies.comparison import compare as run
+
+    _check_inputs(evaluate, data, column, dtype)
+    rates = _numbers("--p", p) if p is not None else RATES
+    ranks = [int(one) for one in _numbers("--rank", rank)] if rank is not None else RANKS
+    model = _loaded(tuned, dtype)
+    metric, _ = _metric(model, tuned, evaluate, data, column, max_length, examples)
+    with progress_bar("comparing", of_bytes=False) as progress:
+        found = run(
+            model, base, tuned, metric, out=out, p=rates, ranks=ranks, seeds=seeds, first_seed=first_seed,
+            adapters=adapter,
+            setup=_depends(evaluate, data, column, max_length, examples, dtype), progress=progress,
+        )  # fmt: skip
+    found = replace(found, setup={**_named(base, tuned, data), **found.setup})
+    _publish(found, f"What the delta of {_labels([tuned])[0]} is worth in bytes", out, wandb)
+
+
+def _check_inputs(evaluate: str | None, data: Path | None, columns: Sequence[str], dtype: str) -> None:
+    """What can be seen to be wrong before a model is loaded."""
+    if evaluate is None and data is None:
+        raise ConfigError("--eval", expected="MODULE:FUNCTION, or a file of texts as --data", found="neither")
+    if data is not None and not data.is_file():
+        raise CheckpointError(str(data), expected="a file of texts", found="no such file")
+    if dtype not in _DTYPES:
+        raise ConfigError("--dtype", expected=", ".join(_DTYPES), found=dtype)
+    for pair in columns:
+        name, _, column = pair.partition("=")
+        if name not in ("text", "label", "prompt") or not column:
+            raise ConfigError(
+                "--column", expected="text=, label= or prompt= and the name of a column", found=pair
+            )
+
+
+def _loaded(folder: str, dtype: str) -> torch.nn.Module:
+    """The model. From here on the process is no longer settled for a small command."""
+    gc.enable()
+    from transformers.utils import logging
+
+    from ..evaluation.model_loading import load_model
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    return load_model(folder, dtype)
+
+
+def _metric(
+    model: torch.nn.Module,
+    folder: str,
+    evaluate: str | None,
+    data: Path | None,
+    columns: Sequence[str],
+    max_length: int,
+    limit: int | None,
+) -> tuple[Evaluate, Texts | None]:
+    """What is measured, and the texts, if there are any."""
+    from ..merging.search import metric_of
+
+    texts = _texts(model, folder, data, columns, max_length, limit) if data is not None else None
+    if evaluate is not None:
+        return metric_of(evaluate), texts
+    assert texts is not None
+    return texts, texts
+
+
+def _texts(
+    model: torch.nn.Module,
+    folder: str,
+    data: Path,
+    columns: Sequence[str],
+    max_length: int,
+    limit: int | None,
+    *,
+    labels: bool = True,
+) -> Texts:
+    from transformers import AutoTokenizer
+
+    from ..evaluation.texts import load_texts
+
+    named = dict(pair.split("=", 1) for pair in columns)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError):
+        tokenizer = None
+    if tokenizer is None or {*tokenizer.get_vocab()} <= {
+        *tokenizer.all_special_tokens
+    }:  # for some models an empty one is made
+        remedy = "save the model's there: tokenizer.save_pretrained(folder)"
+        raise CheckpointError(
+            folder, expected="a tokenizer beside the model", found="none that loads", remedy=remedy
+        )
+    return load_texts(
+        model, tokenizer, data, columns=named, max_length=max_length, limit=limit, labels=labels
+    )
+
+
+def _named(base: str, model: str, data: Path | None) -> dict[str, str]:
+    """What models and data are called here."""
+    return {"base_model": base, "model": model, **({"data": str(data)} if data is not None else {})}
+
+
+def _depends(
+    evaluate: str | None,
+    data: Path | None,
+    columns: Sequence[str],
+    max_length: int,
+    examples: int | None,
+    dtype: str,
+) -> dict[str, Any]:
+    """What the figures depend on besides the weights, wherever it lies."""
+    told: dict[str, Any] = {"eval": evaluate, "columns": sorted(columns) or None, "examples": examples}
+    if data is not None:
+        told["data_sha256"] = hashlib.sha256(data.read_bytes()).hexdigest()
+    return {name: value for name, value in told.items() if value is not None} | {
+        "max_length": max_length,
+        "dtype": dtype,
+    }
+
+
+def _publish(found: Found, title: str, out: Path, project: str | None, *, quiet: bool = False) -> None:
+    """Files, wandb, and unless `quiet` the tables on the terminal."""
+    from ..reports.writing import publish, study_of
+    from ..wandb_run import studying
+
+    study = study_of(found, title)
+    with studying(project):
+        page = publish(study, out)
+    if not quiet:
+        typer.echo(study.markdown())
+    typer.echo(f"{page}", err=True)
+
+
+def _labels(folders: Sequence[str]) -> list[str]:
+    """The folders' own names, numbered where two would have the same."""
+    names = [Path(folder).name or folder for folder in folders]
+    return [name if names.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(names)]
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(option, expected="numbers with commas between them", found=text) from error

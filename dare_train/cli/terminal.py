@@ -1,0 +1,99 @@
+"""What the commands share: arguments, tables and progress on a terminal, and exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import DareError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ..parallel.ranks import Ranks
+
+Base = Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")]
+Tuned = Annotated[str, typer.Argument(help="Folder or Hub id of the fine-tuned model, or of a LoRA adapter.")]
+Package = Annotated[str, typer.Argument(metavar="PKG", help="Folder or Hub id of a package.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to create.")]
+CastBase = Annotated[
+    bool, typer.Option("--cast-base", help="Round the base to the dtype of the fine-tuned weights first.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is already there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def show(what: dict[str, Any] | RenderableType) -> None:
+    if isinstance(what, dict):
+        typer.echo(json.dumps(what, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(what)
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """The processes that a launcher started for this command, or this one alone. One error is told once, by
+    the first of them.
+
+    None of them leaves before all are done: the launcher would kill the others, and with them what they still
+        clear up.
+    """
+    from ..errors import RankError
+    from ..parallel.ranks import launched
+
+    with launched() as ranks:
+        try:
+            yield ranks
+        except (DareError, OSError) as error:
+            if not ranks.lost:
+                with suppress(RankError):
+                    ranks.gather(None)
+            if ranks.first or ranks.lost or debugging():
+                raise
+            raise typer.Exit(exit_code(error)) from error
+
+
+@contextmanager
+def progress_bar(
+    what: str, ranks: Ranks | None = None, *, of_bytes: bool = True
+) -> Iterator[Callable[[int, int], object] | None]:
+    """A bar on the first rank's stderr, if it is a terminal, fed with what is done and all there is; nothing
+    elsewhere.
+    """
+    if (ranks is not None and not ranks.first) or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    done = DownloadColumn() if of_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), done, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def debugging() -> bool:
+    return "--debug" in sys.argv[1:]
+
+
+def exit_code(error: DareError | OSError) -> int:
+    return getattr(error, "exit_code", 1)

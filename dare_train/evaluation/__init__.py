@@ -1,0 +1,1 @@
+"""Measuring a model: its metrics on texts, with other weights in its place."""

@@ -1,0 +1,208 @@
+"""Measurements, kept one by one, so that a study that was killed, or asked for more, goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+
+from .._version import __version__
+from ..errors import CheckpointError, ConfigError
+from ..weights.protocol import Weights
+from .swapped_model import Seat
+
+if TYPE_CHECKING:
+    import torch
+
+Evaluate = Callable[["torch.nn.Module"], Union[float, Mapping[str, float]]]
+"""Called with the model at each point; returns a number, or several by name. It leaves the weights alone."""
+Progress = Callable[[int, int], object]
+"""Called with the points done and all there are."""
+Key = tuple[str, float, int]
+"""Variant, drop rate (or another setting), seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measurement."""
+
+    variant: str
+    p: float
+    """The drop rate, or what else there is more or less of in the variant."""
+    seed: int
+    metrics: Mapping[str, float]
+
+    @property
+    def key(self) -> Key:
+        return self.variant, self.p, self.seed
+
+    def as_json(self) -> dict[str, Any]:
+        return {"variant": self.variant, "p": self.p, "seed": self.seed, "metrics": dict(self.metrics)}
+
+
+def measured(
+    seat: Seat,
+    wanted: Sequence[Key],
+    weights_at: Callable[[Key], tuple[Weights, Mapping[str, float]]],
+    evaluate: Evaluate,
+    journal: Journal,
+    progress: Progress | None,
+) -> tuple[Point, ...]:
+    """Evaluate a model with the weights of each point, unless the journal has it already.
+
+    `weights_at` gives the weights, and figures of theirs that go with what is measured.
+
+    Raises:
+        ConfigError: `evaluate` gives no finite numbers.
+    """
+    found = {point.key: point for point in journal.read()}
+    with seat:
+        for number, key in enumerate(wanted):
+            if key not in found:
+                weights, figures = weights_at(key)
+                seat.give(weights)
+                found[key] = Point(
+                    variant=key[0],
+                    p=key[1],
+                    seed=key[2],
+                    metrics={**numbers(evaluate(seat.model)), **figures},
+                )
+                journal.add(found[key])
+            if progress is not None:
+                progress(number + 1, len(wanted))
+    return tuple(found[key] for key in wanted)
+
+
+def numbers(given: float | Mapping[str, float]) -> dict[str, float]:
+    """What an evaluation gave, by name.
+
+    Raises:
+        ConfigError: it is not finite numbers.
+    """
+    metrics = dict(given) if isinstance(given, Mapping) else {"metric": given}
+    try:
+        found = {str(name): float(value) for name, value in metrics.items()}
+    except (TypeError, ValueError):
+        found = {}
+    if not found or not all(np.isfinite(value) for value in found.values()):
+        raise ConfigError("evaluate", expected="a finite number, or several by name", found=repr(given))
+    return found
+
+
+def samples(points: Iterable[Point], variant: str, metric: str) -> dict[float, list[float]]:
+    """By drop rate, ascending, what the seeds gave."""
+    found: dict[float, list[float]] = {}
+    for point in sorted((one for one in points if one.variant == variant), key=lambda one: one.p):
+        found.setdefault(point.p, []).append(point.metrics[metric])
+    return found
+
+
+class Journal:
+    """Points as they are measured, a line for each, below a line that says what all of them depend on.
+
+    Args:
+        path: of the file.
+        base, tuned: fingerprints of the weights.
+        setup: whatever else they depend on.
+
+    Raises:
+        CheckpointError: `read` found another model's, or some of another setup.
+    """
+
+    def __init__(self, path: Path, base: str, tuned: str, setup: Mapping[str, Any] | None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._head = (
+            path,
+            {"base": base, "tuned": tuned, "setup": json.loads(json.dumps(setup or {}))},
+        )
+
+    def read(self) -> list[Point]:
+        lines = self._path.read_text(encoding="utf-8").split("\n") if self._path.exists() else []
+        if not lines or not lines[0]:
+            self._path.write_text(json.dumps(self._head) + "\n", encoding="utf-8")
+            return []
+        kept = json.loads(lines[0])
+        if (kept["base"], kept["tuned"]) != (self._head["base"], self._head["tuned"]):
+            expected = f"a study of {self._head['tuned'][:12]}… on {self._head['base'][:12]}…"
+            found = f"one of a model {kept['tuned'][:12]}…"
+            raise CheckpointError(
+                str(self._path), expected=expected, found=found, remedy="choose another folder"
+            )
+        check_setup(self._path, kept.get("setup", {}), self._head["setup"])
+        whole = lines[1:-1]  # a line without its end was being written when the process died
+        self._path.write_text("".join(f"{line}\n" for line in (lines[0], *whole)), encoding="utf-8")
+        return [Point(**json.loads(line)) for line in whole]
+
+    def add(self, point: Point) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(point.as_json()) + "\n")
+
+
+def check_setup(path: Path, kept: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    """Refuse to go on with measurements that depend on something else: `kept` is what a file's depend on, as
+    JSON has it.
+
+    Raises:
+        CheckpointError: they differ; it names the first difference.
+    """
+    for name, found, expected in _differences(kept, told):
+        measured = f"with {name} {found}" if found is not None else f"without {name}"
+        wanted = (
+            f"measurements with {name} {expected}" if expected is not None else f"measurements without {name}"
+        )
+        raise CheckpointError(
+            str(path), expected=wanted, found=f"some {measured}", remedy="choose another folder"
+        )
+
+
+def _differences(
+    kept: Mapping[str, Any], told: Mapping[str, Any], within: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Full names of entries that differ, and both of their values."""
+    for name in dict.fromkeys((*told, *kept)):
+        one, other = kept.get(name), told.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other, f"{within}{name}.")
+        elif one != other:
+            yield f"{within}{name}", one, other
+
+
+class Record:
+    """A JSON file of measurements by name, below what they depend on.
+
+    Raises:
+        CheckpointError: when made, for a file of another setup.
+    """
+
+    def __init__(self, path: Path, setup: Mapping[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        told = json.loads(json.dumps(setup))
+        self._kept: dict[str, Any] = {
+            "written_by": f"dare_train {__version__}",
+            "setup": told,
+            "measured": {},
+        }
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            check_setup(path, found["setup"], told)
+            self._kept = found
+
+    @property
+    def all(self) -> Mapping[str, Any]:
+        """In the order in which they were measured."""
+        measured: dict[str, Any] = self._kept["measured"]
+        return measured
+
+    def measured(self, name: str, measure: Callable[[], Mapping[str, Any]]) -> Any:
+        """What was measured by that name, as JSON has it: now, unless it was before."""
+        if name not in self.all:
+            self._kept["measured"][name] = json.loads(json.dumps(measure()))
+            partial = self._path.with_suffix(".partial")
+            partial.write_text(json.dumps(self._kept, indent=1) + "\n", encoding="utf-8")
+            partial.replace(self._path)
+        return self.all[name]

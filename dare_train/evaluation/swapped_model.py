@@ -1,0 +1,81 @@
+"""One model in memory whose weights are exchanged in place from point to point."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import CheckpointError
+from ..parallel.threads import ordered_map
+from ..weights.alignment import cast_to
+from ..weights.fingerprint import weights_fingerprint
+from ..weights.live import LiveWeights
+from ..weights.opening import WeightsLike, open_weights
+from ..weights.protocol import HeldWords, Weights, runs
+
+if TYPE_CHECKING:
+    import torch
+
+_RUN = 1 << 20
+
+
+class Seat:
+    """A model that other weights take the place of; as a context it has its own back afterwards, to the bit.
+
+    Args:
+        model: its weights are overwritten.
+        tuned: the same weights on disk, so that they need not be copied.
+
+    Attributes:
+        own: the model's own weights.
+        print: their fingerprint.
+
+    Raises:
+        CheckpointError: `tuned` is not what the model holds.
+    """
+
+    def __init__(self, model: torch.nn.Module, tuned: WeightsLike | None = None) -> None:
+        self.model = model
+        self._live = LiveWeights(model)
+        self._taken: set[str] = set()
+        self.own: Weights = _copied(self._live) if tuned is None else open_weights(tuned)
+        self.print = weights_fingerprint(self.own)
+        if tuned is not None and weights_fingerprint(self._live) != self.print:
+            expected, remedy = "the weights that the model has", "leave tuned= out"
+            raise CheckpointError(self.own.label, expected=expected, found="others", remedy=remedy)
+
+    def __enter__(self) -> Seat:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give(HeldWords("none", {}, {}))
+
+    def give(self, weights: Weights) -> None:
+        """Let the weights take the place of the model's own; tensors that they lack are the model's own."""
+        names = self._live.tensors.keys() & weights.tensors.keys()
+        source, own = cast_to(weights, self._live.tensors), self.own
+        back, self._taken = self._taken - names, names | self._taken
+        work = (
+            (name, start, count)
+            for name in sorted(names | back)
+            for start, count in runs(self._live.tensors[name].numel, _RUN)
+        )
+
+        def one(run: tuple[str, int, int]) -> None:
+            self._live.overwrite(run[0], run[1], (own if run[0] in back else source).read(*run))
+
+        with closing(ordered_map(one, work)) as done:
+            for _ in done:
+                pass
+        self._taken = names
+
+
+def _copied(live: LiveWeights) -> Weights:
+    """A model's weights as they are now."""
+    return HeldWords(
+        live.label,
+        live.tensors,
+        {name: np.array(live.read(name, 0, info.numel)) for name, info in live.tensors.items()},
+    )

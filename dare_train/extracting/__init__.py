@@ -1,0 +1,1 @@
+"""From two sets of weights to a package."""

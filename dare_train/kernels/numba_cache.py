@@ -1,0 +1,198 @@
+"""Kernels as machine code: Numba makes it once per machine, later processes load it without Numba.
+
+Importing Numba and restoring its functions takes longer than all else that a small command does. So what it
+compiled is kept as object files, one for each kernel and types of arguments, named by everything that they
+depend on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scalar = np.generic | int
+Native = Callable[..., int]
+
+_SCALARS: dict[str, Any] = {
+    "u1": ctypes.c_uint8, "u2": ctypes.c_uint16, "u4": ctypes.c_uint32, "u8": ctypes.c_uint64,
+    "i8": ctypes.c_int64, "f4": ctypes.c_float, "f8": ctypes.c_double,
+}  # fmt: skip
+_ARRAY = [
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int64,
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int64,
+]
+"""A one-dimensional array as Numba takes it: owner, parent, elements, bytes per element, data, shape,
+strides."""
+
+_lock = threading.Lock()
+
+
+class Part:
+    """A function that kernels call; it becomes a part of their machine code."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        assert isinstance(function, FunctionType)
+        self.function = function
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What it computes, in Python; within a kernel it is compiled."""
+        return self.function(*arguments)
+
+    def parts(self) -> dict[str, Part]:
+        """The parts that it calls, by the names it calls them."""
+        called = {name: self.function.__globals__.get(name) for name in self.function.__code__.co_names}
+        return {name: part for name, part in called.items() if isinstance(part, Part)}
+
+
+class Kernel(Part):
+    """A function of contiguous arrays and scalars that runs as machine code, without the interpreter's lock.
+
+    It is compiled separately for each combination of argument types: arrays and numpy scalars by dtype, `int`
+    as int64. It may neither allocate nor raise, and returns nothing, or an int64 if it is annotated with `->
+    int`.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._natives: dict[tuple[str, ...], Native] = {}
+
+    def __call__(self, *arguments: NDArray[Any] | Scalar) -> int:
+        """Run it on contiguous one-dimensional arrays and scalars."""
+        types = tuple([_type_of(argument) for argument in arguments])
+        native = self._natives.get(types) or self._load(types)
+        flat: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, np.ndarray):
+                size, width = argument.size, argument.itemsize
+                flat += (None, None, size, width, argument.ctypes.data, size, width)
+            else:
+                flat.append(argument if isinstance(argument, int) else argument.item())
+        return native(*flat)
+
+    def _load(self, types: tuple[str, ...]) -> Native:
+        with _lock:
+            if types not in self._natives:
+                symbol = "_".join([self.function.__name__.strip("_"), *types])
+                address = _machine().address(symbol, lambda: self._compile(types, symbol))
+                flat: list[Any] = [
+                    kind for code in types for kind in (_ARRAY if code[0] == "p" else [_SCALARS[code]])
+                ]
+                self._natives[types] = ctypes.CFUNCTYPE(ctypes.c_int64, *flat)(address)
+        return self._natives[types]
+
+    def _compile(self, types: tuple[str, ...], symbol: str) -> bytes:
+        _announce()
+        from .numba_compile import object_code
+
+        return object_code(self, types, symbol)
+
+
+def kernel(function: Callable[..., Any]) -> Kernel:
+    """Make a `Kernel` of a function."""
+    return Kernel(function)
+
+
+def inlined(function: Callable[..., Any]) -> Part:
+    """Make a `Part` of a function: its callers' loops see through it, so that they are vectorised."""
+    return Part(function)
+
+
+def _type_of(argument: NDArray[Any] | Scalar) -> str:
+    """For instance "u2" of a uint16 and "pu2" of an array of them."""
+    if isinstance(argument, np.ndarray):
+        if not argument.flags.c_contiguous or argument.ndim != 1:
+            raise ValueError(
+                "kernels take contiguous arrays of one dimension, found shape "
+                f"{argument.shape}, strides {argument.strides}"
+            )
+        return "p" + argument.dtype.str[1:]
+    return "i8" if isinstance(argument, int) else argument.dtype.str[1:]
+
+
+class _Machine:
+    """Holds this process's machine code and the folder of object files that it came from."""
+
+    def __init__(self) -> None:
+        import llvmlite
+        from llvmlite import binding as llvm
+
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        triple, cpu, features = (
+            llvm.get_process_triple(),
+            llvm.get_host_cpu_name(),
+            llvm.get_host_cpu_features().flatten(),
+        )
+        sources = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
+        depends_on = "\0".join([llvmlite.__version__, triple, cpu, features, *sources])
+        self._objects = _cache_folder() / "kernels" / hashlib.sha256(depends_on.encode()).hexdigest()[:16]
+        self._llvm = llvm
+        machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features, jit=True)
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(f'target triple = "{triple}"'), machine)
+
+    def address(self, symbol: str, compile: Callable[[], bytes]) -> int:
+        """Where the code of a symbol lies, compiled unless an earlier process did."""
+        path = self._objects / f"{symbol}.o"
+        code = _verified(path.read_bytes()) if path.exists() else None
+        if code is None:
+            code = compile()
+            _keep(path, code)
+        self._engine.add_object_file(self._llvm.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+        return int(self._engine.get_function_address(symbol))
+
+
+@functools.cache
+def _machine() -> _Machine:
+    return _Machine()
+
+
+def _verified(stored: bytes) -> bytes | None:
+    """The code in an object file of ours, or None if a bit of it rotted."""
+    digest, code = stored[:32], stored[32:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _keep(path: Path, code: bytes) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(hashlib.sha256(code).digest() + code)
+        temporary.replace(path)
+    except OSError as error:
+        _say(
+            f"cannot keep compiled kernels ({error}); every process compiles them. Set "
+            "DARE_TRAIN_CACHE to a folder that can be written."
+        )
+
+
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("DARE_TRAIN_CACHE") or Path(home) / "dare_train").expanduser()
+
+
+@functools.cache
+def _announce() -> None:
+    _say("compiling CPU kernels, once on this machine (a few seconds) ...")
+
+
+@functools.cache
+def _say(sentence: str) -> None:
+    print(f"dare_train: {sentence}", file=sys.stderr)

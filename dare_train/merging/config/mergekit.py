@@ -1,0 +1,315 @@
+"""Reads mergekit's configurations, so that a file people have gives the merge they expect, or says why
+not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError
+from ..methods.parameters import Case, Gradient, Parameter, Scalar, Setting, Settings
+from .recipe import CHOICES, DTYPE_NAMES, FLAVOUR, Recipe, Tokenizer
+from .yaml_parts import Inputs, fields_of, inputs_of, parsed, says, settings_of, text_of
+
+_NAMES = (
+    "average task_arithmetic ties magnitude dare_linear dare_ties drop_only breadcrumbs "
+    "breadcrumbs_ties della della_linear "
+    "model_stock slerp nuslerp karcher sce fisher regmean consensus_ta consensus_ties"
+)
+
+METHODS = {"linear": "average", **{name: name for name in _NAMES.split()}}
+"""Names of methods in configurations, and ours."""
+
+_BASE_MAY_BE_MISSING = {"average", "karcher", "nuslerp"}
+_DENSITY_BECOMES_P = {"dare_linear", "dare_ties", "drop_only"}
+_RANDOM = {"dare_linear", "dare_ties", "drop_only", "della", "della_linear"}
+_RESCALED = {"dare_linear", "dare_ties", "della", "della_linear"}
+_TRIMMED = {"ties", "magnitude", "breadcrumbs", "breadcrumbs_ties", "consensus_ties"}
+_NOT_RESCALED = _TRIMMED | {"task_arithmetic", "drop_only"}
+_IMPLIED: dict[str, tuple[str, Scalar]] = {
+    **dict.fromkeys(("ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear"), ("density", 1.0)),
+    **dict.fromkeys(("dare_linear", "dare_ties"), ("p", 0.0)),
+}
+"""What mergekit's methods keep where a file says nothing: everything."""
+
+_KEYS = (
+    "merge_method base_model models slices parameters dtype out_dtype tokenizer_source "
+    "tokenizer rescale seed flavour"
+)
+_DENSITY = Parameter(name="density")
+
+
+def read(path_or_text: str | Path) -> tuple[Recipe, list[str]]:
+    """A recipe from a configuration for mergekit, or one that `Recipe.to_yaml` wrote. Both may have our own
+    keys besides: `seed`, `rescale`, and those of `CHOICES`.
+
+    Args:
+        path_or_text: a file, or YAML itself: text of several lines, or in braces.
+
+    Returns:
+        The recipe, and sentences that say where the result will differ from mergekit's, on purpose.
+
+    Raises:
+        ConfigError: the file cannot be read, or asks for something that this package does not do.
+    """
+    top = fields_of(parsed(path_or_text), (*_KEYS.split(), *CHOICES), "")
+    if "flavour" not in top:
+        return _translated(top)
+    if top["flavour"] != FLAVOUR:
+        raise ConfigError(
+            "flavour", expected=FLAVOUR, found=repr(top["flavour"]), remedy="leave it out for mergekit's own"
+        )
+    return _as_written(top), []
+
+
+def _as_written(top: Mapping[str, Any]) -> Recipe:
+    inputs = inputs_of(top)
+    return Recipe(
+        method=text_of(top, "merge_method"),
+        base=text_of(top, "base_model"),
+        models=inputs.models,
+        layers=inputs.layers,
+        parameters=settings_of(top.get("parameters", {}), "parameters"),
+        rescale=top.get("rescale", "paper"),
+        seed=top.get("seed", 0),
+        out_dtype=_out_dtype(top),
+        tokenizer=_tokenizer(top, text_of(top, "base_model")),
+        **{name: top[name] for name in CHOICES if name in top},
+    )
+
+
+def _translated(top: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+    name = text_of(top, "merge_method")
+    if name not in METHODS:
+        raise ConfigError(
+            "merge_method",
+            expected=f"one of {', '.join(METHODS)}",
+            found=repr(name),
+            remedy="choose one of these",
+        )
+    method, listed = METHODS[name], inputs_of(top)
+    base, base_model = _base(top, method, listed), top.get("base_model")
+    _check_names(base_model, [each.model for each in listed.models])
+    shared = dict(settings_of(top.get("parameters", {}), "parameters"))
+    rescale, seed = _only(top, shared, "rescale"), _only(top, shared, "seed")
+    order = _order(name, listed, base_model, shared)
+    inputs = listed.arranged(order, base)
+    given = {parameter for settings in (shared, *inputs.settings()) for parameter in settings}
+    change = _spelling(method, given)
+    changed = inputs.changed(change)
+    recipe = Recipe(
+        method=method,
+        base=base,
+        models=changed.models,
+        layers=changed.layers,
+        parameters=_with_implied(method, base_model, changed, change(shared)),
+        rescale=_rescale(rescale, method),
+        seed=0 if seed is None else seed,
+        out_dtype=_out_dtype(top),
+        tokenizer=_tokenizer(top, base),
+        **_choices(top, order, len(listed.models)),
+    )
+    return recipe, list(_notes(recipe, given, top.get("dtype", "")))
+
+
+def _notes(recipe: Recipe, given: set[str], dtype: str) -> Iterator[str]:
+    computed = dtype.removeprefix("torch.")
+    if computed in ("bfloat16", "float16"):
+        yield (
+            f"mergekit computes in {computed} and rounds after every step; here everything is "
+            "float32 and rounded once"
+        )
+    elif computed == "float64":
+        yield (
+            "mergekit computes in float64; here in float32, except where the base is float64, "
+            "and rounded once"
+        )
+    if recipe.rescale == "paper" and recipe.method in _RESCALED:
+        yield (
+            "mergekit rescales so that the L1 norm is kept; here by 1/(1 - p), as the papers "
+            "do; rescale: norm gives mergekit's"
+        )
+    if recipe.method in _RANDOM:
+        yield (
+            f"masks come from a seed (seed: {recipe.seed}), not from a global generator: same "
+            "file, same result"
+        )
+    if "int8_mask" in given:
+        yield "int8_mask is ignored: it saves mergekit memory and changes no value"
+    if recipe.method == "karcher" and "weight" in given:
+        yield "mergekit's karcher ignores weight; here it counts"
+
+
+# What mergekit's words mean.
+
+
+def _base(top: Mapping[str, Any], method: str, inputs: Inputs) -> str:
+    if "base_model" not in top and method in _BASE_MAY_BE_MISSING:
+        return inputs.models[0].model
+    return text_of(top, "base_model")
+
+
+def _check_names(base: str | None, names: Sequence[str]) -> None:
+    """Refuses what mergekit takes for an adapter, or refuses itself."""
+    for where, name in [
+        ("base_model", base or ""),
+        *((f"models[{place}].model", name) for place, name in enumerate(names)),
+    ]:
+        if "+" in name:
+            raise ConfigError(
+                where,
+                expected="one model",
+                found=repr(name),
+                remedy="pass the adapter's folder itself as a model",
+            )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            "models",
+            expected="each model once",
+            found=f"{twice[0]!r} again",
+            remedy="give it the sum of its weights",
+        )
+
+
+def _order(name: str, inputs: Inputs, base: str | None, shared: Settings) -> list[int | None]:
+    """Places of the models that are inputs; None is the base, where it is one without being listed."""
+    names = [each.model for each in inputs.models]
+    if base is None:
+        return [*range(len(names))]
+    others = [place for place, each in enumerate(names) if each != base]
+    if METHODS[name] == "slerp":
+        return [names.index(base) if base in names else None, *others]
+    if METHODS[name] not in ("average", "karcher"):
+        return [*others]
+    # mergekit adds a base to `models`, not to `slices`; and `average` is no word of mergekit's.
+    if base in names or inputs.layers or name == "average":
+        return [*range(len(names))]
+    if name == "linear" and "weight" not in shared:
+        remedy = "list it with its weight, or take base_model out"
+        raise ConfigError(
+            "base_model",
+            expected="one of the models: linear makes it an input",
+            found=repr(base),
+            remedy=remedy,
+        )
+    return [*range(len(names)), None]
+
+
+def _with_implied(method: str, base: str | None, inputs: Inputs, shared: Settings) -> Settings:
+    """What the models share, and with it what mergekit decides where a file says nothing, and this package
+    otherwise.
+    """
+    implied = {**_IMPLIED, "nuslerp": ("of", "weights" if base is None else "deltas")}
+    if method not in implied:
+        return shared
+    name, value = implied[method]
+    if inputs.say(name) or says(shared, name):
+        return shared
+    said = shared.get(name)
+    return {**shared, name: (*said, Case(value=value)) if isinstance(said, tuple) and said else value}
+
+
+def _choices(top: Mapping[str, Any], order: Sequence[int | None], listed: int) -> dict[str, Any]:
+    """Files of statistics stand in the order of the models in the file, which is not always that of the
+    inputs.
+    """
+    chosen = {name: top[name] for name in CHOICES if name in top}
+    for name in ("fisher", "gram"):
+        files = chosen.get(name)
+        if isinstance(files, list) and len(files) == listed and None not in order:
+            chosen[name] = [files[place] for place in order if place is not None]
+    return chosen
+
+
+def _only(top: Mapping[str, Any], shared: dict[str, Setting], name: str) -> Any:
+    """A value that the whole merge has once: taken from the top or from the parameters."""
+    if name not in shared:
+        return top.get(name)
+    found = shared.pop(name)
+    if name in top:
+        raise ConfigError(
+            name, expected="one", found="one at the top and one among the parameters", remedy="take one out"
+        )
+    if isinstance(found, (Gradient, tuple)):
+        raise ConfigError(
+            name, expected="one value for the merge", found="a gradient or cases", remedy="choose one value"
+        )
+    return found
+
+
+def _rescale(given: object, method: str) -> str:
+    if given is None:
+        return "none" if method in _NOT_RESCALED else "paper"
+    if isinstance(given, str):
+        return given
+    if given in (0, 1):
+        return ("norm" if method in _TRIMMED else "paper") if given else "none"
+    raise ConfigError("rescale", expected="true, false, or the name of a rule", found=repr(given))
+
+
+def _spelling(method: str, given: set[str]) -> Callable[[Settings], Settings]:
+    """Turns mergekit's settings into ours."""
+    renamed = {"density": "p"} if method in _DENSITY_BECOMES_P else {}
+    if renamed and {"density", "p"} <= given:
+        raise ConfigError(
+            "density", expected="density or p = 1 - density", found="both", remedy="say the same thing once"
+        )
+
+    def change(settings: Settings) -> Settings:
+        kept = {name: setting for name, setting in settings.items() if name != "int8_mask"}
+        return {
+            renamed.get(name, name): _complement(setting) if name in renamed else setting
+            for name, setting in kept.items()
+        }
+
+    return change
+
+
+def _complement(setting: Setting) -> Setting:
+    """1 - d for every density d in it, without the dust of binary fractions: 1 - 0.9 is 0.1."""
+    if isinstance(setting, tuple):
+        return tuple(Case(value=_complement_of_value(case.value), filter=case.filter) for case in setting)
+    return _complement_of_value(setting)
+
+
+def _complement_of_value(value: Scalar | Gradient) -> Scalar | Gradient:
+    if isinstance(value, Gradient):
+        return Gradient(tuple(_complement_of_scalar(each) for each in value.values))
+    return _complement_of_scalar(value)
+
+
+def _complement_of_scalar(value: Scalar) -> float:
+    return round(1 - float(_DENSITY.convert(value, "density")), 12)
+
+
+def _out_dtype(top: Mapping[str, Any]) -> str | None:
+    codes = {name: code for code, name in DTYPE_NAMES.items()}
+    for key in ("dtype", "out_dtype"):
+        if key in top and text_of(top, key).removeprefix("torch.") not in codes:
+            raise ConfigError(
+                key,
+                expected=f"one of {', '.join(codes)}",
+                found=repr(top[key]),
+                remedy="without it the base's is kept",
+            )
+    found = top.get("out_dtype", top.get("dtype"))
+    return None if found is None else codes[found.removeprefix("torch.")]
+
+
+def _tokenizer(top: Mapping[str, Any], base: str) -> Tokenizer | None:
+    if "tokenizer" in top and "tokenizer_source" in top:
+        raise ConfigError(
+            "tokenizer", expected="tokenizer or tokenizer_source", found="both", remedy="take one out"
+        )
+    source = top.get("tokenizer_source")
+    if "tokenizer" in top:
+        source = fields_of(top["tokenizer"], ("source",), "tokenizer").get("source", "union")
+    if source is None or source == "union":
+        return source
+    if source not in ("base", base):
+        remedy = "choose one of these, or put that model's tokenizer into the result afterwards"
+        raise ConfigError("tokenizer_source", expected="base or union", found=repr(source), remedy=remedy)
+    return "base"

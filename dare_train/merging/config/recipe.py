@@ -1,0 +1,480 @@
+"""A merge as data: the method, the models, every setting, and the rules for which setting counts where.
+
+The rules are those of mergekit 0.1.5. The first of these that says something counts:
+
+    a model's settings for a range of layers  >  the model's  >  the range's  >  the recipe's  >  the
+    parameter's default
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from ...errors import ConfigError
+from ..methods.parameters import (
+    Case,
+    Gradient,
+    Parameter,
+    Scalar,
+    Setting,
+    Settings,
+    checked_settings,
+    scalars,
+    value_at,
+)
+from .checks import (
+    check_choice,
+    check_text,
+    instances_of,
+    is_integer,
+    patterns_of,
+    sequence_of,
+    texts_by_text,
+    texts_of,
+)
+
+Tokenizer = Literal["base", "union"]
+
+RESCALES = ("paper", "norm", "q", "none")
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What a merge can be written as: safetensors code, and the name in a configuration."""
+
+FLAVOUR = "dare_train"
+"""Marks a configuration of our own, which `mergekit.read` takes literally."""
+
+CHOICES = ("exclude", "take", "rename", "cast_base", "fisher", "gram")
+"""Fields of a recipe that mergekit has no word for, and that a configuration has by the same names, where it
+has them."""
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.([0-9]{1,6})(?=\.|$)")
+_BEFORE_LAYERS = re.compile(r"emb(?!ed_out)|wte|wpe|(?:^|\.)shared\.")
+_OF_THE_RECIPE = ("rescale", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """One model of a merge."""
+
+    model: str
+    """Its folder, its id on the Hub, or a label."""
+    parameters: Settings = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_text("model", self.model)
+        object.__setattr__(self, "parameters", checked_settings(self.parameters, f" of {self.model!r}"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRange:
+    """Settings for the layers `first` up to but without `last`, of every model. Gradients run from one end of
+    it to the other.
+    """
+
+    first: int
+    last: int
+    parameters: Settings = field(default_factory=dict)
+    """For all models."""
+    models: tuple[Settings, ...]
+    """For each model, in the recipe's order."""
+
+    def __post_init__(self) -> None:
+        if not (is_integer(self.first) and is_integer(self.last) and 0 <= self.first < self.last):
+            raise ConfigError(
+                "layers", expected="first < last, both at least 0", found=f"{self.first!r} and {self.last!r}"
+            )
+        object.__setattr__(self, "parameters", checked_settings(self.parameters, f" in {self.label}"))
+        own = (
+            checked_settings(each, f" of model {place} in {self.label}")
+            for place, each in enumerate(sequence_of("models", self.models))
+        )
+        object.__setattr__(self, "models", tuple(own))
+
+    @property
+    def label(self) -> str:
+        return f"layers {self.first} to {self.last - 1}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a merge.
+
+    Raises:
+        ConfigError: a value is out of range, or two fields conflict.
+    """
+
+    method: str
+    base: str
+    """The base model: its folder, its id on the Hub, or a label."""
+    models: tuple[Model, ...]
+    """What is merged, in order."""
+    parameters: Settings = field(default_factory=dict)
+    """Settings for all models and layers."""
+    layers: tuple[LayerRange, ...] = ()
+    """None, or every layer of the model in one of them, in order."""
+    rescale: str = "paper"
+    """What multiplies the elements that dropping leaves: `paper`, 1 / (1 - p); `norm`, what keeps the L1 norm
+    (mergekit's); `q`, DAREx's; `none`, 1."""
+    seed: int = 0
+    """Selects the masks, in [0, 2**64)."""
+    out_dtype: str | None = None
+    """The result's, as a safetensors code such as "BF16"; None is that of the base, tensor by tensor."""
+    tokenizer: Tokenizer | None = None
+    """Whose vocabulary the result has: the base's, or that of all models; None when they need no
+    comparison."""
+    exclude: tuple[str, ...] = ()
+    """Tensors whose name matches one of these patterns (`fnmatch`) stay as in the base. A single text is one
+    pattern."""
+    take: Mapping[str, str] = field(default_factory=dict)
+    """By name pattern, the model, as `models` calls it, from which tensors are taken as they are; the first
+    that matches counts."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """Parts of tensor names to replace in the models' names, one after another."""
+    cast_base: bool = False
+    """Round the base to the models' dtypes first."""
+    fisher: tuple[str, ...] = ()
+    """Files of the models' Fisher information, in their order; none: those beside the models."""
+    gram: tuple[str, ...] = ()
+    """Files of the models' Gram matrices, in their order; none: those beside the models."""
+
+    def __post_init__(self) -> None:
+        check_text("method", self.method)
+        check_text("base", self.base)
+        object.__setattr__(self, "models", instances_of("models", self.models, Model))
+        object.__setattr__(self, "layers", instances_of("layers", self.layers, LayerRange))
+        object.__setattr__(self, "parameters", checked_settings(self.parameters, ""))
+        if not self.models:
+            raise ConfigError("models", expected="at least one besides the base", found="none")
+        check_choice("rescale", self.rescale, RESCALES)
+        if not is_integer(self.seed) or not 0 <= self.seed < 1 << 64:
+            raise ConfigError("seed", expected="an integer in [0, 2**64)", found=repr(self.seed))
+        if self.out_dtype is not None:
+            check_choice("out_dtype", self.out_dtype, tuple(DTYPE_NAMES))
+        if self.tokenizer is not None:
+            check_choice("tokenizer", self.tokenizer, get_args(Tokenizer))
+        object.__setattr__(self, "exclude", patterns_of("exclude", self.exclude))
+        object.__setattr__(self, "take", texts_by_text("take", self.take, "models by name pattern"))
+        object.__setattr__(self, "rename", texts_by_text("rename", self.rename, "new parts of names by old"))
+        if not isinstance(self.cast_base, bool):
+            raise ConfigError("cast_base", expected="true or false", found=repr(self.cast_base))
+        for name in ("fisher", "gram"):
+            object.__setattr__(self, name, texts_of(name, getattr(self, name), "a list of files"))
+        self._check_models_of_choices()
+        self._check_ranges()
+        self._check_places()
+
+    def resolver(self, layers: int | Mapping[str, int]) -> SettingResolver:
+        """Finds the values of this recipe's parameters.
+
+        Args:
+            layers: how many layers the model has; or, by stack of layers, what `layer_counts` gives.
+
+        Raises:
+            ConfigError: the recipe's ranges are not the model's layers.
+        """
+        counts = [layers] if isinstance(layers, int) else list(layers.values())
+        if self.layers and len(counts) != 1:
+            raise ConfigError(
+                "layers",
+                expected="one stack of layers",
+                found=f"{len(counts)} in the model",
+                remedy="leave the ranges out",
+            )
+        if self.layers and self.layers[-1].last != counts[0]:
+            found = f"ranges that end before layer {self.layers[-1].last}"
+            raise ConfigError(
+                "layers",
+                expected=f"the model's {counts[0]} layers",
+                found=found,
+                remedy="a merge keeps every layer",
+            )
+        return SettingResolver(recipe=self, layers=layers)
+
+    def unknown_parameters(self, known: Collection[str]) -> list[str]:
+        """Names that settings are given for and that are not among `known`, sorted."""
+        return sorted({name for level in self._levels() for name in level.settings} - set(known))
+
+    def check_parameters(self, known: Collection[Parameter]) -> None:
+        """Refuses settings that the method would not see, and values that are not of their parameter's kind.
+
+        Raises:
+            ConfigError: naming the first of them.
+        """
+        by_name = {parameter.name: parameter for parameter in known}
+        for level in self._levels():
+            for name, setting in level.settings.items():
+                where = f"{name}{level.where}"
+                if name not in by_name:
+                    names = ", ".join(sorted(by_name)) or "none"
+                    raise ConfigError(
+                        where, expected=f"a parameter of {self.method}: {names}", remedy="take it out"
+                    )
+                if level.per_model and not by_name[name].per_model:
+                    raise ConfigError(
+                        where,
+                        expected="one value for all models",
+                        remedy="move it to the recipe's parameters",
+                    )
+                for value in scalars(setting):
+                    by_name[name].convert(value, where)
+
+    def to_yaml(self) -> str:
+        """A configuration with mergekit's keys and our own; `mergekit.read` gives back this recipe.
+
+        Where both a range of layers and a model say something about a parameter, the model's part is folded
+        into the range's.
+        """
+        import yaml
+
+        text: str = yaml.safe_dump(
+            self._plain(), sort_keys=False, allow_unicode=True, default_flow_style=None, width=1 << 30
+        )
+        return text
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of this recipe as canonical JSON: equal for recipes that say the same."""
+        plain = self._plain()
+        # Their order says something, which sorted keys would not.
+        plain |= {
+            name: [list(pair) for pair in plain[name].items()] for name in ("take", "rename") if name in plain
+        }
+        text = json.dumps(_canonical(plain), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _plain(self) -> dict[str, Any]:
+        plain: dict[str, Any] = {"flavour": FLAVOUR, "merge_method": self.method, "base_model": self.base}
+        if self.layers:
+            plain["slices"] = [self._plain_slice(each) for each in self.layers]
+        else:
+            plain["models"] = [
+                {"model": each.model, **_plain_parameters(each.parameters)} for each in self.models
+            ]
+        plain |= _plain_parameters(self.parameters)
+        plain |= {"rescale": self.rescale, "seed": self.seed}
+        if self.out_dtype is not None:
+            plain["out_dtype"] = DTYPE_NAMES[self.out_dtype]
+        if self.tokenizer is not None:
+            plain["tokenizer_source"] = self.tokenizer
+        chosen = {name: getattr(self, name) for name in CHOICES}
+        return plain | {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in chosen.items()
+            if value
+        }
+
+    def _plain_slice(self, layers: LayerRange) -> dict[str, Any]:
+        sources = [
+            {
+                "model": model.model,
+                "layer_range": [layers.first, layers.last],
+                **_plain_parameters(_folded(own, model.parameters)),
+            }
+            for model, own in zip(self.models, layers.models, strict=True)
+        ]
+        return {"sources": sources, **_plain_parameters(layers.parameters)}
+
+    def _levels(self) -> Iterator[_Level]:
+        yield _Level(settings=self.parameters, where="", per_model=False)
+        for model in self.models:
+            yield _Level(settings=model.parameters, where=f" of {model.model!r}", per_model=True)
+        for layers in self.layers:
+            yield _Level(settings=layers.parameters, where=f" in {layers.label}", per_model=False)
+            for model, own in zip(self.models, layers.models, strict=True):
+                yield _Level(settings=own, where=f" of {model.model!r} in {layers.label}", per_model=True)
+
+    def _check_models_of_choices(self) -> None:
+        names = [each.model for each in self.models]
+        for pattern, model in self.take.items():
+            if model not in names:
+                remedy = "exclude keeps tensors of the base" if model == self.base else ""
+                raise ConfigError(
+                    f"take[{pattern!r}]",
+                    expected=f"one of {', '.join(names)}",
+                    found=repr(model),
+                    remedy=remedy,
+                )
+        for name, files in (("fisher", self.fisher), ("gram", self.gram)):
+            if len(files) not in (0, len(names)):
+                raise ConfigError(
+                    name, expected=f"a file for each of {', '.join(names)}", found=str(len(files))
+                )
+
+    def _check_ranges(self) -> None:
+        end = 0
+        for layers in self.layers:
+            if layers.first != end:
+                remedy = "ranges follow one another and leave no layer out"
+                raise ConfigError(
+                    "layers",
+                    expected=f"a range that begins with layer {end}",
+                    found=layers.label,
+                    remedy=remedy,
+                )
+            if len(layers.models) != len(self.models):
+                expected = f"settings for each of {len(self.models)} models"
+                raise ConfigError(
+                    layers.label,
+                    expected=expected,
+                    found=f"{len(layers.models)}",
+                    remedy="{} where there are none",
+                )
+            end = layers.last
+
+    def _check_places(self) -> None:
+        for level in self._levels():
+            for name in _OF_THE_RECIPE:
+                if name in level.settings:
+                    raise ConfigError(
+                        f"{name}{level.where}",
+                        expected="one value for the merge",
+                        remedy=f"set the recipe's {name}",
+                    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingResolver:
+    """What a recipe says about each parameter, for each tensor and model."""
+
+    recipe: Recipe
+    layers: int | Mapping[str, int]
+    """The number of layers, of every stack or by stack."""
+
+    def value(self, parameter: Parameter, tensor: str, model: int | None = None) -> Scalar:
+        """The value of `parameter`, of its kind.
+
+        Args:
+            tensor: its name in the checkpoint.
+            model: the place of a model in the recipe, for a parameter that each model has for itself.
+
+        Raises:
+            ConfigError: nothing is said about a required parameter, or a value is not of its kind.
+        """
+        own = model if parameter.per_model else None
+        where = (
+            f"{parameter.name} for {tensor}"
+            if own is None
+            else f"{parameter.name} of {self.recipe.models[own].model!r} for {tensor}"
+        )
+        layers, t = self._place(tensor)
+        for settings in self._levels(layers, own):
+            if parameter.name in settings:
+                found = value_at(parameter, settings[parameter.name], tensor=tensor, t=t, where=where)
+                if found is not None:
+                    return found
+        if parameter.default is None:
+            raise ConfigError(
+                where,
+                expected=f"a value: {self.recipe.method} needs one",
+                found="none",
+                remedy="add it to the parameters",
+            )
+        return parameter.convert(parameter.default, where)
+
+    def _levels(self, layers: LayerRange | None, model: int | None) -> Iterator[Settings]:
+        """From the first that counts to the last."""
+        if model is not None:
+            if layers is not None:
+                yield layers.models[model]
+            yield self.recipe.models[model].parameters
+        if layers is not None:
+            yield layers.parameters
+        yield self.recipe.parameters
+
+    def _place(self, tensor: str) -> tuple[LayerRange | None, float]:
+        """The range that a tensor belongs to, and where in it, or in the model, it lies: from 0 to 1."""
+        ranges = self.recipe.layers
+        found = layer_of(tensor)
+        if found is None:
+            before = _BEFORE_LAYERS.search(tensor) is not None
+            return (ranges[0 if before else -1] if ranges else None), 0.0
+        stack, index = found
+        count = self.layers if isinstance(self.layers, int) else self.layers.get(stack, 0)
+        if index >= count:
+            raise ConfigError(
+                tensor,
+                expected=f"a layer below {count}",
+                found=f"layer {index}",
+                remedy="count the layers of this model",
+            )
+        for each in ranges:
+            if each.first <= index < each.last:
+                return each, _share(index - each.first, each.last - each.first)
+        return None, _share(index, count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Level:
+    """Settings, and the words that tell where in a recipe they stand."""
+
+    settings: Settings
+    where: str
+    per_model: bool
+
+
+def layer_of(tensor: str) -> tuple[str, int] | None:
+    """The stack that a tensor's layer belongs to, such as `model.layers`, and its place there; None outside
+    layers.
+
+    The first number after `layers`, `layer`, `h`, `block`, `blocks` or `resblocks` counts: experts have
+    numbers too.
+    """
+    found = _LAYER.search(tensor)
+    return (tensor[: found.start(1) - 1], int(found[1])) if found else None
+
+
+def layer_counts(tensors: Iterable[str]) -> dict[str, int]:
+    """How many layers each stack has, from the names of a checkpoint's tensors."""
+    counts: dict[str, int] = {}
+    for stack, index in filter(None, map(layer_of, tensors)):
+        counts[stack] = max(counts.get(stack, 0), index + 1)
+    return counts
+
+
+def _share(place: int, count: int) -> float:
+    return place / (count - 1) if count > 1 else 1.0
+
+
+def _folded(first: Settings, then: Settings) -> Settings:
+    """Settings that say what `first` says, and what `then` says where that says nothing."""
+    both = {
+        name: _cases(setting) + _cases(then[name])
+        for name, setting in first.items()
+        if isinstance(setting, tuple) and name in then
+    }
+    return {**then, **first, **both}
+
+
+def _cases(setting: Setting) -> tuple[Case, ...]:
+    return setting if isinstance(setting, tuple) else (Case(value=setting),)
+
+
+def _plain_parameters(settings: Settings) -> dict[str, Any]:
+    return (
+        {"parameters": {name: _plain_setting(setting) for name, setting in settings.items()}}
+        if settings
+        else {}
+    )
+
+
+def _plain_setting(setting: Setting) -> Any:
+    if isinstance(setting, Gradient):
+        return list(setting.values)
+    if not isinstance(setting, tuple):
+        return setting
+    return [
+        {**({} if case.filter is None else {"filter": case.filter}), "value": _plain_setting(case.value)}
+        for case in setting
+    ]
+
+
+def _canonical(plain: Any) -> Any:
+    """1 and 1.0 are one value, which JSON writes in two ways."""
+    if isinstance(plain, dict):
+        return {key: _canonical(value) for key, value in plain.items()}
+    if isinstance(plain, list):
+        return [_canonical(value) for value in plain]
+    return int(plain) if isinstance(plain, float) and plain.is_integer() else plain

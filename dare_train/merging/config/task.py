@@ -1,0 +1,124 @@
+"""A merge as it is asked for: a recipe, and the weights that it is about."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...config import Patterns
+from ...errors import ConfigError
+from ...weights.opening import WeightsLike
+from ..methods.registry import Method, method_of
+from ..models.naming import ModelLike
+from .recipe import Model, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeTask:
+    """A recipe and what it is about, which need not lie in folders."""
+
+    recipe: Recipe
+    base: WeightsLike
+    models: tuple[ModelLike, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> MergeTask:
+        """Of folders and Hub ids, which a recipe names."""
+        return cls(recipe=recipe, base=recipe.base, models=tuple(one.model for one in recipe.models))
+
+
+def task_of(
+    base: WeightsLike,
+    models: Sequence[ModelLike],
+    *,
+    method: str = "task_arithmetic",
+    weights: Sequence[float] | None = None,
+    p: float | Sequence[float] | None = None,
+    take: Mapping[str, int | str] | None = None,
+    rename: Mapping[str, str] | None = None,
+    fisher: Sequence[str | os.PathLike[str]] | None = None,
+    gram: Sequence[str | os.PathLike[str]] | None = None,
+    exclude: Patterns = (),
+    parameters: Mapping[str, Any] | None = None,
+    **rest: Any,
+) -> MergeTask:
+    """The task of a call of `merge`, whose arguments these are: options of the recipe, and parameters of the
+    method by name.
+
+    Raises:
+        ConfigError: an argument is wrong.
+    """
+    options = {
+        name: rest.pop(name)
+        for name in ("seed", "rescale", "out_dtype", "tokenizer", "cast_base")
+        if name in rest
+    }
+    given = {
+        "weight": weights,
+        "p": p,
+        **(parameters or {}),
+        **{name.rstrip("_"): value for name, value in rest.items()},
+    }
+    if isinstance(models, (str, os.PathLike)) or not isinstance(models, Sequence):
+        raise ConfigError("models", expected="a list of models", found=repr(models))
+    labels = _labels(models)
+    shared, own = _settings(given, method_of(method), len(models))
+    recipe = Recipe(
+        method=method,
+        base=label_of(base),
+        models=tuple(
+            Model(model=label, parameters=settings) for label, settings in zip(labels, own, strict=True)
+        ),
+        parameters=shared,
+        exclude=exclude,  # type: ignore[arg-type]
+        take={pattern: _labelled(model, labels) for pattern, model in (take or {}).items()},
+        rename=rename or {},
+        fisher=tuple(os.fspath(path) for path in fisher or ()),
+        gram=tuple(os.fspath(path) for path in gram or ()),
+        **options,
+    )
+    return MergeTask(recipe=recipe, base=base, models=tuple(models))
+
+
+def _settings(
+    given: Mapping[str, Any], method: Method, count: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Settings for all models, and those of each."""
+    each = {parameter.name for parameter in method.parameters if parameter.per_model}
+    shared: dict[str, Any] = {}
+    own: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, value in given.items():
+        if name in each and isinstance(value, Sequence) and not isinstance(value, (str, tuple)):
+            if len(value) != count:
+                raise ConfigError(
+                    "weights" if name == "weight" else name,
+                    expected=f"one for each of {count} models",
+                    found=str(len(value)),
+                )
+            for settings, one in zip(own, value, strict=True):
+                settings[name] = one
+        elif value is not None:
+            shared[name] = value
+    return shared, own
+
+
+def _labels(models: Sequence[ModelLike]) -> list[str]:
+    """What the recipe calls each: numbered where two would have the same name."""
+    labels = [label_of(model) for model in models]
+    return [
+        label if labels.count(label) == 1 else f"{label} ({number})" for number, label in enumerate(labels)
+    ]
+
+
+def label_of(what: object) -> str:
+    """What recipes and messages call a model."""
+    if isinstance(what, (str, os.PathLike)):
+        return str(os.fspath(what))
+    return str(getattr(what, "name", None) or getattr(what, "label", None) or "model in memory")
+
+
+def _labelled(model: int | str, labels: Sequence[str]) -> str:
+    known = isinstance(model, int) and not isinstance(model, bool)
+    return labels[model] if known and 0 <= model < len(labels) else str(model)  # type: ignore[index, operator]

@@ -1,0 +1,260 @@
+"""A configuration's YAML as the parts of a recipe: models or slices, settings, and what a mapping may
+hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError
+from ..methods.parameters import Case, Gradient, Scalar, Setting, Settings
+from .recipe import LayerRange, Model
+
+_WHOLE_MODELS = (
+    "merge whole models; mergekit's passthrough can move, repeat or leave out layers before or after"
+)
+_REMEDIES = {
+    "modules": "list models; every part of a model is merged by the same method",
+    "chat_template": "take it out; set the template in the result's tokenizer",
+    "residual_weight": _WHOLE_MODELS,
+    "base_model": "one base_model for the merge, outside slices",
+    "tokens": "take it out; a token's embedding is merged like any other's",
+    "pad_to_multiple_of": "take it out; resize the embeddings of the result",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The models that a configuration lists, and its slices."""
+
+    models: tuple[Model, ...]
+    layers: tuple[LayerRange, ...] = ()
+
+    def arranged(self, order: Sequence[int | None], base: str) -> Inputs:
+        """The models at these places; None stands for the base, with no settings of its own."""
+        models = tuple(Model(model=base) if place is None else self.models[place] for place in order)
+        return Inputs(models=models, layers=tuple(_arranged(each, order) for each in self.layers))
+
+    def changed(self, change: Callable[[Settings], Settings]) -> Inputs:
+        """With every model's and slice's settings replaced."""
+        models = tuple(Model(model=each.model, parameters=change(each.parameters)) for each in self.models)
+        return Inputs(models=models, layers=tuple(_changed(each, change) for each in self.layers))
+
+    def settings(self) -> Iterator[Settings]:
+        for model in self.models:
+            yield model.parameters
+        for layers in self.layers:
+            yield layers.parameters
+            yield from layers.models
+
+    def say(self, parameter: str) -> bool:
+        """Whether a parameter is given for every model and tensor, so that what they share does not count."""
+        ranges = [[layers.parameters, *layers.models] for layers in self.layers] or [
+            [{}, *(each.parameters for each in self.models)]
+        ]
+        return all(
+            says(shared, parameter) or all(says(each, parameter) for each in own) for shared, *own in ranges
+        )
+
+
+def parsed(path_or_text: str | Path) -> object:
+    """What a file of YAML holds, or YAML itself: text of several lines, or in braces.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    import yaml
+
+    text = _yaml_text(path_or_text)
+    try:
+        return yaml.safe_load(text)
+    # Dates and numbers that YAML's grammar takes for such raise ValueError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"line {mark.line + 1}" if mark is not None else "the configuration"
+        raise ConfigError(where, expected="YAML", found=problem or f"{error}") from error
+
+
+def _yaml_text(path_or_text: str | Path) -> str:
+    if isinstance(path_or_text, str) and ("\n" in path_or_text or path_or_text.lstrip().startswith("{")):
+        return path_or_text
+    try:
+        return Path(path_or_text).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path_or_text}", expected="a file of YAML text", found=f"{error}") from error
+
+
+def inputs_of(top: Mapping[str, Any]) -> Inputs:
+    """The models that are listed, as they are or slice by slice.
+
+    Raises:
+        ConfigError: both, neither, or slices that move layers.
+    """
+    if ("models" in top) == ("slices" in top):
+        found = "both" if "models" in top else "neither"
+        raise ConfigError(
+            "models", expected="either models or slices", found=found, remedy="list what is to be merged"
+        )
+    return _sliced(top["slices"]) if "slices" in top else Inputs(models=tuple(_models(top["models"])))
+
+
+def _models(value: object) -> Iterator[Model]:
+    for place, each in enumerate(_list(value, "models")):
+        where = f"models[{place}]"
+        fields = fields_of(each, ("model", "parameters"), where)
+        yield Model(
+            model=text_of(fields, "model", where),
+            parameters=settings_of(fields.get("parameters", {}), f"{where}.parameters"),
+        )
+
+
+def _sliced(value: object) -> Inputs:
+    names: list[str] = []
+    layers: list[LayerRange] = []
+    for place, each in enumerate(_list(value, "slices")):
+        where = f"slices[{place}]"
+        fields = fields_of(each, ("sources", "parameters"), where)
+        sources = _sources(fields.get("sources"), f"{where}.sources", layers[-1].last if layers else 0)
+        found = [source.model for source in sources]
+        names = names or found
+        if found != names:
+            raise ConfigError(
+                f"{where}.sources", expected=f"the models {names}", found=f"{found}", remedy=_WHOLE_MODELS
+            )
+        shared, own = (
+            settings_of(fields.get("parameters", {}), f"{where}.parameters"),
+            tuple(source.parameters for source in sources),
+        )
+        layers.append(LayerRange(first=sources[0].first, last=sources[0].last, parameters=shared, models=own))
+    return Inputs(models=tuple(Model(model=name) for name in names), layers=tuple(layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    model: str
+    first: int
+    last: int
+    parameters: Settings
+
+
+def _sources(value: object, where: str, first: int) -> list[_Source]:
+    """One slice's sources, which must all be the layers that come next in the result, from `first`."""
+    sources = [_source(each, f"{where}[{place}]") for place, each in enumerate(_list(value, where))]
+    for place, each in enumerate(sources):
+        if each.first != first or each.last != sources[0].last:
+            expected = (
+                f"[{first}, {sources[0].last if sources[0].first == first else '...'}], "
+                "the layers' place in the result"
+            )
+            found = f"[{each.first}, {each.last}]"
+            raise ConfigError(
+                f"{where}[{place}].layer_range", expected=expected, found=found, remedy=_WHOLE_MODELS
+            )
+    return sources
+
+
+def _source(value: object, where: str) -> _Source:
+    fields = fields_of(value, ("model", "layer_range", "parameters"), where)
+    found = fields.get("layer_range")
+    if (
+        not isinstance(found, list)
+        or len(found) != 2
+        or not all(type(end) is int for end in found)
+        or not 0 <= found[0] < found[1]
+    ):
+        raise ConfigError(f"{where}.layer_range", expected="[first, last + 1]", found=repr(found))
+    settings = settings_of(fields.get("parameters", {}), f"{where}.parameters")
+    return _Source(model=text_of(fields, "model", where), first=found[0], last=found[1], parameters=settings)
+
+
+def settings_of(value: object, where: str) -> Settings:
+    """Values, gradients and cases by parameter name.
+
+    Raises:
+        ConfigError: naming what is none of these.
+    """
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(where, expected="settings by parameter name", found=repr(value))
+    return {name: _setting(setting, f"{where}.{name}") for name, setting in value.items()}
+
+
+def _setting(value: object, where: str) -> Setting:
+    cases = [value] if isinstance(value, dict) else value
+    if isinstance(cases, list) and all(isinstance(each, dict) for each in cases):
+        return tuple(_case(each, where) for each in cases)
+    return _value(value, where)
+
+
+def _case(value: object, where: str) -> Case:
+    fields = fields_of(value, ("filter", "value"), where)
+    if not isinstance(fields.get("filter", ""), str):
+        raise ConfigError(f"{where}.filter", expected="a part of tensor names", found=repr(fields["filter"]))
+    return Case(value=_value(fields.get("value"), f"{where}.value"), filter=fields.get("filter"))
+
+
+def _value(value: object, where: str) -> Scalar | Gradient:
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, list) and value and all(isinstance(each, (bool, int, float, str)) for each in value):
+        return Gradient(tuple(value))
+    raise ConfigError(
+        where, expected="a value, a list of values, or cases of filter and value", found=repr(value)
+    )
+
+
+def fields_of(value: object, known: Sequence[str], where: str) -> dict[str, Any]:
+    """What a mapping holds; null is as good as nothing."""
+    if not isinstance(value, dict):
+        raise ConfigError(
+            where or "the configuration",
+            expected=f"a mapping with keys among {', '.join(known)}",
+            found=repr(value),
+        )
+    given = {key: item for key, item in value.items() if item is not None}
+    for key, item in given.items():
+        if key not in known:
+            remedy = _REMEDIES.get(key, "take it out")
+            raise ConfigError(
+                f"{where}.{key}" if where else f"{key}",
+                expected=f"one of {', '.join(known)}",
+                found=repr(item),
+                remedy=remedy,
+            )
+    return given
+
+
+def _list(value: object, where: str) -> list[object]:
+    if not isinstance(value, list) or not value:
+        raise ConfigError(where, expected="a list with at least one entry", found=repr(value))
+    return value
+
+
+def text_of(fields: Mapping[str, Any], key: str, where: str = "") -> str:
+    """A name that must be there."""
+    found = fields.get(key)
+    if not isinstance(found, str) or not found:
+        raise ConfigError(
+            f"{where}.{key}" if where else key,
+            expected="a name",
+            found="none" if found is None else repr(found),
+        )
+    return found
+
+
+def _arranged(layers: LayerRange, order: Sequence[int | None]) -> LayerRange:
+    return replace(layers, models=tuple({} if place is None else layers.models[place] for place in order))
+
+
+def _changed(layers: LayerRange, change: Callable[[Settings], Settings]) -> LayerRange:
+    return replace(
+        layers, parameters=change(layers.parameters), models=tuple(change(each) for each in layers.models)
+    )
+
+
+def says(settings: Settings, name: str) -> bool:
+    """Whether settings give a parameter for every tensor: cases may leave some out."""
+    setting = settings.get(name, ())
+    return not isinstance(setting, tuple) or any(case.matches("") for case in setting)

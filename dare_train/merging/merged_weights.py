@@ -1,0 +1,282 @@
+"""The merged model as weights that are worked out when they are read, whether into a checkpoint or into a
+package.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..dtypes import Words, cast
+from ..errors import CheckpointError
+from ..weights.protocol import SEGMENT, TensorInfo, Weights, only, runs
+from .config.recipe import Recipe, SettingResolver
+from .deltas import Member
+from .methods.parameters import Scalar
+from .methods.registry import Method
+from .models.inputs import Input
+from .models.matching import Fate, carried_words
+from .statistics.statistics_file import Floats, StatisticsFile
+from .tensor_on_cpu import MergedTensor, lacks
+
+if TYPE_CHECKING:
+    from .devices import Devices
+    from .tensor_on_device import DeviceTensor
+
+_PREPARED = 16
+"""Tensors whose thresholds and coefficients are remembered: as many as threads may be at work on at a time,
+and more."""
+
+
+@dataclass(kw_only=True)
+class Statistics:
+    """A model's statistics by the result's names."""
+
+    file: StatisticsFile
+    names: Mapping[str, str]
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {name: self.file.tensors[own] for name, own in self.names.items()}
+
+    def read(self, name: str, start: int, count: int) -> Floats:
+        return self.file.read(self.names[name], start, count)
+
+    def whole(self, name: str) -> Floats:
+        return self.file.whole(self.names[name])
+
+    def transposed(self, name: str) -> bool:
+        return self.file.transposed(self.names[name])
+
+    def fits(self, name: str, info: TensorInfo) -> bool:
+        """Whether these can be the statistics of a tensor that the base has like this."""
+        own = self.tensors[name].shape
+        if self.file.kind == "fisher":
+            return own == info.shape or (
+                len(own) == len(info.shape) > 0 and own[1:] == info.shape[1:] and own[0] > info.shape[0]
+            )
+        return len(info.shape) == 2 and own[0] == info.shape[0 if self.transposed(name) else 1]
+
+
+class Merged:
+    """Implements `Weights`: every tensor of the result, any run of it, from any thread.
+
+    Attributes:
+        label: what messages call it.
+        tensors: dtype and shape by name.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: Method,
+        base: Weights,
+        inputs: Sequence[Input],
+        fates: Sequence[Fate],
+        *,
+        values: SettingResolver,
+        fisher: Sequence[Statistics] = (),
+        gram: Sequence[Statistics] = (),
+        threads: int = 1,
+        devices: Devices | None = None,
+    ) -> None:
+        self.folder: Path | None = None
+        self.label = f"{method.name} of {', '.join(one.label for one in inputs)}"
+        self.recipe, self.method, self.base, self.inputs = recipe, method, base, inputs
+        self.fates = {fate.name: fate for fate in fates}
+        self.tensors = {fate.name: fate.info for fate in fates}
+        self._values, self.fisher, self.gram, self._threads, self._devices = (
+            values,
+            fisher,
+            gram,
+            threads,
+            devices,
+        )
+        self._lock, self._busy = threading.Lock(), dict[object, threading.Lock]()
+        self._prepared: OrderedDict[str, MergedTensor | DeviceTensor] = OrderedDict()
+        self._last: OrderedDict[tuple[str, int], Words] = OrderedDict()
+        for given in (fisher, gram):
+            self._check_statistics(given)
+
+    def _check_statistics(self, given: Sequence[Statistics]) -> None:
+        """Before any arithmetic: they are about these models, and have shapes that fit.
+
+        Raises:
+            CheckpointError: they are not.
+        """
+        for one, label in zip(given, (one.label for one in self.inputs), strict=False):
+            if not one.names:
+                expected, found = (
+                    f"statistics of tensors that {label} has",
+                    ", ".join([*one.file.tensors][:3]) or "no tensor",
+                )
+                raise CheckpointError(
+                    str(one.file.path), expected=expected, found=found, remedy="are they another model's?"
+                )
+        for fate in self.fates.values():
+            held = [
+                given[number]
+                for number in fate.models
+                if fate.how == "merged" and given and fate.name in given[number].names
+            ]
+            for one in held:
+                if not one.fits(fate.name, info := self.base.tensors[fate.name]):
+                    expected, found = (
+                        f"statistics for shape {list(info.shape)}",
+                        str(list(one.tensors[fate.name].shape)),
+                    )
+                    raise CheckpointError(f"{one.file.path}: {fate.name}", expected=expected, found=found)
+
+    def averaged(self, name: str) -> bool:
+        """Whether a tensor is averaged, since statistics of it are missing."""
+        return (
+            lacks(self.method, [self._member(name, number) for number in self.fates[name].models], name)
+            is not None
+        )
+
+    def has_gram(self, name: str) -> bool:
+        """Whether every model has a Gram matrix of a tensor."""
+        return all(name in self.gram[number].tensors for number in self.fates[name].models)
+
+    def beside(self, folder: Path) -> Merged:
+        """The same, with configuration and tokenizer in a folder."""
+        view = copy(self)
+        view.folder = folder
+        return view
+
+    def merged_only(self) -> Weights:
+        """Those tensors that were merged: neither carried along by a model nor left as they are in the
+        base.
+        """
+        return only(self, [fate.name for fate in self.fates.values() if fate.how == "merged"])
+
+    def base_numel(self, name: str) -> int:
+        """Leading elements of a tensor that the base has."""
+        return (
+            min(self.base.tensors[name].numel, self.tensors[name].numel) if name in self.base.tensors else 0
+        )
+
+    def runs(self, name: str) -> list[tuple[int, int]]:
+        """(start, count) of the runs that are worked out at once: those of the base's part, then those of
+        added rows.
+        """
+        numel, split = self.tensors[name].numel, self.base_numel(name)
+        inner = self._tensor(name).runs if self.fates[name].how == "merged" else list(runs(split, SEGMENT))
+        return [*inner, *((split + start, count) for start, count in runs(numel - split, SEGMENT))]
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        """Words of the elements with flat indices [start, start + count), put together from runs."""
+        parts = []
+        for first, length in self.runs(name):
+            begin, end = max(first, start), min(first + length, start + count)
+            if begin < end:
+                parts.append(self._remembered(name, first, length)[begin - first : end - first])
+        return (
+            parts[0]
+            if len(parts) == 1
+            else np.concatenate([np.empty(0, self.tensors[name].dtype.word), *parts])
+        )
+
+    def _remembered(self, name: str, start: int, count: int) -> Words:
+        """A run that several readers may want a part of: the first works it out, while others wait."""
+        key = name, start
+        with self._lock:
+            found = self._last.get(key)
+            own = self._busy.setdefault(key, threading.Lock())
+        if found is not None:
+            return found
+        with own:
+            with self._lock:
+                if key in self._last:
+                    return self._last[key]
+            words = self.run(name, start, count)
+            with self._lock:
+                self._last[key] = words
+                while (
+                    len(self._last) > 1
+                    and sum(one.size for one in self._last.values()) > 4 * self._threads * SEGMENT
+                ):
+                    self._last.popitem(last=False)
+        return words
+
+    def run(self, name: str, start: int, count: int) -> Words:
+        """One of the `runs`."""
+        fate, info = self.fates[name], self.tensors[name]
+        if fate.how == "carried":
+            return carried_words(self.inputs[fate.models[0]], name, start, count, info.dtype)
+        if fate.how == "copied":
+            return cast(self.base.read(name, start, count), self.base.tensors[name].dtype, info.dtype)
+        inside = start < self.base_numel(name)
+        words = self._tensor(name).merged(start, count) if inside else np.zeros(count, info.dtype.word)
+        if fate.added is not None and fate.added.rows.size:
+            fate.added.fill(words, name, start, info, self.base, self.inputs, self._weights(name))
+        return words
+
+    def _weights(self, name: str) -> list[float]:
+        known = [parameter for parameter in self.method.parameters if parameter.name == "weight"]
+        return [
+            float(self._values.value(known[0], name, number)) if known else 1.0
+            for number in range(len(self.inputs))
+        ]
+
+    def _tensor(self, name: str) -> MergedTensor | DeviceTensor:
+        """A tensor with its thresholds and coefficients, worked out by whoever needs it first."""
+        with self._lock:
+            found = self._prepared.get(name)
+            if found is not None:
+                return found
+            own = self._busy.setdefault(name, threading.Lock())
+        with own:
+            with self._lock:
+                if name in self._prepared:
+                    return self._prepared[name]
+            made = self._prepare(name)
+            with self._lock:
+                self._prepared[name] = made
+                while len(self._prepared) > _PREPARED:
+                    self._prepared.popitem(last=False)
+        return made
+
+    def _prepare(self, name: str) -> MergedTensor | DeviceTensor:
+        shared: dict[str, Scalar] = {
+            one.name: self._values.value(one, name, None)
+            for one in self.method.parameters
+            if not one.per_model
+        }
+        members = [self._member(name, number) for number in self.fates[name].models]
+        own, out, rescale = (
+            self.base.tensors[name],
+            self.tensors[name].dtype,
+            self.method.rescale or self.recipe.rescale,
+        )
+        device = self._devices.of(name) if self._devices is not None else None
+        if device is not None:
+            from .tensor_on_device import DeviceTensor, works
+
+            if works(self.method, own, out, name, members, rescale):
+                return DeviceTensor(
+                    self.method, self.base, name, out, members, shared, rescale=rescale, device=device
+                )
+        return MergedTensor(
+            self.method, self.base, name, out, members, shared, rescale=rescale, threads=self._threads
+        )
+
+    def _member(self, name: str, number: int) -> Member:
+        own = {
+            one.name: self._values.value(one, name, number) for one in self.method.parameters if one.per_model
+        }
+        return Member(
+            input=self.inputs[number],
+            seed=(self.recipe.seed + number) % (1 << 64),
+            settings=own,
+            fisher=self.fisher[number] if self.fisher else None,
+            gram=self.gram[number] if self.gram else None,
+        )

@@ -1,0 +1,205 @@
+"""Models that added tokens: which rows their embeddings gained, whose they are, and where the result has
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import numpy as np
+
+from ...errors import ConfigError, TensorMismatch
+from ...weights.protocol import Weights
+from .added_rows import AddedRows
+from .inputs import Input
+from .matching import Read, equal
+from .naming import EMBEDDINGS, HEADS
+from .vocabulary import TOKENIZER, Vocabulary, read_tokens, unite
+
+Tokenizer = Literal["base", "union"]
+_BIASES = (*(f"{head.removesuffix('.weight')}.bias" for head in HEADS), ".predictions.bias")
+_NONE = AddedRows(rows=np.empty(0, np.int64), sources=np.empty((0, 0), np.int64))
+
+
+class Growth:
+    """Decides on the rows that a tensor has beyond the base's.
+
+    Where every model that grew has its tokenizer, rows belong to tokens: the result has the union of them, a
+    token that several models added once. Where tokenizers are missing, one model alone may have added rows;
+    they stay where they are.
+
+    Args:
+        tokenizer: `base` leaves all added rows out; `union` insists on tokenizers; None does what can be done
+            safely.
+
+    Raises:
+        ConfigError, TensorMismatch: `union` without tokenizers, or tokenizers that do not fit together.
+    """
+
+    def __init__(
+        self, base: Weights, base_folder: Path | None, inputs: Sequence[Input], tokenizer: Tokenizer | None
+    ) -> None:
+        self._base, self._inputs, self._tokenizer = base, inputs, tokenizer
+        self.vocabulary = None if tokenizer == "base" else self._united(base_folder)
+
+    def rows(self, name: str, larger: Sequence[int]) -> AddedRows | None:
+        """The rows that a tensor gains, of which models `larger` have more than the base; None: they are left
+        out.
+
+        Raises:
+            TensorMismatch: several models added rows, and nothing says which belong together; or no model has
+                those of a token; or the rows are not those of tokens.
+        """
+        if larger and self._axis and not self._is_vocabulary(name):
+            self._refuse(name, self._inputs[larger[0]])
+        if self._tokenizer == "base":
+            return None if larger else _NONE
+        if self.vocabulary is not None and self._is_vocabulary(name):
+            return self._of_tokens(self.vocabulary, name)
+        return self._in_place(name, larger) if larger else _NONE
+
+    def _refuse(self, name: str, one: Input) -> NoReturn:
+        raise TensorMismatch(
+            name,
+            expected=f"shape {list(self._base.tensors[name].shape)}, as in the base",
+            found=f"{list(one.tensors[name].shape)} in {one.label}",
+            remedy=f"exclude={name!r} (--exclude) leaves the base's, take={{{name!r}: model}} "
+            "(--take) takes a model's",
+        )
+
+    # Rows that belong to tokens
+
+    def _united(self, folder: Path | None) -> Vocabulary | None:
+        grown = [
+            number
+            for number, one in enumerate(self._inputs)
+            if any(self._grew(one, name) for name in one.tensors)
+        ]
+        if (
+            not grown
+            and self._tokenizer is None
+            and not any(_other_tokenizer(one.folder, folder) for one in self._inputs)
+        ):
+            return None
+        base = read_tokens(folder) if folder is not None else None
+        own = [read_tokens(one.folder, folder) if one.folder is not None else None for one in self._inputs]
+        missing = [self._inputs[number].label for number in grown if own[number] is None]
+        if base is None or missing:
+            if self._tokenizer == "union":
+                lacking = ", ".join(missing) or self._base.label
+                raise ConfigError(
+                    "tokenizer",
+                    expected="a tokenizer beside every model that added rows, and the base",
+                    found=f"none in {lacking}",
+                )
+            return None
+        heights = [
+            max(
+                (one.tensors[name].shape[0] for name in self._axis if name in one.tensors),
+                default=self._height,
+            )
+            for one in self._inputs
+        ]
+        return unite(
+            base, own, labels=[one.label for one in self._inputs], base_rows=self._height, input_rows=heights
+        )
+
+    @cached_property
+    def _axis(self) -> set[str]:
+        """Embeddings, heads and their biases in the base: tensors with a row for each token."""
+        tensors, known = self._base.tensors, (*EMBEDDINGS, *HEADS, *_BIASES)
+        embeddings = {tensors[name].shape[0] for name in tensors if name.endswith(EMBEDDINGS)}
+        return {
+            name
+            for name, info in tensors.items()
+            if name.endswith(known) and info.shape and info.shape[0] in embeddings
+        }
+
+    @cached_property
+    def _height(self) -> int:
+        return max((self._base.tensors[name].shape[0] for name in self._axis), default=0)
+
+    def _is_vocabulary(self, name: str) -> bool:
+        """Whether the tensor has a row for each token: embeddings, heads, and what grew as they did."""
+        shape = self._base.tensors[name].shape
+        return name in self._axis or (
+            bool(shape) and shape[0] == self._height and any(self._grew(one, name) for one in self._inputs)
+        )
+
+    def _grew(self, one: Input, name: str) -> bool:
+        own, info = one.tensors.get(name), self._base.tensors.get(name)
+        return (
+            own is not None
+            and info is not None
+            and bool(info.shape)
+            and own.shape != info.shape
+            and own.shape[0] > info.shape[0]
+        )
+
+    def _of_tokens(self, vocabulary: Vocabulary, name: str) -> AddedRows:
+        renamed = [np.flatnonzero(own[: self._height] != np.arange(self._height)) for own in vocabulary.rows]
+        rows = np.unique(
+            np.concatenate([[vocabulary.tokens[token] for token in vocabulary.added], *renamed]).astype(
+                np.int64
+            )
+        )
+        sources = np.stack([own[rows] for own in vocabulary.rows])
+        for number, one in enumerate(self._inputs):
+            height = one.tensors[name].shape[0] if name in one.tensors else 0
+            sources[number, sources[number] >= height] = -1
+        lacking = rows[(rows >= self._base.tensors[name].shape[0]) & (sources < 0).all(axis=0)]
+        if lacking.size:
+            token = next(token for token, id in vocabulary.tokens.items() if id == lacking[0])
+            raise TensorMismatch(
+                name,
+                expected="a row for each added token",
+                found=f"none for {token!r} in any model",
+                remedy="merge a model that has it; or tokenizer='base' (--tokenizer base) "
+                "leaves added tokens out",
+            )
+        return AddedRows(rows=rows, sources=sources)
+
+    # Rows without tokenizers
+
+    def _in_place(self, name: str, larger: Sequence[int]) -> AddedRows:
+        first, *others = larger
+        height, info = self._base.tensors[name].shape[0], self._inputs[first].tensors[name]
+        for number in others:
+            other = self._inputs[number]
+            if other.tensors[name] != info or not self._same_rows(name, first, number):
+                raise TensorMismatch(
+                    name,
+                    expected=f"at most one model that adds rows to the base's {height}",
+                    found=f"{info.shape[0]} in {self._inputs[first].label}, "
+                    f"{other.tensors[name].shape[0]} in {other.label}",
+                    remedy="put each model's tokenizer into its folder, so that rows are told "
+                    "by their tokens; "
+                    "or tokenizer='base' (--tokenizer base) leaves them out",
+                )
+        rows = np.arange(height, info.shape[0])
+        sources = np.full((len(self._inputs), rows.size), -1)
+        sources[first] = rows
+        return AddedRows(rows=rows, sources=sources)
+
+    def _same_rows(self, name: str, one: int, other: int) -> bool:
+        skipped = self._base.tensors[name].numel
+
+        def beyond(model: Input) -> Read:
+            return lambda name, start, count: model.words(name, skipped + start, count)
+
+        rest = self._inputs[one].tensors[name].numel - skipped
+        return equal(name, rest, beyond(self._inputs[one]), beyond(self._inputs[other]))
+
+
+def _other_tokenizer(folder: Path | None, base: Path | None) -> bool:
+    """Whether a folder has a tokenizer of its own that differs from the base's."""
+    own = folder / TOKENIZER if folder is not None else None
+    if own is None or base is None or not own.is_file() or not (base / TOKENIZER).is_file():
+        return False
+    return (
+        own.stat().st_size != (base / TOKENIZER).stat().st_size
+        or own.read_bytes() != (base / TOKENIZER).read_bytes()
+    )

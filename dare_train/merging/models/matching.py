@@ -1,0 +1,232 @@
+"""What becomes of each tensor of a merge, settled by names, shapes and dtypes before any arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import numpy as np
+
+from ...config import Patterns, matches
+from ...dtypes import DType, cast
+from ...errors import ConfigError, DtypeMismatch, TensorMismatch
+from ...weights.protocol import SEGMENT, TensorInfo, Weights, runs
+from .added_rows import AddedRows
+from .inputs import Input
+from .naming import EMBEDDINGS, HEADS
+
+How = Literal["merged", "copied", "carried"]
+GrownRows = Callable[[str, Sequence[int]], "AddedRows | None"]
+"""Rows that a tensor has beyond the base's, of a name and the models in which it grew; None: the result has
+the base's rows only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fate:
+    """One tensor of the result."""
+
+    name: str
+    info: TensorInfo
+    how: How
+    """`merged`: by the method. `copied`: as in the base. `carried`: as in a model."""
+    models: tuple[int, ...] = ()
+    """Those that take part, or the one it is carried from."""
+    note: str = ""
+    added: AddedRows | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What the user said of tensors by name pattern."""
+
+    exclude: Patterns = ()
+    """Left as in the base, and left out where the base has none."""
+    take: Mapping[str, int]
+    """Carried from the model of that number."""
+
+    def taken(self, name: str) -> int | None:
+        return next((model for pattern, model in self.take.items() if fnmatchcase(name, pattern)), None)
+
+
+def fates(
+    base: Weights, inputs: Sequence[Input], choices: Choices, grown: GrownRows, out: DType | None
+) -> list[Fate]:
+    """The fate of every tensor that the base or a model has, sorted by name.
+
+    Raises:
+        TensorMismatch: shapes do not fit, or models carry different content that cannot be merged.
+        DtypeMismatch: a model has integers where the base has floating-point numbers.
+        ConfigError: `take` names a model that has no such tensor.
+    """
+    names = sorted(set(base.tensors).union(*(one.tensors for one in inputs)))
+    found = [fate for name in names if (fate := _fate(name, base, inputs, choices, grown)) is not None]
+    _check_heights(found, base)
+    return [_in_dtype(fate, out) for fate in found]
+
+
+def _check_heights(found: Sequence[Fate], base: Weights) -> None:
+    """Embeddings and heads that have as many rows in the base have as many in the result: others could not be
+    loaded.
+    """
+    tallest: dict[int, Fate] = {}
+    shared = [
+        fate
+        for fate in found
+        if fate.name.endswith((*EMBEDDINGS, *HEADS)) and fate.name in base.tensors and fate.info.shape
+    ]
+    for fate in sorted(shared, key=lambda fate: -fate.info.shape[0]):
+        first = tallest.setdefault(base.tensors[fate.name].shape[0], fate)
+        if fate.info.shape[0] != first.info.shape[0]:
+            raise TensorMismatch(
+                fate.name,
+                expected=f"{first.info.shape[0]} rows, as {first.name} has",
+                found=f"{fate.info.shape[0]}{f' ({fate.note})' if fate.note else ''}",
+                remedy="merge models that have added rows in both; or tokenizer='base' "
+                "(--tokenizer base) leaves them out",
+            )
+
+
+def _in_dtype(fate: Fate, out: DType | None) -> Fate:
+    if out is None or not fate.info.dtype.can_be_delta:
+        return fate
+    return Fate(**{**vars(fate), "info": TensorInfo(out, fate.info.shape)})
+
+
+def _fate(
+    name: str, base: Weights, inputs: Sequence[Input], choices: Choices, grown: GrownRows
+) -> Fate | None:
+    info, holders = (
+        base.tensors.get(name),
+        [number for number, one in enumerate(inputs) if name in one.tensors],
+    )
+    taken = choices.taken(name)
+    if matches(name, choices.exclude):
+        return Fate(name=name, info=info, how="copied", note="excluded") if info is not None else None
+    if taken is not None:
+        return _taken(name, taken, inputs)
+    if info is None:
+        return _carried(name, holders, inputs)
+    whole = [number for number in holders if inputs[number].whole(name)]
+    if whole:
+        moved = [
+            number for number in holders if number not in whole and not _as_base(name, inputs[number], base)
+        ]
+        return _carried(name, [*whole, *moved], inputs)
+    if not any(inputs[number].moves(name) for number in holders):
+        return Fate(name=name, info=info, how="copied", note="" if holders else "in no model")
+    if not info.dtype.can_be_delta:
+        return _not_float(name, info, holders, base, inputs)
+    return _merged(name, info, holders, inputs, grown)
+
+
+def _taken(name: str, number: int, inputs: Sequence[Input]) -> Fate:
+    if name not in inputs[number].tensors:
+        raise ConfigError(
+            f"take for {name}",
+            expected="a model that has it",
+            found=f"none of that name in {inputs[number].label}",
+        )
+    return Fate(name=name, info=inputs[number].tensors[name], how="carried", models=(number,), note="taken")
+
+
+def _merged(
+    name: str, info: TensorInfo, holders: list[int], inputs: Sequence[Input], grown: GrownRows
+) -> Fate:
+    for number in holders:
+        _check_float(name, inputs[number])
+    larger = [number for number in holders if inputs[number].tensors[name].shape != info.shape]
+    for number in larger:
+        _check_grown(name, info, inputs[number])
+    absent = [one.label for number, one in enumerate(inputs) if number not in holders]
+    note = f"not in {', '.join(absent)}" if absent else ""
+    added = grown(name, larger)
+    if larger and added is None:
+        note = "; ".join(filter(None, [note, "added rows left out"]))
+    if added is not None and added.rows.size:
+        info = TensorInfo(info.dtype, (max(info.shape[0], int(added.rows[-1]) + 1), *info.shape[1:]))
+    return Fate(name=name, info=info, how="merged", models=tuple(holders), note=note, added=added)
+
+
+def _check_float(name: str, one: Input) -> None:
+    dtype = one.tensors[name].dtype
+    if not dtype.can_be_delta:
+        remedy = (
+            f"give the model in full precision; exclude={name!r} (--exclude) leaves the "
+            f"base's, take={{{name!r}: model}} takes it"
+        )
+        raise DtypeMismatch(
+            name,
+            expected="floating-point numbers of 16 bits or more",
+            found=f"{dtype.code} in {one.label}",
+            remedy=remedy,
+        )
+
+
+def _check_grown(name: str, info: TensorInfo, one: Input) -> None:
+    shape = one.tensors[name].shape
+    if not info.shape or shape[1:] != info.shape[1:] or shape[0] < info.shape[0]:
+        raise TensorMismatch(
+            name,
+            expected=f"shape {list(info.shape)}, as in the base",
+            found=f"{list(shape)} in {one.label}",
+            remedy=f"is it a model of this base? exclude={name!r} (--exclude) leaves the "
+            f"base's, take={{{name!r}: model}} takes a model's",
+        )
+
+
+def _not_float(
+    name: str, info: TensorInfo, holders: list[int], base: Weights, inputs: Sequence[Input]
+) -> Fate:
+    other = [number for number in holders if not _as_base(name, inputs[number], base)]
+    if not other:
+        return Fate(name=name, info=info, how="copied", note="not floating point, equal in all")
+    return _carried(name, other, inputs)
+
+
+def _as_base(name: str, one: Input, base: Weights) -> bool:
+    """Whether a model's tensor is the base's to the bit."""
+    info = base.tensors[name]
+    return not one.moves(name) or (
+        one.tensors[name] == info and equal(name, info.numel, base.read, one.words)
+    )
+
+
+def _carried(name: str, holders: list[int], inputs: Sequence[Input]) -> Fate:
+    first, *others = holders
+    info = inputs[first].tensors[name]
+    for number in others:
+        if inputs[number].tensors[name] != info or not equal(
+            name, info.numel, inputs[first].words, inputs[number].words
+        ):
+            raise TensorMismatch(
+                name,
+                expected=f"the same content as in {inputs[first].label}, since it is no delta of the base",
+                found=f"other content in {inputs[number].label}",
+                remedy=f"take={{{name!r}: model}} (--take) takes one model's, exclude={name!r} "
+                "(--exclude) leaves it out",
+            )
+    note = f"the same in {len(holders)} models" if others else ""
+    return Fate(name=name, info=info, how="carried", models=(first,), note=note)
+
+
+Read = Callable[[str, int, int], "np.ndarray"]
+
+
+def equal(name: str, numel: int, one: Read, other: Read) -> bool:
+    """Whether two models have the same words in the first `numel` elements."""
+    return all(
+        np.array_equal(one(name, start, count), other(name, start, count))
+        for start, count in runs(numel, SEGMENT)
+    )
+
+
+def carried_words(one: Input, name: str, start: int, count: int, out: DType) -> np.ndarray:
+    """A run of what a model carries, in the result's dtype."""
+    own = one.tensors[name].dtype
+    return (
+        cast(one.words(name, start, count), own, out)
+        if own != out and own.is_float
+        else one.words(name, start, count)
+    )

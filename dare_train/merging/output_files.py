@@ -1,0 +1,176 @@
+"""What a merged model has beside its weights: configuration, tokenizer, a card, and a record of the merge."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..package.companion_files import copy_carried, copy_companions
+from ..weights.checkpoint import MERGE_RECORD
+from ..weights.protocol import TensorInfo
+from .config.recipe import DTYPE_NAMES
+from .merge_report import MergeReport
+from .merged_weights import Merged
+from .models.inputs import Input, PackageInput
+from .models.matching import Fate
+from .models.naming import EMBEDDINGS, HEADS, config_of
+from .models.vocabulary import Vocabulary, is_tokenizer_file, write_tokenizer
+
+CARD = """\
+---
+library_name: transformers
+tags:
+- merge
+- dare_train
+{models}---
+
+# A merge by {method}
+
+Made by `dare_train` from {count} models on `{base}`. `{record}` says what became of every
+tensor, and this makes it again:
+
+```bash
+dare-train merge {recipe} --out model
+```
+"""
+RECIPE = "dare_merge.yml"
+
+
+def write(
+    merged: Merged, base_folder: Path | None, vocabulary: Vocabulary | None, staging: Path, *, prefixed: bool
+) -> None:
+    """Put the base's files into a folder, then what a model brings whose configuration fits the result
+    better, then a tokenizer.
+
+    `prefixed`: the result has more around it than the base, such as a head.
+    """
+    model = _described_by(merged, prefixed=prefixed or base_folder is None)
+    for folder in [
+        folder for folder in (base_folder, model.folder if model is not None else None) if folder is not None
+    ]:
+        copy_companions(folder, staging)
+    if isinstance(model, PackageInput):
+        copy_carried(model.package, staging)
+    if model is not None and merged.recipe.tokenizer == "base":
+        _keep_tokenizer(base_folder, staging)
+    elif vocabulary is not None and base_folder is not None:
+        write_tokenizer(vocabulary, base_folder, [one.folder for one in merged.inputs], staging)
+    _settle_config(merged, staging, described=model is not None)
+
+
+def _described_by(merged: Merged, *, prefixed: bool) -> Input | None:
+    """The model whose configuration fits the result: that of the head, where the base has none or another
+    one; or, where the base's configuration does not fit anyway, the first that has any."""
+    heads = [fate for fate in merged.fates.values() if fate.how == "carried" and _is_news(fate, merged)]
+    for model in [merged.inputs[fate.models[0]] for fate in heads] + (
+        list(merged.inputs) if prefixed else []
+    ):
+        if model.folder is not None:
+            return model
+    return None
+
+
+def _is_news(fate: Fate, merged: Merged) -> bool:
+    return fate.name not in merged.base.tensors or fate.info.shape != merged.base.tensors[fate.name].shape
+
+
+def _keep_tokenizer(base_folder: Path | None, staging: Path) -> None:
+    """The base's tokenizer, whatever a model brought."""
+    for path in [path for path in staging.iterdir() if is_tokenizer_file(path)]:
+        path.unlink()
+        if base_folder is not None and (base_folder / path.name).is_file():
+            shutil.copyfile(base_folder / path.name, path)
+
+
+def _settle_config(merged: Merged, staging: Path, *, described: bool) -> None:
+    """Say in the configuration what the weights are. `described`: it is a model's own."""
+    config = before = config_of(staging)
+    codes = {
+        info.dtype.code
+        for name, info in merged.tensors.items()
+        if info.dtype.can_be_delta and name in merged.base.tensors
+    }
+    if merged.recipe.out_dtype is not None or (len(codes) == 1 and (merged.recipe.cast_base or described)):
+        dtype, key = (
+            DTYPE_NAMES[merged.recipe.out_dtype or codes.pop()],
+            "torch_dtype" if "torch_dtype" in config else "dtype",
+        )
+        config = _with(config, key, dtype, add=True)
+    rows = _vocabulary_sizes(merged.tensors)
+    if len(rows) == 1 and (
+        described or any(fate.added is not None and fate.added.rows.size for fate in merged.fates.values())
+    ):
+        sizes = rows.union(
+            *map(_vocabulary_sizes, [merged.base.tensors, *(one.tensors for one in merged.inputs)])
+        )
+        config = _with(config, "vocab_size", min(rows), instead_of=sizes)
+    if any(_is_untied(one) for one in merged.inputs) and config.get("tie_word_embeddings", True):
+        config = _with(config, "tie_word_embeddings", False, add=True)
+    if before and config != before:
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _vocabulary_sizes(tensors: Mapping[str, TensorInfo]) -> set[int]:
+    return {info.shape[0] for name, info in tensors.items() if name.endswith(EMBEDDINGS)}
+
+
+def _with(
+    config: Mapping[str, Any],
+    key: str,
+    value: object,
+    *,
+    add: bool = False,
+    instead_of: Collection[int] | None = None,
+) -> dict[str, Any]:
+    """A configuration with another value of a key, also in its parts, such as `text_config`; where they have
+    it, or it is to be added, and where it is one of certain values."""
+    parts = {
+        name: _with(part, key, value, instead_of=instead_of)
+        for name, part in config.items()
+        if name.endswith("_config") and isinstance(part, dict)
+    }
+    here = (instead_of is None or config[key] in instead_of) if key in config else add
+    return {**config, **parts, **({key: value} if here else {})}
+
+
+def _is_untied(one: Input) -> bool:
+    """Whether a model has a head of its own. Where it has a configuration, that says so: tied heads may be
+    written twice.
+    """
+    has_head = any(name.endswith(HEADS) and own.endswith(HEADS) for name, own in one.names.items())
+    config = config_of(one.folder)
+    return has_head and not config.get("tie_word_embeddings", bool(config))
+
+
+def write_record(report: MergeReport, staging: Path) -> None:
+    """The report, the recipe, and a card for the Hub."""
+    (staging / MERGE_RECORD).write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    names = [report.recipe.base, *(one.model for one in report.recipe.models)]
+    on_hub = [
+        name
+        for name in names
+        if name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
+    ]
+    lines = "".join(f"- {name}\n" for name in on_hub)
+    text = CARD.format(
+        models=f"base_model:\n{lines}base_model_relation: merge\n" if lines else "",
+        method=report.recipe.method, count=len(report.labels), base=Path(report.recipe.base).name,
+        record=MERGE_RECORD, recipe=RECIPE,
+    )  # fmt: skip
+    (staging / RECIPE).write_text(report.recipe.to_yaml())
+    (staging / "README.md").write_text(text)
+
+
+@contextmanager
+def folder(
+    merged: Merged, base_folder: Path | None, vocabulary: Vocabulary | None, *, prefixed: bool
+) -> Iterator[Path]:
+    """A folder with these files alone, for a package to carry what differs from the base's."""
+    with tempfile.TemporaryDirectory(prefix="dare-merge-") as name:
+        write(merged, base_folder, vocabulary, Path(name), prefixed=prefixed)
+        yield Path(name)

@@ -1,0 +1,275 @@
+"""Searching merge settings: every combination of a grid, or Optuna's choice of them, by a metric of the
+user's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from .config.recipe import RESCALES, Recipe
+from .config.task import MergeTask
+from .merge import DeviceLike, run
+from .merge_report import MergeReport
+from .methods.parameters import Scalar
+from .methods.registry import method_of
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Metric = Callable[[str], float]
+"""Called with the folder of a merged checkpoint; returns a number."""
+
+_OF_THE_RECIPE = ("method", "rescale", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """A setting that is searched."""
+
+    name: str
+    """A parameter of the method, for all models or, as `weight.0`, for one; or method, rescale or seed."""
+    values: tuple[Scalar, ...]
+    """All of them, in order."""
+    step: float | None = None
+    """Of a range of numbers; None for a choice."""
+
+    @classmethod
+    def parse(cls, text: str) -> Axis:
+        """Read `name=low:high:step` or `name=value,value,...`.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        name, equals, values = text.partition("=")
+        name = "weight" + name.removeprefix("weights") if name.split(".")[0] == "weights" else name
+        if not equals or not name or not values:
+            raise ConfigError("search", expected="NAME=LOW:HIGH:STEP or NAME=VALUE,VALUE", found=repr(text))
+        if ":" in values:
+            return cls(name=name, **_range(text, values))
+        return cls(name=name, values=tuple(scalar(value) for value in values.split(",")))
+
+
+def _range(text: str, values: str) -> dict[str, Any]:
+    try:
+        low, high, step = (float(value) for value in values.split(":"))
+    except ValueError as error:
+        raise ConfigError("search", expected="NAME=LOW:HIGH:STEP, three numbers", found=repr(text)) from error
+    if not (math.isfinite(low) and math.isfinite(high) and step > 0 and low <= high):
+        raise ConfigError("search", expected="LOW at most HIGH, and a STEP above 0", found=repr(text))
+    count = int((high - low) / step + 1e-9) + 1
+    return {"values": tuple(round(low + place * step, 12) for place in range(count)), "step": step}
+
+
+def scalar(text: str) -> Scalar:
+    """A word as the number or truth value that it spells, or as it is."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One combination, and what the metric said of it."""
+
+    settings: Mapping[str, Scalar]
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A search's trials in the order they were made, and the merge of the best."""
+
+    trials: tuple[Trial, ...]
+    best: Trial
+    report: MergeReport
+
+
+def search(
+    task: MergeTask,
+    axes: Sequence[Axis],
+    metric: Metric,
+    out: str | Path,
+    *,
+    trials: int | None = None,
+    minimize: bool = False,
+    overwrite: bool = False,
+    device: DeviceLike | None = None,
+    told: Callable[[Trial], object] | None = None,
+) -> Found:
+    """Merge with each combination of settings, ask the metric, and write the best into `out`.
+
+    Args:
+        task: what is merged; its recipe is what the settings change.
+        axes: what is searched.
+        metric: called with the folder of each result, which is removed afterwards.
+        trials: this many combinations, chosen by Optuna (TPE, seeded by the recipe's seed); None tries the
+            whole grid.
+        minimize: the smallest score is the best instead of the largest.
+        device: as for `merge`.
+        told: called with each trial when it is done.
+
+    Raises:
+        ConfigError: a setting is none of the method's, the metric gives no finite number, or Optuna is not
+            installed; and as `merge`.
+    """
+    out = Path(out)
+    for settings in _grid(axes):
+        _checked(task.recipe, settings)
+    done: list[Trial] = []
+    scratch = out.with_name(f".{out.name}.trial")
+
+    def score(settings: Mapping[str, Scalar]) -> float:
+        try:
+            run(replace(task, recipe=_checked(task.recipe, settings)), scratch, overwrite=True, device=device)
+            trial = Trial(settings=dict(settings), score=_number(metric(str(scratch))))
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        done.append(trial)
+        if told is not None:
+            told(trial)
+        return trial.score
+
+    if trials is None:
+        for settings in _grid(axes):
+            score(settings)
+    else:
+        _ask_optuna(axes, score, trials, minimize=minimize, seed=task.recipe.seed)
+    best = (min if minimize else max)(done, key=lambda trial: trial.score)
+    chosen = replace(task, recipe=_checked(task.recipe, best.settings))
+    report = run(chosen, out, overwrite=overwrite, device=device, notes=[_told(best, len(done))])
+    return Found(trials=tuple(done), best=best, report=report)
+
+
+def _told(best: Trial, count: int) -> str:
+    return (
+        f"the best of {count} merges: "
+        f"{', '.join(f'{name}={value}' for name, value in best.settings.items())}; score {best.score:g}"
+    )
+
+
+def _grid(axes: Sequence[Axis]) -> Iterator[dict[str, Scalar]]:
+    for values in product(*(axis.values for axis in axes)):
+        yield {axis.name: value for axis, value in zip(axes, values, strict=True)}
+
+
+def _checked(recipe: Recipe, settings: Mapping[str, Scalar]) -> Recipe:
+    """The recipe with settings in place of its own, which its method must know."""
+    for name, value in settings.items():
+        recipe = _with(recipe, name, value)
+    recipe.check_parameters(method_of(recipe.method).parameters)
+    return recipe
+
+
+def _with(recipe: Recipe, name: str, value: Scalar) -> Recipe:
+    if name == "rescale" and value not in RESCALES:
+        raise ConfigError("rescale", expected=f"one of {', '.join(RESCALES)}", found=repr(value))
+    if name in _OF_THE_RECIPE:
+        return replace(recipe, **{name: value})  # type: ignore[arg-type]
+    parameter, dot, number = name.partition(".")
+    places = [int(number)] if dot and number.isdigit() else range(len(recipe.models))
+    if dot and (not number.isdigit() or int(number) >= len(recipe.models)):
+        raise ConfigError(
+            f"search {name}",
+            expected=f"a model's number from 0 to {len(recipe.models) - 1}",
+            found=repr(number),
+        )
+    each = {one.name for one in method_of(recipe.method).parameters if one.per_model}
+    if parameter not in each:
+        return replace(recipe, parameters={**recipe.parameters, parameter: value})
+    models = [
+        replace(model, parameters={**model.parameters, parameter: value}) if place in places else model
+        for place, model in enumerate(recipe.models)
+    ]
+    return replace(recipe, models=tuple(models))
+
+
+def _number(given: object) -> float:
+    try:
+        value = float(given)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError("eval", expected="a function that returns a finite number", found=repr(given))
+    return value
+
+
+def _ask_optuna(
+    axes: Sequence[Axis],
+    score: Callable[[Mapping[str, Scalar]], float],
+    trials: int,
+    *,
+    minimize: bool,
+    seed: int,
+) -> None:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError(
+            "trials", expected="Optuna", found="not installed", remedy='pip install "dare_train[search]"'
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(seed=seed % (1 << 32))
+    study = optuna.create_study(direction="minimize" if minimize else "maximize", sampler=sampler)
+
+    def one(trial: optuna.Trial) -> float:
+        return score({axis.name: _asked(trial, axis) for axis in axes})
+
+    study.optimize(one, n_trials=trials)
+
+
+def _asked(trial: Any, axis: Axis) -> Scalar:
+    if axis.step is None:
+        return trial.suggest_categorical(axis.name, list(axis.values))  # type: ignore[no-any-return]
+    low, high = float(axis.values[0]), float(axis.values[-1])
+    return round(float(trial.suggest_float(axis.name, low, high, step=axis.step)), 12)
+
+
+def metric_of(name: str) -> Callable[..., Any]:
+    """The function that `module:function` names; modules are also looked for in the current folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    module, colon, function = name.partition(":")
+    if not colon or not module or not function:
+        raise ConfigError("eval", expected="MODULE:FUNCTION", found=repr(name))
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in function.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            "eval", expected="a function that can be imported", found=f"{name}: {error}"
+        ) from error
+    if not callable(found):
+        raise ConfigError("eval", expected="a function", found=f"{name}, a {type(found).__name__}")
+    return found  # type: ignore[no-any-return]
+
+
+def results(found: Found) -> RenderableType:
+    """A table of the trials for a terminal, the best first."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"{len(found.trials)} merges",
+        caption=f"{found.report.out} is the first; its recipe is in dare_merge.yml",
+    )
+    for name in (*found.best.settings, "score"):
+        table.add_column(name, justify="right")
+    for trial in sorted(found.trials, key=lambda one: abs(one.score - found.best.score)):
+        table.add_row(*(f"{value}" for value in trial.settings.values()), f"{trial.score:.6g}")
+    return table

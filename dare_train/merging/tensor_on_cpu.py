@@ -1,0 +1,354 @@
+"""One tensor of a merge: any run of the result, by whatever the method's function wants to be given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import DType, FloatArray, Words, cast, from_float, to_float
+from ..errors import ConfigError
+from ..kernels import cpu, sums
+from ..package.arithmetic import Term, combine, unrounded
+from ..weights.protocol import TensorInfo, Weights
+from .deltas import Member, ModelDelta, ModelStatistics, dense
+from .methods import combinations
+from .methods import elementwise as elements
+from .methods.parameters import Scalar
+from .methods.registry import Method
+from .methods.top_k import EVERY, Largest, Sizes, largest, sizes_of
+from .walk import Walk, quiet
+
+
+class MergedTensor:
+    """The part of a tensor that the base has, merged.
+
+    Args:
+        base: weights under the result's names.
+        out: dtype of the result.
+        members: the models that have the tensor, in order.
+        settings: values of the parameters of which the merge has one.
+        threads: for passes over the whole tensor, where the method needs them: they are made here and now.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        base: Weights,
+        name: str,
+        out: DType,
+        members: Sequence[Member],
+        settings: Mapping[str, Scalar],
+        *,
+        rescale: str,
+        threads: int,
+    ) -> None:
+        self._method, self._settings, self._out = method, settings, out
+        self._members, self.info = members, base.tensors[name]
+        self._weights = np.array([member.settings.get("weight", 1.0) for member in members], np.float64)
+        self._averaged = lacks(method, members, name) is not None
+        self._is_matrix = method.reach == "matrix" and not self._averaged
+        whole = self._is_matrix or method.reach == "tensor" or self._per == "column"
+        self._walk = Walk(
+            base, name, row=_row_length(self.info, method, self._per), whole=whole, threads=threads
+        )
+        self._deltas = [
+            ModelDelta(member, self._walk, drops=method.drops, rescale=rescale) for member in members
+        ]
+        alone = (
+            len(members) < method.models[0]
+        )  # where a method wants two, what one model has is that model's, as in mergekit
+        one_set = method.reach == "coefficients" and self._per == "tensor"
+        self._coefficients = np.ones(len(members)) if alone else self._one_set() if one_set else None
+        self._selected, self._energies = (
+            self._selection() if method.needs == "variance" else (EVERY, np.zeros(0))
+        )
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """(start, count) of the runs that `merged` gives."""
+        return self._walk.runs
+
+    def merged(self, start: int, count: int) -> Words:
+        """Words of the result of one of the runs."""
+        with quiet():
+            return self._merged(start, self._walk.words(start, count))
+
+    def _merged(self, start: int, words: Words) -> Words:
+        if self._averaged:
+            return self._combined(start, words, averaged_coefficients(self._weights, self._settings))
+        if self._coefficients is not None:
+            return self._combined(start, words, self._coefficients)
+        if self._method.reach == "coefficients":
+            return self._moved(words, self._by_rows(start, words))
+        if self._is_matrix or self._method.reach == "tensor":
+            return self._moved(words, self._of_whole(words))
+        return self._of_elements(start, words)
+
+    # Deltas as rows
+
+    def _rows(self, start: int, words: Words) -> FloatArray:
+        """Every model's delta after dropping, [n, words.size]."""
+        return self._dense([delta.terms(start, words) for delta in self._deltas], words)
+
+    def _dense(self, lists: Sequence[Sequence[Term]], words: Words) -> FloatArray:
+        rows = np.zeros((len(lists), words.size), self.info.dtype.compute)
+        for row, terms in zip(rows, lists, strict=True):
+            dense(terms, words, self.info.dtype, row)
+        return rows
+
+    # Methods that combine vectors
+
+    @property
+    def _on_weights(self) -> bool:
+        return (
+            self._settings["of"] == "weights" if "of" in self._settings else self._method.space == "weights"
+        )
+
+    @property
+    def _per(self) -> str:
+        """What has coefficients of its own: the `tensor`, each `row` of its last dimension, or each `column`
+        of its first.
+        """
+        if self._settings.get("filter_wise"):
+            return "row"
+        if self._settings.get("nuslerp_flatten", True):
+            return "tensor"
+        return "column" if self._settings["nuslerp_row_wise"] else "row"
+
+    def _one_set(self) -> NDArray[np.float64]:
+        return self._factors(
+            self._walk.total(self._gram) if self._method.needs_gram and self.info.numel else None
+        )
+
+    def _factors(self, gram: NDArray[np.float64] | None) -> NDArray[np.float64]:
+        if gram is None and self._method.needs_gram:
+            return np.zeros(len(self._deltas))
+        return own_coefficients(self._method, gram, self._weights, self._settings)
+
+    def _vectors(self, start: int, words: Words) -> FloatArray:
+        rows = self._rows(start, words)
+        return rows + to_float(words, self.info.dtype) if self._on_weights else rows
+
+    def _gram(self, start: int, words: Words) -> NDArray[np.float64]:
+        """Dot products of the vectors over a run, [n, n]. Not by BLAS, whose sums depend on its threads."""
+        return _dots(self._vectors(start, words), axis=-1)
+
+    def _combined(self, start: int, words: Words, coefficients: NDArray[np.float64]) -> Words:
+        """One coefficient for each model: the arithmetic law."""
+        result = words = np.array(words)  # gathering from a map of a file would be slow
+        terms = [
+            replace(term, factor=term.factor * float(factor))
+            for delta, factor in zip(self._deltas, coefficients, strict=True)
+            for term in delta.terms(start, words)
+        ]
+        rest = float(coefficients.sum()) - 1
+        if self._on_weights and abs(rest) > 1e-12:
+            terms.append(Term(positions=None, factor=rest, delta=to_float(words, self.info.dtype)))
+        if self._out != self.info.dtype:
+            return from_float(unrounded(words, terms, self.info.dtype), self._out)
+        if terms:
+            combine(result, terms, self.info.dtype)
+        return result
+
+    def _by_rows(self, start: int, words: Words) -> FloatArray:
+        """Coefficients for each row, or column, of its own."""
+        shape, axis = (self.info.shape or (1,), 0) if self._per == "column" else ((-1, self._walk.row), -1)
+        vectors = self._vectors(start, words).reshape(len(self._deltas), *shape)
+        factors = self._factors(_dots(vectors, axis=axis))
+        merged = np.zeros(vectors.shape[1:], vectors.dtype)
+        for vector, own in zip(vectors, np.moveaxis(factors, -1, 0), strict=True):
+            merged += np.expand_dims(own, axis).astype(vectors.dtype) * vector
+        flat = merged.reshape(-1)
+        return flat - to_float(words, self.info.dtype) if self._on_weights else flat
+
+    # Methods that work element by element
+
+    def _of_elements(self, start: int, words: Words) -> Words:
+        rows, at = self._filled(start, words)
+        if at is None:
+            return self._moved(words, self._called(rows, start, words, slice(None)))
+        result = self._as_base(words)
+        cpu.put(result, at, self._moved(cpu.take(words, at), self._called(rows[:, at], start, words, at)))
+        return result
+
+    def _filled(self, start: int, words: Words) -> tuple[FloatArray, NDArray[np.int64] | None]:
+        """Every model's delta after dropping, [n, words.size], and the elements that some model moves, where
+        they are few.
+        """
+        rows = np.zeros((len(self._deltas), words.size), self.info.dtype.compute)
+        moved: list[NDArray[np.int64] | None] = []
+        for row, delta in zip(rows, self._deltas, strict=True):
+            if delta.plain:
+                delta.fill(start, words, row)
+                moved.append(None)
+            else:
+                terms = delta.terms(start, words)
+                dense(terms, words, self.info.dtype, row)
+                moved += [term.positions for term in terms]
+        return rows, _few(moved, words.size)
+
+    def _called(
+        self, deltas: FloatArray, start: int, words: Words, at: NDArray[np.int64] | slice
+    ) -> FloatArray:
+        given: dict[str, Any] = {name: self._settings[name] for name in self._method.arguments}
+        if self._method.needs == "fisher":
+            given["fisher"] = np.stack(
+                [_of(member.fisher).read(self._walk.name, start, words.size)[at] for member in self._members]
+            )
+        elif self._method.needs == "undropped":
+            given["undropped"] = self._dense([delta.raw(start, words) for delta in self._deltas], words)[
+                :, at
+            ]
+        elif self._method.needs == "variance":
+            given |= {"selected": self._is_selected(deltas, start), "energies": self._energies}
+        function = elements.COMPILED.get(self._method.function) if deltas.dtype == np.float32 else None
+        return self._scaled(
+            (function or self._method.function)(
+                np.ascontiguousarray(deltas), self._weights.astype(deltas.dtype), **given
+            )
+        )
+
+    def _selection(self) -> tuple[Largest, NDArray[np.float64]]:
+        """SCE's choice of elements, and the mean squares of what is chosen."""
+        self._selected = EVERY
+        share = float(self._settings["select_topk"])
+        if share < 1:
+            moving = int(
+                self._walk.total(lambda start, words: np.count_nonzero(_variance(self._rows(start, words))))
+            )
+            count = int(moving * share)
+            self._selected = largest(
+                lambda function: self._walk.each(
+                    lambda start, words: function(start, _variance(self._rows(start, words)))
+                ),
+                count,
+            )
+        return self._selected, self._walk.total(self._squares) / max(self.info.numel, 1)
+
+    def _squares(self, start: int, words: Words) -> NDArray[np.float64]:
+        rows = self._rows(start, words)
+        return np.asarray(np.square((rows * self._is_selected(rows, start)).astype(np.float64)).sum(axis=1))
+
+    def _is_selected(self, deltas: FloatArray, start: int) -> NDArray[np.bool_]:
+        return (
+            np.ones(deltas.shape[1], np.bool_)
+            if self._selected is EVERY
+            else self._selected.among(_variance(deltas), start)
+        )
+
+    # Methods that look at the whole
+
+    def _of_whole(self, words: Words) -> FloatArray:
+        deltas = self._rows(0, words).reshape(len(self._deltas), *self.info.shape)
+        given: dict[str, Any] = {name: self._settings[name] for name in self._method.arguments}
+        if self._is_matrix:
+            grams, name = [_of(member.gram) for member in self._members], self._walk.name
+            given |= {
+                "grams": np.stack([gram.whole(name) for gram in grams]),
+                "transposed": grams[0].transposed(name),
+            }
+        made = np.asarray(
+            self._method.function(deltas, self._weights.astype(deltas.dtype), **given), deltas.dtype
+        )
+        if made.shape != self.info.shape:
+            where = f"method {self._method.name} on {self._walk.name}"
+            raise ConfigError(
+                where, expected=f"a delta of shape {list(self.info.shape)}", found=str(list(made.shape))
+            )
+        return self._scaled(made.reshape(-1))
+
+    # Onto the base
+
+    def _scaled(self, delta: FloatArray) -> FloatArray:
+        factor = float(self._settings.get("lambda", 1.0))
+        return delta if factor == 1 else delta * delta.dtype.type(factor)
+
+    def _moved(self, words: Words, delta: FloatArray) -> Words:
+        """Base plus merged delta, rounded once; the base's words where the delta is zero."""
+        dtype = self.info.dtype
+        if self._out == dtype and dtype.code == "BF16":
+            return sums.moved_bf16(words, delta)
+        with np.errstate(over="ignore", invalid="ignore"):
+            result = from_float(to_float(words, dtype) + delta, self._out)
+        return np.where(delta == 0, self._as_base(words), result)
+
+    def _as_base(self, words: Words) -> Words:
+        return np.array(cast(words, self.info.dtype, self._out))
+
+
+def averaged_coefficients(
+    weights: NDArray[np.float64], settings: Mapping[str, Scalar]
+) -> NDArray[np.float64]:
+    """Where a model lacks statistics that the method needs."""
+    return combinations.average(None, weights, normalize=True) * float(settings["lambda"])
+
+
+def own_coefficients(
+    method: Method,
+    gram: NDArray[np.float64] | None,
+    weights: NDArray[np.float64],
+    settings: Mapping[str, Scalar],
+) -> NDArray[np.float64]:
+    """Those of a method that combines vectors."""
+    given = {name: settings[name] for name in method.arguments}
+    with quiet():
+        made: NDArray[np.float64] = method.function(gram, weights, **given)
+    return made * float(settings.get("lambda", 1.0))
+
+
+def _row_length(info: TensorInfo, method: Method, per: str) -> int:
+    """Elements that belong together: a row where rows are ranked or have coefficients of their own, else
+    one.
+    """
+    if method.drops == "magprune":
+        return max(prod(info.shape[1:]) if len(info.shape) > 1 else info.numel, 1)
+    return max(info.shape[-1], 1) if per == "row" and info.shape else 1
+
+
+def _few(moved: Sequence[NDArray[np.int64] | None], count: int) -> NDArray[np.int64] | None:
+    """The union of positions among `count`, where they are few: the others need no arithmetic."""
+    positions = [one for one in moved if one is not None]
+    if len(positions) < len(moved) or sum(one.size for one in positions) > count // 2:
+        return None
+    touched = np.zeros(count, np.bool_)
+    for one in positions:
+        touched[one] = True
+    return np.flatnonzero(touched)
+
+
+def _dots(vectors: FloatArray, *, axis: int) -> NDArray[np.float64]:
+    """Gram matrices over one axis of each vector: [n, ...] becomes [..., n, n]."""
+    wide = vectors.astype(np.float64)
+    return np.stack(
+        [np.stack([(one * other).sum(axis=axis) for other in wide], axis=-1) for one in wide], axis=-2
+    )
+
+
+def _variance(deltas: FloatArray) -> Sizes:
+    """Over the models, in their order, in float32; of a NaN without the sign that hardware may give it."""
+    count = deltas.dtype.type(len(deltas))
+    mean = elements.summed(deltas) / count
+    variance = elements.summed(np.square(row - mean) for row in deltas) / count
+    return sizes_of(variance)
+
+
+def lacks(method: Method, members: Sequence[Member], name: str) -> str | None:
+    """The label of a model without the statistics that the method needs of a tensor; then the tensor is
+    averaged.
+    """
+    if method.needs not in ("fisher", "gram"):
+        return None
+    own = [
+        (member.input.label, member.fisher if method.needs == "fisher" else member.gram) for member in members
+    ]
+    return next((label for label, found in own if found is None or name not in found.tensors), None)
+
+
+def _of(statistics: ModelStatistics | None) -> ModelStatistics:
+    assert statistics is not None
+    return statistics

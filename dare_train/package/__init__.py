@@ -1,0 +1,1 @@
+"""The package format: docs/format.md in code."""

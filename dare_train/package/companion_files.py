@@ -1,0 +1,122 @@
+"""Files that belong to a model beside its weights: which they are, and how they travel."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..errors import PackageError
+from ..weights.checkpoint import ADAPTER_CONFIG, MERGE_RECORD
+from .manifest import CARRIED, FileRecord, file_record
+from .reader import DeltaPackage
+
+_COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+_OTHER_FILES = {"trainer_state.json", "dare_config.json", "requirements.txt", ADAPTER_CONFIG}
+_COMPANION_NAMES = {"LICENSE", "LICENCE", "NOTICE"}
+_NOT_THE_MODELS = {"README.md", MERGE_RECORD}
+
+
+def companions(folder: Path) -> list[Path]:
+    """Files that belong to a model beside its weights: configuration, tokenizer, generation settings,
+    licence. Relative, sorted.
+
+    Of subfolders only those count that a sentence-transformers `modules.json` names; others hold other
+    things, such as a run's checkpoints.
+    """
+    places = [folder, *(folder / name for name in _module_folders(folder / "modules.json"))]
+    found = [
+        path
+        for place in places
+        if place.is_dir()
+        for path in place.iterdir()
+        if path.is_file() and _is_companion(path)
+    ]
+    return sorted({path.relative_to(folder) for path in found})
+
+
+def _is_companion(path: Path) -> bool:
+    wanted = path.suffix in _COMPANION_SUFFIXES or path.stem.upper() in _COMPANION_NAMES
+    of_something_else = path.name in _OTHER_FILES or path.name.endswith("_results.json")
+    return wanted and not (
+        of_something_else or path.name.startswith(".") or path.name.endswith(".index.json")
+    )
+
+
+def _module_folders(listing: Path) -> list[str]:
+    """Names of subfolders in a sentence-transformers `modules.json`; none when there is none that can be read
+    as one.
+    """
+    try:
+        paths = [module["path"] for module in json.loads(listing.read_text())]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [path for path in paths if isinstance(path, str) and path and Path(path).name == path]
+
+
+def copy_companions(folder: Path, staging: Path) -> None:
+    """Copy what belongs to a model beside its weights."""
+    for relative in companions(folder):
+        if relative.name not in _NOT_THE_MODELS:
+            _copy(folder / relative, staging / relative)
+
+
+def copy_carried(package: DeltaPackage, staging: Path) -> None:
+    """Copy the files that a package brings.
+
+    Raises:
+        PackageError: one of them has the name of a folder of the base's.
+    """
+    for record in package.manifest.files:
+        target = staging / record.file
+        if target.is_dir() or any(folder.is_file() for folder in target.parents):
+            raise PackageError(
+                package.name,
+                expected="files that fit in beside the base's",
+                found=record.file,
+                remedy="do not trust this package",
+            )
+        _copy(package.path / record.file, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def carry_files(base: Path | None, tuned: Path | None, staging: Path) -> tuple[FileRecord, ...]:
+    """Copy into the package the configuration and tokenizer files that the base lacks or has otherwise."""
+    if tuned is None:
+        return ()
+    carried = []
+    for relative in companions(tuned):
+        if relative.suffix not in CARRIED:
+            continue
+        if base is None or not _same_content(base / relative, tuned / relative):
+            target = staging / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((tuned / relative).read_bytes())
+            carried.append(file_record(target, staging))
+    return tuple(carried)
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    if not one.is_file():
+        return False
+    left, right = one.read_bytes(), other.read_bytes()
+    if left != right and one.suffix == ".json":
+        try:
+            return bool(_settled(json.loads(left)) == _settled(json.loads(right)))
+        except (ValueError, RecursionError):
+            return False
+    return left == right
+
+
+def _settled(content: Any) -> Any:
+    """Without what a fast tokenizer remembers of its last call, so that half a megabyte need not travel for
+    it.
+    """
+    if isinstance(content, dict) and "added_tokens" in content:
+        return {key: value for key, value in content.items() if key not in ("padding", "truncation")}
+    return content

@@ -1,0 +1,285 @@
+"""Manifests from strangers: everything that `docs/format.md` §2 asks of them is checked before anything is
+believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn, get_args
+
+from ..dtypes import DTYPES
+from ..errors import PackageError
+from ..weights.fingerprint import Fingerprint
+from ..weights.protocol import TensorInfo
+from .codec import Encoding
+from .manifest import (
+    BLANK,
+    CARRIED,
+    FORMAT_VERSION,
+    MANIFEST,
+    FileRecord,
+    Kind,
+    Manifest,
+    TensorRecord,
+    sealed,
+)
+from .masks import MaskKind
+
+LARGEST_MANIFEST = 64 << 20
+"""Bytes; about 200,000 tensors. Parsing takes some thirty times as much memory."""
+
+_ENCODINGS = tuple(name for name in get_args(Encoding) if name != "whole")
+_HUGE = 1e300
+_LONGEST_NAME = 255
+_REMEDY = "fetch the package again"
+_SUSPECT = "do not trust this package"
+
+
+def load(path: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        PackageError: it is missing, damaged, of a later format, or says something impossible.
+    """
+    where = str(path)
+    if not path.is_file():
+        raise PackageError(
+            str(path.parent),
+            expected=f"a package with a {MANIFEST}",
+            found="none",
+            remedy="it was never completed, or is something else",
+        )
+    if path.stat().st_size > LARGEST_MANIFEST:
+        raise PackageError(
+            where, expected=f"at most {LARGEST_MANIFEST:,} bytes", found=f"{path.stat().st_size:,}"
+        )
+    raw = path.read_bytes()
+    try:
+        data = json.loads(raw, object_pairs_hook=_each_key_once)
+    except (ValueError, RecursionError) as error:
+        raise PackageError(where, expected="JSON", found=str(error), remedy=_REMEDY) from error
+    if not isinstance(data, dict) or data.get("format") != "dare_train":
+        raise PackageError(
+            where,
+            expected='"format": "dare_train"',
+            found=_brief(data),
+            remedy="is this a dare_train package?",
+        )
+    version = data.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise PackageError(
+            where,
+            expected=f"format version {FORMAT_VERSION}",
+            found=_brief(version),
+            remedy="update dare_train",
+        )
+    _check_digest(where, raw, data.get("digest"))
+    return _manifest(_Fields(data, where))
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"{_twice(name for name, _ in pairs)!r} given twice")
+    return found
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """The first name that occurs more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def _check_digest(where: str, raw: bytes, digest: object) -> None:
+    if not isinstance(digest, str) or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise PackageError(where, expected="a digest of 64 digits", found=_brief(digest), remedy=_REMEDY)
+    found = hashlib.sha256(raw.replace(sealed(digest), sealed(BLANK), 1)).hexdigest()
+    if found != digest:
+        raise PackageError(
+            where,
+            expected=f"digest {digest[:12]}…",
+            found=f"{found[:12]}…",
+            remedy=f"it was changed or damaged; {_REMEDY}",
+        )
+
+
+def _manifest(get: _Fields) -> Manifest:
+    parent = get.fields("parent")
+    manifest = Manifest(
+        base_model=get("base_model", str),
+        continues=parent.choice("continues", ("base", "package")),
+        prefix=get("prefix", str),
+        base_only=tuple(get.list_of("base_only", str)),
+        seed=get.count("seed", below=1 << 64),
+        rescale=get.choice("rescale", ("paper", "none", "carried")),
+        tensors=tuple(_tensor(item, get.where) for item in get.list_of("tensors", dict)),
+        delta={name: get.fields("delta").number(name) for name in ("p50", "p90", "p99", "max")},
+        parts=tuple(_file(_Fields(item, get.where)) for item in get.list_of("parts", dict)),
+        files=tuple(_companion(_Fields(item, get.where)) for item in get.list_of("files", dict)),
+        written_by=get("written_by", str),
+    )
+    for what, names in (
+        ("tensor", [record.name for record in manifest.tensors]),
+        ("file", [r.file for r in (*manifest.parts, *manifest.files)]),
+    ):
+        again = _twice(names)
+        get.insist(again is None, f"each {what} once", f"{again} twice")
+    for said, derived in (
+        (parent("fingerprint", str), manifest.parent),
+        (get("result", str), manifest.result),
+    ):
+        get.insist(said == derived, f"fingerprint {derived[:12]}…, as its tensors say", f"{said[:12]}…")
+    return manifest
+
+
+def _tensor(data: Mapping[str, Any], where: str) -> TensorRecord:
+    name = _Fields(data, where)("name", str)
+    _Fields(data, where).insist(
+        bool(name) and name != "__metadata__" and _is_text(name), "the name of a tensor", ascii(name)[:80]
+    )
+    get = _Fields(data, f"{where}: {name}")
+    info = _info(get)
+    kind: Kind = get.choice("kind", get_args(Kind))
+    base = Fingerprint.parse(data["base"], name=get.where) if "base" in data else None
+    result = Fingerprint.parse(data["result"], name=get.where) if "result" in data else base
+    if result is None or (base is None and kind != "whole"):
+        raise PackageError(
+            get.where, expected="fingerprints of base and result", found="none", remedy=_REMEDY
+        )
+    get.insist(kind != "base" or result == base, "the base's own fingerprint as result", "another")
+    get.insist(kind == "delta" or "base_rows" not in data, "base_rows in deltas only", f"kind {kind}")
+    common: dict[str, Any] = dict(name=name, info=info, kind=kind, base=base, result=result)
+    return TensorRecord(**common, **(_delta_fields(get, info) if kind == "delta" else {}))
+
+
+def _info(get: _Fields) -> TensorInfo:
+    shape = tuple(get.list_of("shape", int))
+    info = TensorInfo(DTYPES[get.choice("dtype", tuple(DTYPES))], shape)
+    plain = all(0 <= size < 1 << 62 and not isinstance(size, bool) for size in shape)
+    get.insist(plain and info.nbytes < 1 << 62, "a shape", _brief(list(shape)))
+    return info
+
+
+def _delta_fields(get: _Fields, info: TensorInfo) -> dict[str, Any]:
+    get.insist(info.dtype.can_be_delta, "a floating-point dtype of 16 bits or more", info.dtype.code)
+    rows = (
+        get.count("base_rows", below=info.shape[0] if info.shape else 0) if "base_rows" in get.data else None
+    )
+    kept = get.count("kept", below=info.numel + 1)
+    return dict(
+        base_rows=rows,
+        mask=get.choice("mask", get_args(MaskKind)),
+        p=get.number("p", below=1.0),
+        threshold=get.count("threshold", below=65536),
+        values=get.choice("values", _ENCODINGS),
+        kept=kept,
+        changed=get.count("changed", below=kept + 1),
+        delta=get.numbers("delta", 3),
+    )
+
+
+def _companion(get: _Fields) -> FileRecord:
+    """A file that is copied into the result after that was verified: it must not be weights, code, or
+    hidden.
+    """
+    record = _file(get)
+    path = PurePosixPath(record.file)
+    harmless = path.suffix in CARRIED and not path.name.endswith(".index.json") and path.name != MANIFEST
+    if not harmless or any(part.startswith(".") for part in path.parts):
+        expected = f"configuration and tokenizer files ({', '.join(sorted(CARRIED))})"
+        raise PackageError(get.where, expected=expected, found=repr(record.file), remedy=_SUSPECT)
+    return record
+
+
+def _file(get: _Fields) -> FileRecord:
+    name = get("file", str)
+    path = PurePosixPath(name)
+    inside = bool(name) and not path.is_absolute() and ".." not in path.parts and name == path.as_posix()
+    plain = not any(char in name for char in "\\\0") and _is_text(name) and len(name) <= 1000
+    if not inside or not plain or any(len(part.encode()) > _LONGEST_NAME for part in path.parts):
+        raise PackageError(
+            get.where, expected="names of files inside the package", found=ascii(name)[:80], remedy=_SUSPECT
+        )
+    return FileRecord(file=name, bytes=get.count("bytes", below=1 << 62), sha256=get("sha256", str))
+
+
+def _is_text(name: str) -> bool:
+    """Whether the name can be written as UTF-8: JSON can hold halves of characters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _brief(value: object) -> str:
+    """Plain values as they are; of containers only what they are, since they can be as deep and long as the
+    file allows.
+    """
+    if isinstance(value, (dict, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "a huge number"
+    return ascii(value)[:80]
+
+
+class _Fields:
+    """Takes fields out of parsed JSON and insists on their types."""
+
+    def __init__(self, data: Mapping[str, Any], where: str) -> None:
+        self.data, self.where = data, where
+
+    def __call__(self, key: str, kind: type | tuple[type, ...]) -> Any:
+        value = self.data.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            self._refuse(key, value, "of another type")
+        return value
+
+    def insist(self, good: bool, expected: str, found: str) -> None:
+        if not good:
+            raise PackageError(self.where, expected=expected, found=found, remedy=_REMEDY)
+
+    def fields(self, key: str) -> _Fields:
+        return _Fields(self(key, dict), f"{self.where}: {key}")
+
+    def choice(self, key: str, choices: tuple[str, ...]) -> Any:
+        value = self.data.get(key)
+        if not isinstance(value, str) or value not in choices:
+            self._refuse(key, value, f"one of {', '.join(choices)}")
+        return value
+
+    def count(self, key: str, *, below: int) -> int:
+        number: int = self(key, int)
+        if not 0 <= number < below:
+            self._refuse(key, number, f"a number in [0, {below})")
+        return number
+
+    def number(self, key: str, *, below: float = _HUGE) -> float:
+        return self._number(key, self(key, (int, float)), below)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        items = self.list_of(key, (int, float))
+        if len(items) != count:
+            self._refuse(key, items, f"{count} numbers")
+        return tuple(self._number(key, item, _HUGE) for item in items)
+
+    def list_of(self, key: str, kind: type | tuple[type, ...]) -> list[Any]:
+        items: list[Any] = self(key, list)
+        if not all(isinstance(item, kind) for item in items):
+            self._refuse(key, items, "a list of another type")
+        return items
+
+    def _number(self, key: str, value: float, below: float) -> float:
+        if isinstance(value, bool):
+            self._refuse(key, value, "of another type")
+        if not 0 <= value < below:
+            self._refuse(key, value, f"a number in [0, {below:g})")
+        return float(value)
+
+    def _refuse(self, key: str, value: object, expected: str) -> NoReturn:
+        raise PackageError(
+            self.where, expected=f"{key!r} to be {expected}", found=_brief(value), remedy=_REMEDY
+        )

@@ -1,0 +1,308 @@
+"""Packages: a delta on disk with its manifest, an ordinary Hub folder."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CheckpointError, DareError, PackageError
+from ..parallel.threads import once, ordered_map
+from ..weights.checkpoint import SafetensorsFile, locate
+from ..weights.protocol import SEGMENT
+from .manifest import MANIFEST, FileRecord, Manifest, TensorRecord, sha256_of
+from .manifest_reader import load
+from .segments import _COLUMNS, Segment
+
+if TYPE_CHECKING:
+    from ..weights.protocol import Weights
+
+
+_REMEDY = "fetch the package again"
+
+
+class DeltaPackage:
+    """An opened package. Opening reads the manifest; frames are mapped when they are first asked for."""
+
+    def __init__(self, path: Path, manifest: Manifest, *, name: str) -> None:
+        self.path, self.manifest, self.name = path, manifest, name
+        self.records = {record.name: record for record in manifest.tensors}
+
+    @classmethod
+    def open(cls, where: str | os.PathLike[str] | DeltaPackage) -> DeltaPackage:
+        """Open a package folder or a Hub id.
+
+        Raises:
+            PackageError: there is no manifest, or it is damaged; a listed file is missing or of another size.
+        """
+        if isinstance(where, DeltaPackage):
+            return where
+        try:
+            path = locate(
+                where, patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
+            )
+        except CheckpointError as error:
+            raise PackageError(
+                error.name, expected="a package folder or a Hub id", found=error.found, remedy=error.remedy
+            ) from error
+        manifest = load(path / MANIFEST)
+        for record in (*manifest.parts, *manifest.files):
+            _check_size(path / record.file, record)
+        return cls(path, manifest, name=str(where))
+
+    @once
+    def _frames(self) -> Mapping[str, list[tuple[Segment, memoryview]]]:
+        found: dict[str, list[tuple[Segment, memoryview]]] = defaultdict(list)
+        for part in self.manifest.parts:
+            for segment, frame in _read_part(self.path / part.file, self.manifest):
+                found[self.manifest.tensors[segment.tensor].name].append((segment, frame))
+        for name, frames in found.items():
+            frames.sort(key=lambda item: item[0].start)
+            for (before, _), (after, _) in zip(frames, frames[1:], strict=False):
+                if before.stop > after.start:
+                    raise PackageError(
+                        f"{self.name}: {name}",
+                        expected="segments that do not overlap",
+                        found=f"two at {after.start}",
+                        remedy=_REMEDY,
+                    )
+        return dict(found)
+
+    def frames(self, tensor: str, start: int, stop: int) -> Iterator[tuple[Segment, memoryview]]:
+        """Segments of a tensor that meet [start, stop), each with its compressed frame, in order."""
+        for segment, frame in self._frames.get(tensor, ()):
+            if segment.start < stop and start < segment.stop:
+                yield segment, frame
+
+    def compressed_bytes(self, tensor: str) -> int:
+        return sum(segment.size for segment, _ in self._frames.get(tensor, ()))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all the package's files on disk, the manifest and the card included."""
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Sizes and counts: parameters, kept, changed, density, bytes, bits_per_parameter, compression_ratio,
+        |δ| percentiles.
+
+        `density` is measured: kept / elements, over the tensors stored as deltas.
+        """
+        tensors = self.manifest.tensors
+        parameters = sum(record.info.numel for record in tensors)
+        deltas = [record for record in tensors if record.kind == "delta"]
+        covered = sum(record.base_info.numel for record in deltas)
+        kept = sum(record.kept for record in deltas)
+        return {
+            "tensors": len(tensors),
+            "parameters": parameters,
+            "kept": kept,
+            "changed": sum(record.changed for record in deltas),
+            "density": kept / covered if covered else 0.0,
+            "bytes": self.size,
+            "model_bytes": sum(record.info.nbytes for record in tensors),
+            "bits_per_parameter": 8 * self.size / parameters if parameters else 0.0,
+            "compression_ratio": sum(record.info.nbytes for record in tensors) / self.size,
+            "delta": dict(self.manifest.delta),
+        }
+
+    def verify(self, base: str | os.PathLike[str] | Weights | None = None) -> None:
+        """The same as `dare_train.verify(package, base)`."""
+        from .. import verify
+
+        verify(self, base)
+
+    def check_integrity(self) -> None:
+        """Check the SHA-256 of every part and file, and the layout of the parts.
+
+        Raises:
+            PackageError: naming the first file that differs.
+        """
+        listed = (*self.manifest.parts, *self.manifest.files)
+        for file, digest in zip(
+            listed, ordered_map(lambda r: sha256_of(self.path / r.file), listed), strict=True
+        ):
+            if digest != file.sha256:
+                raise PackageError(
+                    str(self.path / file.file),
+                    expected=f"SHA-256 {file.sha256[:12]}…",
+                    found=f"{digest[:12]}…",
+                    remedy=_REMEDY,
+                )
+        for record in self.manifest.tensors:
+            _check_coverage(
+                record,
+                [segment for segment, _ in self._frames.get(record.name, ())],
+                f"{self.name}: {record.name}",
+            )
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload the folder as a model repository; `options` go to `huggingface_hub.HfApi.upload_folder`.
+        Returns its commit.
+        """
+        from huggingface_hub import HfApi
+
+        self.check_integrity()
+        api = HfApi(token=options.pop("token", None))
+        api.create_repo(repo_id, exist_ok=True, private=options.pop("private", None))
+        return api.upload_folder(repo_id=repo_id, folder_path=self.path, **options)
+
+    def __repr__(self) -> str:
+        stats = self.stats
+        return (
+            f"DeltaPackage({self.name!r}, {stats['bits_per_parameter']:.3f} bits per "
+            f"parameter, on {self.manifest.base_model!r})"
+        )
+
+
+@contextmanager
+def checking(packages: Iterable[DeltaPackage]) -> Iterator[Callable[[], None]]:
+    """`check_integrity` of packages beside what the block does, which gets a function that waits for it:
+    nothing that the block leaves behind may come of bytes that were not checked. Where the block fails,
+    damage that explains it is what is raised.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="dare-train") as pool:
+        found = pool.submit(_check_all, packages)
+        try:
+            yield found.result
+        except DareError:
+            found.result()
+            raise
+        found.result()
+
+
+def _check_all(packages: Iterable[DeltaPackage]) -> None:
+    for package in packages:
+        package.check_integrity()
+
+
+def _check_size(path: Path, record: FileRecord) -> None:
+    if not path.is_file():
+        raise PackageError(str(path), expected=f"{record.bytes} bytes", found="no such file", remedy=_REMEDY)
+    if path.stat().st_size != record.bytes:
+        raise PackageError(
+            str(path), expected=f"{record.bytes} bytes", found=f"{path.stat().st_size}", remedy=_REMEDY
+        )
+
+
+def _read_part(path: Path, manifest: Manifest) -> Iterator[tuple[Segment, memoryview]]:
+    _check_header(path)
+    try:
+        file = SafetensorsFile(path)
+    except CheckpointError as error:
+        raise PackageError(error.name, expected=error.expected, found=error.found, remedy=_REMEDY) from error
+    shapes = {name: (info.dtype.code, len(info.shape)) for name, info in file.tensors.items()}
+    if shapes != {"segments": ("I64", 2), "data": ("U8", 1)} or file.tensors["segments"].shape[1] != _COLUMNS:
+        raise PackageError(
+            str(path),
+            expected="segments I64 [n, 6] and data U8 [bytes]",
+            found=_listed(shapes),
+            remedy=_REMEDY,
+        )
+    table = file.read("segments", 0, file.tensors["segments"].numel).view(np.int64).reshape(-1, _COLUMNS)
+    data, offset = file.bytes_of("data"), 0
+    _check_table(table, manifest, len(data), str(path))
+    for row in table.tolist():
+        segment = Segment.of(row)
+        yield segment, data[offset : offset + segment.size]
+        offset += segment.size
+    if offset != len(data):
+        raise PackageError(
+            str(path),
+            expected=f"{offset} bytes of frames, as its table says",
+            found=f"{len(data)}",
+            remedy=_REMEDY,
+        )
+
+
+def _listed(shapes: Mapping[str, object]) -> str:
+    return f"{list(shapes.items())[:3]}{' …' if len(shapes) > 3 else ''}"
+
+
+def _check_header(path: Path) -> None:
+    """Two tensors need some 200 bytes; parsing a header of megabytes would take hundreds of them."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > 1 << 16:
+        raise PackageError(
+            str(path),
+            expected="a safetensors file with a header of at most 65,536 bytes",
+            found=f"{size:,}",
+            remedy=_REMEDY,
+        )
+
+
+def _check_coverage(record: TensorRecord, segments: list[Segment], where: str) -> None:
+    numel, base_numel = record.info.numel, record.base_info.numel if record.kind == "delta" else 0
+    inside = [segment for segment in segments if segment.start < base_numel]
+    whole = sum(segment.length for segment in segments) - sum(segment.length for segment in inside)
+    if record.kind != "base" and whole != numel - base_numel:
+        raise PackageError(
+            where, expected=f"{numel - base_numel} elements carried whole", found=f"{whole}", remedy=_REMEDY
+        )
+    if record.kind == "delta":
+        kept, covered = sum(s.kept for s in inside), sum(s.length for s in inside)
+        if not kept <= record.kept <= kept + base_numel - covered:
+            raise PackageError(
+                where, expected=f"{record.kept} kept elements", found=f"{kept}", remedy=_REMEDY
+            )
+        changed = sum(s.changed for s in inside)
+        if record.changed != changed if record.values in ("exact", "rounded") else record.changed > changed:
+            raise PackageError(
+                where, expected=f"{record.changed} changed elements", found=f"{changed}", remedy=_REMEDY
+            )
+
+
+def _check_table(table: NDArray[np.int64], manifest: Manifest, nbytes: int, where: str) -> None:
+    """Every row is a segment that lies within its tensor and, after those before it, within so many bytes of
+    frames.
+    """
+    tensor, start, length, kept, changed, size = table.T
+    known = (tensor >= 0) & (tensor < len(manifest.tensors))
+    limits = np.array([*map(_limits, manifest.tensors), (0, 0, False, False, False)], np.int64)
+    numel, base_numel, has_segments, whole, counts_changes = limits[np.where(known, tensor, -1)].T
+    whole = (whole != 0) | (start >= base_numel)
+    sizes = np.clip(size, 0, nbytes + 1)  # so that no sum is too large
+    inside = (
+        known
+        & (has_segments != 0)
+        & (start >= 0)
+        & (length > 0)
+        & (length <= SEGMENT)
+        & (start <= numel - length)
+    )
+    apart = (start >= base_numel) | (base_numel >= start + length)
+    ordered = (
+        (changed >= 0) & (changed <= kept) & (kept <= length) & (size > 0) & (np.cumsum(sizes) <= nbytes)
+    )
+    fits = np.where(whole, (kept == length) & (changed == length), (counts_changes != 0) | (changed == kept))
+    bad = np.flatnonzero(~(inside & apart & ordered & fits))
+    if bad.size:
+        found = str(tuple(table[bad[0]].tolist()))
+        raise PackageError(
+            where,
+            expected="segments that lie within their tensor and their file",
+            found=found,
+            remedy=_REMEDY,
+        )
+
+
+def _limits(record: TensorRecord) -> tuple[int, int, bool, bool, bool]:
+    """What segments of a tensor may be: its elements, those of the base, and whether it has segments, is
+    whole, and counts changes.
+    """
+    return (
+        record.info.numel,
+        record.base_info.numel,
+        record.kind != "base",
+        record.kind == "whole",
+        record.values in ("exact", "rounded"),
+    )

@@ -1,0 +1,1 @@
+"""Processes, threads, and folders that several of them write."""

@@ -1,0 +1,108 @@
+"""From what a study measured to its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..studies.comparison import Comparison
+from ..studies.drop_rates import FoundRate
+from ..studies.inside import Inside
+from ..studies.sweep import Sweep
+from ..training.continual import Continual
+from ..training.lottery_tickets import Tickets
+from ..training.subnetwork import Masks
+from .comparison_report import comparison_study
+from .continual_report import continual_study
+from .document import Study
+from .drawing import png
+from .inside_report import inside_study
+from .masks_report import masks_study
+from .page import html
+from .rates_report import rates_study
+from .sweep_report import several_study, sweep_study
+from .tickets_report import tickets_study
+from .wandb_studies import log_study
+
+One = Sweep | Inside | Comparison | Continual | Tickets | Masks | FoundRate
+Found = (
+    One
+    | Mapping[str, Sweep]
+    | Mapping[str, Continual]
+    | Mapping[str, Masks]
+    | Mapping[str, FoundRate]
+    | Sequence[Tickets]
+)
+
+_ONE: dict[type, Callable[..., Study]] = {
+    Sweep: sweep_study, Inside: inside_study, Comparison: comparison_study, Continual: continual_study,
+    Tickets: tickets_study,
+    Masks: masks_study, FoundRate: rates_study,
+}  # fmt: skip
+_SEVERAL: dict[type, Callable[..., Study]] = {
+    Sweep: several_study,
+    Continual: continual_study,
+    Tickets: tickets_study,
+    Masks: masks_study,
+    FoundRate: rates_study,
+}
+
+
+def study_of(found: Found, title: str) -> Study:
+    """Findings, tables and charts of what was found; see `write_report`."""
+    if type(found) in _ONE:
+        return _ONE[type(found)](found, title=title)
+    several: Any = found
+    kinds = {type(one) for one in (several.values() if isinstance(several, Mapping) else several)}
+    if len(kinds) != 1 or not kinds <= _SEVERAL.keys():
+        expected = f"one of {', '.join(kind.__name__ for kind in _ONE)}, or several of a kind by name"
+        raise ConfigError(
+            "found", expected=expected, found=", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
+        )
+    return _SEVERAL[kinds.pop()](found, title=title)
+
+
+def write_report(found: Found, out: str | os.PathLike[str], *, title: str = "DARE, measured") -> Path:
+    """Write what was found as JSON, Markdown, pictures and one HTML page; and tell wandb, if it has an active
+    run.
+
+    Args:
+        found: what `sweep`, `inside`, `compare`, a `ContinualRun`, a `TicketSearch`, `largest_rate` or
+            `largest_rates` found, or masks; also several sweeps, runs, rates or masks by name, or a list of
+            ticket searches that differ in their seeds.
+        out: folder. Files of the same names are replaced.
+        title: of the page.
+
+    Returns:
+        The page: it opens without a network.
+
+    Raises:
+        ConfigError: matplotlib or SciPy is not installed, or there is no study of what was found.
+    """
+    return publish(study_of(found, title), out)
+
+
+def publish(study: Study, out: str | os.PathLike[str]) -> Path:
+    """Write `NAME.json`, `NAME.md`, `NAME.html` and a PNG for each chart into a folder, and tell the active
+    wandb run, if there is one.
+
+    Returns:
+        The page.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {chart.name: png(chart) for chart in study.charts}
+    page = folder / f"{study.name}.html"
+    for name, picture in pictures.items():
+        (folder / f"{name}.png").write_bytes(picture)
+    (folder / f"{study.name}.json").write_text(study.json(), encoding="utf-8")
+    (folder / f"{study.name}.md").write_text(study.markdown(), encoding="utf-8")
+    page.write_text(html(study, pictures), encoding="utf-8")
+    log_study(study, {name: folder / f"{name}.png" for name in pictures}, page)
+    return page

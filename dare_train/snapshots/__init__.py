@@ -1,0 +1,1 @@
+"""Packages while a model trains."""

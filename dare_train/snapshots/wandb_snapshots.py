@@ -1,0 +1,67 @@
+"""What wandb is told of a snapshot, in the run that is already there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..package.magnitudes import merged
+from ..wandb_run import active_run
+
+if TYPE_CHECKING:
+    from .snapshotter import Snapshot
+
+
+def figures(snapshot: Snapshot) -> dict[str, float]:
+    """Scalars of a snapshot: sizes in bytes, bits per parameter, density as kept/total, |δ| before rescaling,
+    seconds waited.
+    """
+    stats = snapshot.package.stats
+    return {
+        "dare/bits_per_parameter": stats["bits_per_parameter"],
+        "dare/package_bytes": stats["bytes"],
+        "dare/compression_ratio": stats["compression_ratio"],
+        "dare/density": stats["density"],
+        **{f"dare/delta_{name}": value for name, value in stats["delta"].items()},
+        "dare/seconds_waited": snapshot.waited,
+    }
+
+
+def log(snapshot: Snapshot, *, name: str, artifact: bool = True) -> None:
+    """Log a snapshot to the active run; nothing happens without one.
+
+    Figures carry `train/global_step`, as the Trainer's own do: wandb's step stays the Trainer's.
+    """
+    run = active_run()
+    if run is None:
+        return
+    import wandb
+
+    parts = {layer: part for layer, part in snapshot.magnitudes.items() if part.total}
+    histograms = {f"dare/layers/{layer}": _histogram(wandb, part) for layer, part in parts.items()}
+    if parts:
+        histograms["dare/delta_histogram"] = _histogram(wandb, merged(parts.values()))
+    run.log({**figures(snapshot), **histograms, "train/global_step": snapshot.step})
+    if artifact:
+        run.log_artifact(_artifact(wandb, snapshot, name), aliases=["latest", f"step-{snapshot.step}"])
+
+
+def _histogram(wandb: Any, magnitudes: Any) -> Any:
+    return wandb.Histogram(np_histogram=magnitudes.histogram())
+
+
+def _artifact(wandb: Any, snapshot: Snapshot, name: str) -> Any:
+    manifest = snapshot.package.manifest
+    metadata = {
+        "base_model": manifest.base_model,
+        "p": sorted({record.p for record in manifest.tensors if record.kind == "delta"}),
+        "seed": manifest.seed,
+        "rescale": manifest.rescale,
+        "continues": manifest.continues,
+        "parent_fingerprint": manifest.parent,
+        "result_fingerprint": manifest.result,
+        "step": snapshot.step,
+        "bits_per_parameter": snapshot.package.stats["bits_per_parameter"],
+    }
+    artifact = wandb.Artifact(name, type="dare-package", metadata=metadata)
+    artifact.add_dir(str(snapshot.package.path), policy="immutable")
+    return artifact

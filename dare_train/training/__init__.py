@@ -1,0 +1,1 @@
+"""Training that knows of deltas: sparse tuning, subnetworks, task after task, lottery tickets."""

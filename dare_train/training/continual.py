@@ -1,0 +1,470 @@
+"""Task after task on one model: what is learnt, what is forgotten, and a package for each task, so that every
+state can be had again.
+
+    R[i][j]: the metric of task j after task i has been learnt; R[-1] of the base, before any.
+    ACC = mean_j R[T-1][j]        BWT = mean_{j<T-1} R[T-1][j] - R[j][j]        FWT = mean_{j>0} R[j-1][j] -
+    R[-1][j]
+
+Lopez-Paz and Ranzato, "Gradient Episodic Memory", https://arxiv.org/abs/1706.08840, §3; forgetting as there,
+or from the best that ever was (Chaudhry et al., https://arxiv.org/abs/1801.10112, §4).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from copy import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..applying.in_place import applied, apply_
+from ..config import check_drop_rate
+from ..errors import ConfigError
+from ..evaluation.measurements import Evaluate, Record, numbers
+from ..evaluation.model_loading import load_model
+from ..extracting.extract import extract
+from ..kernels import philox
+from ..merging.merge import merge
+from ..merging.statistics.fisher_and_gram import collect_fisher
+from ..package.masks import MASK_DOMAIN, generator_of, key_of
+from ..package.reader import DeltaPackage
+from ..weights.fingerprint import weights_fingerprint
+from ..weights.live import LiveWeights
+from .sparse_tuning import SparseTuningCallback
+
+Strategy = Literal["sequential", "dare", "merge", "disjoint", "replay", "ewc"]
+"""How tasks follow one another.
+
+`sequential`: each goes on from what the one before left. `dare`: so, but of what a task changed a share p is
+dropped before the next begins. `replay`: so, and each also sees a few examples of those before. `ewc`: so,
+and what mattered to those before is held in place (Kirkpatrick et al., https://arxiv.org/abs/1612.00796, eq.
+3). `merge`: each begins from the base, and all packages so far are merged. `disjoint`: each trains a share of
+the weights of its own, and no other.
+"""
+
+_CHAINED = ("sequential", "dare", "replay", "ewc")
+_DRAWS = 1 << 16
+
+MakeTrainer = Callable[[torch.nn.Module, Path, Sequence[TrainerCallback]], Trainer]
+"""Makes a task's Trainer: of the model, with the folder as its `output_dir`, and with the callbacks besides
+its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinualTask:
+    """Something to learn."""
+
+    name: str
+    trainer: MakeTrainer
+    evaluate: Evaluate
+    """Of the model, whatever it has learnt so far: a number, or several by name, of which the first is what R
+    holds."""
+    setup: Mapping[str, Any] = field(default_factory=dict)
+    """What training and evaluation depend on, such as a learning rate: a folder with results of another setup
+    is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continual:
+    """What was learnt and forgotten."""
+
+    strategy: str
+    tasks: tuple[str, ...]
+    metric: str
+    before: tuple[float, ...]
+    """R[-1]: of each task, before any was learnt."""
+    after: tuple[tuple[float, ...], ...]
+    """R: a row after each task."""
+    own: tuple[float, ...]
+    """Of each task, with the packages up to its own, at the end of it all."""
+    bytes: tuple[int, ...]
+    """Of each task's package."""
+    states: tuple[str, ...]
+    """Fingerprints of the model after each task."""
+    seconds: tuple[float, ...] = ()
+    """To switch a model in memory from the base to the state after each task."""
+    joint: tuple[float, ...] = ()
+    """Of each task, by a model that learnt all at once (`ContinualRun.joint`): a mark, where it was
+    measured."""
+    setup: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        """ACC."""
+        return fmean(self.after[-1])
+
+    @property
+    def backward_transfer(self) -> float:
+        """BWT; 0 for one task. Forgetting, as a difference to what was right after a task, is its
+        negative.
+        """
+        return fmean([self.after[-1][j] - self.after[j][j] for j in range(len(self.tasks) - 1)] or [0.0])
+
+    @property
+    def forward_transfer(self) -> float:
+        """FWT, against the base; 0 for one task."""
+        return fmean([self.after[j - 1][j] - self.before[j] for j in range(1, len(self.tasks))] or [0.0])
+
+    @property
+    def forgetting(self) -> float:
+        """From the best that ever was, in the mean over all tasks but the last (arXiv 1801.10112)."""
+        last = self.after[-1]
+        return fmean(
+            [max(row[j] for row in self.after[:-1]) - last[j] for j in range(len(self.tasks) - 1)] or [0.0]
+        )
+
+    @property
+    def own_forgetting(self) -> float:
+        """What is lost of each task when its own packages are applied, against right after it: 0 where states
+        come back exactly.
+        """
+        return fmean(self.after[j][j] - self.own[j] for j in range(len(self.tasks)))
+
+    def as_json(self) -> dict[str, Any]:
+        measures = {
+            name: getattr(self, name)
+            for name in ("accuracy", "backward_transfer", "forward_transfer", "forgetting", "own_forgetting")
+        }
+        names = ("strategy", "tasks", "metric", "before", "after", "own", "bytes", "states", "joint")
+        return {**{name: getattr(self, name) for name in names}, **measures}
+
+
+class ContinualRun:
+    """Learns tasks one after another, with an ordinary Trainer each, and keeps a package for each.
+
+    Packages lie in `{out}/packages`: each continues the one before, or (`merge`, `disjoint`) all lie side by
+    side on the base. What is there is not learnt again, and a Trainer that was killed goes on from its last
+    checkpoint: run the same again.
+
+    Args:
+        base: folder or Hub id of the model that all begins with, heads included.
+        tasks: in their order.
+        out: folder for packages and what the Trainers write.
+        strategy: see `Strategy`.
+        p: drop rate of packages, for `dare` and `merge`. The others' hold everything.
+        seed: selects masks, and the examples that are replayed.
+        load: makes a model of the base; by default that of the class that its configuration names, in the
+            dtype of its files.
+        method, settings: of `merge`, which merges packages so far.
+        weights: of tasks in it, by name; those of the method, by default.
+        replay: how many examples of each earlier task are seen again.
+        strength: λ of `ewc`, and how many `examples` of a task its Fisher information is taken from.
+
+    Raises:
+        ConfigError: a value is wrong.
+        CheckpointError: `out` holds another run.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        tasks: Sequence[ContinualTask],
+        *,
+        out: str | os.PathLike[str],
+        strategy: Strategy = "sequential",
+        p: float = 0.9,
+        seed: int = 0,
+        load: Callable[[str], torch.nn.Module] = load_model,
+        method: str = "task_arithmetic",
+        weights: Mapping[str, float] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        replay: int = 64,
+        strength: float = 1000.0,
+        examples: int = 128,
+    ) -> None:
+        if strategy not in get_args(Strategy):
+            raise ConfigError(
+                "strategy", expected=f"one of {', '.join(get_args(Strategy))}", found=repr(strategy)
+            )
+        if not tasks or len({task.name for task in tasks}) < len(tasks):
+            raise ConfigError(
+                "tasks",
+                expected="at least one, with names of their own",
+                found=str([task.name for task in tasks]),
+            )
+        if weights is not None and weights.keys() != {task.name for task in tasks}:
+            raise ConfigError(
+                "weights",
+                expected=f"one for each of {', '.join(task.name for task in tasks)}",
+                found=str(dict(weights)),
+            )
+        if replay < 1 or examples < 1 or strength < 0:
+            raise ConfigError(
+                "replay, examples and strength",
+                expected="positive numbers",
+                found=f"{replay}, {examples}, {strength}",
+            )
+        self.base, self.tasks, self.out, self.strategy = base, tuple(tasks), Path(out), strategy
+        self._p, self._seed, self._load = check_drop_rate(p), seed, load
+        self._method, self._settings = method, dict(settings or {})
+        self._weights = dict(weights) if weights is not None else None
+        self._replay, self._strength, self._examples = replay, strength, examples
+
+    def run(self) -> Continual:
+        """Learn what is not learnt yet, and measure every task after each."""
+        record = self._record
+        before = self._row(record, "base", [], self.tasks)
+        after, states = [], []
+        for number, task in enumerate(self.tasks):
+            self._learn(number)
+            after.append(self._row(record, task.name, self.at(number), self.tasks))
+            states.append(self.state(number))
+        own = [
+            self._row(record, f"{task.name}, own", self.at(number), [task])[0]
+            for number, task in enumerate(self.tasks)
+        ]
+        return Continual(
+            strategy=self.strategy,
+            tasks=tuple(task.name for task in self.tasks),
+            metric=_first(record),
+            before=before,
+            after=tuple(after),
+            own=tuple(own),
+            states=tuple(states),
+            bytes=tuple(
+                DeltaPackage.open(self.package(number)).stats["bytes"] for number in range(len(self.tasks))
+            ),
+            seconds=tuple(self._switched(number) for number in range(len(self.tasks))),
+            setup=self._setup,
+        )
+
+    def joint(self) -> tuple[float, ...]:
+        """The metric of each task by a model that learns all of them at once: what a sequence can be measured
+        by.
+
+        The first task's Trainer sees the training data of all, and makes as many steps as all would, or as
+        many epochs as its own. Its package is `{out}/packages/joint`; a training that was killed goes on.
+        """
+        record = self._record
+        package = self.out / "packages" / "joint"
+        if not (package / "dare_config.json").exists():
+            model, folder = self._made([]), self.out / "training" / "joint"
+            every = [task.trainer(model, folder, []) for task in self.tasks]
+            trainer = every[0]
+            trainer.train_dataset = torch.utils.data.ConcatDataset([_dataset(one, "joint") for one in every])
+            if trainer.args.max_steps > 0:
+                trainer.args = copy(trainer.args)  # tasks may share theirs
+                trainer.args.max_steps = sum(one.args.max_steps for one in every)
+            train_on(trainer, folder)
+            model.train(False)
+            extract(self._made([]), model, package, base_model=self.base, p=0.0, values="exact")
+        return self._row(record, "joint", [package], self.tasks)
+
+    def package(self, task: int) -> Path:
+        """Where a task's own package is."""
+        return self.out / "packages" / f"{task:02d}-{self.tasks[task].name}"
+
+    def at(self, task: int, *, without: Sequence[int] = ()) -> list[Path]:
+        """The packages that make of the base the model after a task, exactly: for `apply`, `apply_` and
+        `applied`.
+
+        Args:
+            task: its number, the first 0.
+            without: tasks that are left out. Only packages that lie side by side can be: with strategy
+                `disjoint`.
+
+        Raises:
+            ConfigError: there is no such task, or it cannot be left out.
+        """
+        if not 0 <= task < len(self.tasks):
+            raise ConfigError("task", expected=f"0 to {len(self.tasks) - 1}", found=repr(task))
+        if without and self.strategy != "disjoint":
+            raise ConfigError(
+                "without", expected="packages side by side (strategy disjoint)", found=self.strategy
+            )
+        if self.strategy == "merge":
+            return [self._merged(task)]
+        return [self.package(number) for number in range(task + 1) if number not in without]
+
+    def model(self, task: int, *, without: Sequence[int] = ()) -> torch.nn.Module:
+        """A model of its own in the state after a task."""
+        return self._made(self.at(task, without=without))
+
+    def state(self, task: int) -> str:
+        """The fingerprint of the model after a task."""
+        return weights_fingerprint(LiveWeights(self.model(task)))
+
+    def _made(self, packages: Sequence[Path]) -> torch.nn.Module:
+        model = self._load(self.base)
+        if packages:
+            apply_(model, [str(path) for path in packages])
+        return model
+
+    @cached_property
+    def _instance(self) -> torch.nn.Module:
+        """The base in memory, for measurements."""
+        return self._load(self.base)
+
+    @property
+    def _setup(self) -> dict[str, Any]:
+        told = {
+            "strategy": self.strategy,
+            "base_model": self.base,
+            "tasks": [task.name for task in self.tasks],
+        }
+        merging = {"method": self._method, "weights": self._weights, "settings": self._settings}
+        options = {"p": self._p, "seed": self._seed, **merging, "replay": self._replay}
+        training = {task.name: dict(task.setup) for task in self.tasks}
+        return {
+            **told,
+            **options,
+            "strength": self._strength,
+            "examples": self._examples,
+            "training": training,
+        }
+
+    @property
+    def _record(self) -> Record:
+        return Record(self.out / "continual.json", self._setup)
+
+    def _row(
+        self, record: Record, name: str, packages: Sequence[Path], tasks: Sequence[ContinualTask]
+    ) -> tuple[float, ...]:
+        """The metric of some tasks in one state, unless it was measured before."""
+        found = record.measured(name, lambda: self._measured(packages, tasks))
+        return tuple(found[task.name][_first(record)] for task in tasks)
+
+    def _measured(
+        self, packages: Sequence[Path], tasks: Sequence[ContinualTask]
+    ) -> dict[str, dict[str, float]]:
+        with applied(self._instance, [str(path) for path in packages]) if packages else nullcontext():
+            return {task.name: numbers(task.evaluate(self._instance)) for task in tasks}
+
+    def _switched(self, task: int) -> float:
+        begun = time.perf_counter()
+        undo = apply_(self._instance, [str(path) for path in self.at(task)])
+        seconds = time.perf_counter() - begun
+        undo.revert()
+        return seconds
+
+    # Learning.
+
+    def _learn(self, number: int) -> None:
+        if (self.package(number) / "dare_config.json").exists():
+            return
+        earlier = [] if number == 0 or self.strategy == "merge" else self.at(number - 1)
+        model = self._made(earlier)
+        trainer = self.tasks[number].trainer(model, self._folder(number), self._callbacks(number, model))
+        if self.strategy == "replay":
+            again = [self._seen_again(earlier) for earlier in range(number)]
+            trainer.train_dataset = torch.utils.data.ConcatDataset([_dataset(trainer, "replay"), *again])
+        train_on(trainer, self._folder(number))
+        self._write(number, earlier, model)
+
+    def _folder(self, number: int) -> Path:
+        return self.out / "training" / f"{number:02d}-{self.tasks[number].name}"
+
+    def _write(self, number: int, earlier: Sequence[Path], model: torch.nn.Module) -> None:
+        options: dict[str, Any] = {"p": 0.0, "seed": self._seed, "values": "exact"}
+        if self.strategy in ("dare", "merge"):
+            options |= {"p": self._p, "seed": self._seed + number}
+        if self.strategy == "disjoint":
+            options["masks"], earlier = self._share(number), []
+        model.train(False)
+        extract(self._made(earlier), model, self.package(number), base_model=self.base, **options)
+
+    def _callbacks(self, number: int, model: torch.nn.Module) -> list[TrainerCallback]:
+        if self.strategy == "disjoint":
+            return [
+                SparseTuningCallback(
+                    p=0.0, masks={name: torch.from_numpy(mask) for name, mask in self._share(number).items()}
+                )
+            ]
+        if self.strategy == "ewc" and number:
+            return [_Anchored(self._importance(number), self._strength)]
+        return []
+
+    def _share(self, number: int) -> dict[str, NDArray[np.bool_]]:
+        """A task's own share of every tensor that can be trained: where draws lie in its part of their
+        range.
+        """
+        found = {}
+        for name, info in LiveWeights(self._instance).tensors.items():
+            if info.dtype.can_be_delta:
+                draws = philox.draws(key_of(self._seed, name), 0, info.numel, MASK_DOMAIN).astype(np.int64)
+                found[name] = (draws * len(self.tasks) // _DRAWS == number).reshape(info.shape)
+        return found
+
+    def _seen_again(self, number: int) -> torch.utils.data.Dataset[Any]:
+        """A few examples of an earlier task, the same every time."""
+        rows = _dataset(self.tasks[number].trainer(self._instance, self._folder(number), []), "replay")
+        chosen = generator_of(self._seed, self.tasks[number].name).permutation(len(rows))
+        return torch.utils.data.Subset(rows, chosen[: self._replay].tolist())
+
+    def _importance(self, number: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """By parameter: Σ of the Fisher information of earlier tasks, each in the state after it, and the
+        weights before this one.
+        """
+        total: dict[str, torch.Tensor] = {}
+        for earlier in range(number):
+            model = self.model(earlier)
+            loader = self.tasks[earlier].trainer(model, self._folder(earlier), []).get_train_dataloader()
+            with torch.random.fork_rng(devices=[]):
+                for name, fisher in collect_fisher(model, loader, examples=self._examples).items():
+                    total[name] = total[name] + fisher if name in total else fisher
+        anchor = dict(self.model(number - 1).named_parameters())
+        return {name: (fisher, anchor[name].detach()) for name, fisher in total.items() if name in anchor}
+
+    def _merged(self, task: int) -> Path:
+        """The package of all tasks so far, merged."""
+        folder = self.out / "merged" / f"{task:02d}-{self.tasks[task].name}"
+        if not (folder / "dare_config.json").exists():
+            packages = [str(self.package(number)) for number in range(task + 1)]
+            given = (
+                None if self._weights is None else [self._weights[one.name] for one in self.tasks[: task + 1]]
+            )
+            merge(
+                self.base,
+                packages,
+                folder,
+                method=self._method,
+                weights=given,
+                package=True,
+                **self._settings,
+            )
+        return folder
+
+
+def _first(record: Record) -> str:
+    """The metric that was measured first."""
+    state = next(iter(record.all.values()))
+    return str(next(iter(next(iter(state.values())))))
+
+
+def train_on(trainer: Trainer, folder: Path) -> None:
+    """Train, from the last checkpoint in the Trainer's folder if there is one."""
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+
+
+def _dataset(trainer: Trainer, what_for: str) -> Any:
+    rows = trainer.train_dataset
+    if rows is None or not hasattr(rows, "__len__"):
+        raise ConfigError(what_for, expected="training data with a length", found=type(rows).__name__)
+    return rows
+
+
+class _Anchored(TrainerCallback):  # type: ignore[misc]
+    """Adds the gradient of λ/2 · Σ F (θ - θ*)² before each step."""
+
+    def __init__(self, importance: Mapping[str, tuple[torch.Tensor, torch.Tensor]], strength: float) -> None:
+        self._importance, self._strength = importance, strength
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, *_: Any, model: Any = None, **__: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None and name in self._importance:
+                fisher, anchor = (one.to(parameter.device) for one in self._importance[name])
+                parameter.grad.add_(
+                    (fisher * (parameter - anchor)).to(parameter.grad.dtype), alpha=self._strength
+                )

@@ -1,0 +1,1 @@
+"""Whatever holds weights: files, adapters, live and sharded models, behind one protocol."""

@@ -1,0 +1,129 @@
+"""Where a model's files and its modules name and cut their tensors differently: fused experts, names of years
+ago.
+
+transformers joins some tensors of a checkpoint when it loads it, and takes them apart when it saves. What it
+would save of a parameter is found by letting it take apart a stand-in whose elements say where they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ..errors import ConfigError
+from .sharding import Held
+
+_WIDTH = 8
+"""Elements that stand in for a row: conversions that keep rows whole are the ones whose results can be found
+in place."""
+
+Slices = dict[str, tuple[str, int, tuple[int, ...]]]
+"""File name -> name in the module, flat start there, shape."""
+
+_known: WeakKeyDictionary[torch.nn.Module, Slices] = WeakKeyDictionary()
+
+
+def as_in_files(module: torch.nn.Module, held: Mapping[str, Held]) -> dict[str, Held]:
+    """What is held of each tensor that `save_pretrained` would write, given what is held of the module's.
+
+    Raises:
+        ConfigError: a tensor of the files is no contiguous run of a parameter.
+    """
+    model = unwrapped(module)
+    if not _converts(model):
+        return dict(held)
+    slices = _known.get(model)
+    if slices is None or {name for name, _, _ in slices.values()} != held.keys():
+        slices = _known[model] = _slices(model, held)
+    return {file: held[name].part(start, shape) for file, (name, start, shape) in slices.items()}
+
+
+def unwrapped(module: Any) -> Any:
+    """The model inside DDP, `torch.compile` and the like."""
+    while True:
+        inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
+        if not isinstance(inner, torch.nn.Module):
+            return module
+        module = inner
+
+
+def _converts(model: Any) -> bool:
+    return (
+        hasattr(model, "save_pretrained")
+        and hasattr(model, "base_model_prefix")
+        and bool(_conversions(model))
+    )
+
+
+def _conversions(model: Any) -> list[Any]:
+    """What transformers did to names and tensors when it loaded the model, or would do.
+
+    Under ZeRO-3 it does not sort out which of the conversions of old names a file really needed: none of them
+    counts then.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    found = getattr(model, "_weight_conversions", None)
+    if found is None:
+        found = [
+            one
+            for one in get_model_conversion_mapping(model, add_legacy=False)
+            if type(one).__name__ != "PrefixChange"
+        ]
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        settled = {_patterns(one) for one in get_model_conversion_mapping(model, add_legacy=False)}
+        found = [one for one in found if _patterns(one) in settled]
+    return list(found)
+
+
+def _patterns(conversion: Any) -> tuple[str, ...]:
+    return (*conversion.source_patterns, "->", *conversion.target_patterns)
+
+
+class _Configured:
+    """A model as far as taking its tensors apart needs one, with conversions of our choice."""
+
+    def __init__(self, model: Any, conversions: list[Any]) -> None:
+        self._weight_conversions, self._model = conversions, model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _slices(model: Any, held: Mapping[str, Held]) -> Slices:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    configured = _Configured(model, _conversions(model))
+    slices: Slices = {}
+    for name, one in held.items():
+        narrow = (*one.shape[:-1], min(one.shape[-1], _WIDTH)) if len(one.shape) > 1 else one.shape
+        stand_in = torch.arange(prod(narrow)).reshape(narrow)
+        for file, part in revert_weight_conversion(configured, {name: stand_in}).items():
+            slices[file] = (name, *_place(file, part, narrow, one.shape))
+    return slices
+
+
+def _place(
+    file: str, part: torch.Tensor, narrow: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[int, tuple[int, ...]]:
+    """Flat start and shape, in the real parameter, of what was taken out of its stand-in."""
+    flat = part.reshape(-1)
+    first = int(flat[0]) if flat.numel() else 0
+    if narrow == shape:
+        start, real = first, tuple(part.shape)
+    else:
+        start, real = first // narrow[-1] * shape[-1], (*part.shape[:-1], shape[-1])
+    whole_rows = narrow == shape or (part.shape[-1] == narrow[-1] and first % narrow[-1] == 0)
+    if not whole_rows or not torch.equal(flat, torch.arange(first, first + flat.numel())):
+        remedy = "extract from the saved checkpoint instead"
+        raise ConfigError(
+            file,
+            expected="a contiguous run of a parameter",
+            found="one that is transposed or interleaved",
+            remedy=remedy,
+        )
+    return start, real

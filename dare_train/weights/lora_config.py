@@ -1,0 +1,182 @@
+"""`adapter_config.json` of a PEFT adapter: the fields that decide what merging gives, and a refusal of all
+that it cannot.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+MERGE = "merge it with PEFT (merge_and_unload, then save_pretrained) and extract from the merged model"
+
+_READ = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "fan_in_fan_out",
+    "modules_to_save",
+}
+_SHOWN_BY_TENSORS = {
+    "bias",
+    "lora_bias",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+}
+_OF_TRAINING = {
+    "init_lora_weights",
+    "lora_dropout",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "loftq_config",
+    "inference_mode",
+}
+_NOTES = {
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "peft_version",
+    "megatron_core",
+    "qalora_group_size",
+}
+_UNDERSTOOD = _READ | _SHOWN_BY_TENSORS | _OF_TRAINING | _NOTES
+"""Any other field that is set may change what the adapter's tensors mean."""
+
+_HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ,
+LoRA-GA) take something out of it, which merging into the untouched base would count twice."""
+
+_LIMIT = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    path: Path
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, float]
+    alpha_pattern: Mapping[str, float]
+    rslora: bool
+    """Rank-stabilized: divide by the root of the rank (arXiv 2312.03732)."""
+    dora: bool
+    transposed: bool
+    """`fan_in_fan_out`: weights lie as [in, out]."""
+    added: tuple[str, ...]
+    """`modules_to_save`: ends of the names of modules that were trained in full."""
+
+    @classmethod
+    def read(cls, path: Path) -> AdapterConfig:
+        """
+        Raises:
+            CheckpointError: it cannot be read, or describes an adapter that cannot be merged here.
+        """
+        try:
+            fields = json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                str(path), expected="a PEFT adapter's configuration", found=repr(error)[:200]
+            ) from error
+        if not isinstance(fields, dict):
+            raise CheckpointError(str(path), expected="a JSON object", found=repr(fields)[:80])
+        _check_supported(path, fields)
+        return cls(
+            path=path,
+            rank=_number(path, fields, "r", whole=True),
+            alpha=_number(path, fields, "lora_alpha"),
+            rank_pattern=_pattern(path, fields, "rank_pattern", whole=True),
+            alpha_pattern=_pattern(path, fields, "alpha_pattern"),
+            rslora=bool(fields.get("use_rslora")),
+            dora=bool(fields.get("use_dora")),
+            transposed=bool(fields.get("fan_in_fan_out")),
+            added=_names(path, fields, "modules_to_save"),
+        )
+
+    def rank_of(self, module: str) -> int:
+        return int(_matched(self.rank_pattern, module, self.rank))
+
+    def scaling_of(self, module: str) -> float:
+        """s of one module: α / rank, or α / √rank."""
+        rank = self.rank_of(module)
+        return _matched(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    def adds(self, tensor: str) -> bool:
+        """Whether a tensor belongs to a module that was trained in full."""
+        parts = tensor.split(".")
+        return any(".".join(parts[:length]).endswith(self.added) for length in range(1, len(parts)))
+
+
+def _check_supported(path: Path, fields: Mapping[str, Any]) -> None:
+    if fields.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{path}: peft_type", expected='"LORA"', found=repr(fields.get("peft_type")), remedy=MERGE
+        )
+    start = fields.get("init_lora_weights")
+    if start not in _HARMLESS_STARTS:
+        raise CheckpointError(
+            f"{path}: init_lora_weights",
+            expected="a start that leaves the base as it is",
+            found=repr(start),
+            remedy=MERGE,
+        )
+    for field, value in fields.items():
+        if value and field not in _UNDERSTOOD:
+            raise CheckpointError(
+                f"{path}: {field}", expected="not set", found=repr(value)[:80], remedy=MERGE
+            )
+
+
+def _matched(pattern: Mapping[str, float], module: str, default: float) -> float:
+    """The value of the first key that matches the module's name, or its end after a dot."""
+    return next((value for key, value in pattern.items() if re.match(_anchored(key), module)), default)
+
+
+def _anchored(key: str) -> str:
+    """A key of a pattern as PEFT matches it (`peft.utils.other.get_pattern_key`)."""
+    return rf"(.*\.)?({key})$"
+
+
+def _number(path: Path | str, fields: Mapping[str, Any], name: str, *, whole: bool = False) -> Any:
+    value = fields.get(name)
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not number or not (1 if whole else -_LIMIT) <= value <= _LIMIT:  # type: ignore[operator]
+        raise CheckpointError(
+            f"{path}: {name}", expected="a positive integer" if whole else "a number", found=repr(value)[:80]
+        )
+    return value
+
+
+def _pattern(path: Path, fields: Mapping[str, Any], name: str, *, whole: bool = False) -> dict[str, float]:
+    given = fields.get(name) or {}
+    if not isinstance(given, dict):
+        raise CheckpointError(
+            f"{path}: {name}", expected="name patterns with numbers", found=repr(given)[:80]
+        )
+    for key in given:
+        try:
+            re.compile(_anchored(key))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise CheckpointError(
+                f"{path}: {name}", expected="regular expressions", found=repr(key)[:80]
+            ) from error
+    return {key: _number(f"{path}: {name}", given, key, whole=whole) for key in given}
+
+
+def _names(path: Path, fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    given = fields.get(name) or ()
+    if not isinstance(given, (list, tuple)) or not all(isinstance(item, str) and item for item in given):
+        raise CheckpointError(f"{path}: {name}", expected="a list of names", found=repr(given)[:80])
+    return tuple(given)

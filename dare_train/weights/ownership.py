@@ -1,0 +1,113 @@
+"""Who writes what: every element of a model belongs to exactly one of the ranks that hold it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+
+from ..errors import ConfigError
+from ..parallel.ranks import Ranks
+from .protocol import TensorInfo
+
+Span = tuple[int, int]
+"""[start, stop) of flat indices."""
+Spans = Mapping[str, tuple[Span, ...]]
+"""By tensor name, ascending."""
+
+ALIGNMENT = 8192
+"""Where tensors that several ranks hold are cut: between blocks that share Philox counters."""
+
+
+def shares(
+    tensors: Mapping[str, TensorInfo], held: Spans, ranks: Ranks
+) -> dict[str, tuple[tuple[Span, ...], ...]]:
+    """What each rank owns of each tensor, so that the ranks' shares tile it. All ranks call it together.
+
+    Args:
+        tensors: names, dtypes and whole shapes; the same on every rank.
+        held: what this rank holds.
+
+    Returns:
+        By name, a tuple of spans for each rank.
+
+    Raises:
+        ConfigError: ranks see different models, or not every element is held by a rank.
+    """
+    names = sorted(tensors)
+    if ranks.world == 1:
+        return {name: _shares(name, tensors[name].numel, [held[name]]) for name in names}
+    partial = {
+        str(index): list(held[name])
+        for index, name in enumerate(names)
+        if held[name] != _whole(tensors[name])
+    }
+    answers = ranks.gather([_digest(tensors), partial])
+    for rank, (digest, _) in enumerate(answers):
+        if digest != answers[0][0]:
+            raise ConfigError(
+                f"rank {rank}",
+                expected="the tensors that rank 0 has",
+                found="others",
+                remedy="load the same model on every rank",
+            )
+    result = {}
+    for index, name in enumerate(names):
+        whole = _whole(tensors[name])
+        holdings = [tuple((a, b) for a, b in partials.get(str(index), whole)) for _, partials in answers]
+        result[name] = _shares(name, tensors[name].numel, holdings)
+    return result
+
+
+def _whole(info: TensorInfo) -> tuple[Span, ...]:
+    return ((0, info.numel),) if info.numel else ()
+
+
+def _digest(tensors: Mapping[str, TensorInfo]) -> str:
+    return hashlib.sha256(
+        "\n".join(f"{name} {tensors[name]}" for name in sorted(tensors)).encode()
+    ).hexdigest()[:16]
+
+
+def _shares(name: str, numel: int, holdings: list[tuple[Span, ...]]) -> tuple[tuple[Span, ...], ...]:
+    """Of one tensor: what each rank alone holds, and its part of what others hold as well."""
+    holders: dict[Span, list[int]] = {}
+    for holder, spans in enumerate(holdings):
+        for span in spans:
+            holders.setdefault(span, []).append(holder)
+    _check_tiling(name, numel, sorted(holders))
+    owned: list[list[Span]] = [[] for _ in holdings]
+    for span, among in sorted(holders.items()):
+        for number, holder in enumerate(among):
+            owned[holder] += _part(span, number, len(among))
+    return tuple(tuple(spans) for spans in owned)
+
+
+def _check_tiling(name: str, numel: int, spans: list[Span]) -> None:
+    edges = [(0, 0), *spans, (numel, numel)]
+    for (_, stop), (start, _) in pairwise(edges):
+        if start != stop:
+            found = (
+                f"[{stop}, {start}) on none of them" if start > stop else f"[{start}, {stop}) cut in two ways"
+            )
+            remedy = "is it on the meta device, or do other ranks that hold a part of it not take part?"
+            raise ConfigError(
+                name,
+                expected=f"its {numel} elements on the ranks that take part, each once",
+                found=found,
+                remedy=remedy,
+            )
+
+
+def _part(span: Span, number: int, count: int) -> Iterator[Span]:
+    """The part of a span that falls to one of `count` holders; nothing, where the span is too short for
+    all.
+    """
+    start, stop = span
+    cuts = [start + (stop - start) * n // count for n in (number, number + 1)]
+    first, last = (
+        cut if cut in (start, stop) else max(start, min(stop, -(-cut // ALIGNMENT) * ALIGNMENT))
+        for cut in cuts
+    )
+    if first < last:
+        yield first, last

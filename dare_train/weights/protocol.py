@@ -1,0 +1,162 @@
+"""What every holder of weights offers, whether it lies on disk or lives in memory, and other ways to look at
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+
+from ..dtypes import DTYPES, DType, Words, cast
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ..parallel.ranks import Ranks
+
+SEGMENT = 1 << 20
+"""Elements of one segment: segments begin at multiples of it, so that they do not depend on who wrote
+them."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype.code} {list(self.shape)}"
+
+
+class Weights(Protocol):
+    """Named tensors, read as flat words."""
+
+    @property
+    def label(self) -> str:
+        """What to call these weights in a message: a folder, a Hub id, or "model in memory"."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        """Words of the elements with flat indices [start, start + count), shape (count,); not to be written
+        to.
+        """
+
+
+@runtime_checkable
+class Shared(Weights, Protocol):
+    """Weights that may lie on several ranks, each of which speaks for a part of them."""
+
+    @property
+    def ranks(self) -> Ranks: ...
+
+    @property
+    def owned(self) -> Mapping[str, tuple[tuple[int, int], ...]]:
+        """[start, stop) of the elements that this process speaks for; over all ranks, each element once."""
+
+
+@runtime_checkable
+class Renamable(Weights, Protocol):
+    """Weights that stay what they are, whatever that is, under other names."""
+
+    def renamed(self, names: Mapping[str, str]) -> Weights:
+        """As `Mapped`."""
+
+
+class Mapped:
+    """The same weights under other names: `names` says which of the others each of them is. Those it leaves
+    out are not seen.
+    """
+
+    def __init__(self, weights: Weights, names: Mapping[str, str]) -> None:
+        self._weights, self._names = weights, names
+        self.label = weights.label
+        self.tensors = {name: weights.tensors[other] for name, other in names.items()}
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        return self._weights.read(self._names[name], start, count)
+
+
+def under(weights: Weights, names: Mapping[str, str]) -> Weights:
+    """The same weights under other names, as `Mapped`; where they can say where they lie, they still can."""
+    return weights.renamed(names) if isinstance(weights, Renamable) else Mapped(weights, names)
+
+
+def only(weights: Weights, names: Iterable[str]) -> Weights:
+    """Some of the weights, under their own names."""
+    return under(weights, {name: name for name in names})
+
+
+class Cast:
+    """The same weights, floating-point tensors rounded to the dtypes given by name; others unchanged."""
+
+    def __init__(self, weights: Weights, dtypes: Mapping[str, DType]) -> None:
+        self._weights = weights
+        self.label = weights.label
+        self.tensors = {
+            name: TensorInfo(_target(info.dtype, dtypes.get(name)), info.shape)
+            for name, info in weights.tensors.items()
+        }
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        return cast(
+            self._weights.read(name, start, count),
+            self._weights.tensors[name].dtype,
+            self.tensors[name].dtype,
+        )
+
+
+def _target(own: DType, wanted: DType | None) -> DType:
+    return wanted if wanted is not None and own.can_be_delta and wanted.can_be_delta else own
+
+
+class ArrayWeights:
+    """Weights in a mapping from names to numpy arrays."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], *, label: str = "arrays in memory") -> None:
+        self.label = label
+        self._arrays = {
+            name: np.ascontiguousarray(array, array.dtype.newbyteorder("=")) for name, array in arrays.items()
+        }
+        self.tensors = {
+            name: TensorInfo(DTYPES[_numpy_code(array.dtype, name)], array.shape)
+            for name, array in self._arrays.items()
+        }
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        return self._arrays[name].reshape(-1).view(self.tensors[name].dtype.word)[start : start + count]
+
+
+class HeldWords:
+    """Words in memory, by the names of tensors that are described elsewhere."""
+
+    def __init__(self, label: str, tensors: Mapping[str, TensorInfo], words: Mapping[str, Words]) -> None:
+        self.label, self.tensors, self._words = label, tensors, words
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        return self._words[name][start : start + count]
+
+
+def _numpy_code(dtype: np.dtype[np.generic], name: str) -> str:
+    code = "BOOL" if dtype.kind == "b" else f"{dtype.kind.upper()}{dtype.itemsize * 8}"
+    if dtype.kind not in "biuf" or code not in DTYPES:
+        raise CheckpointError(name, expected=f"one of {', '.join(DTYPES)}", found=f"dtype {dtype}")
+    return code
+
+
+def runs(numel: int, length: int) -> Iterator[tuple[int, int]]:
+    """(start, count) of consecutive runs that tile [0, numel)."""
+    for start in range(0, numel, length):
+        yield start, min(length, numel - start)

@@ -1,0 +1,233 @@
+"""What users get wrong about their models: refused in one line that says what, expected, found and what to
+do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import apply_refused, base_state, extract_refused, moved, random_tensor, save
+
+from dare_train import DeltaPackage, apply, apply_, extract
+from dare_train.errors import BaseMismatch, ConfigError, DtypeMismatch, NonFiniteDelta, TensorMismatch
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return save(base_state(), tmp_path / "base")
+
+
+@pytest.fixture
+def package(base: Path, tmp_path: Path) -> DeltaPackage:
+    return extract(base, moved(base_state()), tmp_path / "package", p=0.5)
+
+
+# The wrong base.
+
+
+@pytest.mark.parametrize("name", ["a.weight", "b.weight", "c.count"])
+def test_a_base_with_one_element_changed_is_named(package: DeltaPackage, tmp_path: Path, name: str) -> None:
+    other = base_state()
+    other[name].view(-1)[-1] += 1
+    texts = (name, "expected fingerprint", "found", "this is not the base the package was made from")
+    apply_refused(save(other, tmp_path / "other"), package, BaseMismatch, *texts)
+    with pytest.raises(BaseMismatch, match=name):
+        package.verify(tmp_path / "other")
+    with pytest.raises(BaseMismatch, match=name):
+        apply_(other, package)
+
+
+def test_no_thread_goes_on_writing_once_the_error_is_out(base: Path, tmp_path: Path) -> None:
+    """The output's descriptors are closed then: a late write would go wherever their numbers point by that
+    time.
+    """
+    many = {f"w{number:02}": random_tensor(100, seed=number) for number in range(60)}
+    package = extract(many, moved(many), tmp_path / "package")
+    folder = save({**many, "w00": random_tensor(100, seed=99)}, tmp_path / "other")
+    with pytest.raises(BaseMismatch, match="w00") as caught:
+        apply(folder, package, tmp_path / "out")
+    assert caught.value.__traceback__ is not None
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("dare-train")] == []
+
+
+def test_the_same_base_in_another_dtype_is_recognised_and_can_be_rounded(
+    package: DeltaPackage, tmp_path: Path
+) -> None:
+    wide = save(
+        {name: t.float() if t.is_floating_point() else t for name, t in base_state().items()},
+        tmp_path / "wide",
+    )
+    texts = (
+        "a.weight",
+        "expected BF16",
+        "found F32 in",
+        "it is the same base in another dtype",
+        "cast_base=True (--cast-base)",
+    )
+    apply_refused(wide, package, DtypeMismatch, *texts)
+    assert apply(wide, package, tmp_path / "out", cast_base=True) == package.manifest.result
+
+
+def test_another_base_in_another_dtype_is_not_mistaken_for_the_same(
+    package: DeltaPackage, tmp_path: Path
+) -> None:
+    wide = save(
+        {name: t.float() + 1 if t.is_floating_point() else t for name, t in base_state().items()},
+        tmp_path / "wide",
+    )
+    texts = (
+        "a.weight",
+        "expected BF16",
+        "found F32",
+        "rounded to BF16 it differs too",
+        "not the base the package was made from",
+    )
+    apply_refused(wide, package, DtypeMismatch, *texts)
+    (tmp_path / "results").rmdir()
+    apply_refused(wide, package, BaseMismatch, "a.weight", cast_base=True)
+
+
+def test_a_live_model_in_another_dtype_is_not_advised_an_option_that_apply_in_place_lacks(
+    package: DeltaPackage,
+) -> None:
+    with pytest.raises(DtypeMismatch, match="same base in another dtype") as caught:
+        apply_({name: t.float() if t.is_floating_point() else t for name, t in base_state().items()}, package)
+    assert "cast_base" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "texts"),
+    [
+        (lambda state: state.pop("b.weight"), ("b.weight", "expected in", "found missing")),
+        (
+            lambda state: state.update(d=random_tensor(3)),
+            ("d: expected a tensor that the package knows", "found extra in"),
+        ),
+        (
+            lambda state: state.update({"a.weight": random_tensor(30, 20)}),
+            ("a.weight: expected shape [20, 30]", "found [30, 20] in"),
+        ),
+        (lambda state: state.clear() or state.update(x=random_tensor(1)), ("a.weight", "found missing")),
+    ],
+)
+def test_a_base_with_other_tensors_is_refused(
+    package: DeltaPackage, tmp_path: Path, change: Any, texts: tuple[str, ...]
+) -> None:
+    other = base_state()
+    change(other)
+    apply_refused(
+        save(other, tmp_path / "other"),
+        package,
+        TensorMismatch,
+        *texts,
+        "not the base the package was made from",
+    )
+
+
+# Two models that do not belong together.
+
+
+def test_models_without_a_name_in_common_are_refused(base: Path, tmp_path: Path) -> None:
+    extract_refused(
+        base,
+        {"x": random_tensor(3)},
+        tmp_path / "p",
+        TensorMismatch,
+        str(base),
+        "found not one of them",
+        "is this the base",
+    )
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (20, 31), (19, 30), (600,), (20, 30, 1)])
+def test_a_tuned_tensor_of_another_shape_is_refused(
+    base: Path, tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    tuned = {**base_state(), "a.weight": random_tensor(*shape)}
+    texts = (
+        "a.weight: expected shape [20, 30], as in",
+        f"found {list(shape)}",
+        "whole=['a.weight'] (--whole)",
+    )
+    extract_refused(base, tuned, tmp_path / "p", TensorMismatch, *texts)
+
+
+def test_a_tuned_model_in_another_dtype_is_refused_with_a_remedy(base: Path, tmp_path: Path) -> None:
+    tuned = {name: t.float() if t.is_floating_point() else t for name, t in base_state().items()}
+    texts = ("a.weight: expected F32", "found BF16 in", "cast_base=True (--cast-base) rounds the base first")
+    extract_refused(base, tuned, tmp_path / "p", DtypeMismatch, *texts)
+
+
+# NaN and infinity.
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "options", [{}, {"p": 0.0}, {"whole": ["a.weight"]}, {"values": "rounded"}, {"values": "int8"}]
+)
+def test_weights_that_are_not_finite_are_refused_by_name(
+    base: Path, tmp_path: Path, value: float, options: dict[str, Any]
+) -> None:
+    tuned = moved(base_state())
+    tuned["a.weight"].view(-1)[137] = value
+    texts = (
+        "a.weight: expected finite weights",
+        "found NaN or infinity at flat index 137",
+        "allow_nonfinite=True (--allow-nonfinite)",
+    )
+    extract_refused(base, tuned, tmp_path / "p", NonFiniteDelta, *texts, **options)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("options", [{"p": 0.0}, {"p": 0.5}, {"whole": ["a.weight"]}])
+def test_allowed_weights_that_are_not_finite_are_carried(
+    base: Path, tmp_path: Path, value: float, options: dict[str, Any]
+) -> None:
+    tuned = moved(base_state())
+    tuned["a.weight"].fill_(value)
+    package = extract(base, tuned, tmp_path / "package", allow_nonfinite=True, **options)
+    apply(base, package, tmp_path / "out")
+    result = load_file(tmp_path / "out" / "model.safetensors")["a.weight"]
+    assert 0.4 < (~result.isfinite()).float().mean() <= 1
+    (tmp_path / "package" / "dare_config.json").read_text().encode("ascii")
+    json.loads((tmp_path / "package" / "dare_config.json").read_bytes(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("values", ["rounded", "int8", "int4", "sign"])
+def test_lossy_values_cannot_carry_infinity(base: Path, tmp_path: Path, values: str) -> None:
+    tuned = moved(base_state())
+    tuned["a.weight"].fill_(math.inf)
+    place, options = tmp_path / "p", {"values": values, "p": 0.5, "allow_nonfinite": True}
+    place.mkdir()
+    with pytest.raises((ConfigError, NonFiniteDelta), match=f"{values}|a.weight"):
+        extract(base, tuned, place / "out", **options)
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("values", ["rounded", "int8", "int4", "sign"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_delta_beyond_what_its_encoding_holds_is_refused(
+    tmp_path: Path, values: str, dtype: torch.dtype
+) -> None:
+    base, tuned = (
+        {"w": torch.zeros(300, dtype=dtype)},
+        {"w": torch.full((300,), 3.4e38 if dtype == torch.float32 else 1e300, dtype=dtype)},
+    )
+    extract_refused(base, tuned, tmp_path / "p", NonFiniteDelta, "w", values=values, p=0.5)
+
+
+def test_a_large_float64_is_carried_exactly(tmp_path: Path) -> None:
+    base, tuned = (
+        {"w": torch.ones(300, dtype=torch.float64)},
+        {"w": torch.full((300,), 1e300, dtype=torch.float64)},
+    )
+    package = extract(base, tuned, tmp_path / "package", p=0.0)
+    apply_(base, package)
+    assert torch.equal(base["w"], tuned["w"])

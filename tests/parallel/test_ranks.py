@@ -1,0 +1,279 @@
+"""What ranks tell each other, and how the failure of one becomes the error of all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from engines import outcomes, run_ranks, train_on
+from hypothesis import given
+from hypothesis import strategies as st
+from training import classifier, save_base
+
+from dare_train import DareCallback, DareConfig, DeltaPackage
+from dare_train.dtypes import DTYPES
+from dare_train.errors import ConfigError, RankError, SnapshotError
+from dare_train.parallel.ranks import Ranks
+from dare_train.snapshots import snapshotter as snapshot
+from dare_train.snapshots.base_model import from_live
+from dare_train.snapshots.snapshotter import Snapshotter
+from dare_train.weights import ownership
+from dare_train.weights.live import LiveWeights
+from dare_train.weights.ownership import shares
+from dare_train.weights.protocol import TensorInfo
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return save_base(tmp_path / "base")
+
+
+class Told(Ranks):
+    """Ranks without processes: what the others answer is known."""
+
+    def __init__(self, rank: int, answers: list[Any]) -> None:
+        super().__init__(rank, len(answers))
+        self.answers = answers
+
+    def gather(self, item: Any) -> list[Any]:
+        return self.answers
+
+
+def shares_of(numel: int, holdings: list[list[tuple[int, int]]]) -> list[tuple[tuple[int, int], ...]]:
+    """The shares of one tensor when each rank holds the spans given for it."""
+    tensors = {"t": TensorInfo(DTYPES["F32"], (numel,))}
+    answers = [[ownership._digest(tensors), {"0": spans}] for spans in holdings]
+    found = [
+        shares(tensors, {"t": tuple(holdings[rank])}, Told(rank, answers))["t"]
+        for rank in range(len(holdings))
+    ]
+    assert all(each == found[0] for each in found)
+    return list(found[0])
+
+
+@given(
+    numel=st.integers(0, 50_000), cuts=st.lists(st.integers(0, 50_000), max_size=3), copies=st.integers(1, 3)
+)
+def test_shares_tile_what_is_held(numel: int, cuts: list[int], copies: int) -> None:
+    edges = [0, *sorted(min(cut, numel) for cut in cuts), numel]
+    spans = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    holdings = [[span] for span in spans for _ in range(copies)] or [[]]
+    found = shares_of(numel, holdings)
+    for own, held in zip(found, holdings, strict=True):
+        assert all(a <= start < stop <= b for start, stop in own for a, b in held)
+    tiles = sorted(span for own in found for span in own)
+    assert [start for start, _ in tiles] == [0, *(stop for _, stop in tiles)][: len(tiles)]
+    assert sum(stop - start for start, stop in tiles) == numel
+
+
+def test_what_several_hold_is_shared_between_them() -> None:
+    assert shares_of(100_000, [[(0, 100_000)]] * 3) == [((0, 40960),), ((40960, 73728),), ((73728, 100_000),)]
+    assert shares_of(5, [[(0, 5)]] * 2) == [((0, 5),), ()] or shares_of(5, [[(0, 5)]] * 2) == [(), ((0, 5),)]
+
+
+@pytest.mark.parametrize(
+    ("holdings", "found"),
+    [
+        ([[(0, 4)], [(5, 9)]], r"\[4, 5\) on none"),
+        ([[(0, 4)], [(4, 8)]], r"\[8, 9\) on none"),
+        ([[(0, 5)], [(4, 9)]], r"\[4, 5\) cut in two ways"),
+        ([[], []], r"\[0, 9\) on none"),
+    ],
+)
+def test_an_element_that_nobody_or_two_hold_is_an_error(
+    holdings: list[list[tuple[int, int]]], found: str
+) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=rf"t: expected its 9 elements on the ranks that take part, each once, found {found}",
+    ):
+        shares_of(9, holdings)
+
+
+def test_other_models_on_other_ranks_are_an_error() -> None:
+    tensors = {"t": TensorInfo(DTYPES["F32"], (9,))}
+    with pytest.raises(ConfigError, match="rank 1: expected the tensors that rank 0 has, found others"):
+        shares(tensors, {"t": ((0, 9),)}, Told(0, [["one", {}], ["another", {}]]))
+
+
+def joined() -> Ranks:
+    dist.init_process_group("gloo")
+    return Ranks.joined()
+
+
+def talk(rank: int) -> tuple[list[Any], list[str], str]:
+    ranks = joined()
+    gathered = ranks.gather({"rank": rank, "text": "ä" * rank})
+    together = ranks.together(lambda: f"did {rank}")
+    try:
+        ranks.together(lambda: 1 // (rank - 1))
+    except (RankError, ZeroDivisionError) as error:
+        return gathered, together, f"{type(error).__name__}: {error}"
+    return gathered, together, "nothing"
+
+
+def test_ranks_hear_of_each_other_and_of_failures() -> None:
+    told, _, _ = found = run_ranks(talk, 3)
+    assert all(rank[:2] == told[:2] for rank in found)
+    assert told[0] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "ä"}, {"rank": 2, "text": "ää"}]
+    assert told[1] == ["did 0", "did 1", "did 2"]
+    failed = "rank 1 failed: ZeroDivisionError: integer division or modulo by zero"
+    assert [rank[2].split(": ", 1) for rank in found] == [
+        ["RankError", failed],
+        ["ZeroDivisionError", "integer division or modulo by zero"],
+        ["RankError", failed],
+    ]
+
+
+def gone(rank: int) -> str:
+    ranks = joined()
+    ranks.gather(0)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(
+        RankError, match=r"rank 0: expected answers of 2 ranks, found .*; see the logs of the other ranks"
+    ):
+        ranks.gather(1)
+    assert time.monotonic() - began < 10
+    return "told"
+
+
+def test_a_rank_that_is_killed_is_missed() -> None:
+    first, second = outcomes(gone, 2)
+    assert (first.result, first.error) == ("told", None)
+    assert second.error == "killed"
+
+
+def full_disk(rank: int, engine: str, base: Path, out: Path) -> list[str]:
+    """Rank 1 cannot write its part of the second package."""
+    honest, taken = snapshot.write_parts, []
+
+    def write_parts(*args: Any, **options: Any) -> Any:
+        taken.append(1)
+        if rank == 1 and len(taken) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return honest(*args, **options)
+
+    snapshot.write_parts = write_parts  # in this process only
+    callback = DareCallback(p=0.5)
+    try:
+        train_on(engine, lambda: classifier(base), out, callback)
+    except SnapshotError as error:
+        return [str(error), *(taken.package.path.name for taken in callback.packages)]
+    return ["no error"]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_a_rank_that_cannot_write_stops_all_with_its_error(base: Path, tmp_path: Path, engine: str) -> None:
+    began = time.monotonic()
+    first, second = run_ranks(full_disk, 2, engine, base, tmp_path / "out")
+    assert time.monotonic() - began < 60
+    assert first[0].startswith("snapshot: rank 1 failed: ")
+    assert "No space left on device" in first[0]
+    assert "No space left on device" in second[0]
+    assert first[1:] == second[1:] == ["step-2"]
+    DeltaPackage.open(tmp_path / "out/dare/step-2").verify(base)
+    assert [path.name for path in (tmp_path / "out/dare").iterdir() if path.name.startswith(".step")] == []
+    assert (tmp_path / "out/checkpoint-4/model.safetensors").exists()
+
+
+def traffic(rank: int, folder: Path, scale: int) -> int:
+    """Bytes that this rank tells the others for one snapshot of a model."""
+    ranks = joined()
+    model = torch.nn.ModuleDict({f"layer{i}": torch.nn.Linear(8 * scale, 64) for i in range(40)})
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 1.0)
+    live = LiveWeights(model, ranks=ranks)
+    snapshotter = Snapshotter(from_live(live, folder / "base", {}), DareConfig(p=0.5, values="int8"), live)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.5
+    before = snapshotter._line.bytes_sent + ranks.bytes_sent
+    snapshotter.take(model, folder / "package", step=1)
+    snapshotter.wait()
+    sent = snapshotter._line.bytes_sent + ranks.bytes_sent - before
+    snapshotter.close()
+    return sent
+
+
+def test_snapshots_send_counts_only(tmp_path: Path) -> None:
+    """Whatever the size of the weights: 0.2 MB and 20 MB of them."""
+    small = run_ranks(traffic, 2, tmp_path / "small", 2)
+    large = run_ranks(traffic, 2, tmp_path / "large", 250)
+    assert DeltaPackage.open(tmp_path / "large/package").stats["parameters"] == 40 * (2000 * 64 + 64)
+    assert all(0 < bytes_sent < 4000 for bytes_sent in small + large)
+
+
+def evaluated(
+    rank: int, engine: str, base: Path, out: Path, evaluate: bool
+) -> tuple[list[dict[str, float]], str]:
+    callback = DareCallback(p=0.5, evaluate=evaluate, values="int8")
+    trainer = train_on(
+        engine,
+        lambda: classifier(base),
+        out,
+        callback,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="no",
+    )
+    assert callback.package is not None
+    logged = [
+        {k: v for k, v in entry.items() if k.endswith("loss") and k.startswith("eval")}
+        for entry in trainer.state.log_history
+    ]
+    return logged, callback.package.manifest.result
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_evaluating_as_the_receiver_leaves_training_alone(base: Path, tmp_path: Path, engine: str) -> None:
+    with_it, _ = run_ranks(evaluated, 2, engine, base, tmp_path / "with", True)
+    without, _ = run_ranks(evaluated, 2, engine, base, tmp_path / "without", False)
+    assert with_it[1] == without[1]
+    dense = [entry["eval_loss"] for entry in with_it[0] if "eval_loss" in entry]
+    received = [entry["eval_dare_loss"] for entry in with_it[0] if "eval_dare_loss" in entry]
+    assert dense == [entry["eval_loss"] for entry in without[0] if "eval_loss" in entry]
+    assert len(dense) == len(received) == 2
+    assert dense != received
+
+
+def masters(rank: int, engine: str, base: Path, out: Path) -> str:
+    callback = DareCallback(p=0.0, source="master", values="exact")
+    train_on(
+        engine, lambda: classifier(base, dtype=torch.bfloat16), out, callback, bf16=True, save_strategy="no"
+    )
+    assert callback.package is not None
+    return callback.package.manifest.result
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_snapshots_of_masters(base: Path, tmp_path: Path, engine: str) -> None:
+    """fp32 values that, rounded to bfloat16, are the weights that training ends with."""
+    first, second = run_ranks(masters, 2, engine, base, tmp_path / "masters")
+    assert first == second
+    package = DeltaPackage.open(tmp_path / "masters/dare/final")
+    assert {record.info.dtype.code for record in package.manifest.tensors} == {"F32"}
+    assert (
+        sum(record.changed for record in package.manifest.tensors) > 0.9 * package.stats["parameters"] * 0.5
+    )
+
+
+def without_masters(rank: int, base: Path, out: Path) -> None:
+    train_on("ddp", lambda: classifier(base, dtype=torch.bfloat16), out, DareCallback(source="master"))
+
+
+def test_masters_of_an_engine_that_keeps_none(base: Path, tmp_path: Path) -> None:
+    for outcome in outcomes(without_masters, 2, base, tmp_path / "out"):
+        assert outcome.error == "ConfigError"
+        assert (
+            "source: expected an engine that keeps fp32 masters of 16-bit weights, found none of"
+            in outcome.message
+        )

@@ -1,0 +1,112 @@
+"""TRL's SFTTrainer, with and without LoRA, on one process and on engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from engines import EngineAtWork, engine_arguments, run_ranks
+from peft import LoraConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+from trl import SFTConfig, SFTTrainer
+
+from dare_train import DareCallback, DeltaPackage, apply, extract
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(40))]
+
+
+def save_llama(folder: Path, dtype: torch.dtype = torch.bfloat16, *, tied: bool = True) -> Path:
+    set_seed(9)
+    shape: dict[str, Any] = dict(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=1, tie_word_embeddings=tied)).to(
+        dtype
+    ).save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder
+
+
+def sft(
+    model: str | LlamaForCausalLM, out: Path, callback: DareCallback, *, lora: bool, engine: str = "single"
+) -> SFTTrainer:
+    rows = Dataset.from_list(
+        [{"text": " ".join(f"w{(7 * i + j) % 40}" for j in range(12))} for i in range(24)]
+    )
+    options: dict[str, Any] = dict(
+        output_dir=str(out), max_steps=4, save_steps=2, learning_rate=0.05, report_to=[], use_cpu=True,
+        seed=5, disable_tqdm=True,
+        dataloader_pin_memory=False, logging_strategy="no", max_length=16, bf16=False,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    arguments = engine_arguments(engine) if engine != "single" else {"per_device_train_batch_size": 4}
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]) if lora else None
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**{**options, **arguments}),
+        train_dataset=rows,
+        callbacks=[callback],
+        peft_config=adapter,
+    )
+    if engine != "single":
+        trainer.add_callback(EngineAtWork(engine, trainer))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.filterwarnings("default")  # TRL's and PEFT's own
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_sft_from_a_model_given_by_its_folder(tmp_path: Path, lora: bool) -> None:
+    """SFTTrainer then loads float32 weights, also from a bfloat16 file: the package is relative to the base
+    so rounded.
+    """
+    base, callback = save_llama(tmp_path / "base"), DareCallback(p=0.5)
+    sft(str(base), tmp_path / "out", callback, lora=lora)
+    package = DeltaPackage.open(tmp_path / "out/dare/final")
+    assert package.manifest.base_model == str(base)
+    assert {record.kind for record in package.manifest.tensors} <= {"delta", "base"}
+    result = apply(base, package, tmp_path / "result", cast_base=True)
+    assert result == package.manifest.result
+    received = AutoModelForCausalLM.from_pretrained(tmp_path / "result")
+    assert received(input_ids=torch.arange(8)[None]).logits.isfinite().all()
+
+
+def on_ranks(rank: int, engine: str, base: Path, out: Path, lora: bool) -> str:
+    callback = DareCallback(p=0.5)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    sft(model, out, callback, lora=lora, engine=engine)
+    assert callback.package is not None
+    return callback.package.manifest.result
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_sft_on_engines(tmp_path: Path, engine: str, lora: bool) -> None:
+    base = save_llama(
+        tmp_path / "base", torch.float32, tied=False
+    )  # which name of tied ones ZeRO's checkpoints keep is chance
+    first, second = run_ranks(on_ranks, 2, engine, base, tmp_path / "out", lora)
+    assert first == second
+    package = DeltaPackage.open(tmp_path / "out/dare/final")
+    package.verify(base)
+    theirs = extract(base, tmp_path / "out/checkpoint-4", tmp_path / "again", p=0.5)
+    assert theirs.manifest.result == first

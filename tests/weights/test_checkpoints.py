@@ -1,0 +1,243 @@
+"""Checkpoints as people have them: sharded, tied, prefixed, in memory, in the Hub's cache, with their other
+files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import base_state, moved, save
+from training import classifier, save_base, weights_print
+from transformers import (
+    AutoModelForCausalLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    set_seed,
+)
+
+from dare_train import DeltaPackage, applied, apply, apply_, extract
+from dare_train.package.companion_files import companions
+from dare_train.weights.checkpoint import Checkpoint
+
+
+def result_of(package: Path) -> str:
+    return DeltaPackage.open(package).manifest.result
+
+
+def tuned_model(folder: Path, base: Path) -> BertForSequenceClassification:
+    model = classifier(base)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 1e-3)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_sharded_and_single_file_checkpoints_are_the_same(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    model = tuned_model(tmp_path / "tuned", base)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    one = extract(base, tmp_path / "tuned", tmp_path / "one", p=0.5)
+    two = extract(base, tmp_path / "sharded", tmp_path / "two", p=0.5)
+    assert one.manifest.tensors == two.manifest.tensors
+
+
+def test_a_sharded_base_gives_a_sharded_result(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    whole = classifier(base)
+    whole.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    model = tuned_model(tmp_path / "tuned", base)
+    extract(tmp_path / "sharded", tmp_path / "tuned", tmp_path / "package", p=0)
+    apply(tmp_path / "sharded", tmp_path / "package", tmp_path / "result")
+    index = json.loads((tmp_path / "result/model.safetensors.index.json").read_text())
+    assert (
+        index["weight_map"]
+        == json.loads((tmp_path / "sharded/model.safetensors.index.json").read_text())["weight_map"]
+    )
+    assert weights_print(BertForSequenceClassification.from_pretrained(tmp_path / "result")) == weights_print(
+        model
+    )
+
+
+def test_tied_weights_travel_once(tmp_path: Path) -> None:
+    set_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=8))
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.transformer.wte.weight.add_(0.01)
+    model.save_pretrained(tmp_path / "tuned")
+    on_disk = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "package", p=0)
+    assert "lm_head.weight" not in on_disk.records
+    live = extract(tmp_path / "base", model, tmp_path / "live", p=0)
+    assert live.manifest.result == on_disk.manifest.result
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with applied(again, on_disk):
+        assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+        assert again.lm_head.weight.data_ptr() == again.transformer.wte.weight.data_ptr()
+
+
+def test_every_kind_of_weights_gives_the_same_package(tmp_path: Path) -> None:
+    base, tuned = (
+        {name: t.float() if t.is_floating_point() else t for name, t in s.items()}
+        for s in (base_state(), moved(base_state()))
+    )
+    arrays = [{name: tensor.numpy() for name, tensor in state.items()} for state in (base, tuned)]
+    expected = extract(
+        save(base, tmp_path / "b"), save(tuned, tmp_path / "t"), tmp_path / "folders"
+    ).manifest.tensors
+    assert extract(base, tuned, tmp_path / "states").manifest.tensors == expected
+    assert extract(*arrays, tmp_path / "arrays").manifest.tensors == expected
+    assert extract(tmp_path / "b/model.safetensors", tuned, tmp_path / "mixed").manifest.tensors == expected
+
+
+def test_a_state_dict_is_changed_in_place_and_back(tmp_path: Path) -> None:
+    state = base_state()
+    package = extract(base_state(), moved(base_state()), tmp_path / "package", p=0.5)
+    undo = apply_(state, package)
+    assert not torch.equal(state["a.weight"], base_state()["a.weight"])
+    assert 0 < undo.nbytes < 20 * state["a.weight"].numel()
+    undo.revert()
+    undo.revert()
+    assert all(torch.equal(state[name], tensor) for name, tensor in base_state().items())
+
+
+def test_tensors_that_are_not_contiguous_are_changed_too(tmp_path: Path) -> None:
+    package = extract(base_state(), moved(base_state()), tmp_path / "package", p=0)
+    state = base_state()
+    state["a.weight"] = state["a.weight"].T.contiguous().T
+    assert not state["a.weight"].is_contiguous()
+    with applied(state, package):
+        assert torch.equal(state["a.weight"], moved(base_state())["a.weight"])
+    assert torch.equal(state["a.weight"], base_state()["a.weight"])
+
+
+def test_an_encoder_serves_as_base_of_a_classifier_and_back(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    model = tuned_model(tmp_path / "tuned", base)
+    package = extract(base, tmp_path / "tuned", tmp_path / "package", p=0)
+    assert package.manifest.prefix == "bert."
+    apply(base, package, tmp_path / "result")
+    assert weights_print(BertForSequenceClassification.from_pretrained(tmp_path / "result")) == weights_print(
+        model
+    )
+    model.bert.save_pretrained(tmp_path / "encoder")
+    back = extract(tmp_path / "tuned", tmp_path / "encoder", tmp_path / "back", p=0)
+    assert back.manifest.prefix == "-bert."
+    assert apply(tmp_path / "tuned", back, tmp_path / "again") == back.manifest.result
+
+
+def test_packages_side_by_side_add_up(tmp_path: Path) -> None:
+    base = {"w": torch.linspace(-1, 1, 5000)}
+    one, two = base["w"] + 0.25, base["w"] * 1.5
+    packages = [
+        extract(base, {"w": tuned}, tmp_path / name, p=0) for name, tuned in (("one", one), ("two", two))
+    ]
+    apply(save(base, tmp_path / "base"), packages, tmp_path / "sum", weights=[0.5, 2.0])
+    expected = base["w"] + 0.5 * (one - base["w"]) + 2.0 * (two - base["w"])
+    assert torch.equal(load_file(tmp_path / "sum/model.safetensors")["w"], expected)
+
+
+def test_companions_of_the_tuned_model_come_along(tmp_path: Path) -> None:
+    base, tuned = save(base_state(), tmp_path / "base"), save(moved(base_state()), tmp_path / "tuned")
+    for folder, files in (
+        (base, {"config.json": '{"a": 1}', "tokenizer.json": "{}", "LICENSE": "free", "README.md": "base"}),
+        (
+            tuned,
+            {
+                "config.json": '{"a": 2}',
+                "tokenizer.json": "{ }",
+                "trainer_state.json": "{}",
+                "chat_template.jinja": "x",
+            },
+        ),
+    ):
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    (tuned / "checkpoint-1").mkdir()
+    (tuned / "checkpoint-1/config.json").write_text("{}")
+    package = extract(base, tuned, tmp_path / "package")
+    assert [record.file for record in package.manifest.files] == ["chat_template.jinja", "config.json"]
+    apply(base, package, tmp_path / "result")
+    found = {
+        path.name: path.read_text()
+        for path in (tmp_path / "result").iterdir()
+        if path.suffix != ".safetensors"
+    }
+    assert found == {
+        "config.json": '{"a": 2}',
+        "tokenizer.json": "{}",
+        "LICENSE": "free",
+        "chat_template.jinja": "x",
+    }
+
+
+def test_a_tokenizer_that_only_remembers_its_last_call_stays_at_home(tmp_path: Path) -> None:
+    base, tuned = save(base_state(), tmp_path / "base"), save(moved(base_state()), tmp_path / "tuned")
+    (base / "tokenizer.json").write_text('{"added_tokens": [], "padding": null}')
+    (tuned / "tokenizer.json").write_text('{"added_tokens": [], "padding": {"length": 8}}')
+    assert extract(base, tuned, tmp_path / "package").manifest.files == ()
+
+
+def test_subfolders_count_when_a_listing_names_them(tmp_path: Path) -> None:
+    for name in ("1_Pooling", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}, {"path": "../outside"}]')
+    assert companions(tmp_path) == [Path("1_Pooling/config.json"), Path("modules.json")]
+
+
+def test_a_hub_id_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "hub/models--someone--model/snapshots/abc"
+    save(base_state(), snapshot)
+    (tmp_path / "hub/models--someone--model/refs").mkdir()
+    (tmp_path / "hub/models--someone--model/refs/main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert Checkpoint.open("someone/model").folder == snapshot
+    package = extract("someone/model", moved(base_state()), tmp_path / "package")
+    assert package.manifest.base_model == "someone/model"
+    assert "base_model: someone/model" in (package.path / "README.md").read_text()
+
+
+def test_masks_made_by_hand_are_stored(tmp_path: Path) -> None:
+    base, tuned = base_state(), moved(base_state())
+    mask = np.zeros((20, 30), np.bool_)
+    mask[3:7, ::2] = True
+    package = extract(base, tuned, tmp_path / "package", p=0.5, masks={"a.weight": mask})
+    assert (package.records["a.weight"].mask, package.records["a.weight"].kept) == ("stored", int(mask.sum()))
+    state = base_state()
+    apply_(state, package)
+    assert torch.equal(
+        state["a.weight"], torch.where(torch.from_numpy(mask), tuned["a.weight"], base["a.weight"])
+    )
+
+
+def test_verify_notices_a_wrong_base(tmp_path: Path) -> None:
+    base = save(base_state(), tmp_path / "base")
+    package = extract(base, moved(base_state()), tmp_path / "package")
+    package.verify()
+    package.verify(base)
+    with pytest.raises(Exception, match="this is not the base the package was made from"):
+        package.verify(save(moved(base_state()), tmp_path / "other"))
+
+
+def test_push_to_hub_checks_and_uploads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, object]] = []
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_repo",
+        lambda _, repo_id, **options: calls.append((repo_id, options["private"])),
+    )
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.upload_folder",
+        lambda _, **options: calls.append((options["repo_id"], options["folder_path"])),
+    )
+    package = extract(base_state(), moved(base_state()), tmp_path / "package")
+    package.push_to_hub("me/delta", private=True)
+    assert calls == [("me/delta", True), ("me/delta", tmp_path / "package")]
