@@ -15,7 +15,7 @@ import torch
 from bit_patterns import words_of
 from dense_merge import RUN, State, base_state, check_equal, expected, result, shrink, tuned_from
 from numpy.typing import NDArray
-from test_offline_ranks import check_same
+from rank_files import check_same
 
 from dare_train import DeltaPackage, extract, merge, save_statistics
 from dare_train.dtypes import Words
