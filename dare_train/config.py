@@ -63,7 +63,7 @@ class DareConfig:
     """How kept values are stored. `exact`: bit for bit. `rounded`: the delta as bfloat16. `int8`, `int4`,
     `sign`: quantized
     in groups, unbiased. `auto`: `exact` for 16-bit weights and wherever nothing is dropped, else
-        `rounded`."""
+    `rounded`."""
 
     include: Patterns = ("*",)
     """Only tensors whose name matches one of these are covered; the others stay as they are in the base."""
