@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bit_patterns import FLOATS, as_tensor, random_words, tuned_from
+from bit_patterns import FLOATS, random_words, tuned_from
 from device_states import base_state, tuned_state
 from hypothesis import given
 from hypothesis import strategies as st
 from merging import files_of
 from numpy.typing import NDArray
+from torch_words import as_tensor
 
 from dare_train import extract
 from dare_train.dtypes import DType, Words

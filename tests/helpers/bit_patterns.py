@@ -1,19 +1,15 @@
-"""Words to test with: random bits mixed with the patterns that break arithmetic, and words as torch sees
-them.
+"""Words to test with: random bits mixed with the patterns that break arithmetic. Needs no torch:
+`torch_words` makes tensors of them.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from dare_train.dtypes import DTYPES, DType, Words
+from dare_train.dtypes import DTYPES, DType, Words, cast
 
 FLOATS = [DTYPES[code] for code in ("F64", "F32", "F16", "BF16")]
 """The dtypes that may be a delta."""
-
-TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def special_words(dtype: DType) -> Words:
@@ -51,7 +47,7 @@ def random_words(dtype: DType, size: int, seed: int) -> Words:
 def weights_like(dtype: DType, size: int, seed: int) -> Words:
     """Finite words of ordinary magnitude, as weights have."""
     rng = np.random.default_rng(seed)
-    return words_of(torch.from_numpy(rng.normal(0, 0.05, size)).to(TORCH[dtype.code]))
+    return cast(rng.normal(0, 0.05, size).view(np.uint64), DTYPES["F64"], dtype)
 
 
 def tuned_from(base: Words, seed: int, reach: int = 40) -> Words:
@@ -59,25 +55,3 @@ def tuned_from(base: Words, seed: int, reach: int = 40) -> Words:
     rng = np.random.default_rng(seed)
     steps = rng.integers(-reach, reach + 1, base.size) * (rng.random(base.size) < 0.5)
     return (base.astype(np.int64) + steps).astype(base.dtype)
-
-
-def as_int64(words: Words) -> torch.Tensor:
-    """Words as the reference kernels take them."""
-    return torch.from_numpy(words.astype(np.uint64).view(np.int64))
-
-
-def as_words(integers: torch.Tensor, dtype: DType) -> Words:
-    return integers.numpy().view(np.uint64).astype(dtype.word)
-
-
-def as_tensor(words: Words, dtype: DType) -> torch.Tensor:
-    """The torch tensor that has these bits, shape (size,)."""
-    signed = np.ascontiguousarray(words).view(np.dtype(f"i{dtype.itemsize}"))
-    return torch.from_numpy(signed.copy()).view(TORCH[dtype.code])
-
-
-def words_of(tensor: torch.Tensor) -> NDArray[np.unsignedinteger]:
-    """A tensor's bits, flat."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    flat = tensor.detach().contiguous().reshape(-1).view(integers).numpy()
-    return flat.view(np.dtype(f"u{flat.itemsize}"))

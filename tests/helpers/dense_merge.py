@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from bit_patterns import TORCH, words_of
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from torch_words import TORCH, words_of
 
 from dare_train import merge
 from dare_train.dtypes import DTYPES, DType, FloatArray, Words, from_float, to_float

@@ -7,18 +7,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from bit_patterns import (
-    FLOATS,
-    as_int64,
-    as_tensor,
-    as_words,
-    random_words,
-    special_words,
-    tuned_from,
-    words_of,
-)
+from bit_patterns import FLOATS, random_words, special_words, tuned_from
 from hypothesis import given
 from hypothesis import strategies as st
+from torch_words import as_int64, as_tensor, as_words, words_of
 
 from dare_train.dtypes import DTYPES, to_float
 from dare_train.kernels import cpu, philox, reference

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from bit_patterns import as_tensor, random_words, special_words, tuned_from, words_of
+from bit_patterns import random_words, special_words, tuned_from
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch_words import as_tensor, words_of
 
 from dare_train.dtypes import DTYPES, FloatArray, Words
 from dare_train.kernels import cpu, sums

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bit_patterns import FLOATS, as_tensor, special_words
+from bit_patterns import FLOATS, special_words
 from device_states import base_state, to, tuned_state
 from merging import files_of
 from tiny import State, random_tensor, refusal, save
+from torch_words import as_tensor
 
 from dare_train import DeltaPackage, extract, merge
 from dare_train.dtypes import DType

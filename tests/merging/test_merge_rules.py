@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bit_patterns import special_words, words_of
+from bit_patterns import special_words
 from dense_merge import State, base_state, check_equal, result, shrink, tuned_from
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from torch_words import words_of
 
 from dare_train import DeltaPackage, apply, extract, merge, register_merge_method, save_statistics
 from dare_train.dtypes import DTYPES, FloatArray, cast, from_float, to_float

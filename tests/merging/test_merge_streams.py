@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bit_patterns import words_of
 from dense_merge import RUN, State, base_state, check_equal, expected, result, shrink, tuned_from
 from numpy.typing import NDArray
 from rank_files import check_same
+from torch_words import words_of
 
 from dare_train import DeltaPackage, extract, merge, save_statistics
 from dare_train.dtypes import Words

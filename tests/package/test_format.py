@@ -12,33 +12,47 @@ from pathlib import Path
 import format_reader as reader
 import numpy as np
 import pytest
-import torch
-from bit_patterns import FLOATS, TORCH, as_tensor, special_words, tuned_from, weights_like, words_of
+from bit_patterns import FLOATS, special_words, tuned_from, weights_like
+from format_reader import Tensor
 
 from dare_train import apply, extract
-from dare_train.dtypes import DTYPES
+from dare_train.dtypes import DTYPES, from_float
 from dare_train.package.manifest import Manifest, TensorRecord
 from dare_train.weights.protocol import TensorInfo
 
 VALUES = ("exact", "rounded", "int8", "int4", "sign")
 BF16, F32 = DTYPES["BF16"], DTYPES["F32"]
-CODE_OF = {torch_dtype: DTYPES[code] for code, torch_dtype in TORCH.items()}
 
 
 def fresh(dtype, shape=(3, 3001), seed=0):
     """Weights of ordinary magnitude; by default 9,003 of them, a block of draws and a bit."""
-    return as_tensor(weights_like(dtype, prod(shape), seed), dtype).reshape(shape)
+    return Tensor(dtype.code, shape, weights_like(dtype, prod(shape), seed))
+
+
+def numbers(dtype, values):
+    """The tensor of these numbers, each of which is one of the dtype's."""
+    values = np.asarray(values, dtype.compute)
+    return Tensor(dtype.code, values.shape, from_float(values.reshape(-1), dtype))
 
 
 def tune(tensor, seed=1):
     """What a few training steps make of a tensor: zeros stay, of the rest a half moves by some units in the
     last place.
     """
-    moved = as_tensor(tuned_from(words_of(tensor), seed), CODE_OF[tensor.dtype]).reshape(tensor.shape)
-    return torch.where(tensor == 0, tensor, moved)
+    words = tensor.words
+    moved = tuned_from(words, seed)
+    without_sign = words << words.dtype.type(1)
+    return Tensor(tensor.dtype, tensor.shape, np.where(without_sign == 0, words, moved))
 
 
-def check_same(found: dict[str, reader.Tensor], folder: Path) -> None:
+def stacked(*tensors):
+    """One tensor with the rows of all."""
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    words = np.concatenate([tensor.words for tensor in tensors])
+    return Tensor(tensors[0].dtype, (rows, *tensors[0].shape[1:]), words)
+
+
+def check_same(found: dict[str, Tensor], folder: Path) -> None:
     expected = reader.read_checkpoint(folder)
     assert sorted(found) == sorted(expected)
     for name, tensor in found.items():
@@ -46,9 +60,7 @@ def check_same(found: dict[str, reader.Tensor], folder: Path) -> None:
         assert np.array_equal(tensor.words, expected[name].words), name
 
 
-def check_agreement(
-    base: Path, packages: list[Path], out: Path, weights: list[float]
-) -> dict[str, reader.Tensor]:
+def check_agreement(base: Path, packages: list[Path], out: Path, weights: list[float]) -> dict[str, Tensor]:
     """Apply packages of one base in both ways and compare every bit. Returns what the reader found."""
     apply(base, packages, out, weights=weights)
     found = reader.apply_side_by_side(
@@ -116,7 +128,7 @@ def test_stored_masks(agree, values):
     found, entries = agree({"w": base}, {"w": tuned}, values=values, masks={"w": mask})
     assert entries["w"]["mask"] == "stored"
     if values == "exact":
-        assert np.array_equal(found["w"].words, words_of(torch.where(torch.from_numpy(mask), tuned, base)))
+        assert np.array_equal(found["w"].words, np.where(mask.reshape(-1), tuned.words, base.words))
 
 
 @pytest.mark.parametrize("rescale", ["paper", "none"])
@@ -144,10 +156,9 @@ def test_only_seeded_masks_are_rescaled(mask, rescale, factor):
 def test_infinities_nans_and_signed_zeros(agree, dtype, p):
     """§5.1, §5.3."""
     special = special_words(dtype)
-    base, tuned = (
-        as_tensor(np.repeat(special, special.size), dtype),
-        as_tensor(np.tile(special, special.size), dtype),
-    )
+    size = (special.size**2,)
+    base = Tensor(dtype.code, size, np.repeat(special, special.size))
+    tuned = Tensor(dtype.code, size, np.tile(special, special.size))
     agree({"w": base}, {"w": tuned}, values="exact", p=p, allow_nonfinite=True)
 
 
@@ -177,7 +188,8 @@ def test_prefixes(agree, tmp_path, of_base, of_tuned):
     """§2 `prefix`, in either direction. A head that the base lacks travels whole; one that the result lacks
     is left out.
     """
-    base, head = fresh(BF16), torch.arange(6, dtype=torch.bfloat16)
+    base = fresh(BF16)
+    head = numbers(BF16, np.arange(6))
     found, entries = agree({of_base: base, "pooler": head}, {of_tuned: tune(base), "classifier": head})
     assert set(found) == {of_tuned, "classifier"}
     assert entries["classifier"]["kind"] == "whole"
@@ -192,7 +204,7 @@ def test_resized_embeddings(agree, values):
     base = fresh(BF16, (64, 50))
     found, entries = agree(
         {"e": base},
-        {"e": torch.cat([tune(base), torch.full((3, 50), 7.0, dtype=torch.bfloat16)])},
+        {"e": stacked(tune(base), numbers(BF16, np.full((3, 50), 7.0)))},
         values=values,
     )
     assert entries["e"]["base_rows"] == 64
@@ -203,28 +215,28 @@ def test_whole_tensors(agree):
     """§2.5, §4.4: heads, other dtypes that changed, and whatever was asked for; empty tensors and scalars are
     no exception.
     """
-    base, ids = fresh(BF16), torch.arange(30).reshape(5, 6)
-    float8, reversed8 = (
-        numbers.to(torch.float8_e4m3fn) for numbers in (torch.arange(40.0), torch.arange(40.0, 0, -1))
-    )
+    base = fresh(BF16)
+    ids = np.arange(30).reshape(5, 6)
+    float8 = Tensor("F8_E4M3", (40,), np.arange(40, dtype=np.uint8))
+    reversed8 = Tensor("F8_E4M3", (40,), np.arange(40, 0, -1, dtype=np.uint8))
     same = {
-        "scalar": torch.tensor(2.5),
-        "empty": torch.empty(0, 4),
-        "ids_same": ids.clone(),
-        "f8_same": float8.clone(),
+        "scalar": np.full((), 2.5, np.float32),
+        "empty": np.empty((0, 4), np.float32),
+        "ids_same": ids,
+        "f8_same": float8,
     }
-    before = {"w": base, "asked": base.clone(), "ids": ids, "f8": float8, "step": torch.tensor(1.0), **same}
+    before = {"w": base, "asked": base, "ids": ids, "f8": float8, "step": np.ones((), np.float32), **same}
     after = {
+        **same,
         "w": tune(base),
         "asked": tune(base),
         "ids": ids + 2**40,
         "f8": reversed8,
-        "step": torch.tensor(2.0),
-        **same,
+        "step": np.full((), 2, np.float32),
+        "new": base,
+        "flag": Tensor("BOOL", (2,), np.array([1, 0], np.uint8)),
     }
-    _, entries = agree(
-        before, {**after, "new": base.clone(), "flag": torch.tensor([True, False])}, whole=["asked"]
-    )
+    _, entries = agree(before, after, whole=["asked"])
     assert {name for name, entry in entries.items() if entry["kind"] == "whole"} == {
         "asked",
         "ids",
@@ -243,7 +255,7 @@ def test_the_digest_is_the_only_thing_blanked(agree):
 
 def test_tensors_that_are_not_covered(agree):
     base = fresh(BF16)
-    _, entries = agree({"a": base, "b": base.clone()}, {"a": tune(base), "b": tune(base)}, exclude=["b"])
+    _, entries = agree({"a": base, "b": base}, {"a": tune(base), "b": tune(base)}, exclude=["b"])
     assert [entry["kind"] for entry in entries.values()] == ["delta", "base"]
 
 
@@ -253,14 +265,11 @@ def family(tmp_path, make_checkpoint):
     tuned.
     """
     base = {"a": fresh(BF16), "b": fresh(F32, seed=1), "c": fresh(F32, seed=2)}
-    base["a"].view(-1)[:50] = -0.0
+    base["a"].words[:50] = 0x8000  # minus zero
     folder = make_checkpoint("base", base)
 
     def child(name, *changed, of=folder, **options):
-        tensors = {
-            key: as_tensor(t.words, DTYPES[t.dtype]).reshape(t.shape)
-            for key, t in reader.read_checkpoint(of).items()
-        }
+        tensors = reader.read_checkpoint(of)
         seed = sum(name.encode())
         tuned = make_checkpoint(
             f"{name}_tuned",
@@ -291,10 +300,11 @@ def test_an_element_that_one_package_moves_does_not_depend_on_what_the_other_doe
     """§5.4 beside §5.3: 1 + (1e-30 - 1) is 0, so it matters whether an element counts as one package's or as
     a sum.
     """
-    ones, tiny = torch.ones(8), torch.full((4,), 1e-30)
+    ones = np.ones(8, np.float32)
+    tiny = np.full(4, 1e-30, np.float32)
     base = make_checkpoint("base", {"w": ones})
-    extract(base, make_checkpoint("left", {"w": torch.cat([tiny, ones[4:]])}), tmp_path / "p1", p=0.0)
-    extract(base, make_checkpoint("right", {"w": torch.cat([ones[4:], tiny])}), tmp_path / "p2", p=0.0)
+    extract(base, make_checkpoint("left", {"w": np.concatenate([tiny, ones[4:]])}), tmp_path / "p1", p=0.0)
+    extract(base, make_checkpoint("right", {"w": np.concatenate([ones[4:], tiny])}), tmp_path / "p2", p=0.0)
     extract(base, make_checkpoint("nothing", {"w": ones}), tmp_path / "p3", p=0.9)
     results = []
     for number, package in enumerate(("p2", "p3")):
@@ -325,11 +335,9 @@ def test_a_chain_whose_first_step_grows_rows_and_adds_a_prefix(tmp_path, make_ch
     shapes.
     """
     base = make_checkpoint("base", {"e": fresh(BF16, (20, 8)), "w": fresh(BF16)})
-    first = {
-        name: as_tensor(t.words, BF16).reshape(t.shape) for name, t in reader.read_checkpoint(base).items()
-    }
+    first = reader.read_checkpoint(base)
     grown = {
-        "m.e": torch.cat([tune(first["e"]), torch.ones(2, 8, dtype=torch.bfloat16)]),
+        "m.e": stacked(tune(first["e"]), numbers(BF16, np.ones((2, 8)))),
         "m.w": tune(first["w"]),
     }
     extract(base, make_checkpoint("grown", grown), tmp_path / "p1", p=0.0)

@@ -12,7 +12,6 @@ from pathlib import Path
 import format_reader as reader
 import numpy as np
 import pytest
-from bit_patterns import as_tensor
 
 from dare_train import __version__, apply
 from dare_train.dtypes import DTYPES
@@ -116,6 +115,9 @@ def test_a_lossless_package_brings_back_the_tuned_weights():
 
 @pytest.mark.parametrize("backwards", [False, True])
 def test_the_order_of_a_state_dict_does_not_matter(backwards, tmp_path):
+    pytest.importorskip("torch", reason="a state dict is torch's")
+    from torch_words import as_tensor
+
     case = CASES["exact_bf16"]
     sides = []
     for arrays in (case.base, case.tuned):

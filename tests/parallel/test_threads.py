@@ -8,11 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import torch
 
 from dare_train.parallel.ranks import Ranks
 from dare_train.parallel.threads import once, ordered_map
-from dare_train.weights.live import LiveWeights
 
 
 class Slow:
@@ -66,6 +64,9 @@ def test_what_failed_is_tried_again() -> None:
 
 def test_ranks_meet_once_for_what_each_of_them_holds() -> None:
     """However many threads ask at a time: a second meeting would be with none."""
+    torch = pytest.importorskip("torch", reason="ranks share the weights of a model, torch's")
+    from dare_train.weights.live import LiveWeights
+
     meetings = []
 
     class Two(Ranks):

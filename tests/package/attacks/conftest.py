@@ -2,38 +2,53 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
+from checkpoint_files import save_weights
 from forge import Forgery
-from safetensors.torch import save_file
+from format_reader import Tensor
 
 from dare_train import extract
+from dare_train.dtypes import DTYPES, from_float, to_float
+
+_ADDED_ROWS = 3
 
 
-def _base() -> dict[str, torch.Tensor]:
-    random = torch.Generator().manual_seed(7)
+def _normal(random: np.random.Generator, code: str, *shape: int) -> Tensor:
+    values = random.normal(size=shape).astype(np.float32)
+    return Tensor(code, shape, from_float(values.reshape(-1), DTYPES[code]))
+
+
+def _plus(tensor: Tensor, step: np.ndarray | float) -> Tensor:
+    dtype = DTYPES[tensor.dtype]
+    return Tensor(tensor.dtype, tensor.shape, from_float(to_float(tensor.words, dtype) + step, dtype))
+
+
+def _base() -> dict[str, Tensor]:
+    random = np.random.default_rng(7)
     return {
-        "dense": torch.randn(40, 33, generator=random).bfloat16(),
-        "embed": torch.randn(6, 16, generator=random),
-        "idle": torch.randn(9, generator=random).bfloat16(),
-        "steps": torch.arange(20),
-        "wide": torch.randn(30, generator=random).half(),
+        "dense": _normal(random, "BF16", 40, 33),
+        "embed": _normal(random, "F32", 6, 16),
+        "idle": _normal(random, "BF16", 9),
+        "steps": Tensor("I64", (20,), np.arange(20)),
+        "wide": _normal(random, "F16", 30),
     }
 
 
-def _tuned(base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    random = torch.Generator().manual_seed(8)
+def _tuned(base: dict[str, Tensor]) -> dict[str, Tensor]:
+    random = np.random.default_rng(8)
     moved = {
-        name: base[name] + 0.01 * torch.randn(base[name].shape, generator=random).to(base[name].dtype)
+        name: _plus(base[name], 0.01 * random.normal(size=base[name].words.size).astype(np.float32))
         for name in ("dense", "wide")
     }
-    grown = torch.cat([base["embed"] + 0.01, torch.randn(3, 16, generator=random)])
+    rows = _plus(base["embed"], np.float32(0.01))
+    added = _normal(random, "F32", _ADDED_ROWS, 16)
     return {
         **base,
         **moved,
-        "embed": grown,
-        "steps": base["steps"] + 1,
-        "head": torch.randn(50, generator=random).bfloat16(),
+        "embed": Tensor("F32", (6 + _ADDED_ROWS, 16), np.concatenate([rows.words, added.words])),
+        "steps": Tensor("I64", (20,), base["steps"].words + 1),
+        "head": _normal(random, "BF16", 50),
     }
 
 
@@ -47,7 +62,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for name, tensors in (("base", base), ("tuned", _tuned(base))):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(f'{{"model": "{name}"}}')
-        save_file(tensors, folder / name / "model.safetensors")
+        save_weights(tensors, folder / name / "model.safetensors")
     return folder / "base", folder / "tuned"
 
 

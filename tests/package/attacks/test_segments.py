@@ -136,7 +136,7 @@ def test_added_rows_that_no_segment_covers_are_refused(forgery: Forgery, base: P
 
 
 def test_a_delta_whose_segment_was_taken_out_is_refused(forgery: Forgery, base: Path) -> None:
-    """The manifest promises 548 changed elements and the part holds none: weighted packages have no result on
+    """The manifest promises 535 changed elements and the part holds none: weighted packages have no result on
     record to notice.
     """
     place = forgery.segment("dense")
