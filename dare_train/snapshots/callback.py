@@ -312,8 +312,8 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         if self._trainer is None:
             return [self]
         callbacks = self._trainer.callback_handler.callbacks
-        training = [one for one in callbacks if isinstance(one, DareCallback) and one._training]
-        return [one for one in training if (one.source, one.kernels) == (self.source, self.kernels)]
+        training = [other for other in callbacks if isinstance(other, DareCallback) and other._training]
+        return [other for other in training if (other.source, other.kernels) == (self.source, self.kernels)]
 
     def _is_due(self, event: str, state: TrainerState) -> bool:
         """Whether the event makes it take a snapshot that it has not taken yet."""
