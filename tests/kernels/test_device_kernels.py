@@ -399,6 +399,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from dare_train.kernels import cuda
+from dare_train.kernels.cuda_fingerprints import fingerprint_kernel
 
 def ptx(kernel, signature, constants, capability):
     pointers = [place for place, kind in enumerate(signature.values()) if kind.startswith("*")]
@@ -425,7 +426,7 @@ for capability in (80, 90):
     added = ptx(cuda._add, signature, constants, capability)
     if capability == 90:
         moved += [
-            ptx(cuda._fingerprint, prints, {**units, "ALIGNED": True}, capability),
+            ptx(fingerprint_kernel, prints, {**units, "ALIGNED": True}, capability),
             ptx(cuda._move, moves, {**common, "PUT": False}, capability),
             ptx(cuda._take_both, pairs, {**common, "EXPONENT": 0x7F80}, capability),
         ]
