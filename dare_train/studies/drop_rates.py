@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 from ..config import DRAW_RANGE, check_drop_rate
 from ..errors import ConfigError
 from ..evaluation.measurements import Evaluate, Journal, Key, Point, Progress, measured, samples
-from ..evaluation.swapped_model import Seat
+from ..evaluation.swapped_model import SwappedModel
 from ..merging.methods.parameters import Case
 from ..weights.fingerprint import weights_fingerprint
 from ..weights.layer_names import layer_of
 from ..weights.opening import WeightsLike, open_weights
 from ..weights.protocol import Weights, only
 from .sweep import TOLERANCE
-from .variants import VARIANTS, dropped, without_delta
+from .variants import DROP_VARIANTS, base_weights_only, dropped_weights
 
 if TYPE_CHECKING:
     import torch
@@ -261,14 +261,14 @@ class _Bench:
         journal: Path,
         setup: Mapping[str, Any] | None,
     ) -> None:
-        self._base, self._seat, self._evaluate = open_weights(base), Seat(model), evaluate
+        self._base, self._swapped, self._evaluate = open_weights(base), SwappedModel(model), evaluate
         base_print = weights_fingerprint(self._base)
-        self._journal = Journal(journal, base_print, self._seat.print, setup)
-        self._setup = {"base": base_print, "tuned": self._seat.print, **(setup or {})}
+        self._journal = Journal(journal, base_print, self._swapped.fingerprint, setup)
+        self._setup = {"base": base_print, "tuned": self._swapped.fingerprint, **(setup or {})}
         self.names = [
             name
-            for name in without_delta(self._base, self._seat.own).tensors
-            if name in self._seat.own.tensors
+            for name in base_weights_only(self._base, self._swapped.own_weights).tensors
+            if name in self._swapped.own_weights.tensors
         ]
         self.by_layer: dict[Dropping, Callable[[float], Mapping[str, float]]] = {}
         """Rates of all layers at an overall rate."""
@@ -281,12 +281,14 @@ class _Bench:
         """Elements of each layer's delta."""
         found: dict[str, int] = {}
         for name in self.names:
-            found[layer_of(name)] = found.get(layer_of(name), 0) + self._seat.own.tensors[name].numel
+            found[layer_of(name)] = (
+                found.get(layer_of(name), 0) + self._swapped.own_weights.tensors[name].numel
+            )
         return found
 
     def measure(self, keys: Sequence[Key], progress: Progress | None = None) -> tuple[Point, ...]:
         return measured(
-            self._seat, keys, lambda key: (self._weights(key), {}), self._evaluate, self._journal, progress
+            self._swapped, keys, lambda key: (self._weights(key), {}), self._evaluate, self._journal, progress
         )
 
     def mean(self, keys: Sequence[Key], metric: str | None) -> float:
@@ -311,9 +313,9 @@ class _Bench:
         variant, p, seed = key
         dropping = Dropping.of(variant)
         if dropping == _DENSE:
-            return self._seat.own
+            return self._swapped.own_weights
         if dropping == _BASE:
-            return without_delta(self._base, self._seat.own)
+            return base_weights_only(self._base, self._swapped.own_weights)
         if dropping.kind == "rates":
             return self._dropped(self._cases(self.by_layer[dropping](p)), seed)
         everywhere = self._dropped(p, seed)
@@ -322,7 +324,7 @@ class _Bench:
         return only(everywhere, [name for name in self.names if layer_of(name) == dropping.name])
 
     def _dropped(self, p: float | tuple[Case, ...], seed: int) -> Weights:
-        return dropped(self._base, self._seat.own, VARIANTS["dare"], p=p, seed=seed)
+        return dropped_weights(self._base, self._swapped.own_weights, DROP_VARIANTS["dare"], p=p, seed=seed)
 
     def _cases(self, rates: Mapping[str, float]) -> tuple[Case, ...]:
         """A rate for each tensor: longer names first, since a case holds for whatever contains its name."""
