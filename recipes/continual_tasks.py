@@ -29,8 +29,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tuning import Training, trainer_for
 
 from dare_train import ContinualRun, ContinualTask, write_report
-from dare_train.evaluation.texts import Texts, batched, encoded_rows
-from dare_train.training.continual import Continual, Strategy
+from dare_train.evaluation.texts import Texts, batched, encode_rows
+from dare_train.training.continual import Strategy
+from dare_train.training.continual_result import Continual
 
 STYLES = {
     "shakespeare": "tinyshakespeare",
@@ -113,7 +114,7 @@ def encoder_base(options: argparse.Namespace) -> tuple[str, dict[str, Mapping[Sp
 
 def as_task(name: str, tokenizer: Any, rows: Mapping[Split, Rows], training: Training, examples: int) -> ContinualTask:
     """Learnt from the training rows, measured on so many of the test rows."""
-    encode: Callable[..., list[dict[str, Any]]] = partial(encoded_rows, tokenizer=tokenizer, max_length=training.max_length)
+    encode: Callable[..., list[dict[str, Any]]] = partial(encode_rows, tokenizer=tokenizer, max_length=training.max_length)
 
     def trainer(model: torch.nn.Module, out: Path, callbacks: Sequence[TrainerCallback]) -> Trainer:
         return trainer_for(

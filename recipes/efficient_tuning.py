@@ -29,13 +29,13 @@ from transformers import AutoTokenizer, TrainerCallback
 from tuning import Pair, Training, adapter, classifier, tune, untrained
 
 from dare_train import SparseTuningCallback, extract
-from dare_train.evaluation.measurements import Record
+from dare_train.evaluation.measurements import MeasurementRecord
 from dare_train.evaluation.model_loading import load_model
-from dare_train.evaluation.swapped_model import Seat
-from dare_train.evaluation.texts import Texts, encoded_rows, load_texts
+from dare_train.evaluation.swapped_model import SwappedModel
+from dare_train.evaluation.texts import Texts, encode_rows, load_texts
 from dare_train.reports.document import Chart, Curve, Study, Table
-from dare_train.reports.writing import publish
-from dare_train.studies.variants import VARIANTS, dropped, without_delta
+from dare_train.reports.writing import write_study
+from dare_train.studies.variants import DROP_VARIANTS, dropped_weights, base_weights_only
 
 MAX_LENGTH = 64
 NEW_HEAD = {"classifier*": 0.0}
@@ -110,7 +110,7 @@ def main() -> None:
         "held_out_texts": len(rows["test"][: much.examples]),
         "training": vars(training),
     }
-    record = Record(out / "measured.json", setup)
+    record = MeasurementRecord(out / "measured.json", setup)
 
     def once(name: str, train: Callable[[Path], Line]) -> Line:
         """Trained and measured now, unless it was before."""
@@ -133,7 +133,7 @@ def main() -> None:
     curves = record.measured("retrained", lambda: retrained(pair, rows["train"], held_out, out / "retrained", ten_times))
     study = as_study([dense, tenth, hundredth, *loras], {label: by_step(curve) for label, curve in curves.items()}, dense.metrics, setup)
     console.print(Markdown(study.markdown()))
-    say(f"everything is in {publish(study, out)}; done in {time.perf_counter() - began:.0f} s")
+    say(f"everything is in {write_study(study, out)}; done in {time.perf_counter() - began:.0f} s")
 
 
 def parse() -> argparse.Namespace:
@@ -206,17 +206,17 @@ def retrained(dense: Pair, rows: Rows, held_out: Path, out: Path, training: Trai
     tokenizer = AutoTokenizer.from_pretrained(dense.tuned)
     told, found = replace(training, steps=min(training.steps // 2, MEASURED_AT[-1])), {}
     starts = {
-        f"from the fine-tuned model, {DROPPED:.0%} dropped": dropped(dense.base, dense.tuned, VARIANTS["dare"], p=DROPPED, seed=0),
-        "from the base, with the fine-tuned head": without_delta(dense.base, dense.tuned),
+        f"from the fine-tuned model, {DROPPED:.0%} dropped": dropped_weights(dense.base, dense.tuned, DROP_VARIANTS["dare"], p=DROPPED, seed=0),
+        "from the base, with the fine-tuned head": base_weights_only(dense.base, dense.tuned),
     }
     for label, weights in starts.items():
         say(f"retraining {label}")
         model = load_model(dense.tuned)
-        Seat(model).give(weights)
+        SwappedModel(model).swap_in(weights)
         texts = load_texts(model, tokenizer, held_out, max_length=MAX_LENGTH)
         curve = Measurements(model, texts, MEASURED_AT)
         sparse = SparseTuningCallback(p={**NEW_HEAD, "*": DROPPED})
-        tune(model, tokenizer, encoded_rows(model, tokenizer, rows, max_length=MAX_LENGTH), out, told, [curve, sparse])
+        tune(model, tokenizer, encode_rows(model, tokenizer, rows, max_length=MAX_LENGTH), out, told, [curve, sparse])
         found[label] = curve.found
     return found
 

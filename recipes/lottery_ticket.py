@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from tuning import Training
 
 from dare_train import TicketSearch, write_report
-from dare_train.training.lottery_tickets import ABLATIONS
+from dare_train.training.lottery_tickets import TICKET_ABLATIONS
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
     common_arguments(parser, out="runs/lottery_ticket", data=DATA)
     parser.add_argument("--model", help="folder or Hub id of a causal language model; by default stories260K")
     parser.add_argument("--task", default="instructions", help=f"one of {', '.join(SPOKEN)}, or a file with the columns prompt and text")
-    parser.add_argument("--beside", nargs="*", choices=ABLATIONS, metavar="ABLATION", help=f"some of {', '.join(ABLATIONS)}")
+    parser.add_argument("--beside", nargs="*", choices=TICKET_ABLATIONS, metavar="ABLATION", help=f"some of {', '.join(TICKET_ABLATIONS)}")
     parser.add_argument("--transfer", metavar="TASK", help="another task, whose tickets are tried on this one")
     parser.add_argument("--searches", type=int, metavar="N", help="from seeds of their own, for a confidence band")
     options = parser.parse_args()
@@ -69,7 +69,7 @@ def parse() -> argparse.Namespace:
     options.model = options.model or str(options.data / "stories260K")
     options.steps = options.steps or (200 if options.full else 40)
     if options.beside is None:
-        options.beside = ABLATIONS if options.full else ABLATIONS[:1]
+        options.beside = TICKET_ABLATIONS if options.full else TICKET_ABLATIONS[:1]
     options.transfer = options.transfer or (SPOKEN[1] if options.full else None)
     return options
 

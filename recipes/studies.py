@@ -19,11 +19,11 @@ from dare_train import compare, inside, sweep, write_report
 from dare_train.evaluation.model_loading import load_model
 from dare_train.evaluation.texts import load_texts
 from dare_train.reports.document import Cell, Study, Table, with_interval
-from dare_train.reports.sweep_report import several_study
-from dare_train.reports.writing import publish
-from dare_train.studies.comparison import LABELS, Comparison
-from dare_train.studies.sweep import RATES, Sweep
-from dare_train.studies.variants import VARIANTS
+from dare_train.reports.sweep_report import sweeps_study
+from dare_train.reports.writing import write_study
+from dare_train.studies.comparison import CONTENDERS, Comparison
+from dare_train.studies.sweep import SWEEP_RATES, Sweep
+from dare_train.studies.variants import DROP_VARIANTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ SMALL = Extent(
     adapters=1,
 )  # fmt: skip
 FULL = Extent(
-    steps=400, learning_rate=1e-4, examples=500, rates=RATES, seeds=5, masks=64, sizes=(0.5, 0.8, 0.9, 0.95, 0.99), size_seeds=3,
+    steps=400, learning_rate=1e-4, examples=500, rates=SWEEP_RATES, seeds=5, masks=64, sizes=(0.5, 0.8, 0.9, 0.95, 0.99), size_seeds=3,
     svd=(1, 2, 4, 8, 16, 32), lora=(2, 8), adapters=3,
 )  # fmt: skip
 
@@ -142,10 +142,10 @@ def summarise(name: str, title: str, sweeps: Mapping[str, Sweep], comparisons: M
     """One page about all tasks, and its tables on the terminal."""
     metrics = next(iter(sweeps.values())).metrics
     tables = [at_drop_rate(sweeps, metric, 0.9) for metric in metrics]
-    whole = several_study(sweeps, title=title, name=name)
+    whole = sweeps_study(sweeps, title=title, name=name)
     page: Study = replace(whole, tables=(*tables, *whole.tables, *(at_sizes(comparisons, metric) for metric in metrics)))
     console.print(Markdown(page.markdown()))
-    say(f"everything is in {publish(page, out)} and in the folders beside it")
+    say(f"everything is in {write_study(page, out)} and in the folders beside it")
 
 
 def at_drop_rate(sweeps: Mapping[str, Sweep], metric: str, p: float) -> Table:
@@ -156,7 +156,7 @@ def at_drop_rate(sweeps: Mapping[str, Sweep], metric: str, p: float) -> Table:
     ]
     return Table(
         title=f"{metric} at p = {p:g}",
-        columns=("task", "base", "fine-tuned", *(VARIANTS[name].label for name in names)),
+        columns=("task", "base", "fine-tuned", *(DROP_VARIANTS[name].label for name in names)),
         rows=tuple(rows),
         note="Mean over masks ± half of the 95 % confidence interval.",
     )
@@ -165,12 +165,12 @@ def at_drop_rate(sweeps: Mapping[str, Sweep], metric: str, p: float) -> Table:
 def at_sizes(comparisons: Mapping[str, Comparison], metric: str) -> Table:
     """Each contender's points, of all tasks side by side."""
     first = next(iter(comparisons.values()))
-    keys = list(dict.fromkeys((point.variant, point.p) for point in first.points if point.variant in LABELS))
+    keys = list(dict.fromkeys((point.variant, point.p) for point in first.points if point.variant in CONTENDERS))
     rows = list[tuple[Cell, ...]]()
     for variant, p in keys:
         cells = [_values(one, variant, p, metric) for one in comparisons.values()]
         bits = sum(_values(one, variant, p, "bits")[0] for one in comparisons.values()) / len(comparisons)
-        rows.append((LABELS[variant], f"{p:g}", bits, *(with_interval(values) for values in cells)))
+        rows.append((CONTENDERS[variant], f"{p:g}", bits, *(with_interval(values) for values in cells)))
     return Table(
         title=f"{metric} at equal bytes",
         columns=("how the delta is stored", "p or rank", "bits per parameter", *comparisons),

@@ -28,11 +28,11 @@ from tuning import Pair, Rows, Training, classifier, untrained
 
 from dare_train import apply_, extract
 from dare_train.evaluation.model_loading import load_model
-from dare_train.evaluation.texts import Texts, batched, encoded_rows
+from dare_train.evaluation.texts import Texts, batched, encode_rows
 from dare_train.reports.document import Cell, Study, Table, with_interval
 from dare_train.reports.masks_report import masks_study
 from dare_train.reports.rates_report import rates_study
-from dare_train.reports.writing import publish
+from dare_train.reports.writing import write_study
 from dare_train.studies.drop_rates import FoundRate, largest_rate, largest_rates
 from dare_train.training.subnetwork import Masks, by_size
 
@@ -116,7 +116,7 @@ def measured(pair: Pair, rows: Rows, p: Any, masks: int) -> tuple[Cell, ...]:
 
 def as_texts(model: torch.nn.Module, pair: Pair, rows: Rows) -> Texts:
     tokenizer = AutoTokenizer.from_pretrained(pair.tuned)
-    return Texts(batched(encoded_rows(model, tokenizer, rows, max_length=MAX_LENGTH), tokenizer))
+    return Texts(batched(encode_rows(model, tokenizer, rows, max_length=MAX_LENGTH), tokenizer))
 
 
 def with_judgement(study: Study, judged: list[tuple[Cell, ...]]) -> Study:
@@ -132,7 +132,7 @@ def with_judgement(study: Study, judged: list[tuple[Cell, ...]]) -> Study:
 
 def show(study: Study, out: Path) -> None:
     console.print(Markdown(study.markdown()))
-    say(f"everything is in {publish(study, out)}")
+    say(f"everything is in {write_study(study, out)}")
 
 
 if __name__ == "__main__":

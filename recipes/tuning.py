@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from dare_train.evaluation.model_loading import load_model
-from dare_train.evaluation.texts import encoded_rows
+from dare_train.evaluation.texts import encode_rows
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -80,7 +80,7 @@ def adapter(pair: Pair, rows: Rows, out: Path, training: Training, *callbacks: T
         model = untrained(pair)
         kind = "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM"
         config = LoraConfig(task_type=kind, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
-        examples = encoded_rows(model, AutoTokenizer.from_pretrained(pair.tuned), rows, max_length=training.max_length)
+        examples = encode_rows(model, AutoTokenizer.from_pretrained(pair.tuned), rows, max_length=training.max_length)
         adapted = get_peft_model(model, config)
         tune(adapted, AutoTokenizer.from_pretrained(pair.tuned), examples, out, training, callbacks)
         adapted.save_pretrained(str(out))
@@ -105,7 +105,7 @@ def _tuned(kind: Any, base: str, rows: Rows, out: Path, training: Training, call
     model = kind.from_pretrained(base, dtype=torch.bfloat16, **labels)
     (model.base_model if labels else model).save_pretrained(pair.base)
     model.to(torch.float32)
-    tune(model, tokenizer, encoded_rows(model, tokenizer, rows, max_length=training.max_length), out, training, callbacks)
+    tune(model, tokenizer, encode_rows(model, tokenizer, rows, max_length=training.max_length), out, training, callbacks)
     model.save_pretrained(pair.tuned)
     tokenizer.save_pretrained(pair.tuned)
     model.to(torch.bfloat16).save_pretrained(pair.shipped)

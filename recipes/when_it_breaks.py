@@ -26,8 +26,8 @@ from tuning import Pair, Training, classifier, decoder
 from dare_train import sweep, write_report
 from dare_train.evaluation.model_loading import load_model
 from dare_train.evaluation.texts import load_texts
-from dare_train.reports.sweep_report import several_study
-from dare_train.reports.writing import publish
+from dare_train.reports.sweep_report import sweeps_study
+from dare_train.reports.writing import write_study
 from dare_train.studies.sweep import Sweep
 
 MAX_LENGTH = 128
@@ -57,9 +57,9 @@ def main() -> None:
         found[case.name] = one = sweep(model, case.base, texts, out=place, p=much.rates, seeds=much.seeds, variants=["dare"], setup=setup)
         say(f"{case.name}: diagnose calls {one.predicted} safe; the loss holds up to {one.holds_to('dare', 'loss')}")
         write_report(one, place, title=f"How much can be dropped: {case.name}")
-    study = several_study(found, title="When DARE breaks", name="when_it_breaks")
+    study = sweeps_study(found, title="When DARE breaks", name="when_it_breaks")
     console.print(Markdown(study.markdown()))
-    say(f"everything is in {publish(study, options.out)}; done in {time.perf_counter() - began:.0f} s")
+    say(f"everything is in {write_study(study, options.out)}; done in {time.perf_counter() - began:.0f} s")
 
 
 def parse() -> argparse.Namespace:

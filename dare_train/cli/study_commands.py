@@ -82,11 +82,12 @@ def sweep(
     """How much can be dropped: a metric against the drop rate, into OUT. Goes on where it was when it runs
     again.
     """
-    from ..studies.sweep import RATES, Sweep, planned
+    from ..studies.sweep import SWEEP_RATES, Sweep, planned
     from ..studies.sweep import sweep as run
 
     _check_inputs(evaluate, data, column, dtype)
-    rates, names = _numbers("--p", p) if p is not None else RATES, variants.split(",")
+    rates = _numbers("--p", p) if p is not None else SWEEP_RATES
+    names = variants.split(",")
     planned(rates, seeds, first_seed, names)
     labels, found = _labels(tuned), dict[str, Sweep]()
     for label, folder in zip(labels, tuned, strict=True):
@@ -292,12 +293,12 @@ def _depends(
 
 def _publish(found: Found, title: str, out: Path, project: str | None, *, quiet: bool = False) -> None:
     """Files, wandb, and unless `quiet` the tables on the terminal."""
-    from ..reports.writing import publish, study_of
+    from ..reports.writing import study_of, write_study
     from ..wandb_run import studying
 
     study = study_of(found, title)
     with studying(project):
-        page = publish(study, out)
+        page = write_study(study, out)
     if not quiet:
         typer.echo(study.markdown())
     typer.echo(f"{page}", err=True)

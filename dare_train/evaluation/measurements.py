@@ -13,7 +13,7 @@ import numpy as np
 from .._version import __version__
 from ..errors import CheckpointError, ConfigError
 from ..weights.protocol import Weights
-from .swapped_model import Seat
+from .swapped_model import SwappedModel
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class Point:
 
 
 def measured(
-    seat: Seat,
+    swapped: SwappedModel,
     wanted: Sequence[Key],
     weights_at: Callable[[Key], tuple[Weights, Mapping[str, float]]],
     evaluate: Evaluate,
@@ -60,16 +60,16 @@ def measured(
         ConfigError: `evaluate` gives no finite numbers.
     """
     found = {point.key: point for point in journal.read()}
-    with seat:
+    with swapped:
         for number, key in enumerate(wanted):
             if key not in found:
                 weights, figures = weights_at(key)
-                seat.give(weights)
+                swapped.swap_in(weights)
                 found[key] = Point(
                     variant=key[0],
                     p=key[1],
                     seed=key[2],
-                    metrics={**numbers(evaluate(seat.model)), **figures},
+                    metrics={**numbers(evaluate(swapped.model)), **figures},
                 )
                 journal.add(found[key])
             if progress is not None:
@@ -171,7 +171,7 @@ def _differences(
             yield f"{within}{name}", one, other
 
 
-class Record:
+class MeasurementRecord:
     """A JSON file of measurements by name, below what they depend on.
 
     Raises:

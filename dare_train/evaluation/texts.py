@@ -97,7 +97,7 @@ def load_texts(
     rows = read_rows(path)[:limit]
     if not rows:
         raise CheckpointError(str(path), expected="at least one row", found="none")
-    encoded = encoded_rows(
+    encoded = encode_rows(
         model, tokenizer, rows, columns=columns, max_length=max_length, labels=labels, label=str(path)
     )
     return Texts(batched(encoded, tokenizer, batch_size=batch_size))
@@ -110,7 +110,7 @@ def batched(rows: Sequence[dict[str, Any]], tokenizer: Any, *, batch_size: int =
     return [_padded(ordered[start : start + batch_size], pad) for start in range(0, len(ordered), batch_size)]
 
 
-def encoded_rows(
+def encode_rows(
     model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], *, columns: Mapping[str, str] | None = None,
     max_length: int = 128,
     labels: bool = True, label: str = "rows",

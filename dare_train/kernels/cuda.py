@@ -33,7 +33,6 @@ from .cuda_blocks import (
     kept,
     of_plane,
     place,
-    places,
     ranks,
     read,
     threshold_again,
@@ -41,8 +40,8 @@ from .cuda_blocks import (
     write,
     zeros,
 )
+from .cuda_fingerprints import fingerprint_kernel, unit_factors_on
 from .launch_tables import BLOCK, PLANES, Masks, Rows, Term
-from .reference import UNITS
 from .transfers import to_device
 
 _WORDS = {torch.uint8: tl.uint8, torch.int16: tl.int16, torch.int32: tl.int32, torch.int64: tl.int64}
@@ -51,11 +50,6 @@ _LAUNCH: dict[str, Any] = {"num_warps": blocks.THREADS // 32, "enable_fp_fusion"
 
 _BLOCK = tl.constexpr(BLOCK)
 _PLANES = tl.constexpr(PLANES)
-_COUNTERS = tl.constexpr(BLOCK // PLANES)
-_UNITS = tl.constexpr(UNITS)
-_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
-_MIX1 = tl.constexpr(0xBF58476D1CE4E5B9)
-_MIX2 = tl.constexpr(0x94D049BB133111EB)
 
 
 @triton.jit
@@ -84,81 +78,6 @@ def _narrow(value, CODE: tl.constexpr):
         return tl.where(value != value, 0x7FC00000, value.to(tl.int32, bitcast=True)).to(tl.int32)
     else:
         return tl.where(value != value, 0x7FF8000000000000, value.to(tl.int64, bitcast=True)).to(tl.int64)
-
-
-@triton.jit
-def _split_mix(number):
-    v = (number.to(tl.uint64) + 1) * _GOLDEN
-    v = (v ^ (v >> 30)) * _MIX1
-    v = (v ^ (v >> 27)) * _MIX2
-    return v ^ (v >> 31)
-
-
-@triton.jit
-def _multipliers(group):
-    """What 1,024 units share, in either lane."""
-    mixed = _split_mix(group)
-    return mixed | 1, (mixed << 32) | (mixed >> 32) | 1
-
-
-@triton.jit
-def _factors(factors, at):
-    """What units are multiplied by themselves, in either lane."""
-    first, second = tl.load(factors + at), tl.load(factors + _UNITS + at)
-    return first.to(tl.uint32, bitcast=True).to(tl.uint64), second.to(tl.uint32, bitcast=True).to(tl.uint64)
-
-
-@triton.jit
-def _print_of_whole(words, block, factors, WIDTH: tl.constexpr):
-    """Both lanes of a whole block whose elements have WIDTH bytes. It is read as units, 1,024 at a time."""
-    at, planes = tl.arange(0, _UNITS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :], ()
-    units = tl.multiple_of(words.to(tl.pointer_type(tl.int32)), 16)
-    for group in tl.static_range(2 * WIDTH):
-        planes = planes + (tl.load(units + group * _UNITS + at),)  # type: ignore[assignment]
-    one, other = _factors(factors, at)
-    first, second = tl.zeros((_UNITS // 4,), tl.uint64), tl.zeros((_UNITS // 4,), tl.uint64)
-    for group in tl.static_range(2 * WIDTH):
-        own = planes[group].to(tl.uint32, bitcast=True).to(tl.uint64)  # type: ignore[var-annotated]
-        multipliers = _multipliers(block * (2 * WIDTH) + group)
-        first += tl.sum(own * one, axis=1) * multipliers[0]
-        second += tl.sum(own * other, axis=1) * multipliers[1]
-    return tl.sum(first), tl.sum(second)
-
-
-@triton.jit
-def _print_of_some(words, block, low, high, factors, WIDTH: tl.constexpr, UNSIGNED: tl.constexpr):
-    """The same of some of a block's elements, wherever they lie: one by one."""
-    first, second, planes = zeros(tl.uint64), zeros(tl.uint64), read(words, low, high, False)
-    for plane in tl.static_range(_PLANES):
-        byte = places(plane) * WIDTH
-        word = planes[plane].to(UNSIGNED, bitcast=True).to(tl.uint64) << (8 * (byte & 3)).to(tl.uint64)
-        for half in tl.static_range(2 if WIDTH == 8 else 1):
-            unit, own = (byte >> 2) + half, word >> (32 * half) & 0xFFFFFFFF
-            one, other = _factors(factors, unit & (_UNITS - 1))
-            multipliers = _multipliers(block * (2 * WIDTH) + unit // _UNITS)
-            first += own * one * multipliers[0]
-            second += own * other * multipliers[1]
-    return tl.sum(first), tl.sum(second)
-
-
-@triton.jit
-def _fingerprint(
-    table,
-    row_of_block,
-    factors,
-    lanes,
-    WORD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    UNSIGNED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    row, block, _, words, low, high = place(table, row_of_block, WORD, ALIGNED)
-    if ALIGNED and high - low == _BLOCK:
-        first, second = _print_of_whole(words, block, factors, WIDTH)
-    else:
-        first, second = _print_of_some(words, block, low, high, factors, WIDTH, UNSIGNED)
-    tl.atomic_add(lanes + 2 * row, first.to(tl.int64, bitcast=True) + (high - low), sem="relaxed")
-    tl.atomic_add(lanes + 2 * row + 1, second.to(tl.int64, bitcast=True) + (high - low), sem="relaxed")
 
 
 @triton.jit
@@ -378,9 +297,9 @@ def fingerprint(rows: Rows) -> Tensor:
     width = rows.dtype.itemsize
     unsigned = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}[width]
     _launch(
-        _fingerprint,
+        fingerprint_kernel,
         rows,
-        blocks.factors(rows.device),
+        unit_factors_on(rows.device),
         lanes,
         _WORDS[rows.word],
         width,

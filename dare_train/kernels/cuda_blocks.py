@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch_tables import BLOCK, PLANES
-from .reference import UNITS, unit_factors
 
 THREADS = 128
 _THREADS = tl.constexpr(THREADS)
@@ -33,18 +32,6 @@ def numbers(device: torch.device) -> Tensor:
 
 
 _numbers: dict[torch.device, Tensor] = {}
-
-
-def factors(device: torch.device) -> Tensor:
-    """int32 [2048]: what 1,024 units are multiplied by in the first lane of a fingerprint, then in the second
-    (docs/format.md §3).
-    """
-    if device not in _factors:
-        _factors[device] = torch.cat(unit_factors(torch.arange(UNITS))).int().to(device)
-    return _factors[device]
-
-
-_factors: dict[torch.device, Tensor] = {}
 
 
 @triton.jit

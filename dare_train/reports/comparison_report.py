@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from ..evaluation.measurements import samples
-from ..studies.comparison import LABELS, Comparison
+from ..studies.comparison import CONTENDERS, Comparison
 from .document import Chart, Curve, Study, Table, with_interval
 
 _OURS = ("dare", "dare_int4", "dare_sign")
@@ -39,7 +39,7 @@ def beaten(found: Comparison, metric: str) -> tuple[list[str], list[str]]:
         for bits, values in found.curve(name, metric).items():
             best = max((sign * mean for size, mean in ours if size <= bits), default=None)
             (won if best is not None and best >= sign * fmean(values) else lost).append(
-                f"{LABELS[name]} at {bits:.3g} bits"
+                f"{CONTENDERS[name]} at {bits:.3g} bits"
             )
     return won, lost
 
@@ -59,7 +59,9 @@ def _some(points: Sequence[str]) -> str:
 
 
 def _chart(found: Comparison, metric: str, name: str) -> Chart:
-    curves = [Curve.over(LABELS[one], found.curve(one, metric)) for one in found.contenders if one != "dense"]
+    curves = [
+        Curve.over(CONTENDERS[one], found.curve(one, metric)) for one in found.contenders if one != "dense"
+    ]
     dense, base = (fmean(next(iter(found.curve(one, metric).values()))) for one in ("dense", "base"))
     masks, adapters = (
         len({point.seed for point in found.points if point.variant == name}) for name in ("dare", "lora")
@@ -85,7 +87,7 @@ def _table(found: Comparison, metric: str) -> Table:
     for name in found.contenders:
         sizes = {p: values[0] for p, values in samples(found.points, name, "bits").items()}
         for p, values in samples(found.points, name, metric).items():
-            rows.append((LABELS[name], _setting(name, p), sizes[p], with_interval(values)))
+            rows.append((CONTENDERS[name], _setting(name, p), sizes[p], with_interval(values)))
     return Table(
         title=f"{metric} by size",
         columns=("how the delta is stored", "setting", "bits per parameter", metric),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean
 
-from ..training.continual import Continual
+from ..training.continual_result import Continual
 from .document import Cell, Chart, Curve, HeatMap, Study, Table
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..package.magnitudes import Magnitudes, merged
 from ..studies.inside import Inside, LayerErrors
-from ..studies.variants import VARIANTS
+from ..studies.variants import DROP_VARIANTS
 from ..weights.layer_names import kind_of, layer_of, natural
 from .document import Cell, Chart, Curve, Study, Table, with_interval
 
@@ -44,7 +44,9 @@ def inside_study(found: Inside, *, title: str = "What happens inside", name: str
 def _findings(found: Inside) -> Iterable[str]:
     p = found.mean_p
     last = {name: [each[-1] for each in by_rate[p]] for name, by_rate in found.similarity.items()}
-    said = "; ".join(f"{with_interval(values)} with {VARIANTS[name].label}" for name, values in last.items())
+    said = "; ".join(
+        f"{with_interval(values)} with {DROP_VARIANTS[name].label}" for name, values in last.items()
+    )
     yield f"At p = {p:g} the last embeddings have a cosine similarity to the fine-tuned model's of {said}."
     ratios = [layer.ratio(p) for layer in found.layers]
     low, high = np.quantile(ratios, [0.05, 0.95])
@@ -65,7 +67,9 @@ def _findings(found: Inside) -> Iterable[str]:
 
 def _similarity_by_rate(found: Inside, name: str) -> Chart:
     curves = [
-        Curve.over(VARIANTS[variant].label, {p: [each[-1] for each in seeds] for p, seeds in by_rate.items()})
+        Curve.over(
+            DROP_VARIANTS[variant].label, {p: [each[-1] for each in seeds] for p, seeds in by_rate.items()}
+        )
         for variant, by_rate in found.similarity.items()
     ]
     return Chart(
@@ -85,7 +89,7 @@ def _similarity_by_layer(found: Inside, name: str, p: float) -> Chart:
         columns = zip(*by_rate[p], strict=True)
         curves.append(
             Curve.over(
-                VARIANTS[variant].label,
+                DROP_VARIANTS[variant].label,
                 {float(number): list(values) for number, values in enumerate(columns)},
             )
         )
@@ -138,7 +142,7 @@ def _short(name: str) -> str:
 
 def _means(found: Inside, name: str) -> Chart:
     curves = [
-        Curve(label=VARIANTS[variant].label, x=tuple(map(float, means)), y=tuple(means.values()))
+        Curve(label=DROP_VARIANTS[variant].label, x=tuple(map(float, means)), y=tuple(means.values()))
         for variant, means in found.mean_error.items()
     ]
     expected = found.expected_mean_error
@@ -230,7 +234,7 @@ def _similarity_table(found: Inside) -> Table:
         )
         for p in rates
     ]
-    labels = [VARIANTS[name].label for name in found.similarity]
+    labels = [DROP_VARIANTS[name].label for name in found.similarity]
     return Table(
         title="Cosine similarity of embeddings",
         columns=(

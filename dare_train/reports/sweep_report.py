@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ..evaluation.measurements import samples
 from ..studies.diagnosis import DROP_RATES
 from ..studies.sweep import TOLERANCE, Sweep
-from ..studies.variants import VARIANTS
+from ..studies.variants import DROP_VARIANTS
 from .document import Chart, Curve, Study, Table, with_interval
 
 Verdict = Literal["right", "too bold", "too careful"]
@@ -44,7 +44,7 @@ def sweep_study(sweep: Sweep, *, title: str = "How much can be dropped", name: s
     )
 
 
-def several_study(
+def sweeps_study(
     sweeps: Mapping[str, Sweep], *, title: str = "When it breaks", name: str = "sweeps"
 ) -> Study:
     """Several fine-tuned models side by side: what is left of each one's gain under DARE, and what was
@@ -77,7 +77,7 @@ def findings(sweep: Sweep, metric: str) -> list[str]:
     at = [name for name in sweep.variants if sweep.values(name, _SHOWN, metric)]
     if at:
         parts = [
-            f"{VARIANTS[name].label} "
+            f"{DROP_VARIANTS[name].label} "
             f"{with_interval(sweep.values(name, _SHOWN, metric))}{_left(sweep, name, metric)}"
             for name in at
         ]
@@ -93,7 +93,7 @@ def _left(sweep: Sweep, name: str, metric: str) -> str:
 def _chart(sweep: Sweep, metric: str, name: str) -> Chart:
     dense, seeds = sweep.dense(metric), _seeds(sweep)
     curves = [
-        Curve.over(VARIANTS[one].label, {0.0: [dense], **samples(sweep.points, one, metric)})
+        Curve.over(DROP_VARIANTS[one].label, {0.0: [dense], **samples(sweep.points, one, metric)})
         for one in sweep.variants
     ]
     bands = f"Bands: 95 % confidence of the mean over {seeds} masks." if seeds > 1 else "One mask."
@@ -122,19 +122,19 @@ def _shown_range(values: Sequence[float], dense: float, base: float) -> tuple[fl
 
 
 def _seeds(sweep: Sweep) -> int:
-    return len({point.seed for point in sweep.points if point.variant in VARIANTS})
+    return len({point.seed for point in sweep.points if point.variant in DROP_VARIANTS})
 
 
 def _table(sweep: Sweep, metric: str) -> Table:
     """A row for each rate, a column for each variant."""
-    rates = sorted({point.p for point in sweep.points if point.variant in VARIANTS})
+    rates = sorted({point.p for point in sweep.points if point.variant in DROP_VARIANTS})
     cells = [tuple(_cell(sweep.values(name, p, metric)) for name in sweep.variants) for p in rates]
     dense, without = (f"{value:.4g}" for value in (sweep.dense(metric), sweep.without(metric)))
     seeds, count = _seeds(sweep), len(sweep.variants)
     note = f"Mean over {seeds} masks ± half of the 95 % confidence interval." if seeds > 1 else "One mask."
     return Table(
         title=f"{metric} by drop rate",
-        columns=("p", *(VARIANTS[name].label for name in sweep.variants)),
+        columns=("p", *(DROP_VARIANTS[name].label for name in sweep.variants)),
         rows=(
             ("0 (fine-tuned)", *[dense] * count),
             *((f"{p:g}", *row) for p, row in zip(rates, cells, strict=True)),

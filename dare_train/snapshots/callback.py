@@ -60,7 +60,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         evaluate: after each evaluation, also evaluate the model as a receiver of the package gets it; metrics
             are logged with the prefix `eval_{name}`.
         source: "weights", or "master": the fp32 values that DeepSpeed ZeRO keeps beside 16-bit weights.
-        kernels: which gather kept weights, "cpu", "cuda" or "reference": see `apply_`.
+        kernels: which gather kept weights, "cpu", "cuda" or "torch": see `apply_`.
         name: of the folder, the metrics and the wandb artifact; several callbacks in one run need different
             names.
         artifact: upload each package to wandb, when the Trainer reports there.

@@ -21,7 +21,7 @@ from ..config import check_drop_rate
 from ..dtypes import DTYPES, FloatArray, from_float, to_float
 from ..errors import ConfigError
 from ..evaluation.measurements import Evaluate, Journal, Key, Point, Progress, measured, samples
-from ..evaluation.swapped_model import Seat
+from ..evaluation.swapped_model import SwappedModel
 from ..extracting.extract import extract
 from ..merging.config.task import task_of
 from ..merging.merge import merged_weights
@@ -34,7 +34,7 @@ from ..weights.lora_checkpoint import merge_adapter
 from ..weights.lora_config import AdapterConfig
 from ..weights.opening import WeightsLike, open_weights
 from ..weights.protocol import HeldWords, Mapped, Weights
-from .variants import without_delta
+from .variants import base_weights_only
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ RATES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 RANKS = (1, 2, 4, 8, 16, 32)
 """Of truncated singular value decompositions."""
 
-LABELS = {
+CONTENDERS = {
     "dense": "all of it, lossless package",
     "dare": "DARE, exact values",
     "dare_int4": "DARE, 4-bit values",
@@ -76,7 +76,7 @@ class Comparison:
 
     @property
     def contenders(self) -> list[str]:
-        return [name for name in LABELS if any(point.variant == name for point in self.points)]
+        return [name for name in CONTENDERS if any(point.variant == name for point in self.points)]
 
     @property
     def metrics(self) -> list[str]:
@@ -144,7 +144,7 @@ def compare(
     opened = open_weights(tuned)
     contest = _Contest(open_weights(base), opened, adapters)
     wanted = [*_planned(rates, ranks, range(first_seed, first_seed + seeds)), *contest.adapters]
-    seat = Seat(model)
+    swapped = SwappedModel(model)
     journal = Journal(
         Path(out) / "compare.jsonl",
         weights_fingerprint(open_weights(base)),
@@ -153,7 +153,7 @@ def compare(
     )
     with tempfile.TemporaryDirectory(prefix="dare-compare-") as folder:
         points = measured(
-            seat, wanted, lambda key: contest.entry(key, Path(folder)), evaluate, journal, progress
+            swapped, wanted, lambda key: contest.entry(key, Path(folder)), evaluate, journal, progress
         )
     told = {
         **(setup or {}),
@@ -201,7 +201,7 @@ class _Contest:
         name = variant.partition(_PRINT)[0]
         make: dict[str, Callable[[], tuple[Weights, float]]] = {
             "dense": lambda: self._package(folder, p=0.0, values="exact"),
-            "base": lambda: (without_delta(self._base, self._tuned), 0.0),
+            "base": lambda: (base_weights_only(self._base, self._tuned), 0.0),
             "magnitude": lambda: self._package(folder, values="exact", masks=self._largest(p)),
             "svd": lambda: self._rebuilt(lambda delta: _truncated(delta, int(p))),
             "one_bit": lambda: self._rebuilt(_one_bit),

@@ -26,14 +26,14 @@ from ..dtypes import to_float
 from ..errors import ConfigError
 from ..evaluation.linear_layers import Batch, evaluating, linear_layers, watch_inputs
 from ..evaluation.measurements import Progress
-from ..evaluation.swapped_model import Seat
+from ..evaluation.swapped_model import SwappedModel
 from ..merging.methods.dropping import DropRate
 from ..weights.alignment import align, cast_to
 from ..weights.fingerprint import weights_fingerprint
 from ..weights.opening import WeightsLike, open_weights
 from ..weights.protocol import Weights
 from .diagnosis import Diagnosis, diagnose
-from .variants import VARIANTS, dropped
+from .variants import DROP_VARIANTS, dropped_weights
 
 Floats = NDArray[np.float32]
 
@@ -141,23 +141,30 @@ def inside(
             expected="rates above 0, and at least 1 of each",
             found=f"{p}, {seeds}, {masks}, {tokens}",
         )
-    kept, seat = open_weights(base), Seat(model)
+    base_weights = open_weights(base)
+    swapped = SwappedModel(model)
     looked_at = _enough(batches, tokens)
     numbers = [first_seed + n for n in range(seeds)]
-    diagnosis = diagnose(kept, seat.own, cast_base=True)
+    diagnosis = diagnose(base_weights, swapped.own_weights, cast_base=True)
     steps = _Steps(len(SIMILAR) * len(rates) * seeds + len(diagnosis.layers), progress)
-    aligned = cast_to(align(kept, seat.own.tensors.keys(), model=seat.own.label)[0], seat.own.tensors)
+    aligned = cast_to(
+        align(base_weights, swapped.own_weights.tensors.keys(), model=swapped.own_weights.label)[0],
+        swapped.own_weights.tensors,
+    )
     chosen = _Chosen(
         rates=rates,
         seeds=numbers,
         mean_p=rates[max(len(rates) - 2, 0)],
         masks=range(first_seed, first_seed + masks),
     )
-    similarity = _similarity(seat, kept, looked_at, chosen, steps)
-    layers, means = _layer_errors(model, aligned, seat.own, looked_at, tokens, diagnosis, chosen, steps)
+    similarity = _similarity(swapped, base_weights, looked_at, chosen, steps)
+    layers, means = _layer_errors(
+        model, aligned, swapped.own_weights, looked_at, tokens, diagnosis, chosen, steps
+    )
     expected = {n: means.single / sqrt(n) for n in means.counts}
     return Inside(
-        base=weights_fingerprint(kept), tuned=seat.print, similarity=similarity, layers=tuple(layers),
+        base=weights_fingerprint(base_weights), tuned=swapped.fingerprint,
+        similarity=similarity, layers=tuple(layers),
         mean_error={name: means.of(name) for name in SIMILAR}, mean_p=chosen.mean_p,
         expected_mean_error=expected, diagnosis=diagnosis,
         setup={**(setup or {}), "p": rates, "seeds": numbers, "masks": masks, "tokens": tokens},
@@ -217,18 +224,20 @@ def _places(batch: Batch) -> torch.Tensor:
 
 
 def _similarity(
-    seat: Seat, base: Weights, batches: Sequence[Batch], chosen: _Chosen, steps: _Steps
+    swapped: SwappedModel, base: Weights, batches: Sequence[Batch], chosen: _Chosen, steps: _Steps
 ) -> dict[str, dict[float, tuple[tuple[float, ...], ...]]]:
-    dense = _hidden(seat.model, batches)
+    dense = _hidden(swapped.model, batches)
     found: dict[str, dict[float, tuple[tuple[float, ...], ...]]] = {}
-    with seat:
+    with swapped:
         for name in SIMILAR:
             found[name] = {}
             for p in chosen.rates:
                 each = []
                 for seed in chosen.seeds:
-                    seat.give(dropped(base, seat.own, VARIANTS[name], p=p, seed=seed))
-                    each.append(tuple(_cosines(dense, _hidden(seat.model, batches))))
+                    swapped.swap_in(
+                        dropped_weights(base, swapped.own_weights, DROP_VARIANTS[name], p=p, seed=seed)
+                    )
+                    each.append(tuple(_cosines(dense, _hidden(swapped.model, batches))))
                     steps.step()
                 found[name][p] = tuple(each)
     return found

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from ..applying.in_place import apply_
 from ..config import DRAW_RANGE
 from ..errors import ConfigError
-from ..evaluation.measurements import Record, numbers
+from ..evaluation.measurements import MeasurementRecord, numbers
 from ..evaluation.model_loading import load_model
 from ..extracting.extract import extract
 from ..package.masks import generator_of
@@ -41,7 +41,7 @@ DARE's masks of that density. `shuffled`: as many in each tensor as the ticket h
 tensor (1803.03635, §2: what if the initial weights are not the ticket's own?). `transferred`: the elements of
 another task's ticket.
 """
-ABLATIONS: tuple[Kind, ...] = ("random", "shuffled", "reinitialised")
+TICKET_ABLATIONS: tuple[Kind, ...] = ("random", "shuffled", "reinitialised")
 """Of a ticket, by itself."""
 
 
@@ -133,8 +133,10 @@ class TicketSearch:
             raise ConfigError(
                 "levels", expected="a density of at least 2⁻¹⁶ in the end", found=f"{levels} of share {share}"
             )
-        if not {*beside} <= {*ABLATIONS}:
-            raise ConfigError("beside", expected=f"some of {', '.join(ABLATIONS)}", found=str(list(beside)))
+        if not {*beside} <= {*TICKET_ABLATIONS}:
+            raise ConfigError(
+                "beside", expected=f"some of {', '.join(TICKET_ABLATIONS)}", found=str(list(beside))
+            )
         self.base, self.task, self.out = base, task, Path(out)
         self._levels, self._share, self._rewind, self._scope = levels, share, rewind, scope
         self._beside: tuple[Kind, ...] = (
@@ -200,7 +202,7 @@ class TicketSearch:
                 "curve": curve,
             }
 
-        told = Record(self.out / "search.json", self._setup).measured(package.name, measure)
+        told = MeasurementRecord(self.out / "search.json", self._setup).measured(package.name, measure)
         steps = {int(step): metrics for step, metrics in told["curve"].items()}
         return Level(
             kind=kind,

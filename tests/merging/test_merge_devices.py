@@ -40,7 +40,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Torch's kernels in place of a device's; of a test's own choice Triton's, in its interpreter where there
     is no GPU.
     """
-    chosen = getattr(request, "param", "reference")
+    chosen = getattr(request, "param", "torch")
     monkeypatch.setenv("DARE_TRAIN_KERNELS", chosen)
     with np.errstate(all="ignore"):
         yield chosen
@@ -294,7 +294,7 @@ def test_tensors_of_many_runs(
     """Ranks among all elements, equal ones told apart over borders. With torch's kernels: too many elements
     for the interpreter.
     """
-    monkeypatch.setenv("DARE_TRAIN_KERNELS", "reference")
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "torch")
     monkeypatch.setattr(on_device, "_AT_ONCE", 2 * SEGMENT)
     base = {"a": random_tensor(3 * SEGMENT + 77)}
     steps = torch.randint(-3, 4, base["a"].shape, generator=torch.Generator().manual_seed(1)) * 0.25
@@ -307,7 +307,7 @@ def test_tensors_of_many_runs(
 def test_segments_that_runs_would_cut_are_the_cpus(
     there: list[str], device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DARE_TRAIN_KERNELS", "reference")
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "torch")
     monkeypatch.setattr(on_device, "_AT_ONCE", SEGMENT // 2)
     base = {"a": random_tensor(SEGMENT + 77), "b": random_tensor(100)}
     package = extract(
@@ -326,7 +326,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return save(base_state(), tmp_path / "base"), save(tuned_state(1), tmp_path / "tuned")
 
 
-@pytest.mark.parametrize("kernels", ["reference", "cuda"], indirect=True)
+@pytest.mark.parametrize("kernels", ["torch", "cuda"], indirect=True)
 def test_files_go_where_the_user_says(
     kernels: str, there: list[str], files: tuple[Path, Path], device: torch.device, tmp_path: Path
 ) -> None:
@@ -372,7 +372,7 @@ def test_too_little_memory(
             "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 1 MiB free. Process 1 has 3 GiB"
         )
 
-    monkeypatch.setenv("DARE_TRAIN_KERNELS", "reference")
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "torch")
     monkeypatch.setattr(on_device, "combined", full)
     with pytest.raises(DeviceMemoryError) as caught:
         merge(files[0], [files[1]], tmp_path / "out", device=device)
