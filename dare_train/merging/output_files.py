@@ -18,7 +18,8 @@ from .merge_report import MergeReport
 from .merged_weights import Merged
 from .models.inputs import Input, PackageInput
 from .models.matching import Fate
-from .models.naming import EMBEDDINGS, HEADS, config_of
+from .models.model_files import config_of, files_in, own_files
+from .models.naming import EMBEDDINGS, HEADS
 from .models.vocabulary import Vocabulary, is_tokenizer_file, write_tokenizer
 
 CARD = """\
@@ -50,12 +51,12 @@ def write(
     `prefixed`: the result has more around it than the base, such as a head.
     """
     model = _described_by(merged, prefixed=prefixed or base_folder is None)
-    for folder in [
-        folder for folder in (base_folder, model.folder if model is not None else None) if folder is not None
-    ]:
-        copy_companions(folder, staging)
+    if base_folder is not None:
+        copy_companions(base_folder, staging)
     if isinstance(model, PackageInput):
         copy_carried(model.package, staging)
+    elif model is not None and model.folder is not None:
+        copy_companions(model.folder, staging)
     if model is not None and merged.recipe.tokenizer == "base":
         _keep_tokenizer(base_folder, staging)
     elif vocabulary is not None and base_folder is not None:
@@ -89,7 +90,7 @@ def _keep_tokenizer(base_folder: Path | None, staging: Path) -> None:
 
 def _settle_config(merged: Merged, staging: Path, *, described: bool) -> None:
     """Say in the configuration what the weights are. `described`: it is a model's own."""
-    config = before = config_of(staging)
+    config = before = config_of(files_in(staging))
     codes = {
         info.dtype.code
         for name, info in merged.tensors.items()
@@ -143,7 +144,7 @@ def _is_untied(one: Input) -> bool:
     written twice.
     """
     has_head = any(name.endswith(HEADS) and own.endswith(HEADS) for name, own in one.names.items())
-    config = config_of(one.folder)
+    config = config_of(own_files(one.folder))
     return has_head and not config.get("tie_word_embeddings", bool(config))
 
 

@@ -16,6 +16,7 @@ from ...weights.protocol import Weights
 from .added_rows import AddedRows
 from .inputs import Input
 from .matching import Read, equal
+from .model_files import own_files
 from .naming import EMBEDDINGS, HEADS
 from .vocabulary import TOKENIZER, Vocabulary, read_tokens, unite
 
@@ -196,8 +197,8 @@ class Growth:
 
 def _other_tokenizer(folder: Path | None, base: Path | None) -> bool:
     """Whether a folder has a tokenizer of its own that differs from the base's."""
-    own = folder / TOKENIZER if folder is not None else None
-    if own is None or base is None or not own.is_file() or not (base / TOKENIZER).is_file():
+    own = own_files(folder).get(TOKENIZER)
+    if own is None or base is None or not (base / TOKENIZER).is_file():
         return False
     return (
         own.stat().st_size != (base / TOKENIZER).stat().st_size

@@ -4,15 +4,13 @@ to embeddings.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Union
 
 from ...applying.chain import open_chain
 from ...errors import ChainError, CheckpointError, ConfigError
-from ...package.manifest import MANIFEST
 from ...package.reader import DeltaPackage
 from ...weights.alignment import align, cast_to, with_prefix, without_prefix
 from ...weights.checkpoint import Checkpoint, locate
@@ -20,6 +18,7 @@ from ...weights.lora_checkpoint import AdapterWeights, merge_adapter
 from ...weights.opening import WeightsLike, open_weights
 from ...weights.protocol import TensorInfo, Weights, under
 from .inputs import CheckpointInput, Input, PackageInput
+from .model_files import config_of, files_in, is_package, own_files
 
 ModelLike = Union[WeightsLike, DeltaPackage]
 """A package, or weights: a folder, file or Hub id of either, a module, a state dict, arrays by name."""
@@ -67,7 +66,7 @@ class Opened:
             _, self.prefix = align(base, self.names, model=self.label)
         self.plain = {name: _name_in_base(name, self.prefix, base.tensors) for name in self.names}
         """The base's name of each, or what it would be there."""
-        self.says_tied = _says_tied(given, self.folder)
+        self.says_tied = _says_tied(given, own_files(self.folder))
 
     def names_in(self, base: Weights, prefix: str, apart: Collection[str]) -> dict[str, str]:
         """The model's own name of each of the result's tensors, which are the base's after `prefix`.
@@ -154,7 +153,9 @@ def open_models(
     names = [one.names_in(base, prefix, apart) for one in opened]
     named = with_prefix(base, prefix)
     own_heads = [name for name in named.tensors if name.endswith(HEADS)]
-    base_is_tied = _says_tied(base, base.folder if isinstance(base, Checkpoint) else None) is not False
+    base_is_tied = (
+        _says_tied(base, files_in(base.folder if isinstance(base, Checkpoint) else None)) is not False
+    )
     aliases = tied(named.tensors, {name for own in names for name in own}, base_is_tied)
     if aliases:
         named = under(named, {**{name: name for name in named.tensors}, **aliases})
@@ -184,27 +185,11 @@ def tied(names: Collection[str], wanted: Iterable[str], is_tied: bool) -> dict[s
     }
 
 
-def _says_tied(given: object, folder: Path | None) -> bool | None:
+def _says_tied(given: object, files: Mapping[str, Path]) -> bool | None:
     """Whether a model's head is its embedding, as its configuration says; None where that says nothing."""
-    said = config_of(folder).get("tie_word_embeddings") if folder is not None else None
+    said = config_of(files).get("tie_word_embeddings")
     live = getattr(getattr(given, "config", None), "tie_word_embeddings", None)
     return next((bool(one) for one in (said, live) if one is not None), None)
-
-
-def config_of(folder: Path | None) -> dict[str, Any]:
-    """A model's config.json; nothing where there is none.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    path = folder / "config.json" if folder is not None else None
-    if path is None or not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(str(path), expected="a JSON object", found=str(error)) from error
-    return content if isinstance(content, dict) else {}
 
 
 def _package(given: object) -> DeltaPackage | None:
@@ -213,7 +198,7 @@ def _package(given: object) -> DeltaPackage | None:
     if not isinstance(given, (str, os.PathLike)):
         return None
     path = locate(given)
-    return DeltaPackage.open(given) if path.is_dir() and (path / MANIFEST).is_file() else None
+    return DeltaPackage.open(given) if is_package(path) else None
 
 
 def _renamed(names: Iterable[str], rename: Mapping[str, str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CheckpointError, ConfigError, TensorMismatch
-from ...package.manifest import MANIFEST
+from .model_files import files_in, is_package, own_files
 
 TOKENIZER, CONFIG, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 _SPECIAL = "special_tokens_map.json"
@@ -74,7 +74,7 @@ def read_tokens(folder: Path, base: Path | None = None) -> dict[str, int] | None
 
     Args:
         base: the base's folder. A package has only those files that differ from the base's, which complete
-            it.
+            it; of its own, those count that its manifest lists.
 
     Raises:
         CheckpointError: a file is damaged, two tokens have one id, or tokens were added to a vocabulary that
@@ -354,10 +354,9 @@ def _files(folder: Path, base: Path | None) -> dict[str, Path]:
     """Tokenizer files by name."""
     if not folder.is_dir():
         raise CheckpointError(str(folder), expected="a folder", found="none")
-    found = {
-        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and is_tokenizer_file(path)
-    }
-    return {**_files(base, None), **found} if base is not None and (folder / MANIFEST).exists() else found
+    files = files_in(folder) if base is None else own_files(folder)
+    found = {name: path for name, path in files.items() if is_tokenizer_file(path)}
+    return {**_files(base, None), **found} if base is not None and is_package(folder) else found
 
 
 def is_tokenizer_file(path: Path) -> bool:
