@@ -18,9 +18,11 @@ from .merge_report import MergeReport
 from .merged_weights import Merged
 from .models.inputs import Input, PackageInput
 from .models.matching import Fate
+from .models.merged_tokenizer import write_tokenizer
 from .models.model_files import config_of, files_in, own_files
 from .models.naming import EMBEDDINGS, HEADS
-from .models.vocabulary import Vocabulary, is_tokenizer_file, write_tokenizer
+from .models.tokenizer_files import is_tokenizer_file
+from .models.vocabulary import Vocabulary
 
 CARD = """\
 ---

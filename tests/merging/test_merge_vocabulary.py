@@ -22,7 +22,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dare_train import extract
 from dare_train.errors import CheckpointError, ConfigError, DareError, TensorMismatch
-from dare_train.merging.models.vocabulary import Vocabulary, read_tokens, unite, write_tokenizer
+from dare_train.merging.models.merged_tokenizer import write_tokenizer
+from dare_train.merging.models.tokenizer_files import read_tokens
+from dare_train.merging.models.vocabulary import Vocabulary, unite
 
 BASE = {"[UNK]": 0, "[PAD]": 1, "a": 2, "b": 3, "ab": 4}
 PIECES = [("[UNK]", 0.0), ("[PAD]", 0.0), ("▁a", -1.0), ("▁b", -2.0), ("▁", -3.0), ("a", -4.0), ("b", -4.0)]
@@ -709,7 +711,7 @@ def test_tokens_that_no_folder_describes(tmp_path: Path) -> None:
 
 def test_neither_tokenizers_nor_frameworks_are_loaded() -> None:
     code = (
-        "import sys, dare_train.merging.models.vocabulary; print({'torch', 'transformers', "
+        "import sys, dare_train.merging.models.merged_tokenizer; print({'torch', 'transformers', "
         "'tokenizers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,7 +18,8 @@ from .inputs import Input
 from .matching import Read, equal
 from .model_files import own_files
 from .naming import EMBEDDINGS, HEADS
-from .vocabulary import TOKENIZER, Vocabulary, read_tokens, unite
+from .tokenizer_files import TOKENIZER, read_tokens
+from .vocabulary import Vocabulary, unite
 
 Tokenizer = Literal["base", "union"]
 _BIASES = (*(f"{head.removesuffix('.weight')}.bias" for head in HEADS), ".predictions.bias")
