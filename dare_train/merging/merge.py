@@ -28,7 +28,8 @@ from ..weights.fingerprint import Fingerprint, fingerprints, model_fingerprint, 
 from ..weights.opening import WeightsLike, open_weights
 from ..weights.protocol import Weights
 from . import output_files as companions
-from .config.recipe import Recipe, layer_counts
+from .config.recipe import Recipe
+from .config.setting_resolver import layer_counts
 from .config.task import MergeTask, task_of
 from .merge_report import MergeReport
 from .merged_weights import Merged, Statistics

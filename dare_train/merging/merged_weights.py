@@ -18,7 +18,8 @@ import numpy as np
 from ..dtypes import Words, cast
 from ..errors import CheckpointError
 from ..weights.protocol import SEGMENT, TensorInfo, Weights, only, runs
-from .config.recipe import Recipe, SettingResolver
+from .config.recipe import Recipe
+from .config.setting_resolver import SettingResolver
 from .deltas import Member
 from .methods.parameters import Scalar
 from .methods.registry import Method
