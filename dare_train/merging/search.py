@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError
 from .config.recipe import RESCALES, Recipe
 from .config.task import MergeTask
-from .merge import DeviceLike, run
+from .merge import run
 from .merge_report import MergeReport
 from .methods.parameters import Scalar
 from .methods.registry import method_of
+from .prepared_merge import DeviceLike
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
