@@ -172,7 +172,9 @@ def _write_checkpoint(
     ) as staging:
         on_disk = storage_errors(out)
         journal = Journal(staging, identity, ranks.rank)
-        before = ranks.each(lambda: journal.found(merged.tensors) if going_on and journal.begun() else {})
+        before = ranks.each(
+            lambda: journal.finished_before(merged.tensors) if going_on and journal.begun() else {}
+        )
         first_writer = ranks.each(
             on_disk(lambda: CheckpointWriter(staging, layout, join=journal.begun()) if ranks.first else None)
         )

@@ -161,7 +161,9 @@ class MergedTensor:
 
     def _by_rows(self, start: int, words: Words) -> FloatArray:
         """Coefficients for each row, or column, of its own."""
-        shape, axis = (self.info.shape or (1,), 0) if self._per == "column" else ((-1, self._walk.row), -1)
+        by_columns = self._per == "column"
+        shape = (self.info.shape or (1,)) if by_columns else (-1, self._walk.row)
+        axis = 0 if by_columns else -1
         vectors = self._vectors(start, words).reshape(len(self._deltas), *shape)
         factors = self._factors(_dots(vectors, axis=axis))
         merged = np.zeros(vectors.shape[1:], vectors.dtype)

@@ -45,10 +45,8 @@ def works(
     method: Method, info: TensorInfo, out: DType, name: str, members: Sequence[Member], rescale: str
 ) -> bool:
     """Whether a device can merge a tensor to the same bits."""
-    if out != info.dtype and "F64" in (
-        out.code,
-        info.dtype.code,
-    ):  # what is narrowed from float64 is rounded once, and torch does it twice
+    # What is narrowed from float64 is rounded once, and torch does it twice.
+    if out != info.dtype and "F64" in (out.code, info.dtype.code):
         return False
     combines = (
         not method.needs_gram if method.reach == "coefficients" else method.function in elements.ANYWHERE
@@ -108,9 +106,8 @@ class _Tensor:
 
     def on(self, function: Callable[[int, Tensor], Result], start: int, count: int) -> Result:
         """Call a function with the start and the base's words of a run."""
-        each = (
-            self.info.dtype.itemsize + 6 * self.info.dtype.compute.itemsize
-        )  # what elections take, which take most
+        # What elections take, which take most.
+        each = self.info.dtype.itemsize + 6 * self.info.dtype.compute.itemsize
         with self.device.turn(self.name, (self.models + 1) * each * count):
             return function(start, self.words(self.base, start, count))
 
