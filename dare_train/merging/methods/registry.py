@@ -102,7 +102,8 @@ _EPSILON = Parameter(
     per_model=True,
     meaning="drop rates go from p + ε to p - ε as magnitudes grow",
 )
-_LARGEST, _PRUNED = _default(DENSITY, 0.2), _default(DENSITY, 0.3)
+_LARGEST = _default(DENSITY, 0.2)
+_PRUNED = _default(DENSITY, 0.3)
 _TALL = (
     Parameter(
         name="mask_threshold",
@@ -319,14 +320,14 @@ def register_merge_method(
     }  # fmt: skip
     if drops not in extra:
         raise ConfigError("drops", expected=f"one of {', '.join(extra)}", found=repr(drops))
-    own = tuple(
+    further = tuple(
         Parameter(name=key, kind=type(value), default=value) for key, value in (parameters or {}).items()
     )
     common = (WEIGHT, _default(P, 0.9) if drops == "random" else P, Q)
     rule: Dropping = "none" if drops == "random" else drops
     METHODS[name] = Method(
         name=name, function=function, reach=reach, drops=rule,
-        parameters=(*common, LAMBDA, *extra[drops], *own), arguments=tuple(parameters or {}),
+        parameters=(*common, LAMBDA, *extra[drops], *further), arguments=tuple(parameters or {}),
     )  # fmt: skip
 
 

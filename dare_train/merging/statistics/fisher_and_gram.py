@@ -153,7 +153,9 @@ class StatisticsCallback(TrainerCallback):  # type: ignore[misc]
         _check(examples or 0, labels)
         if not name or Path(name).name != name:
             raise ConfigError("name", expected="the name of a folder", found=repr(name))
-        self.examples, self.labels, self.name = examples, labels, name
+        self.examples = examples
+        self.labels = labels
+        self.name = name
         self.files: dict[Kind, Path] = {}
         self.seconds = 0.0
 
@@ -184,11 +186,11 @@ class StatisticsCallback(TrainerCallback):  # type: ignore[misc]
         train_dataloader: Any = None,
         **_: Any,
     ) -> None:
-        begin, ranks = time.perf_counter(), Ranks.joined()
+        begin = time.perf_counter()
+        ranks = Ranks.joined()
         share = -(-self.examples // ranks.world)
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # a data loader's iterator draws from torch's generator, which is the user's
+        # A data loader's iterator draws from torch's generator, which is the user's.
+        with torch.random.fork_rng(devices=[]):
             batches: list[Batch] = ranks.each(lambda: list(examples_of(model, train_dataloader, share)))
         count = [
             self._write(kind, model, batches, Path(args.output_dir) / self.name / "final", ranks)
@@ -202,13 +204,15 @@ class StatisticsCallback(TrainerCallback):  # type: ignore[misc]
 
     def _write(self, kind: Kind, model: Any, batches: list[Batch], package: Path, ranks: Ranks) -> int:
         """Collect and write statistics of one kind; how many examples counted."""
-        found, count = (
+        tensors, count = (
             _fisher(model, batches, None, self.labels, ranks)
             if kind == "fisher"
             else _gram(model, batches, None, ranks)
         )
         self.files[kind] = path = beside(package, kind)
-        ranks.together(lambda: str(save_statistics(path, kind, found, examples=count)) if ranks.first else "")
+        ranks.together(
+            lambda: str(save_statistics(path, kind, tensors, examples=count)) if ranks.first else ""
+        )
         return count
 
 
@@ -230,8 +234,8 @@ def _fisher(
     places = named_places(model, adapters=False)
     trained = {
         id(piece.tensor): piece.tensor
-        for one in places.values()
-        for piece in one.pieces
+        for held in places.values()
+        for piece in held.pieces
         if piece.tensor.requires_grad
     }
     if not trained:
@@ -245,14 +249,18 @@ def _fisher(
         key: torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False)
         for key, tensor in trained.items()
     }
-    singles = (one for batch in examples_of(model, batches, examples) for one in _singles(model, batch))
+    singles = (
+        example for batch in examples_of(model, batches, examples) for example in _singles(model, batch)
+    )
     if labels == "data":
-        singles = (one for one in singles if not _is_without_labels(one))
+        singles = (example for example in singles if not _is_without_labels(example))
     counted = ranks.each(lambda: _add_squares(model, singles, labels, [*trained.values()], [*sums.values()]))
     count = _total(ranks, sums.values(), [counted])[0]
     means = {key: total.div_(count).cpu() for key, total in sums.items()}
-    found = {name: one for name, one in places.items() if one.pieces and id(one.pieces[0].tensor) in means}
-    return {name: _as_cut(one, means[id(one.pieces[0].tensor)]) for name, one in found.items()}, count
+    with_mean = {
+        name: held for name, held in places.items() if held.pieces and id(held.pieces[0].tensor) in means
+    }
+    return {name: _as_cut(held, means[id(held.pieces[0].tensor)]) for name, held in with_mean.items()}, count
 
 
 def _add_squares(
@@ -308,9 +316,12 @@ def _log_likelihoods(
 def _loss(output: Any) -> torch.Tensor:
     loss = getattr(output, "loss", None)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        found = "none" if loss is None else f"{loss!r}"
-        remedy = 'pass batches with labels; or labels="model" for a classifier'
-        raise ConfigError("batches", expected="an output with a loss, one number", found=found, remedy=remedy)
+        raise ConfigError(
+            "batches",
+            expected="an output with a loss, one number",
+            found="none" if loss is None else f"{loss!r}",
+            remedy='pass batches with labels; or labels="model" for a classifier',
+        )
     return loss
 
 
@@ -319,11 +330,10 @@ def _check_classes(model: Any, logits: Any) -> None:
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else None
     exclusive = kind not in ("regression", "multi_label_classification")
     if shape is None or len(shape) != 2 or shape[0] != 1 or shape[1] < 2 or not exclusive:
-        found = f"shape {shape}" if exclusive else f"those of {kind}"
         raise ConfigError(
             'labels="model"',
             expected="logits [1, classes] of an example",
-            found=found,
+            found=f"shape {shape}" if exclusive else f"those of {kind}",
             remedy='use labels="data"',
         )
 
@@ -366,22 +376,21 @@ def _gram(
         lambda: watch_inputs(model, examples_of(model, batches, examples), layers, inputs.see)
     )
     count, *tokens = _total(ranks, inputs.sums.values(), [counted, *inputs.tokens.values()])
-    found = {
+    means = {
         name: inputs.sums[name].div_(seen).cpu()
         for name, seen in zip(inputs.tokens, tokens, strict=True)
         if seen
     }
-    return Grams(
-        found, transposed=[name for name, layer in layers if isinstance(layer, Conv1D) and name in found]
-    ), count
+    transposed = [name for name, layer in layers if isinstance(layer, Conv1D) and name in means]
+    return Grams(means, transposed=transposed), count
 
 
 # What both need.
 
 
-def _as_cut(one: Held, values: torch.Tensor) -> torch.Tensor:
+def _as_cut(held: Held, values: torch.Tensor) -> torch.Tensor:
     """Of values shaped as a parameter, those of a tensor of the files that lies in it."""
-    return replace(one.pieces[0], tensor=values).flat().reshape(one.shape)
+    return replace(held.pieces[0], tensor=values).flat().reshape(held.shape)
 
 
 def _singles(model: torch.nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:

@@ -68,7 +68,8 @@ def save_statistics(
     for name, tensor in tensors.items():
         if str(tensor.dtype) not in _FLOAT32:
             raise ConfigError(name, expected="float32", found=str(tensor.dtype), remedy="convert it first")
-    path, metadata = Path(path), {"format": FORMAT, "kind": kind, "examples": str(examples)}
+    path = Path(path)
+    metadata = {"format": FORMAT, "kind": kind, "examples": str(examples)}
     if transposed := sorted(getattr(tensors, "transposed", ())):
         metadata["transposed"] = json.dumps(transposed)
     partial = partial_name(path)
@@ -88,7 +89,8 @@ def save_statistics(
 
 def _write(file: BinaryIO, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     header: dict[str, object] = {"__metadata__": metadata}
-    offset, names = 0, sorted(tensors)
+    names = sorted(tensors)
+    offset = 0
     for name in names:
         shape = [int(size) for size in tensors[name].shape]
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + 4 * prod(shape)]}
@@ -129,7 +131,10 @@ class StatisticsFile:
     """
 
     def __init__(self, file: SafetensorsFile, kind: Kind, examples: int) -> None:
-        self._file, self.path, self.kind, self.examples = file, file.path, kind, examples
+        self._file = file
+        self.path = file.path
+        self.kind = kind
+        self.examples = examples
         self.tensors: Mapping[str, TensorInfo] = file.tensors
         self._transposed = _transposed(file)
 
@@ -144,11 +149,11 @@ class StatisticsFile:
         """
         _check_kind(kind)
         file = SafetensorsFile(Path(path))
-        found = file.metadata
-        if found.get("format") != FORMAT or found.get("kind") != kind:
+        metadata = file.metadata
+        if metadata.get("format") != FORMAT or metadata.get("kind") != kind:
             what = (
-                f"{found.get('kind')} statistics"
-                if found.get("format") == FORMAT
+                f"{metadata.get('kind')} statistics"
+                if metadata.get("format") == FORMAT
                 else "a safetensors file of something else"
             )
             raise CheckpointError(
