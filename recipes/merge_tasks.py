@@ -1,19 +1,19 @@
-"""DARE's table on three real tasks: an encoder fine-tuned for each, and merged by every method, with DARE and without.
+"""DARE's table on three tasks: an encoder fine-tuned for each, and merged by every method, with DARE and without.
 
-    python recipes/merge_tasks.py             # small: a minute
+    python recipes/merge_tasks.py             # small, on tasks of the standard library's text: under a minute
     python recipes/merge_tasks.py --full      # as in docs/results.md: a quarter of an hour on two cores
     python recipes/merge_tasks.py --full --methods ties della breadcrumbs --p 0.7
+    python recipes/merge_tasks.py --tasks reviews.csv folder/of/questions owner/intents
 
-all-MiniLM-L6-v2 learns to tell positive film reviews from negative ones (rt_polarity), opinions from plots (subjectivity), and 105
-intents from each other (clinc150). The three models are one body and a linear head each. Bodies are merged; heads are kept aside, and
-every merged body is evaluated with each of them.
+With `--full`, all-MiniLM-L6-v2 learns to tell positive film reviews from negative ones (rt_polarity), opinions from plots
+(subjectivity), and 105 intents from each other (clinc150). The models are one body and a linear head each. Bodies are merged; heads are
+kept aside, and every merged body is evaluated with each of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +22,10 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from inputs import DATA, OPINIONS, REVIEWS, Split, present, two_files
+from inputs import Rows, Split, Splits, data_arguments, labelled, short, usual
 from quickstart import Examples, TimeIsUp, carried_model, console, encode, say
 from rich.table import Table
+from studies import LABELLED
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
@@ -39,16 +40,19 @@ DROPPING = {*BASELINES, "dare_linear", "dare_ties", "della", "della_linear"}
 """Methods that drop elements where others have DARE: they have no second row with it."""
 LAMBDAS = (0.4, 0.7, 1.0, 1.4)
 """Factors of the merged delta. Each row has the one that is best on validation examples, with DARE and without alike."""
+PUBLIC = ("rt_polarity", "subjectivity", "clinc150")
+STANDARD = ("code_or_prose", "packages", "exceptions")
+"""Tasks."""
 SMALL = {"methods": ["average", "ties"], "steps": 20, "statistics": 16, "validation": 20, "test": 50}
 FULL = {"methods": [*PAPER, *BASELINES], "steps": 250, "statistics": 200, "validation": 200, "test": 600}
-Rows = list[dict[str, Any]]
-"""Encoded examples."""
+Encoded = list[dict[str, Any]]
+"""Examples."""
 
 
 @dataclass(frozen=True)
 class Task:
     name: str
-    splits: Mapping[Split, Rows]
+    splits: Mapping[Split, Encoded]
     classes: int
     collate: DataCollatorWithPadding
 
@@ -99,7 +103,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/merge_tasks"), help="where the models go (default: %(default)s)")
-    add("--data", type=Path, default=DATA, help="folder with rt_polarity, subjectivity and clinc150 (default: ../shared/data)")
+    data_arguments(parser)
+    add("--tasks", nargs="+", metavar="TASK", help=f"some of {LABELLED}; files, folders or Hub ids")
     add("--full", action="store_true", help="more of everything, as in docs/results.md")
     add("--methods", nargs="+", choices=choices, metavar="METHOD", help=f"some of {', '.join(choices)}")
     add("--p", type=float, default=0.9, help="drop rate (default: %(default)s)")
@@ -118,49 +123,34 @@ def parse() -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.model = carried_model()
+    options.tasks = options.tasks or usual(PUBLIC, STANDARD, options)
     return options
 
 
-# Three tasks.
+# Tasks.
 
 
 def load_tasks(options: argparse.Namespace) -> list[Task]:
-    places = {name: present(options.data / name) for name in ("rt_polarity", "subjectivity", "clinc150")}
-    sizes = options.validation, options.test
-    sources = {
-        "rt_polarity": sentences(places["rt_polarity"] / "sentence_polarity.zip", REVIEWS, *sizes),
-        "subjectivity": sentences(places["subjectivity"] / "subjectivity.zip", OPINIONS, *sizes),
-        "clinc150": intents(places["clinc150"] / "clinc150.json", *sizes),
-    }
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    tasks = []
-    for name, source in sources.items():
-        splits = {split: encode(examples, tokenizer, options.max_length) for split, examples in source.items()}
-        tasks.append(Task(name, splits, len({*source["train"].labels}), DataCollatorWithPadding(tokenizer)))
-    return tasks
+    return [as_task(short(task), labelled(task, options.data, options.columns), tokenizer, options) for task in options.tasks]
 
 
-def sentences(archive: Path, classes: Mapping[str, str], validation: int, test: int) -> dict[Split, Examples]:
-    """Sentences of two classes, a file each: shuffled, and split by counts."""
-    numbers = {label: number for number, label in enumerate(classes.values())}
-    rows = [(row["text"], numbers[row["label"]]) for row in two_files(archive, classes)]
-    random.Random(0).shuffle(rows)
-    held_out = test + validation
-    return {"test": examples(rows[:test]), "validation": examples(rows[test:held_out]), "train": examples(rows[held_out:])}
+def as_task(name: str, rows: Splits, tokenizer: Any, options: argparse.Namespace) -> Task:
+    """The first validation and test examples are enough."""
+    names = sorted({row["label"] for row in rows["train"]})
+    parts: dict[Split, Rows] = {
+        "train": rows["train"],
+        "validation": rows["validation"][: options.validation],
+        "test": rows["test"][: options.test],
+    }
+    splits: dict[Split, Encoded] = {split: encode(examples(some, names), tokenizer, options.max_length) for split, some in parts.items()}
+    return Task(name, splits, len(names), DataCollatorWithPadding(tokenizer))
 
 
-def intents(path: Path, validation: int, test: int) -> dict[Split, Examples]:
-    """clinc150's own splits, shuffled; the first of validation and test are enough."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    numbers = {intent: number for number, intent in enumerate(sorted({intent for _, intent in found["train"]}))}
-    for rows in found.values():
-        random.Random(0).shuffle(rows)
-    chosen: dict[Split, list[list[str]]] = {"train": found["train"], "validation": found["val"][:validation], "test": found["test"][:test]}
-    return {split: examples([(text, numbers[intent]) for text, intent in rows]) for split, rows in chosen.items()}
-
-
-def examples(rows: Sequence[tuple[str, int]]) -> Examples:
-    return Examples([text for text, _ in rows], [label for _, label in rows])
+def examples(rows: Rows, names: Sequence[str]) -> Examples:
+    """Without labels that there is nothing to learn about."""
+    known = [row for row in rows if row["label"] in names]
+    return Examples([row["text"] for row in known], [names.index(row["label"]) for row in known])
 
 
 # A body and a head.

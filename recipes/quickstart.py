@@ -179,7 +179,7 @@ def labelled_file(options: argparse.Namespace) -> Task:
     return Task(parts[0], parts[1], names)
 
 
-def encode(examples: Examples, tokenizer: object, max_length: int) -> list[dict[str, object]]:
+def encode(examples: Examples, tokenizer: object, max_length: int) -> list[dict[str, Any]]:
     encoded = tokenizer(examples.texts, truncation=True, max_length=max_length)  # type: ignore[operator]
     return [
         {"input_ids": ids, "attention_mask": mask, "labels": label}

