@@ -5,7 +5,8 @@
     python recipes/continual_tasks.py --full --sequences domains --strategies sequential disjoint
 
 Styles are plain texts in a row, and what is measured is the accuracy of the next token. Domains are labels
-that are about the same (of clinc150, fifteen intents each): one classifier has all of them, and is asked for those of the domain. *joint* learns all tasks at once, as a mark to measure the others by.
+that are about the same, of clinc150 fifteen intents each: one classifier has all of them, and is asked for those of the domain. *joint*
+learns all tasks at once, as a mark to measure the others by.
 """
 
 from __future__ import annotations

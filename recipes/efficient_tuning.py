@@ -101,7 +101,7 @@ def main() -> None:
     quiet()
     much = extent(options)
     rows = labelled(options.task, options.data, options.columns)
-    training = Training(steps=much.steps, learning_rate=much.learning_rate, batch_size=32 if options.full else 16, max_length=MAX_LENGTH)
+    training = Training(steps=much.steps, learning_rate=much.learning_rate, batch_size=much.batch_size, max_length=MAX_LENGTH)
     three_times, ten_times = (replace(training, learning_rate=factor * training.learning_rate) for factor in (3, 10))
     out: Path = options.out / short(options.task)
     held_out = write_rows(out / "held_out.jsonl", rows["test"][: much.examples])

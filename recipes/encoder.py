@@ -29,7 +29,7 @@ def main() -> None:
     for task in options.tasks:
         rows = labelled(task, options.data, options.columns)
         name = short(task)
-        training = Training(steps=much.steps, learning_rate=much.learning_rate, max_length=MAX_LENGTH)
+        training = Training(steps=much.steps, learning_rate=much.learning_rate, batch_size=much.batch_size, max_length=MAX_LENGTH)
         say(f"{name}: {len(rows['train']):,} texts to learn from, {much.steps} steps")
         pair = classifier(options.model, rows["train"], options.out / name, training)
         held_out = write_rows(pair.folder / "held_out.jsonl", rows["test"])

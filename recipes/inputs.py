@@ -2,12 +2,13 @@
 
 A task is one of
 
-* a name: of a task made of the standard library's text, or of a public data set, which is read from the folder of local copies that
-  `--data` or `DARE_TRAIN_DATA` names, and else from the Hub;
-* a file (.jsonl, .json, .csv, .txt) or a folder of such files. Files called train, validation and test are splits;
+* a name: of a task made of the standard library's text, or of a public data set, which is read from the
+  folder of local copies that `--data` or `DARE_TRAIN_DATA` names, and else from the Hub;
+* a file (.jsonl, .json, .csv, .txt) or a folder of them. Files called train, validation and test are splits;
 * a Hub id, `owner/name` or `owner/name:config`.
 
-`--columns` says what columns are called in the latter two. By default tasks are the standard library's: those are on every machine.
+`--columns` says what columns are called in the latter two. By default tasks are the standard library's:
+those are on every machine.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import public_data
 import standard_library
 from public_data import LOCAL, LOCAL_TEXTS, ON_HUB, HubSet, completed, from_hub, split, texts_from_hub
-from standard_library import PIECE, Row, Split, Splits
+from standard_library import Row, Split, Splits
 
 from dare_train.errors import CheckpointError
 from dare_train.study.texts import read_rows
@@ -48,7 +50,7 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=_folder,
         default=folder,
-        help=f"folder with local copies of the public data sets (default: the variable {VARIABLE}, now {folder or 'not set'})",
+        help=f"folder with copies of the public data sets (default: {VARIABLE}, now {folder or 'not set'})",
     )
     parser.add_argument(
         "--columns",
@@ -74,7 +76,7 @@ def _column(text: str) -> tuple[str, str]:
 
 
 def usual(public: Iterable[str], standard: Iterable[str], options: argparse.Namespace) -> tuple[str, ...]:
-    """Names of tasks: public data sets with `--full` or a folder of local copies, else the standard library's."""
+    """Names of tasks: public ones with `--full` or a folder of local copies, else the standard library's."""
     return tuple(public if options.full or options.data else standard)
 
 
@@ -99,8 +101,19 @@ class Kind:
     optional: Sequence[str] = ()
 
 
-TEXTS_WITH_LABELS = Kind(public_data.LABELLED, standard_library.LABELLED, standard_library.labelled, ("text", "label"))
-QUESTIONS = Kind(public_data.SPOKEN, standard_library.SPOKEN, standard_library.spoken, ("prompt", "text"), ("prompt",))
+TEXTS_WITH_LABELS = Kind(
+    public_data.LABELLED,
+    standard_library.LABELLED,
+    standard_library.labelled,
+    roles=("text", "label"),
+)
+QUESTIONS = Kind(
+    public_data.SPOKEN,
+    standard_library.SPOKEN,
+    standard_library.spoken,
+    roles=("prompt", "text"),
+    optional=("prompt",),
+)
 
 
 def labelled(task: str, data: Path | None = None, columns: Columns = ()) -> Splits:
@@ -117,8 +130,8 @@ def style(task: str, data: Path | None = None, columns: Columns = (), *, most: i
     """Pieces of plain text in a row, at most so many."""
     if task in standard_library.STYLES:
         return standard_library.style(task)
-    text = "\n".join(documents(task, data, columns))
-    return split([{"text": text[start : start + PIECE]} for start in range(0, len(text) - PIECE, PIECE)][:most])
+    pieces = standard_library.pieces("\n".join(documents(task, data, columns)))
+    return split([*islice(pieces, most)])
 
 
 def documents(task: str, data: Path | None = None, columns: Columns = ()) -> list[str]:
@@ -126,7 +139,9 @@ def documents(task: str, data: Path | None = None, columns: Columns = ()) -> lis
     names = dict(columns)
     if task in public_data.PLAIN:
         place = data / LOCAL_TEXTS[task] if data else None
-        return [*_contents(place)] if place and place.is_dir() else _asked_of_hub(task, texts_from_hub, ON_HUB[task], place)
+        if place and place.is_dir():
+            return [*_contents(place)]
+        return _asked_of_hub(task, texts_from_hub, ON_HUB[task], place)
     if Path(task).exists():
         return [*_contents(Path(task), names.get("text", "text"))]
     if _is_id(task):
@@ -135,7 +150,7 @@ def documents(task: str, data: Path | None = None, columns: Columns = ()) -> lis
 
 
 def domains(data: Path | None, public: bool) -> dict[str, Splits]:
-    """Labelled rows in groups that are about the same: clinc150's domains, or packages of the standard library."""
+    """Labelled rows in groups that are about the same: clinc150's, or packages of the standard library."""
     if not public:
         return standard_library.domains()
     rows = labelled("clinc150", data)
@@ -151,7 +166,9 @@ def _rows(kind: Kind, task: str, data: Path | None, columns: Mapping[str, str]) 
     if task in kind.public:
         folder, read = LOCAL[task]
         place = data / folder if data else None
-        return read(place) if place and place.is_dir() else _asked_of_hub(task, from_hub, ON_HUB[task], place)
+        if place and place.is_dir():
+            return read(place)
+        return _asked_of_hub(task, from_hub, ON_HUB[task], place)
     if Path(task).exists():
         return _from_files(kind, Path(task), columns)
     if _is_id(task):
@@ -190,17 +207,24 @@ def _row(label: str, row: Mapping[str, Any], kind: Kind, columns: Mapping[str, s
     return {role: _cell(label, row, role, columns, needed=role not in kind.optional) for role in kind.roles}
 
 
-def _cell(label: str, row: Mapping[str, Any], role: str, columns: Mapping[str, str], *, needed: bool = True) -> str:
+def _cell(
+    file: str,
+    row: Mapping[str, Any],
+    role: str,
+    columns: Mapping[str, str],
+    needed: bool = True,
+) -> str:
     name = columns.get(role, role)
     if name not in row and (needed or role in columns):
-        sys.exit(f"{label}: no column {name}, but {', '.join(row)}; say which it is with --columns {role}=NAME")
+        there = ", ".join(row)
+        sys.exit(f"{file}: no column {name}, but {there}; say which it is with --columns {role}=NAME")
     return str(row.get(name, ""))
 
 
 def _contents(place: Path, column: str = "text") -> Iterator[str]:
     """The text of every file below, in the order of their names. A .jsonl file has many."""
-    paths = sorted(path for path in place.rglob("*") if path.suffix in (".txt", ".md", ".jsonl")) if place.is_dir() else [place]
-    for path in paths:
+    files = sorted(path for path in place.rglob("*") if path.suffix in (".txt", ".md", ".jsonl"))
+    for path in files if place.is_dir() else [place]:
         if path.stem.startswith("LICENSE"):
             continue
         if path.suffix == ".jsonl":
@@ -214,7 +238,8 @@ def _contents(place: Path, column: str = "text") -> Iterator[str]:
 
 def _is_id(task: str) -> bool:
     owner, _, name = task.partition("/")
-    return bool(owner and name) and "/" not in name and not task.startswith((".", "~")) and Path(task).suffix not in READABLE
+    looks_like_a_file = task.startswith((".", "~")) or Path(task).suffix in READABLE
+    return bool(owner and name) and "/" not in name and not looks_like_a_file
 
 
 def _entry(task: str, roles: Sequence[str], columns: Mapping[str, str]) -> HubSet:
@@ -229,7 +254,12 @@ def _entry(task: str, roles: Sequence[str], columns: Mapping[str, str]) -> HubSe
     )
 
 
-def _asked_of_hub(task: str, fetch: Callable[[HubSet], Found], entry: HubSet, folder: Path | None = None) -> Found:
+def _asked_of_hub(
+    task: str,
+    fetch: Callable[[HubSet], Found],
+    entry: HubSet,
+    folder: Path | None = None,
+) -> Found:
     """What the Hub has, or a line that says why it cannot be had."""
     looked = f"not in {folder.parent} (no folder {folder.name}), and " if folder else ""
     try:
@@ -237,10 +267,8 @@ def _asked_of_hub(task: str, fetch: Callable[[HubSet], Found], entry: HubSet, fo
     except ImportError:
         missing(task, f'{looked}the Hub needs the library datasets (pip install -e ".[data]")')
     except (OSError, ValueError, RuntimeError) as error:
-        missing(
-            task,
-            f"{looked}the Hub did not give {entry.id} ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
-        )
+        reason = " ".join(str(error).split())[:200]
+        missing(task, f"{looked}the Hub did not give {entry.id} ({type(error).__name__}: {reason})")
 
 
 def _unknown(names: Sequence[str]) -> str:
@@ -248,4 +276,5 @@ def _unknown(names: Sequence[str]) -> str:
 
 
 def missing(task: str, why: str) -> NoReturn:
-    sys.exit(f"no data set {task}: {why}; give another's Hub id (owner/name), or a folder that has it with {VARIABLE}=FOLDER")
+    ways = f"give another's Hub id (owner/name), or a folder that has it with {VARIABLE}=FOLDER"
+    sys.exit(f"no data set {task}: {why}; {ways}")

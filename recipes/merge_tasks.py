@@ -43,8 +43,8 @@ LAMBDAS = (0.4, 0.7, 1.0, 1.4)
 PUBLIC = ("rt_polarity", "subjectivity", "clinc150")
 STANDARD = ("code_or_prose", "packages", "exceptions")
 """Tasks."""
-SMALL = {"methods": ["average", "ties"], "steps": 20, "statistics": 16, "validation": 20, "test": 50}
-FULL = {"methods": [*PAPER, *BASELINES], "steps": 250, "statistics": 200, "validation": 200, "test": 600}
+SMALL = {"methods": ["average", "ties"], "steps": 24, "batch_size": 8, "statistics": 8, "validation": 8, "test": 40}
+FULL = {"methods": [*PAPER, *BASELINES], "steps": 250, "batch_size": 16, "statistics": 200, "validation": 200, "test": 600}
 Encoded = list[dict[str, Any]]
 """Examples."""
 
@@ -110,7 +110,7 @@ def parse() -> argparse.Namespace:
     add("--p", type=float, default=0.9, help="drop rate (default: %(default)s)")
     add("--steps", type=int, help="of fine-tuning, for each task")
     add("--seconds", type=float, default=120, help="fine-tuning for a task ends after so many (default: %(default)s)")
-    add("--batch-size", type=int, default=16, help="(default: %(default)s)")
+    add("--batch-size", type=int, help="of fine-tuning")
     add("--learning-rate", type=float, default=2e-4, help="(default: %(default)s)")
     add("--max-length", type=int, default=64, help="tokens of a text (default: %(default)s)")
     add("--statistics", type=int, help="training examples for Fisher merging and RegMean")

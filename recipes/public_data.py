@@ -1,6 +1,6 @@
 """The public data sets of `--full`: their ids and columns on the Hub, and how local copies of them are read.
 
-No id here has been tried: no hub could be reached where this was written. They are those that the data sets' own pages and users give.
+No id here has been tried: no hub could be reached where this was written. Public code gives them.
 """
 
 from __future__ import annotations
@@ -44,35 +44,39 @@ class HubSet:
 
 DOMAINS: Mapping[str, Sequence[str]] = {
     "banking": (
-        "freeze_account", "routing", "pin_change", "bill_due", "pay_bill", "account_blocked", "interest_rate", "min_payment",
-        "bill_balance", "transfer", "order_checks", "balance", "spending_history", "transactions", "report_fraud",
+        "freeze_account", "routing", "pin_change", "bill_due", "pay_bill", "account_blocked",
+        "interest_rate", "min_payment", "bill_balance", "transfer", "order_checks", "balance",
+        "spending_history", "transactions", "report_fraud",
     ),
     "credit_cards": (
-        "replacement_card_duration", "expiration_date", "damaged_card", "improve_credit_score", "report_lost_card", "card_declined",
-        "credit_limit_change", "apr", "redeem_rewards", "credit_limit", "rewards_balance", "application_status", "credit_score",
-        "new_card", "international_fees",
+        "replacement_card_duration", "expiration_date", "damaged_card", "improve_credit_score",
+        "report_lost_card", "card_declined", "credit_limit_change", "apr", "redeem_rewards", "credit_limit",
+        "rewards_balance", "application_status", "credit_score", "new_card", "international_fees",
     ),
     "kitchen_and_dining": (
-        "food_last", "confirm_reservation", "how_busy", "ingredients_list", "calories", "nutrition_info", "recipe",
-        "restaurant_reviews", "restaurant_reservation", "meal_suggestion", "restaurant_suggestion", "cancel_reservation",
-        "ingredient_substitution", "cook_time", "accept_reservations",
+        "food_last", "confirm_reservation", "how_busy", "ingredients_list", "calories", "nutrition_info",
+        "recipe", "restaurant_reviews", "restaurant_reservation", "meal_suggestion",
+        "restaurant_suggestion", "cancel_reservation", "ingredient_substitution", "cook_time",
+        "accept_reservations",
     ),
     "home": (
-        "what_song", "play_music", "todo_list_update", "reminder", "reminder_update", "calendar_update", "order_status",
-        "update_playlist", "shopping_list", "calendar", "next_song", "order", "todo_list", "shopping_list_update", "smart_home",
+        "what_song", "play_music", "todo_list_update", "reminder", "reminder_update", "calendar_update",
+        "order_status", "update_playlist", "shopping_list", "calendar", "next_song", "order", "todo_list",
+        "shopping_list_update", "smart_home",
     ),
     "auto_and_commute": (
-        "current_location", "oil_change_when", "oil_change_how", "uber", "traffic", "tire_pressure", "schedule_maintenance", "gas",
-        "mpg", "distance", "directions", "last_maintenance", "gas_type", "tire_change", "jump_start",
+        "current_location", "oil_change_when", "oil_change_how", "uber", "traffic", "tire_pressure",
+        "schedule_maintenance", "gas", "mpg", "distance", "directions", "last_maintenance", "gas_type",
+        "tire_change", "jump_start",
     ),
     "utility": (
-        "weather", "alarm", "date", "find_phone", "share_location", "timer", "make_call", "calculator", "definition",
-        "measurement_conversion", "flip_coin", "spelling", "time", "roll_dice", "text",
+        "weather", "alarm", "date", "find_phone", "share_location", "timer", "make_call", "calculator",
+        "definition", "measurement_conversion", "flip_coin", "spelling", "time", "roll_dice", "text",
     ),
     "small_talk": (
-        "who_made_you", "meaning_of_life", "who_do_you_work_for", "do_you_have_pets", "what_are_your_hobbies", "fun_fact",
-        "what_is_your_name", "where_are_you_from", "goodbye", "thank_you", "greeting", "tell_joke", "are_you_a_bot",
-        "how_old_are_you", "what_can_i_ask_you",
+        "who_made_you", "meaning_of_life", "who_do_you_work_for", "do_you_have_pets",
+        "what_are_your_hobbies", "fun_fact", "what_is_your_name", "where_are_you_from", "goodbye",
+        "thank_you", "greeting", "tell_joke", "are_you_a_bot", "how_old_are_you", "what_can_i_ask_you",
     ),
 }  # fmt: skip
 """Seven domains of clinc150 (CC BY 3.0) with their intents. Rows of others are left out."""
@@ -90,7 +94,13 @@ ON_HUB: Mapping[str, HubSet] = {
     ),
     "subjectivity": HubSet(id="SetFit/subj", splits=TWO, label="label_text"),
     "banking77": HubSet(id="mteb/banking77", splits=TWO, label="label_text"),
-    "clinc150": HubSet(id="clinc/clinc_oos", config="plus", splits=THREE, label="intent", kept={*chain(*DOMAINS.values())}),
+    "clinc150": HubSet(
+        id="clinc/clinc_oos",
+        config="plus",
+        splits=THREE,
+        label="intent",
+        kept={*chain(*DOMAINS.values())},
+    ),
     # Prompts and answers.
     "instructions": HubSet(id="tatsu-lab/alpaca", prompt=("instruction", "input"), text="output", rows=5_000),
     "maths": HubSet(id="openai/gsm8k", config="main", prompt=("question",), text="answer"),
@@ -111,7 +121,7 @@ ON_HUB: Mapping[str, HubSet] = {
 }
 
 STORIES = "Xenova/llama2.c-stories15M"
-"""In the place of stories260K, of which the Hub has no copy that transformers reads: the next larger one of its family."""
+"""The next larger one of its family, for stories260K: no copy of that is known that transformers reads."""
 
 LABELLED = ("rt_polarity", "subjectivity", "banking77", "clinc150")
 SPOKEN = ("instructions", "maths", "code")
@@ -136,7 +146,8 @@ def from_hub(entry: HubSet) -> Splits:
 
 def texts_from_hub(entry: HubSet) -> list[str]:
     """Its plain texts, whole."""
-    return [row["text"] for split in entry.splits.values() for row in _fetched(entry, split) if row["text"].strip()]
+    rows = chain.from_iterable(_fetched(entry, split) for split in entry.splits.values())
+    return [row["text"] for row in rows if row["text"].strip()]
 
 
 def _fetched(entry: HubSet, split: str) -> list[Row]:
@@ -170,7 +181,8 @@ def _sentences(file: str, members: Mapping[str, str]) -> Callable[[Path], Splits
         with zipfile.ZipFile(folder / file) as archive:
             paths = {Path(path).name: path for path in archive.namelist()}
             lines = {member: archive.read(paths[member]).decode().splitlines() for member in members}
-        return split([{"text": line.strip(), "label": label} for member, label in members.items() for line in lines[member]])
+        labels = ((line, label) for member, label in members.items() for line in lines[member])
+        return split([{"text": line.strip(), "label": label} for line, label in labels])
 
     return read
 
@@ -179,12 +191,18 @@ def _intents(folder: Path) -> Splits:
     """clinc150 has splits."""
     found: dict[str, list[list[str]]] = json.loads((folder / "clinc150.json").read_text(encoding="utf-8"))
     names: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
-    rows = {part: [{"text": text, "label": label} for text, label in found[name]] for part, name in names.items()}
-    return {part: random.Random(0).sample(some, len(some)) for part, some in rows.items()}
+    rows: dict[Split, list[Row]] = {}
+    for part, name in names.items():
+        rows[part] = [{"text": text, "label": label} for text, label in found[name]]
+    return completed(rows)
 
 
 def _questions(file: str, prompt: tuple[str, ...], text: str) -> Callable[[Path], Splits]:
-    return lambda folder: split([question((row[name] for name in prompt), row[text]) for row in read_rows(folder / file)])
+    def read(folder: Path) -> Splits:
+        rows = read_rows(folder / file)
+        return split([question((row[name] for name in prompt), row[text]) for row in rows])
+
+    return read
 
 
 def _categories(folder: Path) -> Splits:
@@ -198,7 +216,10 @@ LOCAL: Mapping[str, tuple[str, Callable[[Path], Splits]]] = {
     ),
     "subjectivity": (
         "subjectivity",
-        _sentences("subjectivity.zip", {"plot.tok.gt9.5000": "objective", "quote.tok.gt9.5000": "subjective"}),
+        _sentences(
+            "subjectivity.zip",
+            {"plot.tok.gt9.5000": "objective", "quote.tok.gt9.5000": "subjective"},
+        ),
     ),
     "banking77": ("banking77", _categories),
     "clinc150": ("clinc150", _intents),

@@ -1,7 +1,7 @@
-"""Everything that docs/results.md reports, measured again: each recipe with the options that its section names, one after another.
+"""Everything that docs/results.md reports, measured again: each recipe with its section's options.
 
-    DARE_TRAIN_DATA=folder python recipes/results.py    # with local copies of the public data sets, as it was measured
-    python recipes/results.py                           # with those of the Hub: half a day on two cores
+    DARE_TRAIN_DATA=folder python recipes/results.py    # with local copies of the data: half a day
+    python recipes/results.py                           # with those of the Hub
     python recipes/results.py --list                    # only print the commands
     python recipes/results.py --only decoder merge_tasks
 
@@ -28,7 +28,7 @@ COMMANDS: Mapping[str, Sequence[str]] = {
     "decoder": (
         f"pretrain_decoder.py --full --out {DECODER}",
         "decoder.py --full --models stories260K --out runs/decoder",
-        f"decoder.py --full --models {DECODER} --steps 150 --examples 60 --seeds 3 --lora --out runs/decoder-larger",
+        f"decoder.py --full --models {DECODER} --steps 150 --examples 60 --seeds 3 --lora --out runs/larger",
     ),
     "merge_tasks": ("merge_tasks.py --full --out runs/merge_tasks --json runs/merge_tasks/results.json",),
     "continual_tasks": ("continual_tasks.py --full --out runs/continual",),
@@ -53,9 +53,11 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     data_arguments(parser)
-    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=[*COMMANDS], metavar="RECIPE", help="some of %(choices)s")
+    names = [*COMMANDS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="RECIPE", help=", ".join(names))
     parser.add_argument("--list", action="store_true", help="print the commands, and run none")
     return parser.parse_args()
 

@@ -40,7 +40,10 @@ EXCEPTIONS = (
     "TypeError",
     "ValueError",
 )
-RAISED = re.compile(rf"""raise (?P<name>{"|".join(EXCEPTIONS)})\(\s*f?(?P<quote>["'])(?P<message>.{{10,}}?)(?P=quote)""")
+RAISED = re.compile(
+    rf"""raise (?P<name>{"|".join(EXCEPTIONS)})"""
+    r"""\(\s*f?(?P<quote>["'])(?P<message>.{10,}?)(?P=quote)""",
+)
 VERBS = ("add", "close", "find", "get", "is", "make", "parse", "read", "send", "set", "visit", "write")
 LINES = 3
 """Of a snippet."""
@@ -173,7 +176,14 @@ def implement(file: SourceFile) -> Iterator[Row]:
             yield asked(f"Implement {header(function)}.", text)
 
 
-SPOKEN: Mapping[str, Callable[[SourceFile], Iterator[Row]]] = {task.__name__: task for task in (describe, define, implement)}
+SPOKEN: Mapping[str, Callable[[SourceFile], Iterator[Row]]] = {
+    task.__name__: task
+    for task in (
+        describe,
+        define,
+        implement,
+    )
+}
 
 
 def spoken(name: str) -> Splits:
@@ -234,15 +244,17 @@ def texts(characters: int = 400_000) -> list[str]:
     code = [file.text for file in parsed_files() if file.part == "train"]
     turns = [text for pair in zip(prose, code, strict=False) for text in pair]
     lengths = accumulate(map(len, turns))
-    return [text for text, _ in takewhile(lambda pair: pair[1] < characters, zip(turns, lengths, strict=True))]
+    count = sum(1 for _ in takewhile(lambda length: length < characters, lengths))
+    return turns[:count]
 
 
 def domains() -> dict[str, Splits]:
     """Of each of `DOMAINS`, which package a few lines come from."""
     rows = labelled("packages")
     return {
-        domain: {part: [row for row in some if row["label"] in names] for part, some in rows.items()} for domain, names in DOMAINS.items()
-    }
+        domain: {part: [row for row in some if row["label"] in names] for part, some in rows.items()}
+        for domain, names in DOMAINS.items()
+    }  # fmt: skip
 
 
 # Parts of a file.

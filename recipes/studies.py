@@ -33,6 +33,8 @@ class Extent:
     """How much is measured."""
 
     steps: int
+    batch_size: int
+    """Of an encoder."""
     learning_rate: float
     examples: int
     """Of the held-out ones."""
@@ -53,12 +55,12 @@ class Extent:
 
 
 SMALL = Extent(
-    steps=24, learning_rate=2e-4, examples=40, rates=(0, 0.5, 0.9), seeds=2, masks=2, sizes=(0.9,), size_seeds=1, svd=(4,), lora=(),
-    adapters=1,
+    steps=24, batch_size=8, learning_rate=2e-4, examples=40, rates=(0, 0.5, 0.9), seeds=2, masks=2,
+    sizes=(0.9,), size_seeds=1, svd=(4,), lora=(), adapters=1,
 )  # fmt: skip
 FULL = Extent(
-    steps=400, learning_rate=1e-4, examples=500, rates=RATES, seeds=5, masks=64, sizes=(0.5, 0.8, 0.9, 0.95, 0.99), size_seeds=3,
-    svd=(1, 2, 4, 8, 16, 32), lora=(2, 8), adapters=3,
+    steps=400, batch_size=32, learning_rate=1e-4, examples=500, rates=RATES, seeds=5, masks=64,
+    sizes=(0.5, 0.8, 0.9, 0.95, 0.99), size_seeds=3, svd=(1, 2, 4, 8, 16, 32), lora=(2, 8), adapters=3,
 )  # fmt: skip
 
 

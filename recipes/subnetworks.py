@@ -51,7 +51,7 @@ def main() -> None:
     for task in options.tasks:
         rows = labelled(task, options.data, options.columns)
         name = short(task)
-        training = Training(steps=much.steps, learning_rate=much.learning_rate, max_length=MAX_LENGTH)
+        training = Training(steps=much.steps, learning_rate=much.learning_rate, batch_size=much.batch_size, max_length=MAX_LENGTH)
         say(f"{name}: {len(rows['train']):,} texts to learn from, {much.steps} steps from each of {options.trainings} seeds")
         pairs = [
             classifier(options.model, rows["train"], options.out / name / f"seed-{seed}", replace(training, seed=seed))
