@@ -75,6 +75,7 @@ def common_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
     )
     add("--full", action="store_true", help="the public data sets, as in docs/results.md, instead of a small trial")
     add("--steps", type=int, help="of fine-tuning, for each task")
+    add("--batch-size", type=int, help="of an encoder's fine-tuning")
     add("--seeds", type=int, help="masks at each drop rate")
     add("--examples", type=int, help="held-out texts of each task that the figures are about")
     add("--lora", type=int, nargs="*", metavar="RANK", help="of the adapters that are trained beside it")
@@ -107,7 +108,7 @@ def usual_label_task(options: argparse.Namespace) -> str:
 
 def extent(options: argparse.Namespace) -> Extent:
     chosen = FULL if options.full else SMALL
-    given = {name: getattr(options, name) for name in ("steps", "seeds", "examples", "learning_rate", "lora", "adapters")}
+    given = {name: getattr(options, name) for name in ("steps", "batch_size", "seeds", "examples", "learning_rate", "lora", "adapters")}
     return replace(chosen, **{name: value for name, value in given.items() if value is not None})
 
 
