@@ -100,9 +100,10 @@ def test_the_encoder_study(tmp_path: Path) -> None:
     text = told("encoder.py", "--out", str(tmp_path))
     assert "accuracy at p = 0.9" in text
     folder = tmp_path / "code_or_prose"
-    loss = means(measured(folder, "sweep"), "loss")
-    assert loss["base", 1.0] > loss["drop_only", 0.9] > loss["dare", 0.9] > 0.9 * loss["dense", 0.0]
-    assert means(measured(folder, "sweep"), "accuracy")["dense", 0.0] > 0.85
+    accuracy = means(measured(folder, "sweep"), "accuracy")
+    assert accuracy["dense", 0.0] > 0.85 > 0.7 > accuracy["base", 1.0]
+    assert accuracy["dare", 0.9] > accuracy["dense", 0.0] - 0.05
+    assert accuracy["drop_only", 0.9] < accuracy["dense", 0.0] - 0.1
     assert len(measured(folder, "inside")["layers"]) == 6 * 6 + 1
     bits = means(measured(folder, "compare"), "bits")
     assert bits["dare_sign", 0.9] < bits["dare", 0.9] < bits["one_bit", 1.0] < bits["dense", 0.0]
