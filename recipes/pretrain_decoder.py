@@ -53,7 +53,7 @@ class Size:
 
 
 TINY = Size(
-    hidden=128, layers=2, feed_forward=352, vocabulary=512, block=64, steps=80, learning_rate=1e-2, deviation=0.1, seconds=60
+    hidden=128, layers=2, feed_forward=352, vocabulary=512, block=64, steps=80, learning_rate=1e-2, deviation=0.1, seconds=300
 )  # fmt: skip
 FULL = Size(
     hidden=320, layers=8, feed_forward=864, vocabulary=4096, block=256, steps=1000, learning_rate=1e-3, deviation=0.02, seconds=1800
