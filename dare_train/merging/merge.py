@@ -74,7 +74,7 @@ def merge(
         base: folder, file or Hub id of the base model; a module, a state dict, or arrays by name.
         models: packages on that base, and fine-tuned models as `base`; also PEFT adapters' folders.
         out: folder to create. After a kill, the same call goes on where the last one was.
-        method: a name in `METHODS`, built in or registered.
+        method: a name in `MERGE_METHODS`, built in or registered.
         weights: w of each model, by default 1.
         p: drop rate, one or one for each model: DARE before the method, on every delta of which nothing was
             dropped yet.

@@ -23,7 +23,7 @@ from .models.added_tokens import Growth
 from .models.inputs import Input
 from .models.matching import Choices, fates
 from .models.naming import open_models
-from .statistics.statistics_file import Kind, StatisticsFile, beside
+from .statistics.statistics_file import StatisticsFile, StatisticsKind, statistics_path
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,7 @@ def gives_q(recipe: Recipe) -> bool:
 
 
 def _statistics(
-    kind: Kind, given: Sequence[str], inputs: Sequence[Input], *, needed: bool
+    kind: StatisticsKind, given: Sequence[str], inputs: Sequence[Input], *, needed: bool
 ) -> list[Statistics]:
     return (
         [_statistics_of(kind, model, given[number] if given else None) for number, model in enumerate(inputs)]
@@ -133,12 +133,12 @@ def _statistics(
     )
 
 
-def _statistics_of(kind: Kind, model: Input, given: str | None) -> Statistics:
+def _statistics_of(kind: StatisticsKind, model: Input, given: str | None) -> Statistics:
     if given is None and model.folder is None:
         raise ConfigError(
             kind, expected=f"a file of {model.label}'s statistics", found="none", remedy=f"pass {kind}=[...]"
         )
-    path = Path(given) if given is not None else beside(model.folder or "", kind)
+    path = Path(given) if given is not None else statistics_path(model.folder or "", kind)
     if not path.is_file():
         remedy = (
             f"collect_{kind} gathers them and save_statistics writes them, or "

@@ -22,7 +22,7 @@ from dare_train import DeltaPackage, extract, merge
 from dare_train.dtypes import DType
 from dare_train.errors import ConfigError, DeviceMemoryError
 from dare_train.merging import tensor_on_device as on_device
-from dare_train.merging.methods.registry import METHODS
+from dare_train.merging.methods.registry import MERGE_METHODS
 from dare_train.weights.protocol import SEGMENT
 
 pytestmark = pytest.mark.gpu
@@ -114,12 +114,12 @@ def compare(
 def test_these_are_the_methods_that_devices_know() -> None:
     known = {
         name
-        for name, one in METHODS.items()
+        for name, one in MERGE_METHODS.items()
         if one.function in on_device.elements.ANYWHERE and one.drops != "magprune"
     }
     sums = {
         name
-        for name, one in METHODS.items()
+        for name, one in MERGE_METHODS.items()
         if one.reach == "coefficients" and not one.needs_gram and one.drops != "magprune"
     }
     assert known | sums == THERE
@@ -137,7 +137,9 @@ def test_every_method_of_every_kind_of_model(
 ) -> None:  # fmt: skip
     if method == "average" and any(isinstance(inputs[name], DeltaPackage) for name in models):
         models = ["one", "everything", "other"]
-    density = {"density": 0.3} if any(one.name == "density" for one in METHODS[method].parameters) else {}
+    density = (
+        {"density": 0.3} if any(one.name == "density" for one in MERGE_METHODS[method].parameters) else {}
+    )
     p = {"p": 0.5} if method in ("dare_linear", "dare_ties", "drop_only") else {}
     compare(
         tmp_path,

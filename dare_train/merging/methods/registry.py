@@ -282,7 +282,7 @@ _BUILT_IN = [
     ),
 ]
 
-METHODS: dict[str, Method] = {method.name: method for method in _BUILT_IN}
+MERGE_METHODS: dict[str, Method] = {method.name: method for method in _BUILT_IN}
 """Methods by name."""
 
 
@@ -310,7 +310,7 @@ def register_merge_method(
     Raises:
         ConfigError: the name is taken, or a choice does not exist.
     """
-    if name in METHODS:
+    if name in MERGE_METHODS:
         raise ConfigError("name", expected="one that is not taken", found=repr(name))
     if reach not in ("elements", "tensor"):
         raise ConfigError("reach", expected="elements or tensor", found=repr(reach))
@@ -325,7 +325,7 @@ def register_merge_method(
     )
     common = (WEIGHT, _default(P, 0.9) if drops == "random" else P, Q)
     rule: Dropping = "none" if drops == "random" else drops
-    METHODS[name] = Method(
+    MERGE_METHODS[name] = Method(
         name=name, function=function, reach=reach, drops=rule,
         parameters=(*common, LAMBDA, *extra[drops], *further), arguments=tuple(parameters or {}),
     )  # fmt: skip
@@ -337,6 +337,6 @@ def method_of(name: str) -> Method:
     Raises:
         ConfigError: there is none.
     """
-    if name not in METHODS:
-        raise ConfigError("method", expected=f"one of {', '.join(sorted(METHODS))}", found=repr(name))
-    return METHODS[name]
+    if name not in MERGE_METHODS:
+        raise ConfigError("method", expected=f"one of {', '.join(sorted(MERGE_METHODS))}", found=repr(name))
+    return MERGE_METHODS[name]

@@ -34,7 +34,7 @@ from ...parallel.ranks import Ranks
 from ...wandb_run import active_run
 from ...weights.checkpoint_names import unwrapped
 from ...weights.sharding import Held
-from .statistics_file import Kind, beside, save_statistics
+from .statistics_file import StatisticsKind, save_statistics, statistics_path
 
 Labels = Literal["data", "model"]
 """Whose labels y a log-likelihood log p(y|x) is about: those of the data, or all that the model may give, by
@@ -141,22 +141,28 @@ class StatisticsCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        kinds: Kind | Sequence[Kind] = ("fisher", "gram"),
+        kinds: StatisticsKind | Sequence[StatisticsKind] = ("fisher", "gram"),
         examples: int = 256,
         *,
         labels: Labels = "data",
         name: str = "dare",
     ) -> None:
-        self.kinds: tuple[Kind, ...] = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-        if not self.kinds or len({*self.kinds}) < len(self.kinds) or not {*self.kinds} <= {*get_args(Kind)}:
-            raise ConfigError("kinds", expected=f"some of {', '.join(get_args(Kind))}", found=repr(kinds))
+        self.kinds: tuple[StatisticsKind, ...] = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+        if (
+            not self.kinds
+            or len({*self.kinds}) < len(self.kinds)
+            or not {*self.kinds} <= {*get_args(StatisticsKind)}
+        ):
+            raise ConfigError(
+                "kinds", expected=f"some of {', '.join(get_args(StatisticsKind))}", found=repr(kinds)
+            )
         _check(examples or 0, labels)
         if not name or Path(name).name != name:
             raise ConfigError("name", expected="the name of a folder", found=repr(name))
         self.examples = examples
         self.labels = labels
         self.name = name
-        self.files: dict[Kind, Path] = {}
+        self.files: dict[StatisticsKind, Path] = {}
         self.seconds = 0.0
 
     def on_train_begin(
@@ -202,14 +208,16 @@ class StatisticsCallback(TrainerCallback):  # type: ignore[misc]
             figures = {"dare/statistics_examples": count, "dare/statistics_seconds": self.seconds}
             run.log({**figures, "train/global_step": state.global_step})
 
-    def _write(self, kind: Kind, model: Any, batches: list[Batch], package: Path, ranks: Ranks) -> int:
+    def _write(
+        self, kind: StatisticsKind, model: Any, batches: list[Batch], package: Path, ranks: Ranks
+    ) -> int:
         """Collect and write statistics of one kind; how many examples counted."""
         tensors, count = (
             _fisher(model, batches, None, self.labels, ranks)
             if kind == "fisher"
             else _gram(model, batches, None, ranks)
         )
-        self.files[kind] = path = beside(package, kind)
+        self.files[kind] = path = statistics_path(package, kind)
         ranks.together(
             lambda: str(save_statistics(path, kind, tensors, examples=count)) if ranks.first else ""
         )

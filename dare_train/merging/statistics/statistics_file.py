@@ -22,7 +22,7 @@ from ...parallel.staged_folder import partial_name, storage_errors
 from ...weights.checkpoint import SafetensorsFile
 from ...weights.protocol import TensorInfo
 
-Kind = Literal["fisher", "gram"]
+StatisticsKind = Literal["fisher", "gram"]
 """`fisher`: diagonal of the Fisher information, shaped as the tensors. `gram`: mean of x xᵀ of a linear
 layer's inputs, [in, in]."""
 
@@ -32,7 +32,7 @@ FORMAT = "dare_train statistics"
 _FLOAT32 = ("float32", "torch.float32")
 
 
-def beside(model_folder: str | os.PathLike[str], kind: Kind) -> Path:
+def statistics_path(model_folder: str | os.PathLike[str], kind: StatisticsKind) -> Path:
     """Where the statistics of a package or checkpoint lie unless the user says otherwise: beside its folder.
 
     Raises:
@@ -45,14 +45,14 @@ def beside(model_folder: str | os.PathLike[str], kind: Kind) -> Path:
 
 
 def save_statistics(
-    path: str | os.PathLike[str], kind: Kind, tensors: Mapping[str, Any], *, examples: int
+    path: str | os.PathLike[str], kind: StatisticsKind, tensors: Mapping[str, Any], *, examples: int
 ) -> Path:
     """Write statistics as one file, which appears complete or not at all, in place of an older one. Returns
     its path.
 
     Args:
         path: of the file; folders above it are made.
-        kind: see `Kind`.
+        kind: see `StatisticsKind`.
         tensors: float32 numpy arrays or torch tensors by checkpoint name; one at a time is copied, if at all.
             Its attribute `transposed`, if it has one, is kept: names of tensors that hold a layer as [in,
             out].
@@ -125,12 +125,12 @@ class StatisticsFile:
 
     Attributes:
         path: of the file.
-        kind: see `Kind`.
+        kind: see `StatisticsKind`.
         examples: how many examples the tensors are means over.
         tensors: float32 and shape by checkpoint name.
     """
 
-    def __init__(self, file: SafetensorsFile, kind: Kind, examples: int) -> None:
+    def __init__(self, file: SafetensorsFile, kind: StatisticsKind, examples: int) -> None:
         self._file = file
         self.path = file.path
         self.kind = kind
@@ -139,7 +139,7 @@ class StatisticsFile:
         self._transposed = _transposed(file)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], kind: Kind) -> StatisticsFile:
+    def open(cls, path: str | os.PathLike[str], kind: StatisticsKind) -> StatisticsFile:
         """Open a file of that kind.
 
         Raises:
@@ -178,11 +178,11 @@ class StatisticsFile:
 
 
 def _check_kind(kind: object) -> None:
-    if kind not in get_args(Kind):
-        raise ConfigError("kind", expected=f"one of {', '.join(get_args(Kind))}", found=repr(kind))
+    if kind not in get_args(StatisticsKind):
+        raise ConfigError("kind", expected=f"one of {', '.join(get_args(StatisticsKind))}", found=repr(kind))
 
 
-def _check_tensor(label: str, info: TensorInfo, kind: Kind) -> None:
+def _check_tensor(label: str, info: TensorInfo, kind: StatisticsKind) -> None:
     if info.dtype.code != "F32":
         raise CheckpointError(label, expected="F32", found=info.dtype.code)
     if kind == "gram" and (len(info.shape) != 2 or info.shape[0] != info.shape[1]):
