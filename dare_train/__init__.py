@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from .merging.merge import merge as merge
     from .merging.methods.registry import MERGE_METHODS as MERGE_METHODS
     from .merging.methods.registry import register_merge_method as register_merge_method
-    from .merging.statistics.fisher_and_gram import StatisticsCallback as StatisticsCallback
     from .merging.statistics.fisher_and_gram import collect_fisher as collect_fisher
     from .merging.statistics.fisher_and_gram import collect_gram as collect_gram
+    from .merging.statistics.statistics_callback import StatisticsCallback as StatisticsCallback
     from .merging.statistics.statistics_file import StatisticsKind as StatisticsKind
     from .merging.statistics.statistics_file import save_statistics as save_statistics
     from .merging.statistics.statistics_file import statistics_path as statistics_path
@@ -91,7 +91,8 @@ _PUBLIC = {
     "extracting.extract": "extract",
     "merging.merge": "merge",
     "merging.methods.registry": "MERGE_METHODS register_merge_method",
-    "merging.statistics.fisher_and_gram": "StatisticsCallback collect_fisher collect_gram",
+    "merging.statistics.fisher_and_gram": "collect_fisher collect_gram",
+    "merging.statistics.statistics_callback": "StatisticsCallback",
     "merging.statistics.statistics_file": "StatisticsKind save_statistics statistics_path",
     "package.reader": "DeltaPackage",
     "parallel.ranks": "Ranks",

@@ -20,7 +20,8 @@ from transformers import BertForSequenceClassification, T5Config, T5ForCondition
 
 from dare_train import DareCallback, DeltaPackage
 from dare_train.errors import ConfigError
-from dare_train.merging.statistics.fisher_and_gram import StatisticsCallback, collect_fisher, collect_gram
+from dare_train.merging.statistics.fisher_and_gram import collect_fisher, collect_gram
+from dare_train.merging.statistics.statistics_callback import StatisticsCallback
 from dare_train.merging.statistics.statistics_file import StatisticsFile, statistics_path
 
 ALL = 48
