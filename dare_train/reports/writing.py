@@ -51,18 +51,18 @@ _SEVERAL: dict[type, Callable[..., Study]] = {
 }
 
 
-def study_of(found: Found, title: str) -> Study:
+def study_of(result: Found, title: str) -> Study:
     """Findings, tables and charts of what was found; see `write_report`."""
-    if type(found) in _ONE:
-        return _ONE[type(found)](found, title=title)
-    several: Any = found
-    kinds = {type(one) for one in (several.values() if isinstance(several, Mapping) else several)}
+    if type(result) in _ONE:
+        return _ONE[type(result)](result, title=title)
+    several: Any = result
+    kinds = {type(member) for member in (several.values() if isinstance(several, Mapping) else several)}
     if len(kinds) != 1 or not kinds <= _SEVERAL.keys():
         expected = f"one of {', '.join(kind.__name__ for kind in _ONE)}, or several of a kind by name"
         raise ConfigError(
             "found", expected=expected, found=", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
         )
-    return _SEVERAL[kinds.pop()](found, title=title)
+    return _SEVERAL[kinds.pop()](result, title=title)
 
 
 def write_report(found: Found, out: str | os.PathLike[str], *, title: str = "DARE, measured") -> Path:

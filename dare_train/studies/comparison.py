@@ -155,7 +155,7 @@ def compare(
         points = measured(
             swapped, wanted, lambda key: contest.entry(key, Path(folder)), evaluate, journal, progress
         )
-    told = {
+    full_setup = {
         **(setup or {}),
         "p": rates,
         "ranks": list(ranks),
@@ -164,7 +164,7 @@ def compare(
     return Comparison(
         base=weights_fingerprint(open_weights(base)), tuned=weights_fingerprint(opened),
         parameters=contest.parameters, points=_numbered(points),
-        setup=told | {"adapters": [os.fspath(one) for one in adapters]},
+        setup=full_setup | {"adapters": [os.fspath(adapter) for adapter in adapters]},
     )  # fmt: skip
 
 
@@ -182,17 +182,16 @@ class _Contest:
     """The two ends of a delta, and what each contender makes of it."""
 
     def __init__(self, base: Weights, tuned: Weights, adapters: Sequence[str | os.PathLike[str]]) -> None:
-        self._original, self.adapters = base, {_adapter_key(one): one for one in adapters}
+        self._original = base
+        self.adapters = {_adapter_key(adapter): adapter for adapter in adapters}
         aligned = cast_to(align(base, tuned.tensors.keys(), model=tuned.label)[0], tuned.tensors)
         names = [
             name
             for name, info in tuned.tensors.items()
             if aligned.tensors.get(name) == info and info.dtype.can_be_delta
         ]
-        self._base, self._tuned = (
-            Mapped(aligned, {name: name for name in names}),
-            Mapped(tuned, {name: name for name in names}),
-        )
+        self._base = Mapped(aligned, {name: name for name in names})
+        self._tuned = Mapped(tuned, {name: name for name in names})
         self.parameters = sum(info.numel for info in self._tuned.tensors.values())
 
     def entry(self, key: Key, folder: Path) -> tuple[Weights, dict[str, float]]:
@@ -226,26 +225,27 @@ class _Contest:
 
     def _delta(self, name: str) -> FloatArray:
         info = self._tuned.tensors[name]
-        own, start = (
+        tuned, start = (
             to_float(weights.read(name, 0, info.numel), info.dtype) for weights in (self._tuned, self._base)
         )
-        return np.asarray(own.astype(info.dtype.compute) - start.astype(info.dtype.compute))
+        return np.asarray(tuned.astype(info.dtype.compute) - start.astype(info.dtype.compute))
 
-    def _rebuilt(self, made: Callable[[FloatArray], tuple[FloatArray, int] | None]) -> tuple[Weights, float]:
-        """Weights whose matrices' deltas `made` approximates, in how many bits; everything else is kept
-        whole.
-        """
-        arrays, bits = {}, 0
+    def _rebuilt(
+        self, approximate: Callable[[FloatArray], tuple[FloatArray, int] | None]
+    ) -> tuple[Weights, float]:
+        """Weights whose matrices' deltas are approximated, in how many bits; all others are kept whole."""
+        arrays = {}
+        bits = 0
         for name, info in self._tuned.tensors.items():
             delta = self._delta(name)
-            found = made(delta.reshape(info.shape)) if len(info.shape) == 2 else None
+            approximation = approximate(delta.reshape(info.shape)) if len(info.shape) == 2 else None
             start = to_float(self._base.read(name, 0, info.numel), info.dtype)
             words = (
                 self._tuned.read(name, 0, info.numel)
-                if found is None
-                else from_float(start + found[0].reshape(-1), info.dtype)
+                if approximation is None
+                else from_float(start + approximation[0].reshape(-1), info.dtype)
             )
-            bits += info.numel * info.dtype.bits if found is None else found[1]
+            bits += info.numel * info.dtype.bits if approximation is None else approximation[1]
             arrays[name] = words
         return HeldWords(self._tuned.label, self._tuned.tensors, arrays), bits / 8
 
@@ -267,12 +267,16 @@ def _adapter_key(adapter: str | os.PathLike[str]) -> Key:
 
 def _numbered(points: Sequence[Point]) -> tuple[Point, ...]:
     """Adapters of one rank are numbered, as masks of one rate are."""
-    found: list[Point] = []
+    numbered: list[Point] = []
     for point in points:
         variant, mark, _ = point.variant.partition(_PRINT)
-        number = sum((one.variant, one.p) == (variant, point.p) for one in found) if mark else point.seed
-        found.append(replace(point, variant=variant, seed=number))
-    return tuple(found)
+        number = (
+            sum((earlier.variant, earlier.p) == (variant, point.p) for earlier in numbered)
+            if mark
+            else point.seed
+        )
+        numbered.append(replace(point, variant=variant, seed=number))
+    return tuple(numbered)
 
 
 def _truncated(delta: FloatArray, rank: int) -> tuple[FloatArray, int] | None:

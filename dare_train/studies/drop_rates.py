@@ -120,8 +120,8 @@ def largest_rate(
     retained = _bisected(
         bench, metric, tolerance, steps, lambda p: [_DARE.key(p, seed) for seed in range(seeds)]
     )
-    told = bench.setup(metric=metric, tolerance=tolerance, seeds=seeds, steps=steps)
-    return FoundRate(p=_held(retained, tolerance), retained=retained, setup=told)
+    full_setup = bench.setup(metric=metric, tolerance=tolerance, seeds=seeds, steps=steps)
+    return FoundRate(p=_held(retained, tolerance), retained=retained, setup=full_setup)
 
 
 def largest_rates(
@@ -155,15 +155,15 @@ def largest_rates(
         As `largest_rate`.
     """
     _check(tolerance, seeds, steps)
-    found = sensitivity(
+    metrics = sensitivity(
         model, base, evaluate, out=out, p=at, metric=metric, seeds=seeds, setup=setup, progress=progress
     )
     bench = _Bench(model, base, evaluate, Path(out) / "largest_rates.jsonl", setup)
     dense, gain = bench.gain(metric)
-    lost = {layer: (dense - left) / gain for layer, left in found.items()}
+    lost = {layer: (dense - left) / gain for layer, left in metrics.items()}
     least = max(max(lost.values()) / 100, 1e-9)
     sizes = bench.sizes()
-    weights = {layer: (max(one, least) / sizes[layer]) ** 0.5 for layer, one in lost.items()}
+    weights = {layer: (max(loss, least) / sizes[layer]) ** 0.5 for layer, loss in lost.items()}
     digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
     family = Dropping("rates", digest[:12])
     bench.by_layer[family] = lambda p: {
@@ -175,8 +175,10 @@ def largest_rates(
     p = _held(retained, tolerance)
     layers = bench.by_layer[family](p)
     by_tensor = {name: layers[layer_of(name)] for name in bench.names}
-    told = bench.setup(metric=metric, tolerance=tolerance, seeds=seeds, steps=steps, at=at)
-    return FoundRate(p=p, retained=retained, by_layer=layers, by_tensor={**by_tensor, "*": 0.0}, setup=told)
+    full_setup = bench.setup(metric=metric, tolerance=tolerance, seeds=seeds, steps=steps, at=at)
+    return FoundRate(
+        p=p, retained=retained, by_layer=layers, by_tensor={**by_tensor, "*": 0.0}, setup=full_setup
+    )
 
 
 def sensitivity(
@@ -237,7 +239,8 @@ def _bisected(
     """By drop rate, the share of the gain that is left there."""
     dense, gain = bench.gain(metric)
     retained: dict[float, float] = {}
-    low, high = 0.0, SPARSEST
+    low = 0.0
+    high = SPARSEST
     for _ in range(steps):
         middle = (low + high) / 2
         p = min(round((1 - 2.0**-middle) * DRAW_RANGE), DRAW_RANGE - 1) / DRAW_RANGE
@@ -261,7 +264,9 @@ class _Bench:
         journal: Path,
         setup: Mapping[str, Any] | None,
     ) -> None:
-        self._base, self._swapped, self._evaluate = open_weights(base), SwappedModel(model), evaluate
+        self._base = open_weights(base)
+        self._swapped = SwappedModel(model)
+        self._evaluate = evaluate
         base_print = weights_fingerprint(self._base)
         self._journal = Journal(journal, base_print, self._swapped.fingerprint, setup)
         self._setup = {"base": base_print, "tuned": self._swapped.fingerprint, **(setup or {})}
@@ -279,12 +284,12 @@ class _Bench:
 
     def sizes(self) -> dict[str, int]:
         """Elements of each layer's delta."""
-        found: dict[str, int] = {}
+        elements: dict[str, int] = {}
         for name in self.names:
-            found[layer_of(name)] = (
-                found.get(layer_of(name), 0) + self._swapped.own_weights.tensors[name].numel
+            elements[layer_of(name)] = (
+                elements.get(layer_of(name), 0) + self._swapped.own_weights.tensors[name].numel
             )
-        return found
+        return elements
 
     def measure(self, keys: Sequence[Key], progress: Progress | None = None) -> tuple[Point, ...]:
         return measured(

@@ -83,7 +83,8 @@ class _Zeros:
     """A base of zeros: what is dropped then is the weights themselves."""
 
     def __init__(self, like: Weights) -> None:
-        self.label, self.tensors = f"zeros like {like.label}", like.tensors
+        self.label = f"zeros like {like.label}"
+        self.tensors = like.tensors
 
     def read(self, name: str, start: int, count: int) -> Words:
         return np.zeros(count, self.tensors[name].dtype.word)

@@ -134,22 +134,31 @@ class ContinualRun:
                 expected="positive numbers",
                 found=f"{replay}, {examples}, {strength}",
             )
-        self.base, self.tasks, self.out, self.strategy = base, tuple(tasks), Path(out), strategy
-        self._p, self._seed, self._load = check_drop_rate(p), seed, load
-        self._method, self._settings = method, dict(settings or {})
+        self.base = base
+        self.tasks = tuple(tasks)
+        self.out = Path(out)
+        self.strategy = strategy
+        self._p = check_drop_rate(p)
+        self._seed = seed
+        self._load = load
+        self._method = method
+        self._settings = dict(settings or {})
         self._weights = dict(weights) if weights is not None else None
-        self._replay, self._strength, self._examples = replay, strength, examples
+        self._replay = replay
+        self._strength = strength
+        self._examples = examples
 
     def run(self) -> Continual:
         """Learn what is not learnt yet, and measure every task after each."""
         record = self._record
         before = self._row(record, "base", [], self.tasks)
-        after, states = [], []
+        after = []
+        states = []
         for number, task in enumerate(self.tasks):
             self._learn(number)
             after.append(self._row(record, task.name, self.at(number), self.tasks))
             states.append(self.state(number))
-        own = [
+        with_own = [
             self._row(record, f"{task.name}, own", self.at(number), [task])[0]
             for number, task in enumerate(self.tasks)
         ]
@@ -159,7 +168,7 @@ class ContinualRun:
             metric=_first(record),
             before=before,
             after=tuple(after),
-            own=tuple(own),
+            own=tuple(with_own),
             states=tuple(states),
             bytes=tuple(
                 DeltaPackage.open(self.package(number)).stats["bytes"] for number in range(len(self.tasks))
@@ -178,13 +187,16 @@ class ContinualRun:
         record = self._record
         package = self.out / "packages" / "joint"
         if not (package / "dare_config.json").exists():
-            model, folder = self._made([]), self.out / "training" / "joint"
-            every = [task.trainer(model, folder, []) for task in self.tasks]
-            trainer = every[0]
-            trainer.train_dataset = torch.utils.data.ConcatDataset([_dataset(one, "joint") for one in every])
+            model = self._made([])
+            folder = self.out / "training" / "joint"
+            trainers = [task.trainer(model, folder, []) for task in self.tasks]
+            trainer = trainers[0]
+            trainer.train_dataset = torch.utils.data.ConcatDataset(
+                [_dataset(trainer, "joint") for trainer in trainers]
+            )
             if trainer.args.max_steps > 0:
                 trainer.args = copy(trainer.args)  # tasks may share theirs
-                trainer.args.max_steps = sum(one.args.max_steps for one in every)
+                trainer.args.max_steps = sum(each.args.max_steps for each in trainers)
             train_on(trainer, folder)
             model.train(False)
             extract(self._made([]), model, package, base_model=self.base, p=0.0, values="exact")
@@ -237,7 +249,7 @@ class ContinualRun:
 
     @property
     def _setup(self) -> dict[str, Any]:
-        told = {
+        identity = {
             "strategy": self.strategy,
             "base_model": self.base,
             "tasks": [task.name for task in self.tasks],
@@ -246,7 +258,7 @@ class ContinualRun:
         options = {"p": self._p, "seed": self._seed, **merging, "replay": self._replay}
         training = {task.name: dict(task.setup) for task in self.tasks}
         return {
-            **told,
+            **identity,
             **options,
             "strength": self._strength,
             "examples": self._examples,
@@ -261,8 +273,8 @@ class ContinualRun:
         self, record: MeasurementRecord, name: str, packages: Sequence[Path], tasks: Sequence[ContinualTask]
     ) -> tuple[float, ...]:
         """The metric of some tasks in one state, unless it was measured before."""
-        found = record.measured(name, lambda: self._measured(packages, tasks))
-        return tuple(found[task.name][_first(record)] for task in tasks)
+        metrics = record.measured(name, lambda: self._measured(packages, tasks))
+        return tuple(metrics[task.name][_first(record)] for task in tasks)
 
     def _measured(
         self, packages: Sequence[Path], tasks: Sequence[ContinualTask]
@@ -299,7 +311,8 @@ class ContinualRun:
         if self.strategy in ("dare", "merge"):
             options |= {"p": self._p, "seed": self._seed + number}
         if self.strategy == "disjoint":
-            options["masks"], earlier = self._share(number), []
+            options["masks"] = self._share(number)
+            earlier = []
         model.train(False)
         extract(self._made(earlier), model, self.package(number), base_model=self.base, **options)
 
@@ -318,12 +331,12 @@ class ContinualRun:
         """A task's own share of every tensor that can be trained: where draws lie in its part of their
         range.
         """
-        found = {}
+        masks = {}
         for name, info in LiveWeights(self._instance).tensors.items():
             if info.dtype.can_be_delta:
                 draws = philox.draws(key_of(self._seed, name), 0, info.numel, MASK_DOMAIN).astype(np.int64)
-                found[name] = (draws * len(self.tasks) // _DRAWS == number).reshape(info.shape)
-        return found
+                masks[name] = (draws * len(self.tasks) // _DRAWS == number).reshape(info.shape)
+        return masks
 
     def _seen_again(self, number: int) -> torch.utils.data.Dataset[Any]:
         """A few examples of an earlier task, the same every time."""
@@ -351,7 +364,9 @@ class ContinualRun:
         if not (folder / "dare_config.json").exists():
             packages = [str(self.package(number)) for number in range(task + 1)]
             given = (
-                None if self._weights is None else [self._weights[one.name] for one in self.tasks[: task + 1]]
+                None
+                if self._weights is None
+                else [self._weights[learnt.name] for learnt in self.tasks[: task + 1]]
             )
             merge(
                 self.base,

@@ -414,7 +414,8 @@ def ptx(kernel, signature, constants, capability):
 table = {"table": "*i64", "row_of_block": "*i32"}
 masked = {**table, "masks": "*i64", "numbers": "*i16"}
 moves = {**masked, "offsets": "*i64", "values": "*i16"}
-pairs = {**masked, "addresses": "*i64", "offsets": "*i64", "own": "*i16", "new": "*i16", "strange": "*i32"}
+outputs = {"base_out": "*i16", "tuned_out": "*i16", "strange": "*i32"}
+pairs = {**masked, "addresses": "*i64", "offsets": "*i64", **outputs}
 prints = {**table, "factors": "*i32", "lanes": "*i64"}
 units = {"WORD": tl.int16, "WIDTH": 2, "UNSIGNED": tl.uint16}
 common = {"STORED": False, "ALIGNED": True, "WORD": tl.int16}
