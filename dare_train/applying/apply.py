@@ -106,8 +106,7 @@ def verify(
 
     Args:
         package: an opened package, its folder or its Hub id.
-        base: what the package is to be applied to: a folder, a Hub id, a module, a state dict or arrays by
-            name.
+        base: what the package is for: a folder, a Hub id, a module, a state dict or arrays by name.
         cast_base: round the base to the package's dtypes first.
 
     Raises:

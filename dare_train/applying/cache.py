@@ -47,10 +47,8 @@ class PackageCache:
     modules stay as they are.
 
     Args:
-        model: the base: a module, or a state dict of tensors, all of them whole and contiguous where they
-            lie.
-        memory: bytes that packages may take on the devices together. Those that were not used for longest go
-            first.
+        model: the base: a module, or a state dict of tensors, each whole and contiguous where it lies.
+        memory: bytes that packages may take on the devices together. Those longest not used go first.
         kernels: "cuda" or "reference": see `apply_`.
 
     Raises:

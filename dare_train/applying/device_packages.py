@@ -190,8 +190,7 @@ def _spans(link: Link, name: str) -> list[Span]:
 
 
 def residents(group: Group, link: Link) -> list[Resident]:
-    """Decode a link for those of a group's tensors that it changes, which are the base now. Nothing of theirs
-    is changed.
+    """Decode a link for those of a group's tensors that it changes, which are the base now, and stay it.
 
     Raises:
         DeviceMemoryError: the device has too little memory.

@@ -42,8 +42,7 @@ class Undo:
         """Restore the weights as they were before `apply_`. Ranks that share the model call it together.
 
         Raises:
-            BaseMismatch: they have changed since, so that what is on record would not fit; nothing is touched
-                then.
+            BaseMismatch: they have changed since, and what is on record would not fit. Nothing is touched.
         """
         if not self.reverted:
             self._live.ranks.together(self._check_untouched)
@@ -74,8 +73,7 @@ def apply_(
     """Apply packages to a live model (or state dict of torch tensors) in place.
 
     The weights are compared with the packages' base before the first of them is touched, and with the
-    recorded result after the last. If anything fails in between, what was changed is put back before the
-    error surfaces.
+    recorded result after the last. Before an error in between is raised, what was changed is put back.
 
     A model that FSDP or ZeRO-3 spreads over ranks is applied to by all of them together, each its own part.
     Where an engine keeps fp32 masters, those of changed elements take the new values, so that training can go

@@ -48,8 +48,7 @@ class Resolver:
             _check_beside(links[0].packages[0], package)
         alone = all(link.weights == (1.0,) for link in links)
         self.expected = {name: record.result for name, record in self.tensors.items()} if alone else {}
-        """Fingerprint of each tensor of the result, where the packages say it: a weighted sum has none on
-        record."""
+        """Fingerprint of each tensor of the result; empty for a weighted sum, which has none on record."""
 
     def _check_base(self, base_only: Iterable[str]) -> None:
         held = self.base.tensors
@@ -79,9 +78,8 @@ class Resolver:
         elements = (0, record.base_info.numel)
         whole = getattr(self.base, "whole", True)  # of a model on several ranks this one cannot tell
         if not whole or fingerprints(rounded, {name: (elements,)})[name] == record.base:
-            how = (
-                f"load it with dtype {code}" if self.live else "cast_base=True (--cast-base) rounds it first"
-            )
+            cast = "cast_base=True (--cast-base) rounds it first"
+            how = f"load it with dtype {code}" if self.live else cast
             remedy = f"it {'is' if whole else 'may be'} the same base in another dtype: {how}"
         else:
             remedy = f"rounded to {code} it differs too: {_WRONG_BASE}"
@@ -217,9 +215,8 @@ def _check_beside(first: DeltaPackage, second: DeltaPackage) -> None:
         if first_record.info != record.info:
             expected = f"{first_record.info}, as in {first.name}"
             found = f"{record.info} in {second.name}"
-            raise TensorMismatch(
-                name, expected=expected, found=found, remedy="merge decides how to join them"
-            )
+            remedy = "merge decides how to join them"
+            raise TensorMismatch(name, expected=expected, found=found, remedy=remedy)
         if "whole" in (first_record.kind, record.kind) and first_record.result != record.result:
             expected = f"the same content as in {first.name}"
             found = f"other content in {second.name}"

@@ -234,7 +234,7 @@ def quantize(
     """bf16 scale of each group (its largest |δ|, rounded up) and the integer code of each element.
 
     code = floor(x + u) with x = δ·levels/scale and u uniform on [0, 1), so that E[code] = x. `sign` knows
-    only -1 and 1: the same rounding on the grid of odd numbers. `least` tells of larger elements of a group
+    only -1 and 1: the same rounding on the grid of odd numbers. `least` is the largest |δ| that a group has
     elsewhere.
     """
     magnitude = np.abs(delta).astype(np.float32)

@@ -85,8 +85,7 @@ class DeltaPackage:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Sizes and counts: parameters, kept, changed, density, bytes, bits_per_parameter, compression_ratio,
-        |δ| percentiles.
+        """Sizes and counts by name, such as `bits_per_parameter`; under `delta`, percentiles of |δ|.
 
         `density` is measured: kept / elements, over the tensors stored as deltas.
         """
