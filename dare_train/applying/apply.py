@@ -60,21 +60,28 @@ def apply(
         ResultMismatch, OutputExists, StorageError; RankError when it happened on another rank. Nothing is
         left at `out` then.
     """
-    ranks, out = ranks or Ranks(), Path(out)
+    ranks = ranks or Ranks()
+    out = Path(out)
     checkpoint, resolver = ranks.each(lambda: _opened(base, packages, weights, cast_base=cast_base))
     inputs = [checkpoint.folder, *(package.path for link in resolver.links for package in link.packages)]
     with shared_staging(out, ranks, overwrite=overwrite, sync=False, inputs=inputs) as staging:
-        on_disk, layout = storage_errors(out), _layout(checkpoint, resolver)
-        made = ranks.each(on_disk(lambda: CheckpointWriter(staging, layout) if ranks.first else None))
+        on_disk = storage_errors(out)
+        layout = _layout(checkpoint, resolver)
+
+        def create() -> CheckpointWriter | None:
+            return CheckpointWriter(staging, layout) if ranks.first else None
 
         def write() -> dict[str, _Lanes]:
-            with made or CheckpointWriter(staging, layout, join=True) as writer:
+            with created or CheckpointWriter(staging, layout, join=True) as writer:
                 return _write_share(resolver, writer, ranks, progress)
 
+        def copy_files() -> None:
+            if ranks.first:
+                _copy_files(checkpoint.folder, resolver.links, staging)
+
+        created = ranks.each(on_disk(create))
         prints = _checked_prints(resolver, ranks.together(on_disk(write)))
-        ranks.each(
-            on_disk(lambda: _copy_files(checkpoint.folder, resolver.links, staging) if ranks.first else None)
-        )
+        ranks.each(on_disk(copy_files))
     return _named(resolver, prints)
 
 
@@ -99,8 +106,7 @@ def verify(
 
     Args:
         package: an opened package, its folder or its Hub id.
-        base: what the package is to be applied to: a folder, a Hub id, a module, a state dict or arrays by
-            name.
+        base: what the package is for: a folder, a Hub id, a module, a state dict or arrays by name.
         cast_base: round the base to the package's dtypes first.
 
     Raises:
@@ -144,21 +150,23 @@ def _write_share(
     """Resolve and write this rank's share of the runs. Returns what they add up to, by tensor."""
     scratch = ScratchWords()
 
-    def one(run: _Run) -> _Done:
+    def write(run: _Run) -> _Done:
         name, start, count = run
-        base = resolver.base_run(name, start, count)
-        words = scratch.like(base)
-        share = Fingerprint(*cpu.copy_with_fingerprint(base, start, words))
-        before = share if start < resolver.base_numel(name) else Fingerprint()
+        base_words = resolver.base_run(name, start, count)
+        words = scratch.like(base_words)
+        base_share = Fingerprint(*cpu.copy_with_fingerprint(base_words, start, words))
+        if start >= resolver.base_numel(name):
+            base_share = Fingerprint()
         resolver.resolve(name, start, count, words)
         if writer is not None:
             writer.write(name, start, words)
-        return _Done(before, Fingerprint.of(words, start), words.nbytes)
+        return _Done(base_share, Fingerprint.of(words, start), words.nbytes)
 
-    work = [(name, start, count) for name in resolver.tensors for start, count in resolver.runs(name)]
-    mine = ranks.share(work, size=itemgetter(2))
-    with closing(ordered_map(one, mine, threads=thread_share(ranks) + 1)) as done:  # one of them is writing
-        return _added_up(resolver, mine, done, progress)
+    everything = [(name, start, count) for name in resolver.tensors for start, count in resolver.runs(name)]
+    work = ranks.share(everything, size=itemgetter(2))
+    threads = thread_share(ranks) + 1  # one of them is writing
+    with closing(ordered_map(write, work, threads=threads)) as done:
+        return _added_up(resolver, work, done, progress)
 
 
 class _Done(NamedTuple):
@@ -172,15 +180,15 @@ class _Done(NamedTuple):
 def _added_up(
     resolver: Resolver, work: list[_Run], done: Iterator[_Done], progress: Progress | None
 ) -> dict[str, _Lanes]:
-    """Shares by tensor. One that lies here completely is compared with the record as soon as its last run is
-    done.
-    """
-    lanes, written = {}, 0
+    """Shares by tensor. One that lies here completely is compared with the record after its last run."""
+    lanes: dict[str, _Lanes] = {}
+    written = 0
     everything = sum(count * resolver.tensors[name].info.dtype.itemsize for name, _, count in work)
     for name, several in groupby(work, key=itemgetter(0)):
         counts = [count for _, _, count in several]
         shares = [next(done) for _ in counts]
-        base, result = total(run.base for run in shares), total(run.result for run in shares)
+        base = total(run.base for run in shares)
+        result = total(run.result for run in shares)
         if sum(counts) == resolver.tensors[name].info.numel:
             _check(resolver, name, base, result)
         lanes[name] = (*base, *result)
@@ -196,24 +204,20 @@ def _check(resolver: Resolver, name: str, base: Fingerprint, result: Fingerprint
 
 
 def _checked_prints(resolver: Resolver, shares: Sequence[Mapping[str, _Lanes]]) -> dict[str, Fingerprint]:
-    """Fingerprints of the result, of what all ranks wrote: tensors that several of them share are complete
-    only now.
-    """
+    """The result's fingerprints, from all ranks: tensors that several of them share are complete only now."""
     prints = {}
     for name in resolver.tensors:
         lanes = [share[name] for share in shares if name in share]
-        base, prints[name] = total((a, b) for a, b, _, _ in lanes), total((a, b) for _, _, a, b in lanes)
+        base = total((first, second) for first, second, _, _ in lanes)
+        prints[name] = total((first, second) for _, _, first, second in lanes)
         _check(resolver, name, base, prints[name])
     return prints
 
 
 def _layout(base: Checkpoint, resolver: Resolver) -> Layout:
     prefix = resolver.links[0].packages[0].manifest.prefix
-    return layout_like(
-        base,
-        {name: record.info for name, record in resolver.tensors.items()},
-        lambda name: without_prefix(name, prefix),
-    )
+    infos = {name: record.info for name, record in resolver.tensors.items()}
+    return layout_like(base, infos, lambda name: without_prefix(name, prefix))
 
 
 def _copy_files(base: Path, links: Sequence[Link], staging: Path) -> None:

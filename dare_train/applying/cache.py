@@ -1,5 +1,6 @@
-"""Swapping among many fine-tunes of one base with neither disk nor host: packages decoded once, kept where
-the weights lie.
+"""Swapping among many fine-tunes of one base with neither disk nor host: packages are decoded only once.
+
+They are kept where the weights lie.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ class _Entry:
 
     @property
     def nbytes(self) -> int:
-        return sum(one.nbytes for one in self.residents)
+        return sum(resident.nbytes for resident in self.residents)
 
 
 class PackageCache:
     """Packages of one base, beside a model on one or more devices.
 
         cache = PackageCache(model, memory=8 << 30)
-        cache.use("math-package")       # the first time: read, decoded, compared with base and recorded
-        result cache.use("chat-package")
+        cache.use("math-package")       # at first: read, decoded, compared with base and recorded result
+        cache.use("chat-package")
         cache.use("math-package")       # from now on two launches: back to the base, and there
         cache.revert()                  # the base, to the bit
 
@@ -46,10 +47,8 @@ class PackageCache:
     modules stay as they are.
 
     Args:
-        model: the base: a module, or a state dict of tensors, all of them whole and contiguous where they
-            lie.
-        memory: bytes that packages may take on the devices together. Those that were not used for longest go
-            first.
+        model: the base: a module, or a state dict of tensors, each whole and contiguous where it lies.
+        memory: bytes that packages may take on the devices together. Those longest not used go first.
         kernels: "cuda" or "torch": see `apply_`.
 
     Raises:
@@ -62,9 +61,8 @@ class PackageCache:
         self.memory = memory
         self._live = LiveWeights(model, kernels=kernels)
         everything = {name: ((0, info.numel),) for name, info in self._live.tensors.items() if info.numel}
-        self._groups = device.groups(
-            self._live, {name: spans for name, spans in everything.items() if self._live.alone(name)}
-        )
+        alone = {name: spans for name, spans in everything.items() if self._live.alone(name)}
+        self._groups = device.groups(self._live, alone)
         self._entries: OrderedDict[tuple[str, float], _Entry] = OrderedDict()
         self._active: tuple[str, float] | None = None
         left = sorted(everything.keys() - {name for group in self._groups for name in group.rows})
@@ -73,12 +71,8 @@ class PackageCache:
                 "move the model to a GPU whole; apply_ works anywhere, and "
                 'kernels="torch" keeps packages on any device'
             )
-            raise ConfigError(
-                left[0],
-                expected="a whole, contiguous tensor where kernels of a device work",
-                found="another",
-                remedy=remedy,
-            )
+            expected = "a whole, contiguous tensor where kernels of a device work"
+            raise ConfigError(left[0], expected=expected, found="another", remedy=remedy)
 
     @property
     def active(self) -> str | None:
@@ -151,27 +145,24 @@ class PackageCache:
         resolver = Resolver(self._live, [link], live=True)
         check_fits(self._live, resolver)
         with checking(link.packages):
-            for name, found in self._prints(
-                {name: resolver.base_numel(name) for name in resolver.source}
-            ).items():
-                resolver.check_base_print(name, found)
-            decoded = self._decoded(link)
-        self._entries[key] = decoded
-        self._put(key, self._entries[key])
+            of_base = {name: resolver.base_numel(name) for name in resolver.source}
+            for name, fingerprint in self._prints(of_base).items():
+                resolver.check_base_print(name, fingerprint)
+            entry = self._decoded(link)
+        self._entries[key] = entry
+        self._put(key, entry)
         try:
-            for name, found in self._prints(
-                {name: self._live.tensors[name].numel for name in resolver.expected}
-            ).items():
-                resolver.check_result_print(name, found)
+            of_result = {name: self._live.tensors[name].numel for name in resolver.expected}
+            for name, fingerprint in self._prints(of_result).items():
+                resolver.check_result_print(name, fingerprint)
         except BaseException:
             self.drop(package)
             raise
 
     def _prints(self, leading: Mapping[str, int]) -> dict[str, Fingerprint]:
         """Of so many leading elements of each tensor."""
-        return device.fingerprints(
-            self._live, {name: ((0, count),) for name, count in leading.items() if count}
-        )
+        spans = {name: ((0, count),) for name, count in leading.items() if count}
+        return device.fingerprints(self._live, spans)
 
     def _decoded(self, link: Link) -> _Entry:
         self._make_room(device.bytes_needed(self._groups, link))
@@ -186,12 +177,8 @@ class PackageCache:
 
     def _make_room(self, needed: int) -> None:
         if needed > self.memory:
+            expected = f"packages of at most {self.memory:,} bytes"
             found = f"one that takes {needed:,}"
-            raise DeviceMemoryError(
-                "PackageCache",
-                expected=f"packages of at most {self.memory:,} bytes",
-                found=found,
-                remedy="raise memory=",
-            )
+            raise DeviceMemoryError("PackageCache", expected=expected, found=found, remedy="raise memory=")
         while self._entries and self.nbytes + needed > self.memory:
             self._entries.popitem(last=False)

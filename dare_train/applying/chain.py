@@ -28,8 +28,7 @@ def listed(packages: Packages | str | os.PathLike[str] | DeltaPackage) -> Packag
 
 
 def open_chain(packages: Packages, weights: Sequence[float] | None, *, check: bool = True) -> list[Link]:
-    """Open packages, check every byte of them, and find out whether they lie side by side or continue one
-    another.
+    """Open packages, check every byte of them, and find out whether they lie side by side or form a chain.
 
     Without `check` the caller does that: see `package.checking`.
 
@@ -41,40 +40,38 @@ def open_chain(packages: Packages, weights: Sequence[float] | None, *, check: bo
     opened = [DeltaPackage.open(package) for package in packages]
     if not opened:
         raise ConfigError("packages", expected="at least one", found="none")
-    if weights is not None and (isinstance(weights, str) or not hasattr(weights, "__iter__")):
-        raise ConfigError("weights", expected="a list of numbers", found=repr(weights))
-    given = list(weights) if weights is not None else [1.0] * len(opened)
-    if not all(isinstance(weight, (int, float, np.floating, np.integer)) for weight in given):
-        raise ConfigError("weights", expected="a list of numbers", found=repr(given))
-    if len(given) != len(opened):
-        raise ConfigError(
-            "weights", expected=f"one for each of {len(opened)} packages", found=str(len(given))
-        )
-    if not all(np.isfinite(weight) for weight in given):
-        raise ConfigError("weights", expected="finite numbers", found=repr(given))
+    given = [1.0] * len(opened) if weights is None else _checked(weights, len(opened))
     for package in opened if check else ():
         package.check_integrity()
     if len({package.manifest.parent for package in opened}) == 1:
         return [Link(packages=tuple(opened), weights=tuple(given))]
     for before, after in zip(opened, opened[1:], strict=False):
-        if before.manifest.result != after.manifest.parent:
-            expected = (
-                f"a package on {after.manifest.parent[:12]}… before it"
-                if after.manifest.continues == "package"
-                else "the same base as the others"
-            )
-            remedy = "give a chain in the order it was written, or packages of one base"
-            raise ChainError(
-                after.name,
-                expected=expected,
-                found=f"{before.name}, which gives {before.manifest.result[:12]}…",
-                remedy=remedy,
-            )
+        _check_follows(before, after)
     if any(weight != 1.0 for weight in given):
-        raise ChainError(
-            "weights",
-            expected="1 for each package of a chain",
-            found=repr(given),
-            remedy="only packages side by side on one base can be weighted",
-        )
+        expected = "1 for each package of a chain"
+        remedy = "only packages side by side on one base can be weighted"
+        raise ChainError("weights", expected=expected, found=repr(given), remedy=remedy)
     return [Link(packages=(package,), weights=(1.0,)) for package in opened]
+
+
+def _checked(weights: Sequence[float], count: int) -> list[float]:
+    if isinstance(weights, str) or not hasattr(weights, "__iter__"):
+        raise ConfigError("weights", expected="a list of numbers", found=repr(weights))
+    given = list(weights)
+    if not all(isinstance(weight, (int, float, np.floating, np.integer)) for weight in given):
+        raise ConfigError("weights", expected="a list of numbers", found=repr(given))
+    if len(given) != count:
+        raise ConfigError("weights", expected=f"one for each of {count} packages", found=str(len(given)))
+    if not all(np.isfinite(weight) for weight in given):
+        raise ConfigError("weights", expected="finite numbers", found=repr(given))
+    return given
+
+
+def _check_follows(before: DeltaPackage, after: DeltaPackage) -> None:
+    if before.manifest.result != after.manifest.parent:
+        expected = "the same base as the others"
+        if after.manifest.continues == "package":
+            expected = f"a package on {after.manifest.parent[:12]}… before it"
+        found = f"{before.name}, which gives {before.manifest.result[:12]}…"
+        remedy = "give a chain in the order it was written, or packages of one base"
+        raise ChainError(after.name, expected=expected, found=found, remedy=remedy)

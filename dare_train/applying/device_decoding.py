@@ -81,11 +81,11 @@ class Part:
         if not self.whole:
             check_kept(self.record, self.segment, kept)
 
-    def term(self, own: Words, weight: float) -> Term:
-        """What it adds to its kept elements, whose words are `own`."""
+    def term(self, base: Words, weight: float) -> Term:
+        """What it adds to its kept elements, whose words in the base are `base`."""
         if self.whole:
             return Term(positions=None, factor=1.0, tuned=decode_whole(self.record, self.segment, self.frame))
-        return self.opened().term(own, weight)
+        return self.opened().term(base, weight)
 
     def opened(self) -> Opened:
         return Opened.of(self.package.manifest, self.record, self.segment, self.frame)
@@ -93,18 +93,12 @@ class Part:
 
 def parts_of(package: DeltaPackage, places: Sequence[Place]) -> list[Part | None]:
     """A package's segment at each place, or None where it has none: there it changes nothing."""
-    found = {
-        (name, (s.start, s.stop)): (s, frame)
-        for name in {name for name, _ in places}
-        for s, frame in frames(package, name)
-    }
-    parts = [found.get(place) for place in places]
-    return [
-        None
-        if one is None
-        else Part(package=package, record=package.records[name], segment=one[0], frame=one[1])
-        for (name, _), one in zip(places, parts, strict=True)
-    ]
+    parts: dict[Place, Part] = {}
+    for name in {name for name, _ in places}:
+        for segment, frame in frames(package, name):
+            part = Part(package=package, record=package.records[name], segment=segment, frame=frame)
+            parts[name, (segment.start, segment.stop)] = part
+    return [parts.get(place) for place in places]
 
 
 def frames(package: DeltaPackage, name: str) -> Iterator[tuple[Segment, memoryview]]:
@@ -120,17 +114,19 @@ def masks_of(parts: Sequence[Part | None], device: torch.device) -> Masks:
     stored = any(mask is not None and mask.kind == "stored" for mask in masks)
     return Masks(
         keys=[mask.key if mask is not None else 0 for mask in masks],
-        thresholds=[
-            ABSENT if mask is None else mask.threshold if mask.kind == "seeded" else 0 for mask in masks
-        ],
+        thresholds=[ABSENT if mask is None else _threshold(mask) for mask in masks],
         bitmaps=[part.bitmap(device) if part is not None else None for part in parts] if stored else (),
     )
 
 
+def _threshold(mask: Mask) -> int:
+    return mask.threshold if mask.kind == "seeded" else 0
+
+
 def decode(
-    parts: Sequence[Part], own: Tensor, values: Tensor, dtype: DType, weight: float, *, alone: bool
+    parts: Sequence[Part], base: Tensor, values: Tensor, dtype: DType, weight: float, *, alone: bool
 ) -> None:
-    """Fill `values`, of one part after another, given the words `own` that their kept elements have.
+    """Fill `values`, of one part after another, given the words of the `base` for their kept elements.
 
     `alone` says that they are the words of the result; else they are the package's own words, or deltas if
     `values` has floats.
@@ -139,14 +135,12 @@ def decode(
         PackageError: a frame is damaged or contradicts the table.
     """
     shares = list(_shares(parts))
-    contents = torch.empty(
-        sum(share.nbytes for share in shares if share.exact), dtype=torch.uint8, device=own.device
-    )
-    most = max(
-        (share.nbytes if share.exact else share.kept * (own.itemsize + values.itemsize) for share in shares),
-        default=0,
-    )
-    ring, begins = Ring(own.device, slots=thread_count() + 2, nbytes=most + values.itemsize), _begins(shares)
+    begins = _begins(shares)
+    exact_bytes = sum(share.nbytes for share in shares if share.exact)
+    contents = torch.empty(exact_bytes, dtype=torch.uint8, device=base.device)
+    there_and_back = base.itemsize + values.itemsize
+    most = max((share.nbytes if share.exact else share.kept * there_and_back for share in shares), default=0)
+    ring = Ring(base.device, slots=thread_count() + 2, nbytes=most + values.itemsize)
 
     def work(numbered: tuple[int, _Share]) -> torch.cuda.Event | None:
         number, share = numbered
@@ -154,33 +148,34 @@ def decode(
             if share.exact:
                 data = [np.frombuffer(part.opened().data, np.uint8) for part in share.parts]
                 return slot.send(data, contents[begins[number] : begins[number] + share.nbytes])
-            words = slot.fetch(share.of(own)).view(dtype.word)
-            before = np.split(words, np.cumsum([part.segment.kept for part in share.parts])[:-1])
-            made = [
-                _values(part.term(b, weight), b, dtype, alone=alone)
-                for part, b in zip(share.parts, before, strict=True)
+            words = slot.fetch(share.of(base)).view(dtype.word)
+            ends = np.cumsum([part.segment.kept for part in share.parts])
+            decoded = [
+                _values(part.term(base_words, weight), base_words, dtype, alone=alone)
+                for part, base_words in zip(share.parts, np.split(words, ends[:-1]), strict=True)
             ]
-            return slot.send(made, share.of(values))
+            return slot.send(decoded, share.of(values))
 
-    counted = list[Tensor]()
+    counted: list[Tensor] = []
     with closing(ring), closing(ordered_map(work, enumerate(shares))) as arrivals:
         for share, begin, arrived in zip(shares, begins, arrivals, strict=True):
             if share.exact:
                 ring.after(arrived)
-                there = contents[begin : begin + share.nbytes]
+                content = contents[begin : begin + share.nbytes]
+                share_base = share.of(base)
+                share_values = share.of(values)
                 counted.append(
-                    _unpacked(share, there, share.of(own), share.of(values), dtype, weight, alone=alone)
+                    _unpacked(share, content, share_base, share_values, dtype, weight, alone=alone)
                 )
     _check_changed([part for share in shares if share.exact for part in share.parts], counted)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Share:
-    """Parts that lie one after another and are decoded in the same way; `first` is the place of their first
-    value.
-    """
+    """Parts that lie one after another and are decoded in the same way."""
 
     first: int
+    """The place of their first value."""
     parts: list[Part]
 
     @cached_property
@@ -202,11 +197,14 @@ class _Share:
 
 def _shares(parts: Sequence[Part]) -> Iterator[_Share]:
     """About `_AT_ONCE` elements at a time."""
-    first, at, several = 0, 0, list[Part]()
+    first = 0
+    at = 0
+    several: list[Part] = []
     for part in parts:
         if several and (part.exact != several[0].exact or at - first >= _AT_ONCE):
             yield _Share(first=first, parts=several)
-            first, several = at, []
+            first = at
+            several = []
         several.append(part)
         at += part.segment.kept
     if several:
@@ -215,7 +213,8 @@ def _shares(parts: Sequence[Part]) -> Iterator[_Share]:
 
 def _begins(shares: Sequence[_Share]) -> list[int]:
     """Where the contents of each `exact` share begin, one after another."""
-    begins, at = list[int](), 0
+    begins = []
+    at = 0
     for share in shares:
         begins.append(at)
         at += share.nbytes if share.exact else 0
@@ -223,28 +222,27 @@ def _begins(shares: Sequence[_Share]) -> list[int]:
 
 
 def _unpacked(
-    share: _Share, contents: Tensor, own: Tensor, values: Tensor, dtype: DType, weight: float, *, alone: bool
+    share: _Share, content: Tensor, base: Tensor, values: Tensor, dtype: DType, weight: float, *, alone: bool
 ) -> Tensor:
     """Decode on the device. Returns how many symbols each part's bitmap has."""
-    kept, changed = (
-        [part.segment.kept for part in share.parts],
-        [part.segment.changed for part in share.parts],
-    )
-    words, found = unpack.exact(own, contents, kept, changed, dtype)
-    values.copy_(
-        unpack.law(own, words, kept, [part.factor(weight) for part in share.parts], dtype) if alone else words
-    )
-    return found
+    kept = [part.segment.kept for part in share.parts]
+    changed = [part.segment.changed for part in share.parts]
+    words, counted = unpack.exact(base, content, kept, changed, dtype)
+    if alone:
+        words = unpack.law(base, words, kept, [part.factor(weight) for part in share.parts], dtype)
+    values.copy_(words)
+    return counted
 
 
 def _check_changed(parts: Sequence[Part], counted: Sequence[Tensor]) -> None:
-    for part, found in zip(parts, torch.cat(list(counted)).tolist() if counted else [], strict=True):
-        if found != part.segment.changed:
+    counts = torch.cat(list(counted)).tolist() if counted else []
+    for part, count in zip(parts, counts, strict=True):
+        if count != part.segment.changed:
             expected = f"{part.segment.changed} changed elements"
-            raise PackageError(part.record.name, expected=expected, found=f"{found}", remedy=FETCH_AGAIN)
+            raise PackageError(part.record.name, expected=expected, found=f"{count}", remedy=FETCH_AGAIN)
 
 
-def _values(term: Term, own: Words, dtype: DType, *, alone: bool) -> NDArray[Any]:
+def _values(term: Term, base: Words, dtype: DType, *, alone: bool) -> NDArray[Any]:
     if alone:
-        return term.result(own, dtype)
+        return term.result(base, dtype)
     return term.tuned if term.tuned is not None else np.asarray(term.delta, dtype.compute)

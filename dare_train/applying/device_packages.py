@@ -1,5 +1,4 @@
-"""Packages where a model's weights lie: decoded once into kept values, which one launch for all tensors puts
-into place.
+"""Packages where a model's weights lie: decoded once into kept values, which one launch puts into place.
 
 A `Resident` holds, for the tensors of one dtype on one device, the values of kept elements and the words that
 these had before, one after another; which elements they are, the seed says. Putting them into place, and
@@ -54,30 +53,31 @@ class Group:
 
 def groups(live: LiveWeights, spans: Spans) -> list[Group]:
     """Those runs that kernels can work on where they lie; the others are for the CPU."""
-    found: dict[tuple[torch.device, DType], dict[str, list[Row]]] = {}
-    for name, its in spans.items():
-        for row in _lying(live, name, its):
-            found.setdefault((row.flat.device, live.tensors[name].dtype), {}).setdefault(name, []).append(row)
-    chosen = [(kernels_for(device, live.kernels), dtype, rows) for (device, dtype), rows in found.items()]
-    return [
-        Group(kernels=kernels, dtype=dtype, rows=rows)
-        for kernels, dtype, rows in chosen
-        if kernels is not None
-    ]
+    rows_by_kind: dict[tuple[torch.device, DType], dict[str, list[Row]]] = {}
+    for name, tensor_spans in spans.items():
+        for row in _lying(live, name, tensor_spans):
+            kind = (row.flat.device, live.tensors[name].dtype)
+            rows_by_kind.setdefault(kind, {}).setdefault(name, []).append(row)
+    groups_here = []
+    for (device, dtype), rows in rows_by_kind.items():
+        kernels = kernels_for(device, live.kernels)
+        if kernels is not None:
+            groups_here.append(Group(kernels=kernels, dtype=dtype, rows=rows))
+    return groups_here
 
 
 def _lying(live: LiveWeights, name: str, spans: Sequence[Span]) -> Iterator[Row]:
     """Those of a tensor's runs that lie in one piece. Mostly they do so all together: torch is asked once."""
-    first, last = (spans[0][0], spans[-1][1]) if spans else (0, 0)
+    first = spans[0][0] if spans else 0
+    last = spans[-1][1] if spans else 0
     together = live.lying(name, first, last - first)
     for start, stop in spans:
-        lying = (
-            (together[0], together[1] + start - first)
-            if together is not None
-            else live.lying(name, start, stop - start)
-        )
-        if lying is not None:
-            yield Row(flat=lying[0], start=start, count=stop - start, offset=lying[1])
+        if together is not None:
+            flat, offset = together
+            yield Row(flat=flat, start=start, count=stop - start, offset=offset + start - first)
+        elif (alone := live.lying(name, start, stop - start)) is not None:
+            flat, offset = alone
+            yield Row(flat=flat, start=start, count=stop - start, offset=offset)
 
 
 def fingerprints(live: LiveWeights, spans: Spans) -> dict[str, Fingerprint]:
@@ -91,7 +91,8 @@ def fingerprints(live: LiveWeights, spans: Spans) -> dict[str, Fingerprint]:
         table = Rows(dtype=group.dtype, rows=tuple(row for rows in group.rows.values() for row in rows))
         for name, share in zip(names, prints_of(group.kernels, table), strict=True):
             shares.setdefault(name, []).append(share)
-    return {name: total(its) for name, its in shares.items() if len(its) == len(spans[name])}
+    complete = [name for name in shares if len(shares[name]) == len(spans[name])]
+    return {name: total(shares[name]) for name in complete}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,12 +101,12 @@ class Kept:
 
     masks: Masks
     offsets: Tensor
-    own: Tensor
+    base_words: Tensor
 
     @property
     def nbytes(self) -> int:
         bitmaps = sum(bitmap.nbytes for bitmap in self.masks.bitmaps if bitmap is not None)
-        return self.offsets.nbytes + self.own.nbytes + bitmaps
+        return self.offsets.nbytes + self.base_words.nbytes + bitmaps
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,12 +119,12 @@ class Overwritten:
 
     @property
     def nbytes(self) -> int:
-        return self.rows.nbytes + sum(one.nbytes for one in self.kept)
+        return self.rows.nbytes + sum(kept.nbytes for kept in self.kept)
 
     def undo(self) -> None:
         """Make the rows the base again."""
-        for one in self.kept:
-            self.kernels.put(self.rows, one.masks, one.offsets, one.own)
+        for kept in self.kept:
+            self.kernels.put(self.rows, kept.masks, kept.offsets, kept.base_words)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,8 +132,7 @@ class Values:
     """What one package has for the elements that it keeps."""
 
     tensor: Tensor
-    """The words of the result, where the package is alone; else its own words or its deltas, to be added
-    up."""
+    """The words of the result, where the package is alone; else its words or its deltas, to be added up."""
     factors: tuple[float, ...]
     """Of each row."""
     deltas: bool
@@ -148,22 +148,27 @@ class Resident:
     @property
     def nbytes(self) -> int:
         """Memory that it takes on the device."""
-        return self.before.nbytes + sum(one.tensor.nbytes for one in self.values)
+        return self.before.nbytes + sum(values.tensor.nbytes for values in self.values)
 
     def apply(self) -> None:
         """Make the rows, which are the base, what the packages make of it."""
-        kernels, rows = self.before.kernels, self.before.rows
-        if len(self.values) == 1:
-            kernels.put(rows, self.before.kept[0].masks, self.before.kept[0].offsets, self.values[0].tensor)
+        kernels = self.before.kernels
+        rows = self.before.rows
+        packages = list(zip(self.before.kept, self.values, strict=True))
+        if len(packages) == 1:
+            ((kept, values),) = packages
+            kernels.put(rows, kept.masks, kept.offsets, values.tensor)
         else:
-            kernels.add(
-                rows, [self._term(kept, own) for kept, own in zip(self.before.kept, self.values, strict=True)]
-            )
+            kernels.add(rows, [self._term(kept, values) for kept, values in packages])
 
     @staticmethod
-    def _term(kept: Kept, own: Values) -> Term:
+    def _term(kept: Kept, values: Values) -> Term:
         return Term(
-            masks=kept.masks, offsets=kept.offsets, values=own.tensor, factors=own.factors, deltas=own.deltas
+            masks=kept.masks,
+            offsets=kept.offsets,
+            values=values.tensor,
+            factors=values.factors,
+            deltas=values.deltas,
         )
 
 
@@ -172,23 +177,20 @@ def decodable(link: Link, name: str) -> bool:
     adds up are deltas.
     """
     records = [record for package in link.packages if (record := package.records.get(name)) is not None]
-    if len(link.packages) > 1 and any(
-        record.kind == "whole" or record.base_rows is not None for record in records
-    ):
+    carries_words = any(record.kind == "whole" or record.base_rows is not None for record in records)
+    if carries_words and len(link.packages) > 1:
         return False
     return all(stop <= start for (_, stop), (start, _) in pairwise(_spans(link, name)))
 
 
 def _spans(link: Link, name: str) -> list[Span]:
     """[start, stop) of the segments that some package has, each once."""
-    return sorted(
-        {(segment.start, segment.stop) for package in link.packages for segment, _ in frames(package, name)}
-    )
+    segments = [segment for package in link.packages for segment, _ in frames(package, name)]
+    return sorted({(segment.start, segment.stop) for segment in segments})
 
 
 def residents(group: Group, link: Link) -> list[Resident]:
-    """Decode a link for those of a group's tensors that it changes, which are the base now. Nothing of theirs
-    is changed.
+    """Decode a link for those of a group's tensors that it changes, which are the base now, and stay it.
 
     Raises:
         DeviceMemoryError: the device has too little memory.
@@ -210,16 +212,17 @@ def _forms(link: Link, name: str) -> tuple[bool, ...]:
 
 
 def _resident(group: Group, link: Link, places: Mapping[Place, Row]) -> Resident:
-    rows, alone = Rows(dtype=group.dtype, rows=tuple(places.values())), len(link.packages) == 1
+    rows = Rows(dtype=group.dtype, rows=tuple(places.values()))
+    alone = len(link.packages) == 1
     try:
-        both = [
+        packages = [
             decoded(group.kernels, rows, list(places), package, weight, alone=alone)
             for package, weight in zip(link.packages, link.weights, strict=True)
         ]
     except torch.OutOfMemoryError as error:
         raise _too_little(rows, places, link, error) from error
-    before = Overwritten(kernels=group.kernels, rows=rows, kept=tuple(kept for kept, _ in both))
-    return Resident(before=before, values=tuple(values for _, values in both))
+    before = Overwritten(kernels=group.kernels, rows=rows, kept=tuple(kept for kept, _ in packages))
+    return Resident(before=before, values=tuple(values for _, values in packages))
 
 
 def bytes_needed(groups: Iterable[Group], link: Link) -> int:
@@ -232,12 +235,11 @@ def bytes_needed(groups: Iterable[Group], link: Link) -> int:
 
 
 def _needed(dtype: DType, link: Link, name: str, spans: set[Span]) -> int:
-    segments = [
-        s for package in link.packages for s, _ in frames(package, name) if (s.start, s.stop) in spans
-    ]
+    segments = [segment for package in link.packages for segment, _ in frames(package, name)]
     return sum(
         2 * segment.kept * dtype.itemsize + (8 * PLANES + 4) * (segment.length // BLOCK + 2) + 64
         for segment in segments
+        if (segment.start, segment.stop) in spans
     )
 
 
@@ -245,7 +247,7 @@ def _too_little(rows: Rows, places: Iterable[Place], link: Link, error: Exceptio
     spans: dict[str, set[Span]] = {}
     for name, span in places:
         spans.setdefault(name, set()).add(span)
-    needed = sum(_needed(rows.dtype, link, name, its) for name, its in spans.items())
+    needed = sum(_needed(rows.dtype, link, name, tensor_spans) for name, tensor_spans in spans.items())
     return DeviceMemoryError(
         str(rows.device),
         expected=f"{needed / 1e6:,.1f} MB for kept values and the words they replace",
@@ -276,13 +278,11 @@ def decoded(
         if part is not None:
             part.check_kept(size)
     deltas = not alone and any(part is not None and part.record.values != "exact" for part in parts)
-    own = torch.empty(sum(sizes), dtype=rows.word, device=rows.device)
-    values = torch.empty_like(own, dtype=compute(rows.dtype) if deltas else rows.word)
-    kept = Kept(masks=masks, offsets=offsets_of(counts), own=own)
-    kernels.take(rows, masks, kept.offsets, own)
-    decode([part for part in parts if part is not None], own, values, rows.dtype, weight, alone=alone)
-    return kept, Values(
-        tensor=values,
-        factors=tuple(1.0 if part is None else part.factor(weight) for part in parts),
-        deltas=deltas,
-    )
+    base_words = torch.empty(sum(sizes), dtype=rows.word, device=rows.device)
+    values = torch.empty_like(base_words, dtype=compute(rows.dtype) if deltas else rows.word)
+    kept = Kept(masks=masks, offsets=offsets_of(counts), base_words=base_words)
+    kernels.take(rows, masks, kept.offsets, base_words)
+    present = [part for part in parts if part is not None]
+    decode(present, base_words, values, rows.dtype, weight, alone=alone)
+    factors = tuple(1.0 if part is None else part.factor(weight) for part in parts)
+    return kept, Values(tensor=values, factors=factors, deltas=deltas)

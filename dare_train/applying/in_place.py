@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
@@ -42,21 +42,19 @@ class Undo:
         """Restore the weights as they were before `apply_`. Ranks that share the model call it together.
 
         Raises:
-            BaseMismatch: they have changed since, so that what is on record would not fit; nothing is touched
-                then.
+            BaseMismatch: they have changed since, and what is on record would not fit. Nothing is touched.
         """
         if not self.reverted:
             self._live.ranks.together(self._check_untouched)
             self._restore()
 
     def _check_untouched(self) -> None:
-        found = _prints(self._live, {name: self._live.held[name] for name in self._applied})
-        for name, expected in self._applied.items():
-            if found[name] != expected:
+        prints = _prints(self._live, {name: self._live.held[name] for name in self._applied})
+        for name, applied_print in self._applied.items():
+            if prints[name] != applied_print:
+                expected = "the weights that apply_ left"
                 remedy = "revert before training on, or load the base again"
-                raise BaseMismatch(
-                    name, expected="the weights that apply_ left", found="others", remedy=remedy
-                )
+                raise BaseMismatch(name, expected=expected, found="others", remedy=remedy)
 
     def _restore(self) -> None:
         while self._log:
@@ -75,8 +73,7 @@ def apply_(
     """Apply packages to a live model (or state dict of torch tensors) in place.
 
     The weights are compared with the packages' base before the first of them is touched, and with the
-    recorded result after the last. If anything fails in between, what was changed is put back before the
-    error surfaces.
+    recorded result after the last. Before an error in between is raised, what was changed is put back.
 
     A model that FSDP or ZeRO-3 spreads over ranks is applied to by all of them together, each its own part.
     Where an engine keeps fp32 masters, those of changed elements take the new values, so that training can go
@@ -101,27 +98,21 @@ def apply_(
     base, resolver = live.ranks.each(lambda: _opened(live, packages, weights))
     undo = Undo(live, [], {})
     with checking([package for link in resolver.links for package in link.packages]) as checked:
-        _compare(
-            live,
-            lambda name: _clipped(live.owned[name], resolver.base_numel(name)),
-            resolver.check_base_print,
-            resolver.source,
-        )
+        base_spans = {
+            name: _clipped(live.owned[name], resolver.base_numel(name))
+            for name in resolver.source
+            if name in live.tensors
+        }
+        _compare(live, base_spans, resolver.check_base_print)
         try:
             done = live.ranks.each(lambda: _apply_on_devices(live, resolver, undo, checked))
             for name in resolver.tensors:
                 _apply_tensor(name, live, base, resolver, undo, done.get(name, ()))
             live.settle()
-            undo._applied = _prints(
-                live, {name: live.held[name] for name in resolver.tensors if resolver.windows(name)}
-            )
-            _compare(
-                live,
-                lambda name: live.owned[name],
-                resolver.check_result_print,
-                resolver.tensors,
-                undo._applied,
-            )
+            changed = {name: live.held[name] for name in resolver.tensors if resolver.windows(name)}
+            undo._applied = _prints(live, changed)
+            result_spans = {name: live.owned[name] for name in resolver.tensors if name in live.tensors}
+            _compare(live, result_spans, resolver.check_result_print, undo._applied)
         except BaseException:
             undo._restore()
             raise
@@ -136,8 +127,7 @@ def applied(
     weights: Sequence[float] | None = None,
     kernels: str | None = None,
 ) -> Iterator[Live]:
-    """`apply_` for the length of a `with` block, with its arguments: the model has its own weights back
-    afterwards.
+    """`apply_`, with its arguments, for the length of a `with` block: then the weights are as before.
 
     Raises:
         As `apply_`.
@@ -172,9 +162,7 @@ class _Base:
 
     @contextmanager
     def borrowing(self, name: str, start: int, stop: int) -> Iterator[None]:
-        """While the block lasts, [start, stop) of a tensor can be read on every rank, whichever of them hold
-        it.
-        """
+        """While the block lasts, every rank can read [start, stop) of a tensor, whichever of them hold it."""
         words = np.zeros(stop - start, self.tensors[name].dtype.word)
         for begin, end in _clipped(self._live.owned[name], stop):
             if begin < end and end > start:
@@ -207,17 +195,11 @@ def _base_part(info: TensorInfo, record: TensorRecord | None) -> TensorInfo:
 
 
 def check_fits(live: LiveWeights, resolver: Resolver) -> None:
-    """Every tensor of the result has a place of its shape and dtype in the model: it was built for the tuned
-    checkpoint.
-    """
+    """Every tensor of the result has a place of its shape and dtype in the model."""
     expected = {name: record.info for name, record in resolver.tensors.items()}
+    tensors = {name: info for name, info in live.tensors.items() if name in expected}
     remedy = "build the model as for the fine-tuned checkpoint (same head, same vocabulary), then apply"
-    check_same_tensors(
-        {name: live.tensors[name] for name in live.tensors if name in expected},
-        expected,
-        what="the model",
-        remedy=remedy,
-    )
+    check_same_tensors(tensors, expected, what="the model", remedy=remedy)
 
 
 def _clipped(spans: tuple[Span, ...], numel: int) -> tuple[Span, ...]:
@@ -226,38 +208,39 @@ def _clipped(spans: tuple[Span, ...], numel: int) -> tuple[Span, ...]:
 
 def _prints(live: LiveWeights, spans: Spans) -> dict[str, Fingerprint]:
     """The fingerprint of spans of each tensor, worked out where they lie if there are kernels."""
-    found = device.fingerprints(live, spans)
-    rest = [name for name in spans if name not in found]
-    return found | fingerprints(live, {name: spans[name] for name in rest})
+    on_devices = device.fingerprints(live, spans)
+    rest = [name for name in spans if name not in on_devices]
+    return on_devices | fingerprints(live, {name: spans[name] for name in rest})
 
 
 def _compare(
     live: LiveWeights,
-    spans: Callable[[str], tuple[Span, ...]],
+    spans: Spans,
     check: Callable[[str, Fingerprint], None],
-    names: Iterable[str],
     known: Mapping[str, Fingerprint] | None = None,
 ) -> None:
-    """Check the fingerprint of each tensor's spans, which all ranks together have. `known` are those of all
-    that lies here.
+    """Check the fingerprint of each tensor, to which every rank adds that of its spans.
+
+    `known` are fingerprints of all that lies here of a tensor.
     """
-    shared = {name: spans(name) for name in names if name in live.tensors}
-    same = {name: one for name, one in (known or {}).items() if shared[name] == live.held[name]}
+    usable = {name: share for name, share in (known or {}).items() if spans[name] == live.held[name]}
 
-    def own() -> list[Fingerprint]:
-        prints = same | _prints(live, {name: its for name, its in shared.items() if name not in same})
-        return [prints[name] for name in shared]
+    def shares_here() -> list[Fingerprint]:
+        rest = {name: tensor_spans for name, tensor_spans in spans.items() if name not in usable}
+        prints = usable | _prints(live, rest)
+        return [prints[name] for name in spans]
 
-    prints = live.ranks.together(own)
-    for name, shares in zip(shared, zip(*prints, strict=True), strict=True):
+    shares_by_rank = live.ranks.together(shares_here)
+    for name, shares in zip(spans, zip(*shares_by_rank, strict=True), strict=True):
         check(name, total((first, second) for first, second in shares))
 
 
 def _apply_on_devices(
     live: LiveWeights, resolver: Resolver, undo: Undo, checked: Callable[[], None]
 ) -> dict[str, set[Span]]:
-    """Apply what kernels can apply where it lies. Returns which windows of which tensors that is. Nothing
-    changes before `checked`.
+    """Apply what kernels can apply where it lies. Returns which windows of which tensors that is.
+
+    Nothing changes before `checked` returns.
     """
     names = [
         name
@@ -268,15 +251,15 @@ def _apply_on_devices(
         name: tuple((start, stop) for start, stop, cut in _windows(live, resolver, name) if not cut)
         for name in names
     }
-    found = device.groups(live, spans)
+    groups = device.groups(live, spans)
     for link in resolver.links:
-        residents = [resident for group in found for resident in device.residents(group, link)]
+        residents = [resident for group in groups for resident in device.residents(group, link)]
         checked()
         for resident in residents:
             undo._log.append(resident.before)
             resident.apply()
     done: dict[str, set[Span]] = {}
-    for group in found:
+    for group in groups:
         for name, rows in group.rows.items():
             done.setdefault(name, set()).update((row.start, row.start + row.count) for row in rows)
     return done
@@ -307,10 +290,9 @@ def _apply_tensor(
     here = [
         (start, stop)
         for start, stop, cut in windows
-        if not cut and any(a <= start and stop <= b for a, b in live.held[name])
+        if not cut and any(begin <= start and stop <= end for begin, end in live.held[name])
     ]
-    with closing(
-        ordered_map(lambda window: put(*window), [window for window in here if window not in done])
-    ) as finished:
+    left = [window for window in here if window not in done]
+    with closing(ordered_map(lambda window: put(*window), left)) as finished:
         for _ in finished:
             pass

@@ -1,6 +1,4 @@
-"""From a base and packages to the words of the result, run by run: the part that every way of applying
-shares.
-"""
+"""From a base and packages to the result's words, run by run: the part that all ways of applying share."""
 
 from __future__ import annotations
 
@@ -22,8 +20,9 @@ _WRONG_BASE = "this is not the base the package was made from"
 
 
 class Resolver:
-    """Computes any run of the result from a base that may lie anywhere. A `live` base has the result's names
-    already.
+    """Computes any run of the result from a base that may lie anywhere.
+
+    A `live` base has the result's names already.
 
     Raises:
         TensorMismatch: the base lacks a tensor, has one too many, or has one of another shape.
@@ -33,93 +32,85 @@ class Resolver:
     def __init__(
         self, base: Weights, links: Sequence[Link], *, cast_base: bool = False, live: bool = False
     ) -> None:
-        self.links, self.live = links, live
-        first, last = links[0].packages[0].manifest, links[-1].packages
+        self.links = links
+        self.live = live
+        first = links[0].packages[0].manifest
+        last_packages = links[-1].packages
         self.base = base if live else with_prefix(base, first.prefix)
         if cast_base:
             self.base = cast_to(self.base, {record.name: record.base_info for record in first.tensors})
         self.source = {record.name: record for record in first.tensors}
-        self.tensors = {record.name: record for package in last for record in package.manifest.tensors}
+        self.tensors = {
+            record.name: record for package in last_packages for record in package.manifest.tensors
+        }
         self._check_base(first.base_only)
         for package in links[0].packages[1:]:
             _check_beside(links[0].packages[0], package)
         alone = all(link.weights == (1.0,) for link in links)
         self.expected = {name: record.result for name, record in self.tensors.items()} if alone else {}
-        """Fingerprint of each tensor of the result, where the packages say it: a weighted sum has none on
-        record."""
+        """Fingerprint of each tensor of the result; empty for a weighted sum, which has none on record."""
 
     def _check_base(self, base_only: Iterable[str]) -> None:
         held = self.base.tensors
         needed = {name: record.base_info for name, record in self.source.items() if record.base is not None}
         for name, info in needed.items():
             if name not in held:
-                raise TensorMismatch(
-                    name, expected=f"in {self.base.label}", found="missing", remedy=_WRONG_BASE
-                )
+                expected = f"in {self.base.label}"
+                raise TensorMismatch(name, expected=expected, found="missing", remedy=_WRONG_BASE)
             if held[name].shape != info.shape:
+                expected = f"shape {list(info.shape)}"
                 found = f"{list(held[name].shape)} in {self.base.label}"
-                raise TensorMismatch(
-                    name, expected=f"shape {list(info.shape)}", found=found, remedy=_WRONG_BASE
-                )
+                raise TensorMismatch(name, expected=expected, found=found, remedy=_WRONG_BASE)
         extra = sorted(held.keys() - self.source.keys() - set(base_only))
         if extra:
-            raise TensorMismatch(
-                extra[0],
-                expected="a tensor that the package knows",
-                found=f"extra in {self.base.label}",
-                remedy=_WRONG_BASE,
-            )
-        other = [name for name, info in needed.items() if held[name].dtype != info.dtype]
-        if other:
-            self._refuse_dtype(other[0])
+            expected = "a tensor that the package knows"
+            found = f"extra in {self.base.label}"
+            raise TensorMismatch(extra[0], expected=expected, found=found, remedy=_WRONG_BASE)
+        of_other_dtype = [name for name, info in needed.items() if held[name].dtype != info.dtype]
+        if of_other_dtype:
+            self._refuse_dtype(of_other_dtype[0])
 
     def _refuse_dtype(self, name: str) -> None:
-        """Say whether it is at least the same base: rounded to the package's dtype, does the tensor have its
-        fingerprint?
-        """
+        """Say whether it is at least the same base: rounded, does the tensor have its fingerprint?"""
         record = self.source[name]
+        code = record.info.dtype.code
         rounded = cast_to(self.base, {name: record.base_info})
+        elements = (0, record.base_info.numel)
         whole = getattr(self.base, "whole", True)  # of a model on several ranks this one cannot tell
-        same = not whole or fingerprints(rounded, {name: ((0, record.base_info.numel),)})[name] == record.base
-        found = f"{self.base.tensors[name].dtype.code} in {self.base.label}"
-        if same:
-            how = (
-                f"load it with dtype {record.info.dtype.code}"
-                if self.live
-                else "cast_base=True (--cast-base) rounds it first"
-            )
+        if not whole or fingerprints(rounded, {name: (elements,)})[name] == record.base:
+            cast = "cast_base=True (--cast-base) rounds it first"
+            how = f"load it with dtype {code}" if self.live else cast
             remedy = f"it {'is' if whole else 'may be'} the same base in another dtype: {how}"
         else:
-            remedy = f"rounded to {record.info.dtype.code} it differs too: {_WRONG_BASE}"
-        raise DtypeMismatch(name, expected=record.info.dtype.code, found=found, remedy=remedy)
+            remedy = f"rounded to {code} it differs too: {_WRONG_BASE}"
+        found = f"{self.base.tensors[name].dtype.code} in {self.base.label}"
+        raise DtypeMismatch(name, expected=code, found=found, remedy=remedy)
 
-    def check_base_print(self, name: str, found: Fingerprint) -> None:
+    def check_base_print(self, name: str, fingerprint: Fingerprint) -> None:
         """The base's tensor is the one the packages were made from.
 
         Raises:
             BaseMismatch: it is not.
         """
         record = self.source.get(name)
-        if record is not None and record.base is not None and record.base != found:
-            raise BaseMismatch(
-                f"{self.base.label}: {name}",
-                expected=f"fingerprint {record.base.hex[:12]}…",
-                found=f"{found.hex[:12]}…",
-                remedy=_WRONG_BASE,
-            )
+        if record is not None and record.base is not None and record.base != fingerprint:
+            where = f"{self.base.label}: {name}"
+            expected = f"fingerprint {record.base.hex[:12]}…"
+            found = f"{fingerprint.hex[:12]}…"
+            raise BaseMismatch(where, expected=expected, found=found, remedy=_WRONG_BASE)
 
-    def check_result_print(self, name: str, found: Fingerprint) -> None:
+    def check_result_print(self, name: str, fingerprint: Fingerprint) -> None:
         """The result is what the package recorded.
 
         Raises:
             ResultMismatch: it is not.
         """
-        expected = self.expected.get(name)
-        if expected is not None and expected != found:
+        recorded = self.expected.get(name)
+        if recorded is not None and recorded != fingerprint:
+            expected = f"fingerprint {recorded.hex[:12]}…"
+            found = f"{fingerprint.hex[:12]}…"
             remedy = "please report this: the same package and base must give the same bits"
-            raise ResultMismatch(
-                name, expected=f"fingerprint {expected.hex[:12]}…", found=f"{found.hex[:12]}…", remedy=remedy
-            )
+            raise ResultMismatch(name, expected=expected, found=found, remedy=remedy)
 
     def base_numel(self, name: str) -> int:
         """Leading elements of a result's tensor that the base has."""
@@ -128,35 +119,31 @@ class Resolver:
 
     def runs(self, name: str) -> list[tuple[int, int]]:
         """(start, count) of the runs that tile a tensor, none of them across the end of the base's rows."""
-        split, numel = self.base_numel(name), self.tensors[name].info.numel
-        split = min(split, numel)
-        return [
-            *runs(split, SEGMENT),
-            *((split + start, count) for start, count in runs(numel - split, SEGMENT)),
-        ]
+        numel = self.tensors[name].info.numel
+        split = min(self.base_numel(name), numel)
+        added = [(split + start, count) for start, count in runs(numel - split, SEGMENT)]
+        return [*runs(split, SEGMENT), *added]
 
     def windows(self, name: str) -> list[tuple[int, int]]:
-        """[start, stop) of the places that packages change, such that no segment of any of them lies across a
-        border.
-        """
+        """[start, stop) of the places that packages change: no package's segment lies across a border."""
+        numel = self.tensors[name].info.numel
         packages = [package for link in self.links for package in link.packages]
         spans = sorted(
-            (s.start, s.stop)
+            (segment.start, segment.stop)
             for package in packages
-            for s, _ in package.frames(name, 0, self.tensors[name].info.numel)
+            for segment, _ in package.frames(name, 0, numel)
         )
-        merged: list[tuple[int, int]] = []
+        windows: list[tuple[int, int]] = []
         for start, stop in spans:
-            if merged and start < merged[-1][1]:
-                merged[-1] = merged[-1][0], max(stop, merged[-1][1])
+            if windows and start < windows[-1][1]:
+                begin, end = windows[-1]
+                windows[-1] = (begin, max(stop, end))
             else:
-                merged.append((start, stop))
-        return merged
+                windows.append((start, stop))
+        return windows
 
     def base_run(self, name: str, start: int, count: int) -> Words:
-        """The base's words, not to be written to; zeros where the base has none, since those are carried
-        whole.
-        """
+        """The base's words, not to be written to; zeros where it has none, since those are carried whole."""
         if start < self.base_numel(name):
             return self.base.read(name, start, count)
         return np.zeros(count, self.tensors[name].info.dtype.word)
@@ -164,8 +151,9 @@ class Resolver:
     def resolve(
         self, name: str, start: int, count: int, words: Words | None = None, *, upto: int | None = None
     ) -> Words:
-        """Words of the result after the first `upto` links (all by default). `words`, a copy of the base's,
-        are overwritten.
+        """Words of the result after the first `upto` links, by default all.
+
+        `words`, a copy of the base's, are overwritten.
         """
         words = np.array(self.base_run(name, start, count)) if words is None else words
         for depth, link in enumerate(self.links[:upto]):
@@ -181,34 +169,26 @@ class Resolver:
                 continue
             for segment, frame in package.frames(name, start, start + words.size):
                 if record.kind == "whole" or segment.start >= record.base_info.numel:
-                    whole.append(
-                        _clip_whole(decode_whole(record, segment, frame), segment, start, words.size)
-                    )
+                    carried = decode_whole(record, segment, frame)
+                    whole.append(_clip_whole(carried, segment, start, words.size))
                 else:
-                    own = self._own_base(depth, name, segment, start, words)
-                    terms.append(
-                        clip(
-                            decode_delta(package.manifest, record, segment, frame, own, weight),
-                            segment,
-                            start,
-                            words.size,
-                        )
-                    )
+                    base_words = self._segment_base(depth, name, segment, start, words)
+                    term = decode_delta(package.manifest, record, segment, frame, base_words, weight)
+                    terms.append(clip(term, segment, start, words.size))
         if terms:
             combine(words, terms, self.tensors[name].info.dtype)
-        for where, content in whole:
-            words[where] = content
+        for where, carried in whole:
+            words[where] = carried
 
-    def _own_base(self, depth: int, name: str, segment: Segment, start: int, words: Words) -> Words:
+    def _segment_base(self, depth: int, name: str, segment: Segment, start: int, words: Words) -> Words:
+        """What a link finds in the place of a segment: a part of `words`, or resolved anew where they end."""
         if start <= segment.start and segment.stop <= start + words.size:
             return words[segment.start - start : segment.stop - start]
         return self.resolve(name, segment.start, segment.length, upto=depth)
 
 
 def clip(term: Term, segment: Segment, start: int, count: int) -> Term:
-    """The part of a segment's term that lies in the run [start, start + count), with positions relative to
-    the run.
-    """
+    """The part of a segment's term that lies in the run [start, start + count), with positions in the run."""
     assert term.positions is not None
     if start == segment.start and segment.length <= count:
         return term
@@ -221,31 +201,27 @@ def clip(term: Term, segment: Segment, start: int, count: int) -> Term:
 
 
 def _clip_whole(words: Words, segment: Segment, start: int, count: int) -> tuple[slice, Words]:
-    first, last = max(start, segment.start), min(start + count, segment.stop)
-    return slice(first - start, last - start), words[first - segment.start : last - segment.start]
+    begin = max(start, segment.start)
+    end = min(start + count, segment.stop)
+    return slice(begin - start, end - start), words[begin - segment.start : end - segment.start]
 
 
-def _check_beside(one: DeltaPackage, other: DeltaPackage) -> None:
+def _check_beside(first: DeltaPackage, second: DeltaPackage) -> None:
     """Packages that are added up agree on shapes, and on whatever both carry whole."""
-    for name, record in other.records.items():
-        mine = one.records.get(name)
-        if mine is None:
+    for name, record in second.records.items():
+        first_record = first.records.get(name)
+        if first_record is None:
             continue
-        if mine.info != record.info:
-            raise TensorMismatch(
-                name,
-                expected=f"{mine.info}, as in {one.name}",
-                found=f"{record.info} in {other.name}",
-                remedy="merge decides how to join them",
-            )
-        if "whole" in (mine.kind, record.kind) and mine.result != record.result:
+        if first_record.info != record.info:
+            expected = f"{first_record.info}, as in {first.name}"
+            found = f"{record.info} in {second.name}"
+            remedy = "merge decides how to join them"
+            raise TensorMismatch(name, expected=expected, found=found, remedy=remedy)
+        if "whole" in (first_record.kind, record.kind) and first_record.result != record.result:
+            expected = f"the same content as in {first.name}"
+            found = f"other content in {second.name}"
             remedy = (
                 "weights that are not deltas cannot be added up; apply one package, or "
                 "exclude the tensor from the other"
             )
-            raise TensorMismatch(
-                name,
-                expected=f"the same content as in {one.name}",
-                found=f"other content in {other.name}",
-                remedy=remedy,
-            )
+            raise TensorMismatch(name, expected=expected, found=found, remedy=remedy)

@@ -1,5 +1,4 @@
-"""Kept values as compressed bytes and back: one zstd frame per segment, whose content has a size known
-beforehand.
+"""Kept values as compressed bytes and back: one zstd frame per segment, whose content's size is known.
 
 docs/format.md §4 specifies the content of a frame; the functions here follow its order.
 """
@@ -45,35 +44,31 @@ class Content:
 
 
 def group_length(threshold: int) -> int:
-    """Flat elements that share one scale in `int8`, `int4` and `sign`: a power of two that keeps about 128 on
-    average.
+    """Flat elements that share one scale in `int8`, `int4` and `sign`: a power of two.
+
+    On average about 128 of them are kept.
     """
     kept_per_element = (65536 - threshold) / 65536
     return 1 << max(7, round(7 - log2(kept_per_element)))
 
 
 def compress(content: Content) -> bytes:
-    """One zstd frame with its content size. Blocks end at the cuts, so that each group gets its own Huffman
-    table.
-    """
-    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True).compressobj(
-        size=len(content.data)
-    )
+    """One zstd frame with its content size. Blocks end at the cuts: each group has its own Huffman table."""
+    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True)
+    stream = compressor.compressobj(size=len(content.data))
     view = memoryview(content.data)
-    frame, done = [], 0
+    frame = []
+    done = 0
     for cut in content.cuts:
         if cut - done >= _SMALLEST_BLOCK:
-            frame += [
-                compressor.compress(view[done:cut]),
-                compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK),
-            ]
+            frame.append(stream.compress(view[done:cut]))
+            frame.append(stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
             done = cut
-    return b"".join([*frame, compressor.compress(view[done:]), compressor.flush()])
+    return b"".join([*frame, stream.compress(view[done:]), stream.flush()])
 
 
 def decompress(frame: memoryview, size: int, *, name: str) -> bytes:
-    """The content of a frame that must hold exactly `size` bytes; memory is allocated only after its header
-    agrees.
+    """The content of a frame that must hold `size` bytes: no memory is taken before its header says so.
 
     Raises:
         PackageError: the frame is damaged or declares another size.
@@ -81,17 +76,12 @@ def decompress(frame: memoryview, size: int, *, name: str) -> bytes:
     try:
         declared = zstandard.frame_content_size(frame)
         if declared != size:
-            raise PackageError(
-                name,
-                expected=f"a frame of {size} bytes",
-                found=f"one of {declared}",
-                remedy=FETCH_AGAIN,
-            )
+            expected = f"a frame of {size} bytes"
+            raise PackageError(name, expected=expected, found=f"one of {declared}", remedy=FETCH_AGAIN)
         content = zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise PackageError(
-            name, expected="an intact zstd frame", found=str(error), remedy=FETCH_AGAIN
-        ) from error
+        expected = "an intact zstd frame"
+        raise PackageError(name, expected=expected, found=str(error), remedy=FETCH_AGAIN) from error
     if len(content) != size:
         raise PackageError(name, expected=f"{size} bytes", found=f"{len(content)}", remedy=FETCH_AGAIN)
     return content
@@ -115,10 +105,8 @@ def pack_symbols(symbols: Words, starts: NDArray[np.int64]) -> Content:
     """Bytes of `symbols`, which come in groups that begin at `starts`, ascending."""
     bitmap, values, before = cpu.collapse(symbols, starts)
     planes = to_planes(values)
-    return Content(
-        data=bitmap.tobytes() + planes.tobytes(),
-        cuts=_cuts(bitmap.size, values.size, values.itemsize, starts, before),
-    )
+    cuts = _cuts(bitmap.size, values.size, values.itemsize, starts, before)
+    return Content(data=bitmap.tobytes() + planes.tobytes(), cuts=cuts)
 
 
 def packed_symbols(
@@ -128,13 +116,10 @@ def packed_symbols(
     starts: NDArray[np.int64],
     before: NDArray[np.int64],
 ) -> Content:
-    """The same of `kept` symbols that are packed already; `before` each of `starts` come so many that are not
-    zero.
-    """
-    size = -(-kept // 8)
-    return Content(
-        data=data, cuts=_cuts(size, (len(data) - size) // word.itemsize, word.itemsize, starts, before)
-    )
+    """The same of `kept` symbols packed already; `before` each of `starts` come so many that are not zero."""
+    bitmap = -(-kept // 8)
+    values = (len(data) - bitmap) // word.itemsize
+    return Content(data=data, cuts=_cuts(bitmap, values, word.itemsize, starts, before))
 
 
 def _cuts(
@@ -156,11 +141,12 @@ def unpack_symbols(
         PackageError: the bitmap does not hold `changed` ones.
     """
     size = -(-kept // 8)
-    symbols, found = cpu.expand(
-        np.frombuffer(data[:size], np.uint8), from_planes(data[size:], changed, word), kept
-    )
-    if found != changed:
-        raise PackageError(name, expected=f"{changed} changed elements", found=f"{found}", remedy=FETCH_AGAIN)
+    bitmap = np.frombuffer(data[:size], np.uint8)
+    values = from_planes(data[size:], changed, word)
+    symbols, counted = cpu.expand(bitmap, values, kept)
+    if counted != changed:
+        expected = f"{changed} changed elements"
+        raise PackageError(name, expected=expected, found=f"{counted}", remedy=FETCH_AGAIN)
     return symbols
 
 
@@ -197,8 +183,7 @@ def decode_exact(data: memoryview, base: Words, changed: int, dtype: DType, *, n
     return cpu.from_distances(base, symbols, dtype.exponent_bits)
 
 
-# rounded: bfloat16 deltas with the sign bit moved to the low end, so that the high plane holds exponents
-# only.
+# rounded: bfloat16 deltas with the sign bit at the low end, so that the high plane holds exponents only.
 
 
 def round_delta(delta: FloatArray) -> FloatArray:
@@ -229,11 +214,11 @@ def decode_rounded(data: memoryview, kept: int, changed: int, *, name: str) -> N
 
 
 def groups_of(positions: Positions, start: int, length: int, group: int) -> tuple[NDArray[np.int64], int]:
-    """For each kept element the number of its group within the segment, and how many groups the segment
-    touches.
-    """
+    """Of each kept element its group's number within the segment, and how many groups the segment touches."""
     first = start // group
-    return (start + positions) // group - first, -(-(start + length) // group) - first
+    numbers = (start + positions) // group - first
+    groups = -(-(start + length) // group) - first
+    return numbers, groups
 
 
 def quantize(
@@ -249,7 +234,7 @@ def quantize(
     """bf16 scale of each group (its largest |δ|, rounded up) and the integer code of each element.
 
     code = floor(x + u) with x = δ·levels/scale and u uniform on [0, 1), so that E[code] = x. `sign` knows
-    only -1 and 1: the same rounding on the grid of odd numbers. `least` tells of larger elements of a group
+    only -1 and 1: the same rounding on the grid of odd numbers. `least` is the largest |δ| that a group has
     elsewhere.
     """
     magnitude = np.abs(delta).astype(np.float32)

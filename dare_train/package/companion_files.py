@@ -26,28 +26,25 @@ def companions(folder: Path) -> list[Path]:
     things, such as a run's checkpoints.
     """
     places = [folder, *(folder / name for name in _module_folders(folder / "modules.json"))]
-    found = [
+    files = [
         path
         for place in places
         if place.is_dir()
         for path in place.iterdir()
         if path.is_file() and _is_companion(path)
     ]
-    return sorted({path.relative_to(folder) for path in found})
+    return sorted({path.relative_to(folder) for path in files})
 
 
 def _is_companion(path: Path) -> bool:
     wanted = path.suffix in _COMPANION_SUFFIXES or path.stem.upper() in _COMPANION_NAMES
     of_something_else = path.name in _OTHER_FILES or path.name.endswith("_results.json")
-    return wanted and not (
-        of_something_else or path.name.startswith(".") or path.name.endswith(".index.json")
-    )
+    hidden_or_index = path.name.startswith(".") or path.name.endswith(".index.json")
+    return wanted and not of_something_else and not hidden_or_index
 
 
 def _module_folders(listing: Path) -> list[str]:
-    """Names of subfolders in a sentence-transformers `modules.json`; none when there is none that can be read
-    as one.
-    """
+    """Names of subfolders in a sentence-transformers `modules.json`; none where it cannot be read as one."""
     try:
         paths = [module["path"] for module in json.loads(listing.read_text())]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -71,12 +68,9 @@ def copy_carried(package: DeltaPackage, staging: Path) -> None:
     for record in package.manifest.files:
         target = staging / record.file
         if target.is_dir() or any(folder.is_file() for folder in target.parents):
-            raise PackageError(
-                package.name,
-                expected="files that fit in beside the base's",
-                found=record.file,
-                remedy="do not trust this package",
-            )
+            expected = "files that fit in beside the base's"
+            remedy = "do not trust this package"
+            raise PackageError(package.name, expected=expected, found=record.file, remedy=remedy)
         _copy(package.path / record.file, target)
 
 
@@ -101,22 +95,21 @@ def carry_files(base: Path | None, tuned: Path | None, staging: Path) -> tuple[F
     return tuple(carried)
 
 
-def _same_content(one: Path, other: Path) -> bool:
-    if not one.is_file():
+def _same_content(base: Path, tuned: Path) -> bool:
+    if not base.is_file():
         return False
-    left, right = one.read_bytes(), other.read_bytes()
-    if left != right and one.suffix == ".json":
+    base_bytes = base.read_bytes()
+    tuned_bytes = tuned.read_bytes()
+    if base_bytes != tuned_bytes and base.suffix == ".json":
         try:
-            return bool(_settled(json.loads(left)) == _settled(json.loads(right)))
+            return bool(_settled(json.loads(base_bytes)) == _settled(json.loads(tuned_bytes)))
         except (ValueError, RecursionError):
             return False
-    return left == right
+    return base_bytes == tuned_bytes
 
 
 def _settled(content: Any) -> Any:
-    """Without what a fast tokenizer remembers of its last call, so that half a megabyte need not travel for
-    it.
-    """
+    """Without what a fast tokenizer remembers of its last call: half a megabyte need not travel for that."""
     if isinstance(content, dict) and "added_tokens" in content:
         return {key: value for key, value in content.items() if key not in ("padding", "truncation")}
     return content

@@ -17,9 +17,7 @@ _BINS = 1 << (31 - _SHIFT)
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """Counts of |δ| in logarithmic bins, zeros apart, and the largest. What float32 cannot hold is left
-    out.
-    """
+    """Counts of |δ| in logarithmic bins, zeros apart, and the largest. What float32 cannot hold is absent."""
 
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, np.int64))
     largest: float = 0.0
@@ -34,14 +32,14 @@ class Magnitudes:
         return cls(counts, float(size.max(initial=0.0)))
 
     @classmethod
-    def between(cls, own: Words, tuned: Words, dtype: DType) -> tuple[Magnitudes, int]:
+    def between(cls, base: Words, tuned: Words, dtype: DType) -> tuple[Magnitudes, int]:
         """Of the float deltas between words, and how many deltas are not finite."""
         if dtype.code == "BF16":
             counts = np.zeros(_BINS, np.int64)
-            largest, strange = cpu.magnitudes_bf16(own, tuned, counts)
+            largest, strange = cpu.magnitudes_bf16(base, tuned, counts)
             return cls(counts, largest), strange
         with np.errstate(over="ignore", invalid="ignore"):
-            delta = to_float(tuned, dtype) - to_float(own, dtype)
+            delta = to_float(tuned, dtype) - to_float(base, dtype)
         return cls.of(delta), delta.size - int(np.count_nonzero(np.isfinite(delta)))
 
     def plus(self, other: Magnitudes) -> Magnitudes:
@@ -64,13 +62,12 @@ class Magnitudes:
         return float(self.counts[:place].sum()) / self.total if self.total else 1.0
 
     def histogram(self, bins: int = 64) -> tuple[list[int], list[float]]:
-        """Counts and edges over the occupied range, as wandb.Histogram takes them (at most `bins` bins,
-        logarithmic).
-        """
+        """Counts and edges over the occupied range, for wandb.Histogram: at most `bins` logarithmic bins."""
         occupied = np.flatnonzero(self.counts)
-        first, last = (int(occupied[0]), int(occupied[-1]) + 1) if occupied.size else (0, 1)
-        edges = np.unique(np.linspace(first, last, min(bins, last - first) + 1).round().astype(np.int64))
-        counts = np.add.reduceat(self.counts[first:last], edges[:-1] - first)
+        first = int(occupied[0]) if occupied.size else 0
+        stop = int(occupied[-1]) + 1 if occupied.size else 1
+        edges = np.unique(np.linspace(first, stop, min(bins, stop - first) + 1).round().astype(np.int64))
+        counts = np.add.reduceat(self.counts[first:stop], edges[:-1] - first)
         return counts.tolist(), _edge(edges).tolist()
 
     def summary(self) -> tuple[float, float, float]:

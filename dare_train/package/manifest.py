@@ -17,8 +17,7 @@ from .masks import Mask, MaskKind, key_of
 MANIFEST = "dare_config.json"
 FORMAT_VERSION = 1
 CARRIED = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken"})
-"""Endings of the files that a package may bring beside its parts: configuration and tokenizers, nothing that
-is executed."""
+"""Endings of the files that a package may bring beside its parts: configuration and tokenizers, no code."""
 BLANK = "0" * 64
 Kind = Literal["base", "delta", "whole"]
 
@@ -54,8 +53,7 @@ class TensorRecord:
 
     @property
     def counts_changes(self) -> bool:
-        """Whether segments say how many of their kept elements changed. In other encodings, all count as
-        changed."""
+        """Whether segments say how many of their kept elements changed. Elsewhere all count as changed."""
         return self.values in ("exact", "rounded")
 
     @property
@@ -97,24 +95,25 @@ class Manifest:
 
     @property
     def parent(self) -> str:
-        """Fingerprint of the weights that the package is relative to: every base tensor with a counterpart in
-        the result.
-        """
+        """Fingerprint of the weights that the package is relative to: the base's that the result has too."""
         held = [record for record in self.tensors if record.base is not None]
         return model_fingerprint(
-            (r.name, r.base_info.dtype.code, r.base_info.shape, r.base or Fingerprint()) for r in held
+            (record.name, record.base_info.dtype.code, record.base_info.shape, record.base or Fingerprint())
+            for record in held
         )
 
     @property
     def result(self) -> str:
         """Fingerprint of the weights after applying with weight 1."""
-        return model_fingerprint((r.name, r.info.dtype.code, r.info.shape, r.result) for r in self.tensors)
+        return model_fingerprint(
+            (record.name, record.info.dtype.code, record.info.shape, record.result) for record in self.tensors
+        )
 
     def factor(self, record: TensorRecord) -> float:
         """The rescale γ of one tensor: 2¹⁶ / (2¹⁶ - threshold) for seeded masks under `paper`, else 1."""
-        return (
-            65536 / (65536 - record.threshold) if self.rescale == "paper" and record.mask == "seeded" else 1.0
-        )
+        if self.rescale == "paper" and record.mask == "seeded":
+            return 65536 / (65536 - record.threshold)
+        return 1.0
 
 
 def dump(manifest: Manifest) -> bytes:
@@ -135,11 +134,10 @@ def dump(manifest: Manifest) -> bytes:
         "parts": [vars(record) for record in manifest.parts],
         "digest": BLANK,
     }
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    tensors = ",\n".join(
-        json.dumps(_tensor_json(record), separators=(",", ":")) for record in manifest.tensors
-    )
-    blank = ("{\n" + ",\n".join(lines) + ',\n"tensors": [\n' + tensors + "\n]\n}\n").encode()
+    fields = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
+    records = [json.dumps(_tensor_json(record), separators=(",", ":")) for record in manifest.tensors]
+    tensors = ",\n".join(records)
+    blank = ("{\n" + fields + ',\n"tensors": [\n' + tensors + "\n]\n}\n").encode()
     return blank.replace(sealed(BLANK), sealed(hashlib.sha256(blank).hexdigest()), 1)
 
 
@@ -159,11 +157,8 @@ def _tensor_json(record: TensorRecord) -> dict[str, Any]:
         fields["base_rows"] = record.base_rows
     if record.kind == "delta":
         fields |= {"mask": record.mask, "p": record.p, "threshold": record.threshold, "values": record.values}
-        fields |= {
-            "kept": record.kept,
-            "changed": record.changed,
-            "delta": [float(f"{x:.3g}") for x in record.delta],
-        }
+        fields |= {"kept": record.kept, "changed": record.changed}
+        fields["delta"] = [float(f"{magnitude:.3g}") for magnitude in record.delta]
     if record.base is not None:
         fields["base"] = record.base.hex
     if record.result != record.base:
@@ -173,11 +168,9 @@ def _tensor_json(record: TensorRecord) -> dict[str, Any]:
 
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest_by_blocks(file)
-        )
+        if hasattr(hashlib, "file_digest"):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _digest_by_blocks(file)
 
 
 def _digest_by_blocks(file: Any) -> str:
@@ -188,6 +181,5 @@ def _digest_by_blocks(file: Any) -> str:
 
 
 def file_record(path: Path, folder: Path) -> FileRecord:
-    return FileRecord(
-        file=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256_of(path)
-    )
+    name = path.relative_to(folder).as_posix()
+    return FileRecord(file=name, bytes=path.stat().st_size, sha256=sha256_of(path))

@@ -1,6 +1,4 @@
-"""Manifests from strangers: everything that `docs/format.md` §2 asks of them is checked before anything is
-believed.
-"""
+"""Manifests from strangers: what `docs/format.md` §2 asks of them is checked before anything is believed."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, get_args
 
@@ -46,45 +45,34 @@ def load(path: Path) -> Manifest:
     """
     where = str(path)
     if not path.is_file():
-        raise PackageError(
-            str(path.parent),
-            expected=f"a package with a {MANIFEST}",
-            found="none",
-            remedy="it was never completed, or is something else",
-        )
-    if path.stat().st_size > LARGEST_MANIFEST:
-        raise PackageError(
-            where, expected=f"at most {LARGEST_MANIFEST:,} bytes", found=f"{path.stat().st_size:,}"
-        )
+        expected = f"a package with a {MANIFEST}"
+        remedy = "it was never completed, or is something else"
+        raise PackageError(str(path.parent), expected=expected, found="none", remedy=remedy)
+    size = path.stat().st_size
+    if size > LARGEST_MANIFEST:
+        raise PackageError(where, expected=f"at most {LARGEST_MANIFEST:,} bytes", found=f"{size:,}")
     raw = path.read_bytes()
     try:
         data = json.loads(raw, object_pairs_hook=_each_key_once)
     except (ValueError, RecursionError) as error:
         raise PackageError(where, expected="JSON", found=str(error), remedy=FETCH_AGAIN) from error
     if not isinstance(data, dict) or data.get("format") != "dare_train":
-        raise PackageError(
-            where,
-            expected='"format": "dare_train"',
-            found=_brief(data),
-            remedy="is this a dare_train package?",
-        )
+        expected = '"format": "dare_train"'
+        remedy = "is this a dare_train package?"
+        raise PackageError(where, expected=expected, found=_brief(data), remedy=remedy)
     version = data.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
-        raise PackageError(
-            where,
-            expected=f"format version {FORMAT_VERSION}",
-            found=_brief(version),
-            remedy="update dare_train",
-        )
+        expected = f"format version {FORMAT_VERSION}"
+        raise PackageError(where, expected=expected, found=_brief(version), remedy="update dare_train")
     _check_digest(where, raw, data.get("digest"))
     return _manifest(_Fields(data, where))
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
         raise ValueError(f"{_twice(name for name, _ in pairs)!r} given twice")
-    return found
+    return fields
 
 
 def _twice(names: Iterable[str]) -> str | None:
@@ -95,14 +83,11 @@ def _twice(names: Iterable[str]) -> str | None:
 def _check_digest(where: str, raw: bytes, digest: object) -> None:
     if not isinstance(digest, str) or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
         raise PackageError(where, expected="a digest of 64 digits", found=_brief(digest), remedy=FETCH_AGAIN)
-    found = hashlib.sha256(raw.replace(sealed(digest), sealed(BLANK), 1)).hexdigest()
-    if found != digest:
-        raise PackageError(
-            where,
-            expected=f"digest {digest[:12]}…",
-            found=f"{found[:12]}…",
-            remedy=f"it was changed or damaged; {FETCH_AGAIN}",
-        )
+    computed = hashlib.sha256(raw.replace(sealed(digest), sealed(BLANK), 1)).hexdigest()
+    if computed != digest:
+        expected = f"digest {digest[:12]}…"
+        remedy = f"it was changed or damaged; {FETCH_AGAIN}"
+        raise PackageError(where, expected=expected, found=f"{computed[:12]}…", remedy=remedy)
 
 
 def _manifest(get: _Fields) -> Manifest:
@@ -122,7 +107,7 @@ def _manifest(get: _Fields) -> Manifest:
     )
     for what, names in (
         ("tensor", [record.name for record in manifest.tensors]),
-        ("file", [r.file for r in (*manifest.parts, *manifest.files)]),
+        ("file", [record.file for record in (*manifest.parts, *manifest.files)]),
     ):
         again = _twice(names)
         get.insist(again is None, f"each {what} once", f"{again} twice")
@@ -136,22 +121,20 @@ def _manifest(get: _Fields) -> Manifest:
 
 def _tensor(data: Mapping[str, Any], where: str) -> TensorRecord:
     name = _Fields(data, where)("name", str)
-    _Fields(data, where).insist(
-        bool(name) and name != "__metadata__" and _is_text(name), "the name of a tensor", ascii(name)[:80]
-    )
+    names_one = bool(name) and name != "__metadata__" and _is_text(name)
+    _Fields(data, where).insist(names_one, "the name of a tensor", ascii(name)[:80])
     get = _Fields(data, f"{where}: {name}")
     info = _info(get)
     kind: Kind = get.choice("kind", get_args(Kind))
     base = Fingerprint.parse(data["base"], name=get.where) if "base" in data else None
     result = Fingerprint.parse(data["result"], name=get.where) if "result" in data else base
     if result is None or (base is None and kind != "whole"):
-        raise PackageError(
-            get.where, expected="fingerprints of base and result", found="none", remedy=FETCH_AGAIN
-        )
+        expected = "fingerprints of base and result"
+        raise PackageError(get.where, expected=expected, found="none", remedy=FETCH_AGAIN)
     get.insist(kind != "base" or result == base, "the base's own fingerprint as result", "another")
     get.insist(kind == "delta" or "base_rows" not in data, "base_rows in deltas only", f"kind {kind}")
-    common: dict[str, Any] = dict(name=name, info=info, kind=kind, base=base, result=result)
-    return TensorRecord(**common, **(_delta_fields(get, info) if kind == "delta" else {}))
+    record = TensorRecord(name=name, info=info, kind=kind, base=base, result=result)
+    return _as_delta(record, get) if kind == "delta" else record
 
 
 def _info(get: _Fields) -> TensorInfo:
@@ -162,28 +145,29 @@ def _info(get: _Fields) -> TensorInfo:
     return info
 
 
-def _delta_fields(get: _Fields, info: TensorInfo) -> dict[str, Any]:
+def _as_delta(record: TensorRecord, get: _Fields) -> TensorRecord:
+    """The record, with the fields that only a delta has."""
+    info = record.info
     get.insist(info.dtype.can_be_delta, "a floating-point dtype of 16 bits or more", info.dtype.code)
-    rows = (
-        get.count("base_rows", below=info.shape[0] if info.shape else 0) if "base_rows" in get.data else None
-    )
+    base_rows = None
+    if "base_rows" in get.data:
+        base_rows = get.count("base_rows", below=info.shape[0] if info.shape else 0)
     kept = get.count("kept", below=info.numel + 1)
-    return dict(
-        base_rows=rows,
+    return replace(
+        record,
+        base_rows=base_rows,
         mask=get.choice("mask", get_args(MaskKind)),
         p=get.number("p", below=1.0),
         threshold=get.count("threshold", below=65536),
         values=get.choice("values", _ENCODINGS),
         kept=kept,
         changed=get.count("changed", below=kept + 1),
-        delta=get.numbers("delta", 3),
+        delta=get.three_numbers("delta"),
     )
 
 
 def _companion(get: _Fields) -> FileRecord:
-    """A file that is copied into the result after that was verified: it must not be weights, code, or
-    hidden.
-    """
+    """A file that is copied into a result already verified: it must not be weights, code, or hidden."""
     record = _file(get)
     path = PurePosixPath(record.file)
     harmless = path.suffix in CARRIED and not path.name.endswith(".index.json") and path.name != MANIFEST
@@ -199,9 +183,8 @@ def _file(get: _Fields) -> FileRecord:
     inside = bool(name) and not path.is_absolute() and ".." not in path.parts and name == path.as_posix()
     plain = not any(char in name for char in "\\\0") and _is_text(name) and len(name) <= 1000
     if not inside or not plain or any(len(part.encode()) > _LONGEST_NAME for part in path.parts):
-        raise PackageError(
-            get.where, expected="names of files inside the package", found=ascii(name)[:80], remedy=_SUSPECT
-        )
+        expected = "names of files inside the package"
+        raise PackageError(get.where, expected=expected, found=ascii(name)[:80], remedy=_SUSPECT)
     return FileRecord(file=name, bytes=get.count("bytes", below=1 << 62), sha256=get("sha256", str))
 
 
@@ -215,9 +198,7 @@ def _is_text(name: str) -> bool:
 
 
 def _brief(value: object) -> str:
-    """Plain values as they are; of containers only what they are, since they can be as deep and long as the
-    file allows.
-    """
+    """Plain values as they are; of containers only kind and size, since they can be as deep as the file."""
     if isinstance(value, (dict, list)):
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 200:
@@ -229,7 +210,8 @@ class _Fields:
     """Takes fields out of parsed JSON and insists on their types."""
 
     def __init__(self, data: Mapping[str, Any], where: str) -> None:
-        self.data, self.where = data, where
+        self.data = data
+        self.where = where
 
     def __call__(self, key: str, kind: type | tuple[type, ...]) -> Any:
         value = self.data.get(key)
@@ -259,11 +241,12 @@ class _Fields:
     def number(self, key: str, *, below: float = _HUGE) -> float:
         return self._number(key, self(key, (int, float)), below)
 
-    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+    def three_numbers(self, key: str) -> tuple[float, float, float]:
         items = self.list_of(key, (int, float))
-        if len(items) != count:
-            self._refuse(key, items, f"{count} numbers")
-        return tuple(self._number(key, item, _HUGE) for item in items)
+        if len(items) != 3:
+            self._refuse(key, items, "3 numbers")
+        first, second, third = (self._number(key, item, _HUGE) for item in items)
+        return first, second, third
 
     def list_of(self, key: str, kind: type | tuple[type, ...]) -> list[Any]:
         items: list[Any] = self(key, list)
@@ -279,6 +262,5 @@ class _Fields:
         return float(value)
 
     def _refuse(self, key: str, value: object, expected: str) -> NoReturn:
-        raise PackageError(
-            self.where, expected=f"{key!r} to be {expected}", found=_brief(value), remedy=FETCH_AGAIN
-        )
+        found = _brief(value)
+        raise PackageError(self.where, expected=f"{key!r} to be {expected}", found=found, remedy=FETCH_AGAIN)

@@ -29,9 +29,7 @@ def key_of(seed: int, tensor: str) -> int:
 
 
 def generator_of(seed: int, name: str) -> np.random.Generator:
-    """For random orders, where a mask need not be made again from a seed elsewhere: of its own, the same
-    every time.
-    """
+    """For random orders, the same every time, where no other program has to make a mask of the same seed."""
     return np.random.Generator(np.random.Philox(key=key_of(seed, name)))
 
 
@@ -57,9 +55,7 @@ class Mask:
 
 
 def largest(scores: NDArray[np.floating], density: float) -> NDArray[np.bool_]:
-    """Where the largest of flat scores are, a share `density` of all; of equal ones the first, and NaN
-    last.
-    """
+    """Where the largest of flat scores are, a share `density` of all; of equals the first, and NaN last."""
     count = round(density * scores.size)
     if count == 0:
         return np.zeros(scores.size, np.bool_)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +25,17 @@ if TYPE_CHECKING:
     from ..weights.protocol import Weights
 
 
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
+"""What is fetched of a repository on the Hub."""
+
+
 class DeltaPackage:
     """An opened package. Opening reads the manifest; frames are mapped when they are first asked for."""
 
     def __init__(self, path: Path, manifest: Manifest, *, name: str) -> None:
-        self.path, self.manifest, self.name = path, manifest, name
+        self.path = path
+        self.manifest = manifest
+        self.name = name
         self.records = {record.name: record for record in manifest.tensors}
 
     @classmethod
@@ -42,13 +48,11 @@ class DeltaPackage:
         if isinstance(where, DeltaPackage):
             return where
         try:
-            path = locate(
-                where, patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
-            )
+            path = locate(where, patterns=_PATTERNS)
         except CheckpointError as error:
-            raise PackageError(
-                error.name, expected="a package folder or a Hub id", found=error.found, remedy=error.remedy
-            ) from error
+            expected = "a package folder or a Hub id"
+            remedy = error.remedy
+            raise PackageError(error.name, expected=expected, found=error.found, remedy=remedy) from error
         manifest = load(path / MANIFEST)
         for record in (*manifest.parts, *manifest.files):
             _check_size(path / record.file, record)
@@ -56,21 +60,14 @@ class DeltaPackage:
 
     @once
     def _frames(self) -> Mapping[str, list[tuple[Segment, memoryview]]]:
-        found: dict[str, list[tuple[Segment, memoryview]]] = defaultdict(list)
+        by_tensor: dict[str, list[tuple[Segment, memoryview]]] = defaultdict(list)
         for part in self.manifest.parts:
             for segment, frame in _read_part(self.path / part.file, self.manifest):
-                found[self.manifest.tensors[segment.tensor].name].append((segment, frame))
-        for name, frames in found.items():
+                by_tensor[self.manifest.tensors[segment.tensor].name].append((segment, frame))
+        for name, frames in by_tensor.items():
             frames.sort(key=lambda item: item[0].start)
-            for (before, _), (after, _) in zip(frames, frames[1:], strict=False):
-                if before.stop > after.start:
-                    raise PackageError(
-                        f"{self.name}: {name}",
-                        expected="segments that do not overlap",
-                        found=f"two at {after.start}",
-                        remedy=FETCH_AGAIN,
-                    )
-        return dict(found)
+            _check_apart([segment for segment, _ in frames], f"{self.name}: {name}")
+        return dict(by_tensor)
 
     def frames(self, tensor: str, start: int, stop: int) -> Iterator[tuple[Segment, memoryview]]:
         """Segments of a tensor that meet [start, stop), each with its compressed frame, in order."""
@@ -88,8 +85,7 @@ class DeltaPackage:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Sizes and counts: parameters, kept, changed, density, bytes, bits_per_parameter, compression_ratio,
-        |δ| percentiles.
+        """Sizes and counts by name, such as `bits_per_parameter`; under `delta`, percentiles of |δ|.
 
         `density` is measured: kept / elements, over the tensors stored as deltas.
         """
@@ -123,23 +119,16 @@ class DeltaPackage:
         Raises:
             PackageError: naming the first file that differs.
         """
-        listed = (*self.manifest.parts, *self.manifest.files)
-        for file, digest in zip(
-            listed, ordered_map(lambda r: sha256_of(self.path / r.file), listed), strict=True
-        ):
+        files = (*self.manifest.parts, *self.manifest.files)
+        digests = ordered_map(lambda file: sha256_of(self.path / file.file), files)
+        for file, digest in zip(files, digests, strict=True):
             if digest != file.sha256:
-                raise PackageError(
-                    str(self.path / file.file),
-                    expected=f"SHA-256 {file.sha256[:12]}…",
-                    found=f"{digest[:12]}…",
-                    remedy=FETCH_AGAIN,
-                )
+                where = str(self.path / file.file)
+                expected = f"SHA-256 {file.sha256[:12]}…"
+                raise PackageError(where, expected=expected, found=f"{digest[:12]}…", remedy=FETCH_AGAIN)
         for record in self.manifest.tensors:
-            _check_coverage(
-                record,
-                [segment for segment, _ in self._frames.get(record.name, ())],
-                f"{self.name}: {record.name}",
-            )
+            segments = [segment for segment, _ in self._frames.get(record.name, ())]
+            _check_coverage(record, segments, f"{self.name}: {record.name}")
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload the folder as a model repository; `options` go to `huggingface_hub.HfApi.upload_folder`.
@@ -153,11 +142,8 @@ class DeltaPackage:
         return api.upload_folder(repo_id=repo_id, folder_path=self.path, **options)
 
     def __repr__(self) -> str:
-        stats = self.stats
-        return (
-            f"DeltaPackage({self.name!r}, {stats['bits_per_parameter']:.3f} bits per "
-            f"parameter, on {self.manifest.base_model!r})"
-        )
+        size = f"{self.stats['bits_per_parameter']:.3f} bits per parameter"
+        return f"DeltaPackage({self.name!r}, {size}, on {self.manifest.base_model!r})"
 
 
 @contextmanager
@@ -167,13 +153,13 @@ def checking(packages: Iterable[DeltaPackage]) -> Iterator[Callable[[], None]]:
     damage that explains it is what is raised.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="dare-train") as pool:
-        found = pool.submit(_check_all, packages)
+        check = pool.submit(_check_all, packages)
         try:
-            yield found.result
+            yield check.result
         except DareError:
-            found.result()
+            check.result()
             raise
-        found.result()
+        check.result()
 
 
 def _check_all(packages: Iterable[DeltaPackage]) -> None:
@@ -182,47 +168,41 @@ def _check_all(packages: Iterable[DeltaPackage]) -> None:
 
 
 def _check_size(path: Path, record: FileRecord) -> None:
+    expected = f"{record.bytes} bytes"
     if not path.is_file():
-        raise PackageError(
-            str(path), expected=f"{record.bytes} bytes", found="no such file", remedy=FETCH_AGAIN
-        )
-    if path.stat().st_size != record.bytes:
-        raise PackageError(
-            str(path), expected=f"{record.bytes} bytes", found=f"{path.stat().st_size}", remedy=FETCH_AGAIN
-        )
+        raise PackageError(str(path), expected=expected, found="no such file", remedy=FETCH_AGAIN)
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise PackageError(str(path), expected=expected, found=f"{size}", remedy=FETCH_AGAIN)
 
 
 def _read_part(path: Path, manifest: Manifest) -> Iterator[tuple[Segment, memoryview]]:
-    _check_header(path)
-    try:
-        file = SafetensorsFile(path)
-    except CheckpointError as error:
-        raise PackageError(
-            error.name, expected=error.expected, found=error.found, remedy=FETCH_AGAIN
-        ) from error
-    shapes = {name: (info.dtype.code, len(info.shape)) for name, info in file.tensors.items()}
-    if shapes != {"segments": ("I64", 2), "data": ("U8", 1)} or file.tensors["segments"].shape[1] != COLUMNS:
-        raise PackageError(
-            str(path),
-            expected="segments I64 [n, 6] and data U8 [bytes]",
-            found=_listed(shapes),
-            remedy=FETCH_AGAIN,
-        )
+    file = _open_part(path)
     table = file.read("segments", 0, file.tensors["segments"].numel).view(np.int64).reshape(-1, COLUMNS)
     data = file.bytes_of("data")
-    offset = 0
     check_table(table, manifest, len(data), str(path))
+    offset = 0
     for row in table.tolist():
         segment = Segment.of(row)
         yield segment, data[offset : offset + segment.size]
         offset += segment.size
     if offset != len(data):
-        raise PackageError(
-            str(path),
-            expected=f"{offset} bytes of frames, as its table says",
-            found=f"{len(data)}",
-            remedy=FETCH_AGAIN,
-        )
+        expected = f"{offset} bytes of frames, as its table says"
+        raise PackageError(str(path), expected=expected, found=f"{len(data)}", remedy=FETCH_AGAIN)
+
+
+def _open_part(path: Path) -> SafetensorsFile:
+    _check_header(path)
+    try:
+        file = SafetensorsFile(path)
+    except CheckpointError as error:
+        expected = error.expected
+        raise PackageError(error.name, expected=expected, found=error.found, remedy=FETCH_AGAIN) from error
+    shapes = {name: (info.dtype.code, len(info.shape)) for name, info in file.tensors.items()}
+    if shapes != {"segments": ("I64", 2), "data": ("U8", 1)} or file.tensors["segments"].shape[1] != COLUMNS:
+        layout = "segments I64 [n, 6] and data U8 [bytes]"
+        raise PackageError(str(path), expected=layout, found=_listed(shapes), remedy=FETCH_AGAIN)
+    return file
 
 
 def _listed(shapes: Mapping[str, object]) -> str:
@@ -234,12 +214,15 @@ def _check_header(path: Path) -> None:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
     if size > 1 << 16:
-        raise PackageError(
-            str(path),
-            expected="a safetensors file with a header of at most 65,536 bytes",
-            found=f"{size:,}",
-            remedy=FETCH_AGAIN,
-        )
+        expected = "a safetensors file with a header of at most 65,536 bytes"
+        raise PackageError(str(path), expected=expected, found=f"{size:,}", remedy=FETCH_AGAIN)
+
+
+def _check_apart(segments: Sequence[Segment], where: str) -> None:
+    for before, after in zip(segments, segments[1:], strict=False):
+        if before.stop > after.start:
+            expected = "segments that do not overlap"
+            raise PackageError(where, expected=expected, found=f"two at {after.start}", remedy=FETCH_AGAIN)
 
 
 def _check_coverage(record: TensorRecord, segments: list[Segment], where: str) -> None:
@@ -248,12 +231,8 @@ def _check_coverage(record: TensorRecord, segments: list[Segment], where: str) -
     inside = [segment for segment in segments if segment.start < base_numel]
     whole = sum(segment.length for segment in segments) - sum(segment.length for segment in inside)
     if record.kind != "base" and whole != numel - base_numel:
-        raise PackageError(
-            where,
-            expected=f"{numel - base_numel} elements carried whole",
-            found=f"{whole}",
-            remedy=FETCH_AGAIN,
-        )
+        expected = f"{numel - base_numel} elements carried whole"
+        raise PackageError(where, expected=expected, found=f"{whole}", remedy=FETCH_AGAIN)
     if record.kind == "delta":
         kept = sum(segment.kept for segment in inside)
         covered = sum(segment.length for segment in inside)

@@ -37,8 +37,8 @@ def decode_delta(
     opened = Opened.of(manifest, record, segment, frame)
     positions = opened.positions()
     check_kept(record, segment, positions.size)
-    own = cpu.take(base, positions) if record.values == "exact" else None
-    return replace(opened.term(own, weight, positions), positions=positions)
+    kept_words = cpu.take(base, positions) if record.values == "exact" else None
+    return replace(opened.term(kept_words, weight, positions), positions=positions)
 
 
 def check_kept(record: TensorRecord, segment: Segment, kept: int) -> None:
@@ -67,9 +67,8 @@ class Opened:
     def of(cls, manifest: Manifest, record: TensorRecord, segment: Segment, frame: memoryview) -> Opened:
         """Raises PackageError: the frame is damaged, or is not of the size that the table says."""
         bitmap_size = -(-segment.length // 8) if record.mask == "stored" else 0
-        _, groups = codec.groups_of(
-            np.empty(0, np.int64), segment.start, segment.length, codec.group_length(record.threshold)
-        )
+        group = codec.group_length(record.threshold)
+        _, groups = codec.groups_of(np.empty(0, np.int64), segment.start, segment.length, group)
         size = codec.content_size(record.values, record.info.dtype, segment.kept, segment.changed, groups)
         content = memoryview(codec.decompress(frame, bitmap_size + size, name=record.name))
         return cls(
@@ -82,33 +81,33 @@ class Opened:
 
     def positions(self) -> Positions:
         """Kept elements, relative to the segment."""
-        return self.record.mask_of(self.manifest.seed).positions(
-            self.segment.start, self.segment.length, bytes(self.bitmap)
-        )
+        mask = self.record.mask_of(self.manifest.seed)
+        return mask.positions(self.segment.start, self.segment.length, bytes(self.bitmap))
 
-    def term(self, own: Words | None, weight: float, positions: Positions | None = None) -> Term:
-        """What the segment adds to its kept elements, whose base words are `own`; those are needed for
-        `exact` values only.
+    def term(self, base: Words | None, weight: float, positions: Positions | None = None) -> Term:
+        """What the segment adds to its kept elements, whose words in the base are `base`.
+
+        Only `exact` values need those words. Who knows the kept elements gives their `positions`.
 
         Raises:
             PackageError: the content contradicts the table.
         """
-        record, segment, factor = self.record, self.segment, weight * self.manifest.factor(self.record)
+        record = self.record
+        segment = self.segment
+        factor = weight * self.manifest.factor(record)
         if record.values == "exact":
-            assert own is not None
-            tuned = codec.decode_exact(self.data, own, segment.changed, record.info.dtype, name=record.name)
-            return Term(positions=None, factor=factor, tuned=tuned, base=own)
+            assert base is not None
+            tuned = codec.decode_exact(self.data, base, segment.changed, record.info.dtype, name=record.name)
+            return Term(positions=None, factor=factor, tuned=tuned, base=base)
         if record.values == "rounded":
-            rounded = codec.decode_rounded(self.data, segment.kept, segment.changed, name=record.name)
-            return Term(positions=None, factor=factor, delta=rounded)
-        places = self.positions() if positions is None else positions
-        numbers, groups = codec.groups_of(
-            places, segment.start, segment.length, codec.group_length(record.threshold)
-        )
+            delta = codec.decode_rounded(self.data, segment.kept, segment.changed, name=record.name)
+            return Term(positions=None, factor=factor, delta=delta)
+        kept = self.positions() if positions is None else positions
+        group = codec.group_length(record.threshold)
+        numbers, groups = codec.groups_of(kept, segment.start, segment.length, group)
         scales, codes = codec.decode_codes(self.data, segment.kept, groups, record.values, name=record.name)
-        return Term(
-            positions=None, factor=factor, delta=codec.dequantize(scales, codes, numbers, record.values)
-        )
+        delta = codec.dequantize(scales, codes, numbers, record.values)
+        return Term(positions=None, factor=factor, delta=delta)
 
 
 @dataclass(frozen=True, kw_only=True)

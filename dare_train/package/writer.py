@@ -19,12 +19,12 @@ PART_LIMIT = 128 << 20
 
 
 class PackageWriter:
-    """Collects segments, in any order that is the same every time, and writes them as parts of bounded
-    size.
-    """
+    """Collects segments, in any order that is the same every time, into parts of bounded size."""
 
     def __init__(self, folder: Path, *, stem: str = "part", at_least_one: bool = True) -> None:
-        self._folder, self._stem, self._at_least_one = folder, stem, at_least_one
+        self._folder = folder
+        self._stem = stem
+        self._at_least_one = at_least_one
         self._rows: list[tuple[int, ...]] = []
         self._data = bytearray()
         self._parts: list[FileRecord] = []
@@ -44,7 +44,8 @@ class PackageWriter:
             code = re.search(r"os error (\d+)", str(error))
             raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
         self._parts.append(file_record(path, self._folder))
-        self._rows, self._data = [], bytearray()
+        self._rows = []
+        self._data = bytearray()
 
     def close(self) -> list[FileRecord]:
         """Write what is left. The parts have provisional names: see `number_parts`."""
@@ -57,11 +58,8 @@ def number_parts(folder: Path, parts: list[FileRecord]) -> tuple[FileRecord, ...
     """Give all parts of a package their names."""
     named = []
     for number, part in enumerate(parts, 1):
-        name = (
-            "dare_delta.safetensors"
-            if len(parts) == 1
-            else f"dare_delta-{number:05d}-of-{len(parts):05d}.safetensors"
-        )
+        numbering = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
+        name = f"dare_delta{numbering}.safetensors"
         (folder / part.file).rename(folder / name)
         named.append(replace(part, file=name))
     return tuple(named)

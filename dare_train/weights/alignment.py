@@ -18,21 +18,20 @@ def align(base: Weights, names: Collection[str], *, model: str) -> tuple[Weights
     Raises:
         TensorMismatch: not one name in common.
     """
-    best, best_count = "", len(base.tensors.keys() & set(names))
+    best = ""
+    best_count = len(base.tensors.keys() & set(names))
     tops = {f"{name.split('.')[0]}." for name in (*names, *base.tensors) if "." in name}
     for top in sorted(tops):
         added = sum(f"{top}{name}" in names for name in base.tensors)
         removed = sum(f"{top}{name}" in base.tensors for name in names)
         for prefix, count in ((top, added), (f"-{top}", removed)):
             if count > best_count:
-                best, best_count = prefix, count
+                best = prefix
+                best_count = count
     if not best_count:
-        raise TensorMismatch(
-            base.label,
-            expected=f"tensors of {model}",
-            found="not one of them",
-            remedy="is this the base it was tuned from?",
-        )
+        expected = f"tensors of {model}"
+        remedy = "is this the base it was tuned from?"
+        raise TensorMismatch(base.label, expected=expected, found="not one of them", remedy=remedy)
     return with_prefix(base, best), best
 
 
@@ -66,6 +65,5 @@ def cast_to(base: Weights, tuned: Mapping[str, TensorInfo]) -> Weights:
 def dtype_mismatch(
     name: str, *, expected: TensorInfo, found: TensorInfo, where: str, remedy: str
 ) -> DtypeMismatch:
-    return DtypeMismatch(
-        name, expected=expected.dtype.code, found=f"{found.dtype.code} in {where}", remedy=remedy
-    )
+    found_code = f"{found.dtype.code} in {where}"
+    return DtypeMismatch(name, expected=expected.dtype.code, found=found_code, remedy=remedy)

@@ -1,6 +1,4 @@
-"""Checkpoints on disk: folders of safetensors files, read through memory maps and written at known
-offsets.
-"""
+"""Checkpoints on disk: folders of safetensors files, read through memory maps."""
 
 from __future__ import annotations
 
@@ -21,8 +19,9 @@ MERGE_RECORD = "dare_merge.json"
 """What a merge writes beside its result: the recipe, and what became of each tensor."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-"""The files of a PEFT adapter."""
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""With its configuration, the files of a PEFT adapter."""
 _WEIGHT_SUFFIXES = {
     ".safetensors",
     ".bin",
@@ -39,6 +38,9 @@ _WEIGHT_SUFFIXES = {
 }
 
 
+_FETCH_AGAIN = "fetch the checkpoint again"
+
+
 class SafetensorsFile:
     """One mapped file. Its header is checked by the safetensors library before this class looks at it."""
 
@@ -48,9 +50,9 @@ class SafetensorsFile:
             with safe_open(path, framework="numpy"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                str(path), expected="a safetensors file", found=str(error), remedy="fetch it again"
-            ) from error
+            expected = "a safetensors file"
+            remedy = "fetch it again"
+            raise CheckpointError(str(path), expected=expected, found=str(error), remedy=remedy) from error
         with path.open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_size))
@@ -78,16 +80,14 @@ class Checkpoint:
     """A model on disk. Implements `Weights`; `files` maps each tensor's name to the file that holds it."""
 
     def __init__(self, files: Iterable[SafetensorsFile], *, folder: Path, label: str) -> None:
-        self.folder, self.label = folder, label
+        self.folder = folder
+        self.label = label
         self.files: dict[str, SafetensorsFile] = {}
         for file in files:
             for name in file.tensors:
                 if name in self.files:
-                    raise CheckpointError(
-                        name,
-                        expected="one file that holds it",
-                        found=f"{self.files[name].path.name} and {file.path.name}",
-                    )
+                    found = f"{self.files[name].path.name} and {file.path.name}"
+                    raise CheckpointError(name, expected="one file that holds it", found=found)
                 self.files[name] = file
         self.tensors = {name: file.tensors[name] for name, file in self.files.items()}
 
@@ -99,8 +99,7 @@ class Checkpoint:
         """Open a folder, a single .safetensors file, or a Hub id (from the cache, or downloaded).
 
         Raises:
-            CheckpointError: nothing is there, the weights are not safetensors, or a file is missing or
-                damaged.
+            CheckpointError: nothing is there, weights are not safetensors, or a file is missing or damaged.
         """
         path = locate(where)
         if path.is_file():
@@ -113,8 +112,7 @@ class Checkpoint:
 def locate(
     where: str | os.PathLike[str], *, patterns: list[str] | None = None, local_only: bool = False
 ) -> Path:
-    """The local path of a folder, file or Hub id. With `local_only`, a Hub id is looked up in the cache and
-    nowhere else.
+    """The local path of a folder, file or Hub id; with `local_only`, of a Hub id that the cache has.
 
     Raises:
         CheckpointError: neither a path that exists nor a repository that the Hub (or its cache) has.
@@ -123,8 +121,9 @@ def locate(
     name = os.fspath(where)
     if os.path.exists(path):  # noqa: PTH110 - unlike Path.exists, false for names that no file can have
         return path
+    expected = "a folder or a Hub id"
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(name, expected="a folder or a Hub id", found="nothing at that path")
+        raise CheckpointError(name, expected=expected, found="nothing at that path")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -132,62 +131,67 @@ def locate(
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_only))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         found = "no such folder here, and no such repository in the cache or on the Hub"
-        raise CheckpointError(
-            name, expected="a folder or a Hub id", found=found, remedy="check the name and the network"
-        ) from error
+        remedy = "check the name and the network"
+        raise CheckpointError(name, expected=expected, found=found, remedy=remedy) from error
 
 
 def _open_folder(folder: Path) -> list[SafetensorsFile]:
     index = folder / INDEX
     if not index.exists():
-        named = [folder / name for name in (SINGLE, ADAPTER_WEIGHTS) if (folder / name).exists()]
-        found = named[:1] or sorted(folder.glob("*.safetensors"))
-        if len(found) != 1:
-            raise _not_safetensors(folder, found)
-        return [SafetensorsFile(found[0])]
-    try:
-        weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-        names = sorted(set(weight_map.values()), key=str)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            str(index), expected='an index with a "weight_map"', found=repr(error)[:200]
-        ) from error
+        return [SafetensorsFile(_only_file(folder))]
+    weight_map, names = _read_index(index)
     for name in names:
-        if (
-            not isinstance(name, str)
-            or Path(name).name != name
-            or not name.endswith(".safetensors")
-            or len(name.encode()) > 255
-        ):
-            raise CheckpointError(str(index), expected="names of files in this folder", found=repr(name))
-        if not (folder / name).exists():
-            raise CheckpointError(
-                str(folder / name),
-                expected="a file, since the index lists it",
-                found="none",
-                remedy="fetch the checkpoint again",
-            )
+        _check_listed(name, index)
     files = [SafetensorsFile(folder / name) for name in names]
     held = {name: file.path.name for file in files for name in file.tensors}
     wrong = sorted(name for name in weight_map.keys() | held.keys() if weight_map.get(name) != held.get(name))
     if wrong:
-        raise CheckpointError(
-            f"{index}: {wrong[0]}",
-            expected=f"in {weight_map.get(wrong[0])}",
-            found=f"in {held.get(wrong[0])}",
-            remedy="fetch the checkpoint again",
-        )
+        expected = f"in {weight_map.get(wrong[0])}"
+        found = f"in {held.get(wrong[0])}"
+        raise CheckpointError(f"{index}: {wrong[0]}", expected=expected, found=found, remedy=_FETCH_AGAIN)
     return files
 
 
-def _not_safetensors(path: Path, found: list[Path] | None = None) -> CheckpointError:
-    others = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
-    remedy = (
-        "convert it: AutoModel.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
-        if others and not found
-        else ""
-    )
+def _only_file(folder: Path) -> Path:
+    """The file with the weights, where no index says which there are."""
+    named = [folder / name for name in (SINGLE, ADAPTER_WEIGHTS) if (folder / name).exists()]
+    files = named[:1] or sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise _not_safetensors(folder, files)
+    return files[0]
+
+
+def _read_index(index: Path) -> tuple[Mapping[str, str], list[str]]:
+    """File name by tensor name, and the names of all files."""
+    try:
+        weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
+        return weight_map, sorted(set(weight_map.values()), key=str)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        expected = 'an index with a "weight_map"'
+        raise CheckpointError(str(index), expected=expected, found=repr(error)[:200]) from error
+
+
+def _check_listed(name: object, index: Path) -> None:
+    if not isinstance(name, str) or not _names_a_file(name):
+        raise CheckpointError(str(index), expected="names of files in this folder", found=repr(name))
+    path = index.parent / name
+    if not path.exists():
+        expected = "a file, since the index lists it"
+        raise CheckpointError(str(path), expected=expected, found="none", remedy=_FETCH_AGAIN)
+
+
+def _names_a_file(name: str) -> bool:
+    return Path(name).name == name and name.endswith(".safetensors") and len(name.encode()) <= 255
+
+
+def _not_safetensors(path: Path, files: list[Path] | None = None) -> CheckpointError:
+    if path.is_file():
+        weights = [path]
+    else:
+        weights = sorted(file for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
+    convert = "convert it: AutoModel.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
+    remedy = convert if weights and not files else ""
     if (path / ADAPTER_CONFIG).exists():
         remedy = "load the adapter with PEFT and save it again: that writes " + ADAPTER_WEIGHTS
-    listed = ", ".join(p.name for p in others[:3]) or "no weights"
+    listed = ", ".join(file.name for file in weights[:3]) or "no weights"
     return CheckpointError(str(path), expected=f"{SINGLE} or {INDEX}", found=listed, remedy=remedy)

@@ -1,5 +1,4 @@
-"""Where a model's files and its modules name and cut their tensors differently: fused experts, names of years
-ago.
+"""Where a model's files and its modules name and cut their tensors differently: fused experts, old names.
 
 transformers joins some tensors of a checkpoint when it loads it, and takes them apart when it saves. What it
 would save of a parameter is found by letting it take apart a stand-in whose elements say where they lie.
@@ -18,8 +17,7 @@ from ..errors import ConfigError
 from .sharding import Held
 
 _WIDTH = 8
-"""Elements that stand in for a row: conversions that keep rows whole are the ones whose results can be found
-in place."""
+"""Elements that stand in for a row: what can be found are the results of conversions that keep rows whole."""
 
 Slices = dict[str, tuple[str, int, tuple[int, ...]]]
 """File name -> name in the module, flat start there, shape."""
@@ -52,32 +50,27 @@ def unwrapped(module: Any) -> Any:
 
 
 def _converts(model: Any) -> bool:
-    return (
-        hasattr(model, "save_pretrained")
-        and hasattr(model, "base_model_prefix")
-        and bool(_conversions(model))
-    )
+    pretrained = hasattr(model, "save_pretrained") and hasattr(model, "base_model_prefix")
+    return pretrained and bool(_conversions(model))
 
 
 def _conversions(model: Any) -> list[Any]:
     """What transformers did to names and tensors when it loaded the model, or would do.
 
-    Under ZeRO-3 it does not sort out which of the conversions of old names a file really needed: none of them
-    counts then.
+    Under ZeRO-3 it does not sort out which of the conversions of old names a file really needed; then none of
+    them counts.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    found = getattr(model, "_weight_conversions", None)
-    if found is None:
-        found = [
-            one
-            for one in get_model_conversion_mapping(model, add_legacy=False)
-            if type(one).__name__ != "PrefixChange"
-        ]
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        known = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [conversion for conversion in known if type(conversion).__name__ != "PrefixChange"]
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        settled = {_patterns(one) for one in get_model_conversion_mapping(model, add_legacy=False)}
-        found = [one for one in found if _patterns(one) in settled]
-    return list(found)
+        known = get_model_conversion_mapping(model, add_legacy=False)
+        settled = {_patterns(conversion) for conversion in known}
+        conversions = [conversion for conversion in conversions if _patterns(conversion) in settled]
+    return list(conversions)
 
 
 def _patterns(conversion: Any) -> tuple[str, ...]:
@@ -88,7 +81,8 @@ class _Configured:
     """A model as far as taking its tensors apart needs one, with conversions of our choice."""
 
     def __init__(self, model: Any, conversions: list[Any]) -> None:
-        self._weight_conversions, self._model = conversions, model
+        self._weight_conversions = conversions
+        self._model = model
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -99,11 +93,12 @@ def _slices(model: Any, held: Mapping[str, Held]) -> Slices:
 
     configured = _Configured(model, _conversions(model))
     slices: Slices = {}
-    for name, one in held.items():
-        narrow = (*one.shape[:-1], min(one.shape[-1], _WIDTH)) if len(one.shape) > 1 else one.shape
+    for name, tensor in held.items():
+        shape = tensor.shape
+        narrow = (*shape[:-1], min(shape[-1], _WIDTH)) if len(shape) > 1 else shape
         stand_in = torch.arange(prod(narrow)).reshape(narrow)
         for file, part in revert_weight_conversion(configured, {name: stand_in}).items():
-            slices[file] = (name, *_place(file, part, narrow, one.shape))
+            slices[file] = (name, *_place(file, part, narrow, shape))
     return slices
 
 
@@ -114,16 +109,15 @@ def _place(
     flat = part.reshape(-1)
     first = int(flat[0]) if flat.numel() else 0
     if narrow == shape:
-        start, real = first, tuple(part.shape)
+        start = first
+        real = tuple(part.shape)
     else:
-        start, real = first // narrow[-1] * shape[-1], (*part.shape[:-1], shape[-1])
+        start = first // narrow[-1] * shape[-1]
+        real = (*part.shape[:-1], shape[-1])
     whole_rows = narrow == shape or (part.shape[-1] == narrow[-1] and first % narrow[-1] == 0)
     if not whole_rows or not torch.equal(flat, torch.arange(first, first + flat.numel())):
+        expected = "a contiguous run of a parameter"
+        found = "one that is transposed or interleaved"
         remedy = "extract from the saved checkpoint instead"
-        raise ConfigError(
-            file,
-            expected="a contiguous run of a parameter",
-            found="one that is transposed or interleaved",
-            remedy=remedy,
-        )
+        raise ConfigError(file, expected=expected, found=found, remedy=remedy)
     return start, real

@@ -1,6 +1,4 @@
-"""Checkpoints written tensor by tensor, in any order, by several processes: sharded safetensors with an
-index.
-"""
+"""Checkpoints written tensor by tensor, in any order, by several processes: sharded files and an index."""
 
 from __future__ import annotations
 
@@ -31,23 +29,21 @@ def layout_like(
     names = sorted(set(files.values())) if len(set(files.values())) > 1 else [SINGLE]
     layout: dict[str, dict[str, TensorInfo]] = {name: {} for name in names}
     for name, info in tensors.items():
-        own = files.get(base_name(name), names[-1])
-        layout[own if own in layout else names[-1]][name] = info
-    return {file: held for file, held in layout.items() if held}
+        file = files.get(base_name(name), names[-1])
+        layout[file if file in layout else names[-1]][name] = info
+    return {name: held for name, held in layout.items() if held}
 
 
 class CheckpointWriter:
-    """Writes tensors into safetensors files piece by piece, from any thread, in any order; headers come
-    first.
+    """Writes tensors into safetensors files piece by piece, from any thread, in any order; headers first.
 
     Several processes may write to the same files: one makes them, the others open theirs with `join=True`.
     """
 
     def __init__(self, folder: Path, layout: Layout, *, join: bool = False) -> None:
         self._places: dict[str, tuple[int, int]] = {}
-        self._writing = (
-            threading.Lock()
-        )  # the kernel locks a file that is written to; waiting for that burns a processor
+        # The kernel locks a file that is written to; waiting for that burns a processor.
+        self._writing = threading.Lock()
         self._descriptors: list[int] = []
         for file, tensors in layout.items():
             self._create(folder / file, tensors, join)
@@ -56,7 +52,8 @@ class CheckpointWriter:
 
     def _create(self, path: Path, tensors: Mapping[str, TensorInfo], join: bool) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset, ordered = 0, sorted(tensors.items(), key=lambda item: (-item[1].dtype.bits, item[0]))
+        ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.bits, item[0]))
+        offset = 0
         for name, info in ordered:
             header[name] = {
                 "dtype": info.dtype.code,
@@ -96,7 +93,8 @@ def _write_all(descriptor: int, data: bytes | memoryview, position: int) -> None
     view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view, position)
-        view, position = view[written:], position + written
+        view = view[written:]
+        position += written
 
 
 def _write_index(path: Path, layout: Layout) -> None:

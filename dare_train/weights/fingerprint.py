@@ -89,17 +89,20 @@ def fingerprints(
         spans = {name: ((0, info.numel),) for name, info in weights.tensors.items()}
     work = [
         (name, begin + start, count)
-        for name, its_spans in spans.items()
-        for begin, end in its_spans
+        for name, tensor_spans in spans.items()
+        for begin, end in tensor_spans
         for start, count in runs(end - begin, SEGMENT)
     ]
-    shares = dict.fromkeys(spans, Fingerprint())
-    with closing(
-        ordered_map(lambda run: Fingerprint.of(weights.read(*run), run[1]), work, threads=threads)
-    ) as found:
-        for (name, _, _), share in zip(work, found, strict=True):
-            shares[name] = shares[name].plus(share)
-    return shares
+
+    def share_of(run: tuple[str, int, int]) -> Fingerprint:
+        name, start, count = run
+        return Fingerprint.of(weights.read(name, start, count), start)
+
+    prints = dict.fromkeys(spans, Fingerprint())
+    with closing(ordered_map(share_of, work, threads=threads)) as shares:
+        for (name, _, _), share in zip(work, shares, strict=True):
+            prints[name] = prints[name].plus(share)
+    return prints
 
 
 def weights_fingerprint(weights: Weights) -> str:

@@ -28,8 +28,5 @@ def layer_of(name: str) -> str:
     if number:
         return number.group(1)
     parts = name.split(".")
-    return (
-        parts[1]
-        if len(parts) > 2 and parts[0] in ("bert", "model", "roberta", "transformer", "distilbert")
-        else parts[0]
-    )
+    encoders = ("bert", "model", "roberta", "transformer", "distilbert")
+    return parts[1] if len(parts) > 2 and parts[0] in encoders else parts[0]

@@ -1,6 +1,4 @@
-"""Live weights: a module or a state dict seen as flat words under checkpoint names, as far as this process
-holds them.
-"""
+"""Live weights: a module or a state dict as flat words by checkpoint name, as far as they lie here."""
 
 from __future__ import annotations
 
@@ -51,11 +49,10 @@ _CODES = {
 
 
 class LiveWeights:
-    """Implements `Weights` over tensors in memory. Words of contiguous CPU tensors are views: nothing is
-    copied.
+    """Implements `Weights` over tensors in memory. Words of contiguous CPU tensors are views, not copies.
 
-    Where an engine spreads the model over processes, `tensors` tells of all of it, and `read` gives what this
-    process holds.
+    Where an engine spreads the model over processes, `tensors` tells of all of it, and `read` gives what lies
+    in this process.
 
     Args:
         live: a module, wrapped by whatever trains it, or a state dict.
@@ -68,10 +65,9 @@ class LiveWeights:
     Attributes:
         tensors: dtype and whole shape by checkpoint name.
         held: [start, stop) of the elements that lie in this process, by checkpoint name.
-        adapted: whether it is a PEFT model. Then the tensors are the base model's under the adapters: see
-            `updates`.
-        trained_whole: names of tensors that an adapter trains a copy of (`modules_to_save`), which is what is
-            read here.
+        adapted: whether it is a PEFT model. Then the tensors are those of the model under the adapters, for
+            whose updates see `updates`.
+        trained_whole: names of tensors whose copies an adapter trains (`modules_to_save`): those are read.
 
     Raises:
         ConfigError: a tensor's layout is not known, or it has no storage anywhere; `source` names what the
@@ -88,13 +84,16 @@ class LiveWeights:
         ranks: Ranks | None = None,
         kernels: str | None = None,
     ) -> None:
-        self.label, self.ranks, self.kernels = label, ranks or Ranks(), checked(kernels, "kernels")
+        self.label = label
+        self.ranks = ranks or Ranks()
+        self.kernels = checked(kernels, "kernels")
         self._module = live if isinstance(live, torch.nn.Module) else None
         module: Any = self._module
         if module is not None:
             engines.reshard(module)
         self._parameters = dict(checkpoint_tensors(live))
-        self.adapted, self.trained_whole = lora.is_adapted(live), frozenset[str]()
+        self.adapted = lora.is_adapted(live)
+        self.trained_whole = frozenset[str]()
         if self.adapted:
             self._parameters, self.trained_whole = lora.base_tensors(live, self._parameters)
         held = engines.held(self._parameters.items(), module)
@@ -102,17 +101,20 @@ class LiveWeights:
             held = as_in_files(module.get_base_model() if self.adapted else module, held)
         if source == "master":
             _check_masters(held)
-            held = {name: _masters(name, one) for name, one in held.items()}
+            held = {name: _masters(tensor) for name, tensor in held.items()}
         self._held = held
-        self.tensors = {name: TensorInfo(_dtype_of(name, one.dtype), one.shape) for name, one in held.items()}
+        self.tensors = {
+            name: TensorInfo(_dtype_of(name, tensor.dtype), tensor.shape) for name, tensor in held.items()
+        }
         self.held: Spans = {
-            name: tuple((piece.start, piece.stop) for piece in one.pieces) for name, one in held.items()
+            name: tuple((piece.start, piece.stop) for piece in tensor.pieces) for name, tensor in held.items()
         }
 
     @once
     def shares(self) -> Mapping[str, tuple[tuple[Span, ...], ...]]:
-        """What each rank speaks for of each tensor; over all ranks, each element once. All ranks ask for it
-        together.
+        """What each rank speaks for of each tensor; over all ranks, each element once.
+
+        All ranks ask for it together.
         """
         return shares(self.tensors, self.held, self.ranks)
 
@@ -122,15 +124,16 @@ class LiveWeights:
         return {name: spans[self.ranks.rank] for name, spans in self.shares.items()}
 
     def renamed(self, names: Mapping[str, str]) -> LiveWeights:
-        """The same weights under other names: `names` says which of the others each of them is. Those it
-        leaves out are not seen.
+        """The same weights under other names.
+
+        `names` says which of the weights each of them is. Those it leaves out are not seen.
         """
         view = copy(self)
-        for worked_out in (name for name in ("shares", "owned") if name in vars(self)):
-            del vars(view)[worked_out]
-        view._held = {name: self._held[other] for name, other in names.items()}
-        view.tensors = {name: self.tensors[other] for name, other in names.items()}
-        view.held = {name: self.held[other] for name, other in names.items()}
+        for worked_out in ("shares", "owned"):
+            vars(view).pop(worked_out, None)
+        view._held = {name: self._held[source] for name, source in names.items()}
+        view.tensors = {name: self.tensors[source] for name, source in names.items()}
+        view.held = {name: self.held[source] for name, source in names.items()}
         return view
 
     def holding(self, name: str) -> Held:
@@ -156,17 +159,12 @@ class LiveWeights:
                 "other ranks hold the rest: use the callback or a Snapshotter on all of "
                 "them, or the saved checkpoint"
             )
-            raise ConfigError(
-                name,
-                expected=f"elements [{start}, {start + count}) in this process",
-                found="a part of them",
-                remedy=remedy,
-            )
+            expected = f"elements [{start}, {start + count}) in this process"
+            raise ConfigError(name, expected=expected, found="a part of them", remedy=remedy)
         if len(pieces) == 1:
             return self._words(name, pieces[0])
-        return np.concatenate(
-            [np.empty(0, self.tensors[name].dtype.word), *(self._words(name, piece) for piece in pieces)]
-        )
+        nothing = np.empty(0, self.tensors[name].dtype.word)
+        return np.concatenate([nothing, *(self._words(name, piece) for piece in pieces)])
 
     def lying(self, name: str, start: int, count: int) -> tuple[torch.Tensor, int] | None:
         """Where elements [start, start + count) lie, if that is one place: words in memory, 1-D, and how many
@@ -183,9 +181,7 @@ class LiveWeights:
         return {piece.tensor.device for held in self._held.values() for piece in held.pieces}
 
     def alone(self, name: str) -> bool:
-        """Whether a tensor can be changed where it lies: no engine keeps masters of it, which would have to
-        follow.
-        """
+        """Whether a tensor can be changed where it lies: no engine keeps masters that have to follow."""
         return self._held[name].masters is None
 
     def put(self, name: str, start: int, words: Words, log: Callable[[Change], object]) -> None:
@@ -202,14 +198,10 @@ class LiveWeights:
                 values = _as_tensor(new[changed], piece.tensor.dtype)
                 _overwrite(piece, changed, values, log)
                 for master in self._within(held.masters or (), piece.start, piece.stop):
-                    inside = (changed >= master.start - piece.start) & (changed < master.stop - piece.start)
                     shift = master.start - piece.start
-                    _overwrite(
-                        master,
-                        changed[inside] - shift,
-                        values[torch.from_numpy(inside)].to(master.tensor.dtype),
-                        log,
-                    )
+                    inside = (changed >= shift) & (changed < master.stop - piece.start)
+                    master_values = values[torch.from_numpy(inside)].to(master.tensor.dtype)
+                    _overwrite(master, changed[inside] - shift, master_values, log)
 
     def overwrite(self, name: str, start: int, words: Words) -> None:
         """Like `put` with no way back, for weights that are only looked at: masters do not follow."""
@@ -222,9 +214,7 @@ class LiveWeights:
                 _bits(piece.tensor).put_(places, _bits(new).to(places.device))
 
     def settle(self) -> None:
-        """Let engines that keep a second copy of some weights make it anew from what was put or
-        overwritten.
-        """
+        """Let engines that keep second copies of weights make them anew from what was put or overwritten."""
         if self._module is not None:
             engines.reshard(self._module)
         parameter: Any
@@ -276,9 +266,7 @@ def _as_tensor(words: Words, dtype: torch.dtype) -> torch.Tensor:
 
 
 def checkpoint_tensors(live: Live) -> Iterator[tuple[str, torch.Tensor]]:
-    """(checkpoint name, tensor) as `save_pretrained` writes them: tied tensors once, persistent buffers
-    included.
-    """
+    """(checkpoint name, tensor) as `save_pretrained` writes them: tied ones once, persistent buffers too."""
     if isinstance(live, Mapping):
         for name, tensor in live.items():
             if not isinstance(tensor, torch.Tensor):
@@ -301,20 +289,17 @@ def _place(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _masters(name: str, held: Held) -> Held:
+def _masters(held: Held) -> Held:
     """The same with its masters for weights."""
     return held if held.masters is None else Held(held.shape, torch.float32, held.masters)
 
 
 def _check_masters(held: Mapping[str, Held]) -> None:
-    without = [
-        name
-        for name, one in held.items()
-        if one.masters is None and one.dtype in (torch.bfloat16, torch.float16)
-    ]
-    if without and all(one.masters is None for one in held.values()):
-        remedy = 'use source="weights"; or train with DeepSpeed ZeRO, which keeps masters'
+    half = (torch.bfloat16, torch.float16)
+    without = [name for name, tensor in held.items() if tensor.masters is None and tensor.dtype in half]
+    if without and all(tensor.masters is None for tensor in held.values()):
         expected = "an engine that keeps fp32 masters of 16-bit weights"
+        remedy = 'use source="weights"; or train with DeepSpeed ZeRO, which keeps masters'
         raise ConfigError("source", expected=expected, found=f"none of {without[0]}", remedy=remedy)
 
 
@@ -336,9 +321,8 @@ def check_same_tensors(
         if name not in found:
             raise TensorMismatch(name, expected=f"in {what}", found="missing", remedy=remedy)
         if found[name].shape != info.shape:
-            raise TensorMismatch(
-                name, expected=f"shape {info.shape}", found=f"{found[name].shape} in {what}", remedy=remedy
-            )
+            found_shape = f"{found[name].shape} in {what}"
+            raise TensorMismatch(name, expected=f"shape {info.shape}", found=found_shape, remedy=remedy)
     extra = sorted(found.keys() - expected.keys())
     if extra:
         raise TensorMismatch(extra[0], expected=f"not in {what}", found="extra", remedy=remedy)

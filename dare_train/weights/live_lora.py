@@ -32,8 +32,7 @@ def is_adapted(module: object) -> bool:
 def base_tensors(
     model: Any, named: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
-    """The tensors of the base model that an adapted one goes on from, and the names of those it trains copies
-    of.
+    """The tensors of the base that an adapted model goes on from, and the names of those it trains copies of.
 
     Args:
         model: a PEFT model.
@@ -44,7 +43,8 @@ def base_tensors(
     """
     _check_kinds(model)
     active = set(model.active_adapters) if hasattr(model, "active_adapters") else {model.active_adapter}
-    tensors, whole = {}, set()
+    tensors: dict[str, torch.Tensor] = {}
+    whole: set[str] = set()
     for name, tensor in named.items():
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         saved = _SAVED.search(plain)
@@ -59,47 +59,44 @@ def base_tensors(
 
 def _check_kinds(model: Any) -> None:
     if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
+        expected = "FSDP2, DDP, DeepSpeed ZeRO or one process"
         remedy = "FSDP1 lays factors and base out in one flat parameter: use FSDP2"
-        raise ConfigError(
-            "adapters", expected="FSDP2, DDP, DeepSpeed ZeRO or one process", found="FSDP1", remedy=remedy
-        )
+        raise ConfigError("adapters", expected=expected, found="FSDP1", remedy=remedy)
     for name, config in model.peft_config.items():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if kind != "LORA":
             raise ConfigError(f"adapter {name!r}", expected="a LoRA adapter", found=kind, remedy=MERGE)
         for option in ("target_parameters", "trainable_token_indices", "layer_replication"):
-            if getattr(config, option, None):
-                raise ConfigError(
-                    f"adapter {name!r}",
-                    expected=f"no {option}",
-                    found=repr(getattr(config, option)),
-                    remedy=MERGE,
-                )
+            value = getattr(config, option, None)
+            if value:
+                found = repr(value)
+                raise ConfigError(f"adapter {name!r}", expected=f"no {option}", found=found, remedy=MERGE)
 
 
 def updates(model: Any) -> dict[str, list[LowRank]]:
-    """What the active adapters do to each tensor of the base, by checkpoint name. All ranks that share the
-    model call it together.
+    """What the active adapters do to each tensor of the base, by checkpoint name.
 
-    Factors are copied, whole, to the host: they are small.
+    All ranks that share the model call it together. Factors are copied, whole, to the host: they are small.
 
     Raises:
         ConfigError: a layer is adapted in a way that is not known.
     """
-    found: dict[str, list[LowRank]] = {}
+    by_tensor: dict[str, list[LowRank]] = {}
     layers = [(clean(name), layer) for name, layer in model.named_modules() if _is_lora(layer)]
     with _gathered([factor for _, layer in layers for factor in _factors(layer)]):
         for name, layer in layers:
             module = name.removeprefix("base_model.model.")
             for adapter in layer.active_adapters:
-                if (
-                    adapter in layer.scaling
-                    and adapter not in layer.merged_adapters
-                    and not layer.disable_adapters
-                ):
+                if _takes_effect(layer, adapter):
                     for part, update in _updates_of(module, layer, adapter):
-                        found.setdefault(f"{module}.{part}", []).append(update)
-    return found
+                        by_tensor.setdefault(f"{module}.{part}", []).append(update)
+    return by_tensor
+
+
+def _takes_effect(layer: Any, adapter: str) -> bool:
+    """Whether an active adapter has factors here, and these are not in the base's weights already."""
+    pending = adapter in layer.scaling and adapter not in layer.merged_adapters
+    return pending and not layer.disable_adapters
 
 
 def _is_lora(layer: Any) -> bool:
@@ -107,13 +104,8 @@ def _is_lora(layer: Any) -> bool:
 
 
 def _factors(layer: Any) -> Iterator[torch.Tensor]:
-    for holder in (
-        layer.lora_A,
-        layer.lora_B,
-        layer.lora_embedding_A,
-        layer.lora_embedding_B,
-        layer.lora_magnitude_vector,
-    ):
+    matrices = (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B)
+    for holder in (*matrices, layer.lora_magnitude_vector):
         yield from holder.parameters()
 
 
@@ -137,22 +129,22 @@ def _updates_of(module: str, layer: Any, adapter: str) -> Iterator[tuple[str, Lo
     _check_layer(module, layer, "DoRA" if dora else variant and type(variant).__name__)
     scaling = float(layer.scaling[adapter])
     if adapter in layer.lora_embedding_A:
-        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        a = layer.lora_embedding_A[adapter]
+        b = layer.lora_embedding_B[adapter]
         yield "weight", LowRank(a=_matrix(a), b=_matrix(b), scaling=scaling, transposed=True)
         return
-    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+    a = layer.lora_A[adapter]
+    b = layer.lora_B[adapter]
     magnitude = _matrix(layer.lora_magnitude_vector[adapter].weight).reshape(-1) if dora else None
     transposed = bool(getattr(layer, "fan_in_fan_out", False))
-    yield (
-        "weight",
-        LowRank(
-            a=_matrix(a.weight),
-            b=_matrix(b.weight),
-            scaling=scaling,
-            transposed=transposed,
-            magnitude=magnitude,
-        ),
+    update = LowRank(
+        a=_matrix(a.weight),
+        b=_matrix(b.weight),
+        scaling=scaling,
+        transposed=transposed,
+        magnitude=magnitude,
     )
+    yield "weight", update
     if b.bias is not None:
         yield "bias", LowRank(a=np.ones((1, 1)), b=_matrix(b.bias), scaling=scaling)
 
@@ -161,20 +153,14 @@ def _check_layer(module: str, layer: Any, variant: str | None) -> None:
     base = layer.get_base_layer()
     kind = type(base).__name__
     linear = isinstance(base, torch.nn.Linear)
-    known = (
-        linear or isinstance(base, (torch.nn.Embedding, torch.nn.modules.conv._ConvNd)) or kind == "Conv1D"
-    )
+    other_kinds = (torch.nn.Embedding, torch.nn.modules.conv._ConvNd)
+    known = linear or isinstance(base, other_kinds) or kind == "Conv1D"
     if not known or getattr(base, "groups", 1) != 1 or not base.weight.dtype.is_floating_point:
-        raise ConfigError(
-            module,
-            expected="a Linear, Embedding, Conv1D or ungrouped convolution",
-            found=f"a {kind}",
-            remedy=MERGE,
-        )
+        expected = "a Linear, Embedding, Conv1D or ungrouped convolution"
+        raise ConfigError(module, expected=expected, found=f"a {kind}", remedy=MERGE)
     if variant is not None and not (variant == "DoRA" and linear):
-        raise ConfigError(
-            module, expected="LoRA, or DoRA on Linear", found=f"{variant} on a {kind}", remedy=MERGE
-        )
+        found = f"{variant} on a {kind}"
+        raise ConfigError(module, expected="LoRA, or DoRA on Linear", found=found, remedy=MERGE)
 
 
 def _matrix(factor: torch.Tensor) -> Matrix:
@@ -192,7 +178,10 @@ class Merged:
     def __init__(
         self, base: Weights, updates: Mapping[str, list[LowRank]], tensors: Mapping[str, TensorInfo]
     ) -> None:
-        self.label, self._base, self._updates, self.tensors = base.label, base, updates, tensors
+        self.label = base.label
+        self.tensors = tensors
+        self._base = base
+        self._updates = updates
 
     def read(self, name: str, start: int, count: int) -> Any:
         if name not in self._updates:

@@ -1,5 +1,4 @@
-"""PEFT adapters on disk, seen as the model that they make of a base: merged while it is read, never held
-whole.
+"""PEFT adapters on disk, seen as the model that they make of a base: merged as it is read, never held whole.
 
 A LoRA adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`. Its tensors are named
 after modules: `base_model.model.{module}.lora_A.weight` and its like are factors of an update; any other was
@@ -36,8 +35,7 @@ def merge_adapter(tuned: Weights, base: Weights) -> Weights:
     """`tuned` itself; or where it is a PEFT adapter, the model that it makes of `base`.
 
     Raises:
-        CheckpointError: the adapter is of a kind that cannot be merged here, or lies in one folder with a
-            whole model.
+        CheckpointError: the adapter is of a kind that cannot be merged here, or lies beside a whole model.
         TensorMismatch: it does not fit the base.
     """
     if not isinstance(tuned, Checkpoint):
@@ -47,28 +45,27 @@ def merge_adapter(tuned: Weights, base: Weights) -> Weights:
     if ADAPTER_WEIGHTS in opened or (described and not opened):
         return AdapterWeights(base, tuned)
     if described and not Path(tuned.label).is_file():
+        expected = "a model or an adapter"
         remedy = f"give the file that is meant: {tuned.label}/{ADAPTER_WEIGHTS} or {tuned.label}/{SINGLE}"
-        raise CheckpointError(
-            tuned.label, expected="a model or an adapter", found="both in one folder", remedy=remedy
-        )
+        raise CheckpointError(tuned.label, expected=expected, found="both in one folder", remedy=remedy)
     return tuned
 
 
 class AdapterWeights:
     """The model that a LoRA adapter makes of a base. Implements `Weights`, with the base's dtypes.
 
-    Names are the adapter's: where it was trained on a task model and the base is the bare encoder, the base's
-        are prefixed.
+    Names are the adapter's: where it was trained on a task model and the base is the bare encoder, the
+    base's are prefixed.
     """
 
     def __init__(self, base: Weights, adapter: Checkpoint) -> None:
-        self.folder, self.label = adapter.folder, adapter.label
+        self.folder = adapter.folder
+        self.label = adapter.label
         config = AdapterConfig.read(adapter.folder / ADAPTER_CONFIG)
         factors, full = _sorted_keys(adapter)
         if not factors:
-            raise CheckpointError(
-                adapter.label, expected="factors lora_A and lora_B", found=f"{len(full)} other tensors"
-            )
+            expected = "factors lora_A and lora_B"
+            raise CheckpointError(adapter.label, expected=expected, found=f"{len(full)} other tensors")
         aligned, _ = align(base, {*(f"{module}.weight" for module in factors), *full}, model=adapter.label)
         self._adapter = adapter
         self._plain = _Plain(aligned, adapter, _without_copies(full, aligned, adapter, config))
@@ -92,35 +89,35 @@ class AdapterWeights:
 
 
 class _Plain:
-    """What the adapter's updates are added to: the base's tensors, or those that the adapter brings in their
-    place.
-    """
+    """What the adapter's updates are added to: tensors of the base, or what the adapter has for them."""
 
     def __init__(self, base: Weights, adapter: Weights, keys: Mapping[str, str]) -> None:
         self.label = base.label
-        self._base, self._adapter, self._keys = base, adapter, keys
+        self._base = base
+        self._adapter = adapter
+        self._keys = keys
         self.tensors = dict(base.tensors)
         for name, key in keys.items():
-            own, info = base.tensors.get(name), adapter.tensors[key]
-            floats = own is not None and own.dtype.can_be_delta and info.dtype.can_be_delta
-            self.tensors[name] = TensorInfo(own.dtype, info.shape) if own is not None and floats else info
+            info = adapter.tensors[key]
+            base_info = base.tensors.get(name)
+            if base_info is not None and base_info.dtype.can_be_delta and info.dtype.can_be_delta:
+                info = TensorInfo(base_info.dtype, info.shape)
+            self.tensors[name] = info
 
     def read(self, name: str, start: int, count: int) -> Words:
         if name not in self._keys:
             return self._base.read(name, start, count)
         key = self._keys[name]
-        return cast(
-            self._adapter.read(key, start, count), self._adapter.tensors[key].dtype, self.tensors[name].dtype
-        )
+        words = self._adapter.read(key, start, count)
+        return cast(words, self._adapter.tensors[key].dtype, self.tensors[name].dtype)
 
 
 def _sorted_keys(adapter: Checkpoint) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Keys of factors by module and part; keys of tensors trained in full by their names in a checkpoint."""
     factors: dict[str, dict[str, str]] = defaultdict(dict)
     full = {}
-    for key in sorted(
-        adapter.tensors, key=len, reverse=True
-    ):  # a name without a wrapper's comes last, and counts
+    # A name without a wrapper's comes last, and counts.
+    for key in sorted(adapter.tensors, key=len, reverse=True):
         name = key.removeprefix("base_model.model.")
         match = _FACTOR.fullmatch(name)
         if match:
@@ -133,8 +130,7 @@ def _sorted_keys(adapter: Checkpoint) -> tuple[dict[str, dict[str, str]], dict[s
 def _without_copies(
     full: dict[str, str], base: Weights, adapter: Checkpoint, config: AdapterConfig
 ) -> dict[str, str]:
-    """`full` without the output embedding where it is tied: PEFT writes it as a copy, checkpoints do not hold
-    it.
+    """`full` without the output embedding where it is tied: PEFT writes a copy, checkpoints do not hold it.
 
     Raises:
         TensorMismatch: a tensor is neither in the base nor in a module that the adapter adds.
@@ -143,18 +139,16 @@ def _without_copies(
     for name in sorted(full.keys() - known.keys()):
         if not any(_same(adapter, full[name], key) for key in known.values()):
             expected = f"in {base.label}, or in a module under modules_to_save of {adapter.label}"
-            raise TensorMismatch(
-                name, expected=expected, found="neither", remedy=f"{_WRONG_BASE} If so, {MERGE}"
-            )
+            remedy = f"{_WRONG_BASE} If so, {MERGE}"
+            raise TensorMismatch(name, expected=expected, found="neither", remedy=remedy)
     return known
 
 
-def _same(adapter: Checkpoint, one: str, other: str) -> bool:
-    info = adapter.tensors[one]
-    same = info == adapter.tensors[other]
-    return same and all(
-        np.array_equal(adapter.read(one, s, n), adapter.read(other, s, n))
-        for s, n in runs(info.numel, SEGMENT)
+def _same(adapter: Checkpoint, first: str, second: str) -> bool:
+    info = adapter.tensors[first]
+    return info == adapter.tensors[second] and all(
+        np.array_equal(adapter.read(first, start, count), adapter.read(second, start, count))
+        for start, count in runs(info.numel, SEGMENT)
     )
 
 
@@ -171,21 +165,15 @@ class _Update:
 
     def load(self, adapter: Checkpoint) -> LowRank:
         a = np.ones((1, 1)) if self.a is None else _matrix(adapter, self.a)
+        b = _matrix(adapter, self.b)
         magnitude = None if self.magnitude is None else _matrix(adapter, self.magnitude).reshape(-1)
-        return LowRank(
-            a=a,
-            b=_matrix(adapter, self.b),
-            scaling=self.scaling,
-            transposed=self.transposed,
-            magnitude=magnitude,
-        )
+        return LowRank(a=a, b=b, scaling=self.scaling, transposed=self.transposed, magnitude=magnitude)
 
 
 def _matrix(adapter: Checkpoint, key: str) -> Matrix:
     info = adapter.tensors[key]
-    return (
-        to_float(adapter.read(key, 0, info.numel), info.dtype).astype(np.float64).reshape(info.shape[0], -1)
-    )
+    words = adapter.read(key, 0, info.numel)
+    return to_float(words, info.dtype).astype(np.float64).reshape(info.shape[0], -1)
 
 
 def _updates(
@@ -198,9 +186,8 @@ def _updates(
         CheckpointError: a module is of a kind that cannot be merged here.
     """
     modules = [_Module(name, parts, base, adapter, config) for name, parts in factors.items()]
-    certain = {
-        way for module in modules if len(module.ways) == 1 and not module.embedding for way in module.ways
-    }
+    unmistakable = [module for module in modules if len(module.ways) == 1 and not module.embedding]
+    certain = {way for module in unmistakable for way in module.ways}
     for module in modules:
         yield module.weight, module.weight_update(certain)
         if "B.bias" in module.parts:
@@ -213,17 +200,17 @@ class _Module:
     def __init__(
         self, name: str, parts: Mapping[str, str], base: Weights, adapter: Checkpoint, config: AdapterConfig
     ) -> None:
-        self.name, self.parts, self._base, self._label, self._config = (
-            name,
-            parts,
-            base,
-            adapter.label,
-            config,
-        )
+        self.name = name
+        self.parts = parts
+        self._base = base
+        self._label = adapter.label
+        self._config = config
         self._infos = {part: adapter.tensors[key] for part, key in parts.items()}
-        self.weight, self.bias = f"{name}.weight", f"{name}.bias"
+        self.weight = f"{name}.weight"
+        self.bias = f"{name}.bias"
         self.embedding = "embedding_A" in parts or "embedding_B" in parts
-        self._a, self._b = ("embedding_A", "embedding_B") if self.embedding else ("A", "B")
+        self._a = "embedding_A" if self.embedding else "A"
+        self._b = "embedding_B" if self.embedding else "B"
         self._check_parts()
         self.ways = self._ways()
         """Whether the weight may lie transposed: one answer, or both where it is square."""
@@ -238,11 +225,11 @@ class _Module:
                 "says, since this one is square"
             )
             raise CheckpointError(self.weight, expected=expected, found="some that do not", remedy=MERGE)
-        if self._config.dora and (transposed or len(self._own(self.weight).shape) != 2):
+        if self._config.dora and (transposed or len(self._base_info(self.weight).shape) != 2):
             kind = "an Embedding" if self.embedding else "a Conv1D" if transposed else "a convolution"
             raise CheckpointError(self.weight, expected="DoRA on Linear modules", found=kind, remedy=MERGE)
         if self._config.dora:
-            self._check_shape("magnitude_vector", self._own(self.weight).shape[:1])
+            self._check_shape("magnitude_vector", self._base_info(self.weight).shape[:1])
         magnitude = self.parts["magnitude_vector"] if self._config.dora else None
         scaling = self._config.scaling_of(self.name)
         return _Update(
@@ -254,11 +241,11 @@ class _Module:
         )
 
     def bias_update(self) -> _Update:
-        self._check_shape("B.bias", self._own(self.bias).shape)
+        self._check_shape("B.bias", self._base_info(self.bias).shape)
         return _Update(a=None, b=self.parts["B.bias"], scaling=self._config.scaling_of(self.name))
 
-    def _own(self, name: str) -> TensorInfo:
-        """The base's tensor.
+    def _base_info(self, name: str) -> TensorInfo:
+        """Of the base's tensor.
 
         Raises:
             TensorMismatch: there is none.
@@ -269,51 +256,44 @@ class _Module:
             expected = f"in {self._base.label}, since {self._label} adapts it"
             raise TensorMismatch(name, expected=expected, found="missing", remedy=_WRONG_BASE)
         if not info.dtype.can_be_delta:
+            expected = "a floating-point weight of 16 bits or more"
             remedy = "give the base in full precision"
-            raise CheckpointError(
-                name,
-                expected="a floating-point weight of 16 bits or more",
-                found=info.dtype.code,
-                remedy=remedy,
-            )
+            raise CheckpointError(name, expected=expected, found=info.dtype.code, remedy=remedy)
         return info
 
     def _check_parts(self) -> None:
         """All factors are there, and no others."""
         needed = {self._a, self._b} | ({"magnitude_vector"} if self._config.dora else set())
         for part in sorted(needed - self.parts.keys()):
-            raise TensorMismatch(
-                f"{self.name}.lora_{part}", expected=f"in {self._label}", found="missing", remedy=_SAVE_AGAIN
-            )
+            name = f"{self.name}.lora_{part}"
+            expected = f"in {self._label}"
+            raise TensorMismatch(name, expected=expected, found="missing", remedy=_SAVE_AGAIN)
         for part in sorted(self.parts.keys() - needed - {"B.bias"}):
             expected = f"the factors that {self._config.path.name} speaks of"
             raise CheckpointError(self.parts[part], expected=expected, found=f"lora_{part} too", remedy=MERGE)
         for part, info in self._infos.items():
             if not info.dtype.can_be_delta:
+                key = self.parts[part]
                 expected = "floating-point numbers of 16 bits or more"
-                raise CheckpointError(
-                    self.parts[part], expected=expected, found=info.dtype.code, remedy=MERGE
-                )
+                raise CheckpointError(key, expected=expected, found=info.dtype.code, remedy=MERGE)
         self._check_shape(self._a, (self._config.rank_of(self.name), *self._infos[self._a].shape[1:]))
 
     def _ways(self) -> set[bool]:
-        own, a, b = self._own(self.weight).shape, self._infos[self._a].shape, self._infos[self._b].shape
+        shape = self._base_info(self.weight).shape
+        a = self._infos[self._a].shape
+        b = self._infos[self._b].shape
         joined = 1 < len(a) == len(b) and prod(b[1:]) == a[0]
-        straight = joined and not self.embedding and own == (b[0], *a[1:])
-        turned = joined and len(a) == 2 and own == (a[1], b[0])
+        straight = joined and not self.embedding and shape == (b[0], *a[1:])
+        turned = joined and len(a) == 2 and shape == (a[1], b[0])
         if not straight and not turned:
-            expected = f"factors of a weight {list(own)}, as in {self._base.label}"
-            raise TensorMismatch(
-                self.weight, expected=expected, found=f"{list(a)} and {list(b)}", remedy=_WRONG_BASE
-            )
+            expected = f"factors of a weight {list(shape)}, as in {self._base.label}"
+            found = f"{list(a)} and {list(b)}"
+            raise TensorMismatch(self.weight, expected=expected, found=found, remedy=_WRONG_BASE)
         return {way for way, fits in ((False, straight), (True, turned)) if fits}
 
-    def _check_shape(self, part: str, expected: tuple[int, ...]) -> None:
-        found = self._infos[part].shape
-        if found != expected:
-            raise TensorMismatch(
-                self.parts[part],
-                expected=f"shape {list(expected)}",
-                found=f"{list(found)}",
-                remedy=_SAVE_AGAIN,
-            )
+    def _check_shape(self, part: str, fitting: tuple[int, ...]) -> None:
+        shape = self._infos[part].shape
+        if shape != fitting:
+            key = self.parts[part]
+            expected = f"shape {list(fitting)}"
+            raise TensorMismatch(key, expected=expected, found=f"{list(shape)}", remedy=_SAVE_AGAIN)

@@ -1,6 +1,4 @@
-"""`adapter_config.json` of a PEFT adapter: the fields that decide what merging gives, and a refusal of all
-that it cannot.
-"""
+"""`adapter_config.json` of a PEFT adapter: the fields that decide what merging gives; others are refused."""
 
 from __future__ import annotations
 
@@ -87,9 +85,8 @@ class AdapterConfig:
         try:
             fields = json.loads(path.read_text())
         except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(
-                str(path), expected="a PEFT adapter's configuration", found=repr(error)[:200]
-            ) from error
+            expected = "a PEFT adapter's configuration"
+            raise CheckpointError(str(path), expected=expected, found=repr(error)[:200]) from error
         if not isinstance(fields, dict):
             raise CheckpointError(str(path), expected="a JSON object", found=repr(fields)[:80])
         _check_supported(path, fields)
@@ -120,23 +117,18 @@ class AdapterConfig:
 
 
 def _check_supported(path: Path, fields: Mapping[str, Any]) -> None:
-    if fields.get("peft_type") != "LORA":
-        raise CheckpointError(
-            f"{path}: peft_type", expected='"LORA"', found=repr(fields.get("peft_type")), remedy=MERGE
-        )
+    kind = fields.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"{path}: peft_type", expected='"LORA"', found=repr(kind), remedy=MERGE)
     start = fields.get("init_lora_weights")
     if start not in _HARMLESS_STARTS:
-        raise CheckpointError(
-            f"{path}: init_lora_weights",
-            expected="a start that leaves the base as it is",
-            found=repr(start),
-            remedy=MERGE,
-        )
+        where = f"{path}: init_lora_weights"
+        expected = "a start that leaves the base as it is"
+        raise CheckpointError(where, expected=expected, found=repr(start), remedy=MERGE)
     for field, value in fields.items():
         if value and field not in _UNDERSTOOD:
-            raise CheckpointError(
-                f"{path}: {field}", expected="not set", found=repr(value)[:80], remedy=MERGE
-            )
+            found = repr(value)[:80]
+            raise CheckpointError(f"{path}: {field}", expected="not set", found=found, remedy=MERGE)
 
 
 def _matched(pattern: Mapping[str, float], module: str, default: float) -> float:
@@ -153,26 +145,22 @@ def _number(path: Path | str, fields: Mapping[str, Any], name: str, *, whole: bo
     value = fields.get(name)
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not number or not (1 if whole else -_LIMIT) <= value <= _LIMIT:  # type: ignore[operator]
-        raise CheckpointError(
-            f"{path}: {name}", expected="a positive integer" if whole else "a number", found=repr(value)[:80]
-        )
+        expected = "a positive integer" if whole else "a number"
+        raise CheckpointError(f"{path}: {name}", expected=expected, found=repr(value)[:80])
     return value
 
 
 def _pattern(path: Path, fields: Mapping[str, Any], name: str, *, whole: bool = False) -> dict[str, float]:
     given = fields.get(name) or {}
+    where = f"{path}: {name}"
     if not isinstance(given, dict):
-        raise CheckpointError(
-            f"{path}: {name}", expected="name patterns with numbers", found=repr(given)[:80]
-        )
+        raise CheckpointError(where, expected="name patterns with numbers", found=repr(given)[:80])
     for key in given:
         try:
             re.compile(_anchored(key))
         except (re.error, RecursionError, OverflowError) as error:
-            raise CheckpointError(
-                f"{path}: {name}", expected="regular expressions", found=repr(key)[:80]
-            ) from error
-    return {key: _number(f"{path}: {name}", given, key, whole=whole) for key in given}
+            raise CheckpointError(where, expected="regular expressions", found=repr(key)[:80]) from error
+    return {key: _number(where, given, key, whole=whole) for key in given}
 
 
 def _names(path: Path, fields: Mapping[str, Any], name: str) -> tuple[str, ...]:

@@ -1,8 +1,7 @@
 """Low-rank updates of a weight, as LoRA and DoRA adapters hold them, merged into it run by run.
 
-    W' = W + s · B A                                         LoRA (arXiv 2106.09685, eq. 3)
-    W' = m / ‖W + s · B A‖ · (W + s · B A)                   DoRA (arXiv 2402.09353, eq. 5), one norm for each
-    output
+    W' = W + s · B A                              LoRA (arXiv 2106.09685, eq. 3)
+    W' = m / ‖W + s · B A‖ · (W + s · B A)        DoRA (arXiv 2402.09353, eq. 5), one norm for each output
 
 evaluated in float64 and rounded once to the weight's dtype.
 """
@@ -41,14 +40,14 @@ class LowRank:
     scaling: float
     """s, which is α / rank or α / √rank."""
     transposed: bool = False
-    """W lies as [in, out], as in GPT-2's Conv1D, or as [num, dim], as in an Embedding: what is added is (s ·
-    B A)ᵀ."""
+    """W lies as [in, out] (GPT-2's Conv1D) or as [num, dim] (an Embedding): what is added is (s · B A)ᵀ."""
     magnitude: NDArray[np.float64] | None = None
     """m of DoRA, float64 [out]; None for LoRA. Not together with `transposed`."""
 
     def added(self, first: int, stop: int) -> Matrix:
         """Rows [first, stop) of s · B A as W lies, float64 [stop - first, columns of W]."""
-        left, right = (self.a.T, self.b.T) if self.transposed else (self.b, self.a)
+        left = self.a.T if self.transposed else self.b
+        right = self.b.T if self.transposed else self.a
         product: Matrix = self.scaling * (left[first:stop] @ right)
         return product
 
@@ -56,8 +55,7 @@ class LowRank:
 def merged_words(
     base: Readable, updates: Sequence[LowRank], info: TensorInfo, name: str, start: int, count: int
 ) -> Words:
-    """Words of elements [start, start + count) of a weight after merging, the same however the tensor is cut
-    into runs.
+    """Words of elements [start, start + count) of a weight after merging, the same however it is cut in runs.
 
     Args:
         base: reads the weight's words before merging.
@@ -85,13 +83,13 @@ def merged_words(
 def _merged_block(words: Words, updates: Sequence[LowRank], dtype: DType, first: int, height: int) -> Words:
     """The words of rows [first, first + height) after merging."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        own = to_float(words, dtype).astype(np.float64).reshape(height, -1)
-        total = own
+        base = to_float(words, dtype).astype(np.float64).reshape(height, -1)
+        total = base
         for update in updates:
             added = update.added(first, first + height)
             total = total + added
             if update.magnitude is not None:  # PEFT takes the norm of the base with this update alone
-                norm = np.sqrt(np.square(own + added).sum(axis=1))
+                norm = np.sqrt(np.square(base + added).sum(axis=1))
                 total = (update.magnitude[first : first + height] / norm)[:, None] * total
-    kept = (total == own) | np.isnan(own)
+    kept = (total == base) | np.isnan(base)
     return np.where(kept.reshape(-1), words, from_float(total.reshape(-1), dtype))

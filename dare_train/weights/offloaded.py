@@ -24,10 +24,10 @@ def maps(module: torch.nn.Module) -> Maps:
 
 
 def _hooks(part: torch.nn.Module) -> Iterator[Any]:
-    hook: Any = getattr(part, "_hf_hook", None)
-    for one in getattr(hook, "hooks", (hook,)):
-        if getattr(one, "offload", False) and one.weights_map is not None:
-            yield one
+    outer: Any = getattr(part, "_hf_hook", None)
+    for hook in getattr(outer, "hooks", (outer,)):
+        if getattr(hook, "offload", False) and hook.weights_map is not None:
+            yield hook
 
 
 def behind(tensor: torch.Tensor, name: str, kept: Maps) -> torch.Tensor:
@@ -38,25 +38,26 @@ def behind(tensor: torch.Tensor, name: str, kept: Maps) -> torch.Tensor:
     """
     parts = name.split(".")
     for cut in range(len(parts) - 1, -1, -1) if tensor.is_meta else ():
-        values = kept.get(".".join(parts[:cut]))
-        found = None if values is None else _kept(values, ".".join(parts[cut:]), name)
-        if found is not None:
-            return found
+        weights_map = kept.get(".".join(parts[:cut]))
+        values = None if weights_map is None else _kept(weights_map, ".".join(parts[cut:]), name)
+        if values is not None:
+            return values
     return tensor
 
 
-def _kept(values: Any, own: str, name: str) -> torch.Tensor | None:
-    """What a map has under a name of its own. Asking the map itself would read a file, and give a copy."""
-    while hasattr(values, "prefix"):
-        own, values = values.prefix + own, values.dataset
-    in_memory = getattr(values, "state_dict", values)
-    if own not in in_memory and own in getattr(values, "index", ()):
+def _kept(weights_map: Any, key: str, name: str) -> torch.Tensor | None:
+    """What a map has under a key of its own. Asking the map itself would read a file, and give a copy."""
+    while hasattr(weights_map, "prefix"):
+        key = weights_map.prefix + key
+        weights_map = weights_map.dataset
+    in_memory = getattr(weights_map, "state_dict", weights_map)
+    if key not in in_memory and key in getattr(weights_map, "index", ()):
+        expected = "weights in memory"
+        found = "weights that accelerate keeps on disk"
         remedy = (
             "work on the checkpoint's files (extract, apply), or load the model with a "
             "device_map that keeps it in memory"
         )
-        raise ConfigError(
-            name, expected="weights in memory", found="weights that accelerate keeps on disk", remedy=remedy
-        )
-    found: torch.Tensor | None = in_memory.get(own)
-    return found
+        raise ConfigError(name, expected=expected, found=found, remedy=remedy)
+    tensor: torch.Tensor | None = in_memory.get(key)
+    return tensor

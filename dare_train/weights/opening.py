@@ -22,8 +22,7 @@ WeightsLike = Union[str, "os.PathLike[str]", "Live", Mapping[str, np.ndarray], W
 
 
 def open_weights(what: WeightsLike, *, kernels: str | None = None) -> Weights:
-    """Look at any holder of weights as `Weights`; see `LiveWeights` for `kernels`, which are for models in
-    memory.
+    """Look at any holder of weights as `Weights`; `kernels` are for models in memory: see `LiveWeights`.
 
     Raises:
         CheckpointError: it cannot be read.

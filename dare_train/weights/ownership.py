@@ -45,16 +45,15 @@ def shares(
     answers = ranks.gather([_digest(tensors), partial])
     for rank, (digest, _) in enumerate(answers):
         if digest != answers[0][0]:
-            raise ConfigError(
-                f"rank {rank}",
-                expected="the tensors that rank 0 has",
-                found="others",
-                remedy="load the same model on every rank",
-            )
+            expected = "the tensors that rank 0 has"
+            remedy = "load the same model on every rank"
+            raise ConfigError(f"rank {rank}", expected=expected, found="others", remedy=remedy)
     result = {}
     for index, name in enumerate(names):
         whole = _whole(tensors[name])
-        holdings = [tuple((a, b) for a, b in partials.get(str(index), whole)) for _, partials in answers]
+        holdings = [
+            tuple((start, stop) for start, stop in partials.get(str(index), whole)) for _, partials in answers
+        ]
         result[name] = _shares(name, tensors[name].numel, holdings)
     return result
 
@@ -64,9 +63,8 @@ def _whole(info: TensorInfo) -> tuple[Span, ...]:
 
 
 def _digest(tensors: Mapping[str, TensorInfo]) -> str:
-    return hashlib.sha256(
-        "\n".join(f"{name} {tensors[name]}" for name in sorted(tensors)).encode()
-    ).hexdigest()[:16]
+    lines = "\n".join(f"{name} {tensors[name]}" for name in sorted(tensors))
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def _shares(name: str, numel: int, holdings: list[tuple[Span, ...]]) -> tuple[tuple[Span, ...], ...]:
@@ -87,27 +85,26 @@ def _check_tiling(name: str, numel: int, spans: list[Span]) -> None:
     edges = [(0, 0), *spans, (numel, numel)]
     for (_, stop), (start, _) in pairwise(edges):
         if start != stop:
-            found = (
-                f"[{stop}, {start}) on none of them" if start > stop else f"[{start}, {stop}) cut in two ways"
-            )
+            expected = f"its {numel} elements on the ranks that take part, each once"
+            found = f"[{start}, {stop}) cut in two ways"
+            if start > stop:
+                found = f"[{stop}, {start}) on none of them"
             remedy = "is it on the meta device, or do other ranks that hold a part of it not take part?"
-            raise ConfigError(
-                name,
-                expected=f"its {numel} elements on the ranks that take part, each once",
-                found=found,
-                remedy=remedy,
-            )
+            raise ConfigError(name, expected=expected, found=found, remedy=remedy)
 
 
 def _part(span: Span, number: int, count: int) -> Iterator[Span]:
-    """The part of a span that falls to one of `count` holders; nothing, where the span is too short for
-    all.
-    """
+    """The part of a span that falls to one of `count` holders; nothing, where it is too short for all."""
+    begin = _border(span, number, count)
+    end = _border(span, number + 1, count)
+    if begin < end:
+        yield begin, end
+
+
+def _border(span: Span, number: int, count: int) -> int:
+    """Where the part of holder `number` begins, and that of the one before ends."""
     start, stop = span
-    cuts = [start + (stop - start) * n // count for n in (number, number + 1)]
-    first, last = (
-        cut if cut in (start, stop) else max(start, min(stop, -(-cut // ALIGNMENT) * ALIGNMENT))
-        for cut in cuts
-    )
-    if first < last:
-        yield first, last
+    border = start + (stop - start) * number // count
+    if border in span:
+        return border
+    return max(start, min(stop, -(-border // ALIGNMENT) * ALIGNMENT))

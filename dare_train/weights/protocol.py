@@ -1,6 +1,4 @@
-"""What every holder of weights offers, whether it lies on disk or lives in memory, and other ways to look at
-one.
-"""
+"""What every holder of weights offers, on disk or in memory, and other ways to look at one."""
 
 from __future__ import annotations
 
@@ -20,8 +18,7 @@ if TYPE_CHECKING:
     from ..parallel.ranks import Ranks
 
 SEGMENT = 1 << 20
-"""Elements of one segment: segments begin at multiples of it, so that they do not depend on who wrote
-them."""
+"""Elements of one segment: segments begin at multiples of it, whoever writes them."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,7 @@ class Weights(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str, start: int, count: int) -> Words:
-        """Words of the elements with flat indices [start, start + count), shape (count,); not to be written
-        to.
-        """
+        """Words of elements [start, start + count) in flat order, shape (count,); not to be written to."""
 
 
 @runtime_checkable
@@ -95,14 +90,16 @@ class InMemory(Weights, Protocol):
 
 
 class Mapped:
-    """The same weights under other names: `names` says which of the others each of them is. Those it leaves
-    out are not seen.
+    """The same weights under other names.
+
+    `names` says which of the weights each of them is. Those it leaves out are not seen.
     """
 
     def __init__(self, weights: Weights, names: Mapping[str, str]) -> None:
-        self._weights, self._names = weights, names
+        self._weights = weights
+        self._names = names
         self.label = weights.label
-        self.tensors = {name: weights.tensors[other] for name, other in names.items()}
+        self.tensors = {name: weights.tensors[source] for name, source in names.items()}
 
     def read(self, name: str, start: int, count: int) -> Words:
         return self._weights.read(self._names[name], start, count)
@@ -130,15 +127,14 @@ class Cast:
         }
 
     def read(self, name: str, start: int, count: int) -> Words:
-        return cast(
-            self._weights.read(name, start, count),
-            self._weights.tensors[name].dtype,
-            self.tensors[name].dtype,
-        )
+        words = self._weights.read(name, start, count)
+        return cast(words, self._weights.tensors[name].dtype, self.tensors[name].dtype)
 
 
-def _target(own: DType, wanted: DType | None) -> DType:
-    return wanted if wanted is not None and own.can_be_delta and wanted.can_be_delta else own
+def _target(dtype: DType, wanted: DType | None) -> DType:
+    if wanted is not None and dtype.can_be_delta and wanted.can_be_delta:
+        return wanted
+    return dtype
 
 
 class ArrayWeights:
@@ -162,7 +158,9 @@ class HeldWords:
     """Words in memory, by the names of tensors that are described elsewhere."""
 
     def __init__(self, label: str, tensors: Mapping[str, TensorInfo], words: Mapping[str, Words]) -> None:
-        self.label, self.tensors, self._words = label, tensors, words
+        self.label = label
+        self.tensors = tensors
+        self._words = words
 
     def read(self, name: str, start: int, count: int) -> Words:
         return self._words[name][start : start + count]

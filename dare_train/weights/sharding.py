@@ -1,5 +1,4 @@
-"""Where the elements of live parameters lie, engine by engine: which flat range this process holds, and in
-what tensor.
+"""Where the elements of live parameters lie: which flat range this process holds, and in what tensor.
 
 Nothing here communicates. Known: plain modules, DDP, `torch.compile`, modules split or offloaded to CPU
 memory by `device_map`, FSDP2 and other DTensors cut along dimension 0, FSDP1 with `use_orig_params=True`,
@@ -41,12 +40,11 @@ class Piece:
 
     def within(self, start: int, stop: int) -> Piece | None:
         """The part of it that lies in [start, stop)."""
-        first, last = max(start, self.start), min(stop, self.stop)
-        return (
-            Piece(first, last - first, self.tensor, self.offset + first - self.start)
-            if first < last
-            else None
-        )
+        begin = max(start, self.start)
+        end = min(stop, self.stop)
+        if begin >= end:
+            return None
+        return Piece(begin, end - begin, self.tensor, self.offset + begin - self.start)
 
     def flat(self) -> torch.Tensor:
         """Its elements, 1-D: a view where the tensor is contiguous."""
@@ -61,8 +59,7 @@ class Held:
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
     masters: tuple[Piece, ...] | None = None
-    """Those fp32 values that the optimizer works on which lie here; None where an engine keeps none beside
-    the weights."""
+    """The fp32 values here that an optimizer works on; None where no engine keeps any beside the weights."""
 
     def part(self, start: int, shape: tuple[int, ...]) -> Held:
         """What is held of a contiguous run of it that goes by itself, from flat index `start` on."""
@@ -73,27 +70,25 @@ class Held:
 
 
 def _cut(pieces: Iterable[Piece], start: int, count: int) -> tuple[Piece, ...]:
-    found = (piece.within(start, start + count) for piece in pieces)
+    parts = [piece.within(start, start + count) for piece in pieces]
     return tuple(
-        Piece(piece.start - start, piece.length, piece.tensor, piece.offset)
-        for piece in found
-        if piece is not None
+        Piece(part.start - start, part.length, part.tensor, part.offset) for part in parts if part is not None
     )
 
 
 def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of parameters and persistent buffers, wrappers' parts of names removed; aliases come
-    every time.
+    """(name, tensor) of parameters and persistent buffers, without wrappers' parts of names.
+
+    Aliases come every time.
     """
     kept = offloaded.maps(module)
     for prefix, part in module.named_modules(remove_duplicate=False):
-        for kind in (part._parameters, part._buffers):
-            for name, tensor in kind.items():
-                if tensor is not None and not (
-                    kind is part._buffers and name in part._non_persistent_buffers_set
-                ):
-                    whole_name = f"{prefix}.{name}" if prefix else name
-                    yield clean(whole_name), offloaded.behind(tensor, whole_name, kept)
+        passing = part._non_persistent_buffers_set
+        persistent = {name: buffer for name, buffer in part._buffers.items() if name not in passing}
+        for name, tensor in (*part._parameters.items(), *persistent.items()):
+            if tensor is not None:
+                whole_name = f"{prefix}.{name}" if prefix else name
+                yield clean(whole_name), offloaded.behind(tensor, whole_name, kept)
 
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -117,9 +112,7 @@ def reshard(module: torch.nn.Module) -> None:
 
 
 def has_dtensors_or_fsdp1(module: torch.nn.Module) -> bool:
-    """Whether parameters get their gradients from FSDP (of either kind) or as DTensors, rather than from
-    autograd.
-    """
+    """Whether parameters get their gradients from FSDP (of either kind) or as DTensors, not from autograd."""
     return any(map(is_dtensor, module.parameters())) or any(_is_fsdp1(part) for part in module.modules())
 
 
@@ -156,23 +149,24 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
 def _dtensor(name: str, tensor: Any) -> Held:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    foreign = [
-        str(placement)
-        for placement in tensor.placements
-        if not (placement.is_replicate() or type(placement).__name__ == "Shard")
-    ]
-    foreign += [
-        str(placement) for placement in tensor.placements if placement.is_shard() and placement.dim != 0
-    ]
-    if foreign or sum(placement.is_shard() for placement in tensor.placements) > 1:
+    known = all(_is_known(placement) for placement in tensor.placements)
+    if not known or sum(placement.is_shard() for placement in tensor.placements) > 1:
         found = f"placements {tensor.placements} on a mesh of shape {tuple(tensor.device_mesh.shape)}"
-        raise ConfigError(
-            name, expected=SUPPORTED, found=found, remedy="extract from the saved checkpoint instead"
-        )
-    local, shape = tensor.to_local(), tuple(tensor.shape)
+        remedy = "extract from the saved checkpoint instead"
+        raise ConfigError(name, expected=SUPPORTED, found=found, remedy=remedy)
+    local = tensor.to_local()
+    shape = tuple(tensor.shape)
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     start = offset[0] * (tensor.numel() // shape[0]) if local.numel() and shape else 0
-    return Held(shape, tensor.dtype, (Piece(start, local.numel(), local),) if local.numel() else ())
+    pieces = (Piece(start, local.numel(), local),) if local.numel() else ()
+    return Held(shape, tensor.dtype, pieces)
+
+
+def _is_known(placement: Any) -> bool:
+    """Whether it is a copy, or a plain cut along dimension 0."""
+    if placement.is_replicate():
+        return True
+    return type(placement).__name__ == "Shard" and bool(placement.dim == 0)
 
 
 def _zero3(tensor: Any) -> Held:
@@ -197,7 +191,8 @@ def _zero12_masters(tensor: Any) -> tuple[Piece, ...] | None:
     mapping = tensor._hp_mapping
     if mapping is None:  # those of this parameter lie on other ranks
         return ()
-    return (Piece(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel, mapping.hp_fragment),)
+    address = mapping.lp_fragment_address
+    return (Piece(address.start, address.numel, mapping.hp_fragment),)
 
 
 def _is_fsdp1(part: torch.nn.Module) -> bool:
@@ -210,24 +205,18 @@ def _fsdp1(module: torch.nn.Module) -> Mapping[int, Held]:
         return {}
     from torch.distributed.fsdp._traversal_utils import _get_fsdp_handles
 
-    found: dict[int, Held] = {}
+    held_by_id: dict[int, Held] = {}
     for handle in _get_fsdp_handles(module):
         flat: Any = handle.flat_param
-        local = getattr(
-            flat, "_local_shard", flat
-        )  # before the first forward the parameter itself is the shard
+        # Before the first forward pass the parameter itself is the shard.
+        local = getattr(flat, "_local_shard", flat)
         if not handle._use_orig_params:
-            raise ConfigError(
-                "FSDP1",
-                expected=SUPPORTED,
-                found="use_orig_params=False",
-                remedy="set it to True, or use FSDP2",
-            )
+            remedy = "set it to True, or use FSDP2"
+            raise ConfigError("FSDP1", expected=SUPPORTED, found="use_orig_params=False", remedy=remedy)
         for parameter, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
             pieces: tuple[Piece, ...] = ()
             if info.in_shard:
-                pieces = (
-                    Piece(info.intra_param_start_idx, info.numel_in_shard, local, info.offset_in_shard),
-                )
-            found[id(parameter)] = Held(tuple(shape), flat.dtype, pieces)
-    return found
+                piece = Piece(info.intra_param_start_idx, info.numel_in_shard, local, info.offset_in_shard)
+                pieces = (piece,)
+            held_by_id[id(parameter)] = Held(tuple(shape), flat.dtype, pieces)
+    return held_by_id

@@ -92,7 +92,7 @@ def test_kernels_that_are_asked_for_go_before_the_environment(
     """For one call: of a model and of a package, and the bytes are the same."""
     base, tuned = to(base_state(), device), to(tuned_state(1), device)
     seen: list[str] = []
-    for module, name in ((on_devices, "residents"), (gather, "pairs")):
+    for module, name in ((on_devices, "residents"), (gather, "gathered_pairs")):
         honest = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *rest, honest=honest, name=name: (seen.append(name), honest(*rest))[1]
@@ -104,7 +104,7 @@ def test_kernels_that_are_asked_for_go_before_the_environment(
     )
     with applied(base, found, kernels=kernels):
         assert same(base, on_cpu(found, monkeypatch))
-    assert seen.count("pairs") == 2
+    assert seen.count("gathered_pairs") == 2
     assert seen.count("residents") > 3
     before = len(seen)
     monkeypatch.setenv("DARE_TRAIN_KERNELS", kernels)
