@@ -63,7 +63,7 @@ class DareConfig:
     """How kept values are stored. `exact`: bit for bit. `rounded`: the delta as bfloat16. `int8`, `int4`,
     `sign`: quantized
     in groups, unbiased. `auto`: `exact` for 16-bit weights and wherever nothing is dropped, else
-        `rounded`."""
+    `rounded`."""
 
     include: Patterns = ("*",)
     """Only tensors whose name matches one of these are covered; the others stay as they are in the base."""
@@ -97,31 +97,70 @@ class DareConfig:
         _check_choice("rescale", self.rescale, get_args(Rescale))
         _check_choice("values", self.values, get_args(Values))
 
+    def rule(self, tensor: str) -> TensorRule:
+        """All that this says of one tensor."""
+        rates = (rate for pattern, rate in self._rates.items() if fnmatchcase(tensor, pattern))
+        return TensorRule(
+            tensor=tensor,
+            covered=matches(tensor, self.include) and not matches(tensor, self.exclude),
+            whole=matches(tensor, self.whole),
+            values=self.values,
+            rescale=self.rescale,
+            rate=next(rates, None),
+            patterns=tuple(self._rates),
+        )
+
     def drop_rate(self, tensor: str) -> float:
         """The drop rate p for one tensor.
 
         Raises:
             ConfigError: `p` is a mapping and no pattern matches.
         """
-        for pattern, rate in self._rates.items():
-            if fnmatchcase(tensor, pattern):
-                return rate
-        raise ConfigError(
-            f"p for {tensor}",
-            expected=f"a pattern that matches it among {list(self._rates)}",
-            remedy='add "*"',
-        )
+        return self.rule(tensor).p
 
-    def covers(self, tensor: str) -> bool:
-        """Whether the package takes part in this tensor at all."""
-        return matches(tensor, self.include) and not matches(tensor, self.exclude)
 
-    def carries_whole(self, tensor: str) -> bool:
-        return matches(tensor, self.whole)
+@dataclass(frozen=True, kw_only=True)
+class TensorRule:
+    """What a `DareConfig` says of one tensor."""
 
-    def factor(self, threshold: int) -> float:
-        """The rescale γ for survivors of a mask with this threshold: 2¹⁶ / (2¹⁶ - threshold), or 1."""
-        return DRAW_RANGE / (DRAW_RANGE - threshold) if self.rescale == "paper" else 1.0
+    tensor: str
+
+    covered: bool
+    """Whether the package takes part in this tensor at all."""
+
+    whole: bool
+    """Whether it is carried as it is, instead of as a delta."""
+
+    values: Values
+    rescale: Rescale
+
+    rate: float | None
+    """The drop rate; None where no pattern of `p` matches, which matters only where a delta is dropped."""
+
+    patterns: tuple[str, ...]
+    """Those of `p`."""
+
+    @property
+    def p(self) -> float:
+        """The drop rate.
+
+        Raises:
+            ConfigError: `p` is a mapping and no pattern matches.
+        """
+        if self.rate is None:
+            expected = f"a pattern that matches it among {list(self.patterns)}"
+            raise ConfigError(f"p for {self.tensor}", expected=expected, remedy='add "*"')
+        return self.rate
+
+    @property
+    def threshold(self) -> int:
+        """The smallest draw that is kept."""
+        return threshold_of(self.p)
+
+    @property
+    def factor(self) -> float:
+        """The rescale γ for survivors: 2¹⁶ / (2¹⁶ - threshold), or 1."""
+        return DRAW_RANGE / (DRAW_RANGE - self.threshold) if self.rescale == "paper" else 1.0
 
 
 def matches(name: str, patterns: Patterns) -> bool:

@@ -24,6 +24,7 @@ from ..kernels.launch_tables import ABSENT, Masks
 from ..kernels.transfers import Ring, to_device
 from ..package import codec
 from ..package.arithmetic import Term
+from ..package.codec import FETCH_AGAIN
 from ..package.manifest import TensorRecord
 from ..package.masks import Mask
 from ..package.reader import DeltaPackage
@@ -240,9 +241,7 @@ def _check_changed(parts: Sequence[Part], counted: Sequence[Tensor]) -> None:
     for part, found in zip(parts, torch.cat(list(counted)).tolist() if counted else [], strict=True):
         if found != part.segment.changed:
             expected = f"{part.segment.changed} changed elements"
-            raise PackageError(
-                part.record.name, expected=expected, found=f"{found}", remedy="fetch the package again"
-            )
+            raise PackageError(part.record.name, expected=expected, found=f"{found}", remedy=FETCH_AGAIN)
 
 
 def _values(term: Term, own: Words, dtype: DType, *, alone: bool) -> NDArray[Any]:

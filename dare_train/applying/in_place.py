@@ -98,9 +98,7 @@ def apply_(
     live = LiveWeights(model, kernels=kernels)
     if not live.whole:
         live.ranks = Ranks.joined()
-    opened = _Opened()
-    live.ranks.together(lambda: opened.open(live, packages, weights))
-    resolver, base = opened.resolver, opened.base
+    base, resolver = live.ranks.each(lambda: _opened(live, packages, weights))
     undo = Undo(live, [], {})
     with checking([package for link in resolver.links for package in link.packages]) as checked:
         _compare(
@@ -157,7 +155,9 @@ class _Base:
     """
 
     def __init__(self, live: LiveWeights, package: DeltaPackage) -> None:
-        self.label, self.whole, self._live = live.label, live.whole, live
+        self.label = live.label
+        self.whole = live.whole
+        self._live = live
         self.tensors = {
             name: _base_part(info, package.records.get(name)) for name, info in live.tensors.items()
         }
@@ -187,22 +187,17 @@ class _Base:
             self._borrowed = None
 
 
-class _Opened:
-    """Packages that fit a live model."""
-
-    resolver: Resolver
-    base: _Base
-
-    def open(
-        self,
-        live: LiveWeights,
-        packages: Packages | str | os.PathLike[str] | DeltaPackage,
-        weights: Sequence[float] | None,
-    ) -> None:
-        links = open_chain(listed(packages), weights, check=False)
-        self.base = _Base(live, links[0].packages[0])
-        self.resolver = Resolver(self.base, links, live=True)
-        check_fits(live, self.resolver)
+def _opened(
+    live: LiveWeights,
+    packages: Packages | str | os.PathLike[str] | DeltaPackage,
+    weights: Sequence[float] | None,
+) -> tuple[_Base, Resolver]:
+    """A live model as a base, and packages that fit it."""
+    links = open_chain(listed(packages), weights, check=False)
+    base = _Base(live, links[0].packages[0])
+    resolver = Resolver(base, links, live=True)
+    check_fits(live, resolver)
+    return base, resolver
 
 
 def _base_part(info: TensorInfo, record: TensorRecord | None) -> TensorInfo:

@@ -5,9 +5,9 @@ manifest.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from safetensors.numpy import load_file, save
@@ -26,8 +26,22 @@ from ..weights.protocol import SEGMENT, runs
 from .encoding import Encoded
 from .plan import TensorPlan
 
-Work = tuple[TensorPlan, int, int]
-"""A run to encode: plan, flat start, count."""
+
+class Work(NamedTuple):
+    """A run to encode: `length` elements of a tensor, from flat index `start` on."""
+
+    plan: TensorPlan
+    start: int
+    length: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.length * self.plan.info.dtype.itemsize
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether it is a run of a delta, of which only kept words are needed."""
+        return self.plan.kind == "delta" and self.start < self.plan.base_numel
 
 
 def work_of(
@@ -41,7 +55,7 @@ def work_of(
                 for first, last in spans:
                     start, stop = max(begin + offset, first), min(begin + offset + count, last)
                     if start < stop:
-                        yield plan, start, stop - start
+                        yield Work(plan, start, stop - start)
 
 
 def regions(plan: TensorPlan) -> list[tuple[int, int]]:
@@ -139,16 +153,18 @@ def write_manifest(
 
 
 def _record(plan: TensorPlan, tally: Tally) -> TensorRecord:
-    common: dict[str, Any] = dict(
-        name=plan.name, info=plan.info, base=tally.base if plan.in_base else None, result=tally.result
+    unchanged = not tally.changed and plan.base_rows is None and plan.mask.kind == "all"
+    plain = TensorRecord(
+        name=plan.name,
+        info=plan.info,
+        kind="base" if plan.kind == "delta" and unchanged else plan.kind,
+        base=tally.base if plan.in_base else None,
+        result=tally.result,
     )
-    if plan.kind != "delta":
-        return TensorRecord(kind=plan.kind, **common)  # type: ignore[arg-type]
-    if not tally.changed and plan.base_rows is None and plan.mask.kind == "all":
-        return TensorRecord(kind="base", **common)
-    return TensorRecord(
-        **common,
-        kind="delta",
+    if plain.kind != "delta":
+        return plain
+    return replace(
+        plain,
         base_rows=plan.base_rows,
         mask=plan.mask.kind,
         p=plan.p,

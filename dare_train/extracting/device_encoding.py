@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from types import ModuleType
@@ -23,25 +23,15 @@ from ..package.magnitudes import Magnitudes
 from ..parallel.threads import ordered_map
 from ..weights.fingerprint import Fingerprint, prints_of
 from ..weights.live import LiveWeights
+from ..weights.protocol import InMemory
 from .assembly import Work
-from .encoding import Packed, Taken
-from .plan import TensorPlan
+from .encoding import KeptWords, PackedRun
 
 _AT_ONCE = 1 << 20
 """Kept elements that are encoded by one round of operations: enough to keep a device busy, in little
 memory."""
 _ALIGNED = 16
 """Elements at whose multiples copies of runs begin."""
-
-
-class Pair(NamedTuple):
-    """What a run of a delta needs to be encoded: the kept words of base and tuned weights, and the base's
-    fingerprint.
-    """
-
-    own: Words
-    tuned: Words
-    base: Fingerprint
 
 
 class _Batch(NamedTuple):
@@ -56,110 +46,117 @@ class _Batch(NamedTuple):
     rows: list[Row]
 
 
-def gathered(live: LiveWeights, work: Sequence[Work], later: Collection[str] = ()) -> list[Taken | None]:
-    """Of each run of a delta what its package will need, copied; None where no kernels work on its words
-    where they lie, and for tensors `later`.
+def gathered(live: LiveWeights, work: Sequence[Work], later: Collection[str] = ()) -> list[Words | None]:
+    """Of each run of a delta the kept words, copied; None where no kernels work on its words where they lie,
+    and for tensors `later`.
 
     One launch for each dtype and device counts the kept words, and one gathers them.
     """
-    taken: list[Taken | None] = [None] * len(work)
+    kept: list[Words | None] = [None] * len(work)
     for batch in _batches(live, work, lambda name: name not in later):
         words = _kept(batch, batch.rows, [work[place] for place in batch.places])
-        for place, row, own in zip(batch.places, batch.rows, words, strict=True):
-            taken[place] = Taken(work[place][0], row.start, row.count, own)
-    return taken
+        for place, kept_words in zip(batch.places, words, strict=True):
+            kept[place] = kept_words
+    return kept
 
 
 def on_devices(live: LiveWeights) -> set[str]:
     """Tensors that kernels can work on where they lie, as far as they lie in this process."""
 
-    def one(name: str, start: int, stop: int) -> bool:
+    def has_kernels(name: str, start: int, stop: int) -> bool:
         lying = live.lying(name, start, stop - start)
         return lying is not None and kernels_for(lying[0].device, live.kernels) is not None
 
-    return {name for name, spans in live.held.items() if spans and all(one(name, *span) for span in spans)}
+    return {
+        name for name, spans in live.held.items() if spans and all(has_kernels(name, *span) for span in spans)
+    }
 
 
-def pairs_ahead(
-    base: LiveWeights, tuned: LiveWeights, batches: Sequence[Sequence[Work]]
-) -> Generator[list[Pair | Packed | None], None, None]:
-    """`pairs` of one batch after another, on a thread: the device works on the next ones while these are
-    compressed.
+def gathered_ahead(
+    base: InMemory, tuned: InMemory, batches: Sequence[Sequence[Work]]
+) -> Generator[list[KeptWords | PackedRun | None], None, None]:
+    """`gathered_pairs` of one batch after another, on a thread: the device works on the next ones while these
+    are compressed.
 
     The thread has streams of its own, so what the device was asked to do before is waited for.
     """
-    for device in {
-        piece.tensor.device
-        for live in (base, tuned)
-        for name in live.tensors
-        for piece in live.holding(name).pieces
-    }:
+    for device in base.devices() | tuned.devices():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    return ordered_map(lambda batch: pairs(base, tuned, batch), batches, threads=1)
+    return ordered_map(lambda batch: gathered_pairs(base, tuned, batch), batches, threads=1)
 
 
-def pairs(base: LiveWeights, tuned: LiveWeights, work: Sequence[Work]) -> list[Pair | Packed | None]:
+def gathered_pairs(
+    base: InMemory, tuned: InMemory, work: Sequence[Work]
+) -> list[KeptWords | PackedRun | None]:
     """Of each run of a delta what encoding needs, or with `exact` values all but the frame; None where base
     and tuned do not lie on one device that has kernels, and where tuned weights are not finite and would have
     to be: there one has to look closer."""
-    found: list[Pair | Packed | None] = [None] * len(work)
+    gathered: list[KeptWords | PackedRun | None] = [None] * len(work)
     for batch in _batches(base, work, lambda name: base.tensors[name] == tuned.tensors[name]):
-        beside = [_row(tuned, *work[place]) for place in batch.places]
-        both = [
-            (n, row)
-            for n, row in enumerate(beside)
-            if row is not None and row.flat.device == batch.rows[0].flat.device
-        ]
-        if both:
-            for place, made in _paired(batch, [n for n, _ in both], [row for _, row in both], work):
-                found[place] = made
-    return found
+        device = batch.rows[0].flat.device
+        tuned_rows = [_row(tuned, work[place]) for place in batch.places]
+        beside = {n: row for n, row in enumerate(tuned_rows) if row is not None and row.flat.device == device}
+        if beside:
+            for place, run in _paired(batch, beside, work):
+                gathered[place] = run
+    return gathered
 
 
 def _paired(
-    batch: _Batch, numbers: list[int], tuned: list[Row], work: Sequence[Work]
-) -> list[tuple[int, Pair | Packed]]:
-    places = [batch.places[n] for n in numbers]
+    batch: _Batch, tuned: Mapping[int, Row], work: Sequence[Work]
+) -> list[tuple[int, KeptWords | PackedRun]]:
+    """Those runs of a batch whose `tuned` rows, by their number in it, lie beside the base's."""
+    places = [batch.places[n] for n in tuned]
     runs = [work[place] for place in places]
-    base = Rows(dtype=batch.dtype, rows=tuple(batch.rows[n] for n in numbers))
+    base = Rows(dtype=batch.dtype, rows=tuple(batch.rows[n] for n in tuned))
     masks, offsets, sizes = _counted(batch, base, runs)
-    own, new = torch.empty((2, sum(sizes)), dtype=base.word, device=base.device)
-    strange = batch.kernels.take_both(
-        base, Rows(dtype=batch.dtype, rows=tuple(tuned)), masks, offsets, own, new
+    base_words, tuned_words = torch.empty((2, sum(sizes)), dtype=base.word, device=base.device)
+    rows = Rows(dtype=batch.dtype, rows=tuple(tuned.values()))
+    not_finite = batch.kernels.take_both(base, rows, masks, offsets, base_words, tuned_words)
+    both = Both(
+        kernels=batch.kernels,
+        base=base,
+        masks=masks,
+        offsets=offsets,
+        sizes=sizes,
+        base_words=base_words,
+        tuned_words=tuned_words,
     )
-    both = Both(kernels=batch.kernels, base=base, masks=masks, offsets=offsets, sizes=sizes, own=own, new=new)
-    plans = [plan for plan, _, _ in runs]
-    made: Sequence[Pair | Packed] = (
-        packed(both, [plan.factor for plan in plans]) if batch.exact else _fetched(both)
-    )
-    found = zip(places, plans, made, strange.tolist(), strict=True)
-    return [(place, one) for place, plan, one, not_finite in found if not not_finite or plan.allow_nonfinite]
+    gathered: Sequence[KeptWords | PackedRun]
+    gathered = packed(both, [run.plan.factor for run in runs]) if batch.exact else _fetched(both)
+    usable: list[tuple[int, KeptWords | PackedRun]] = []
+    for number, bad in enumerate(not_finite.tolist()):
+        if runs[number].plan.allow_nonfinite or not bad:
+            usable.append((places[number], gathered[number]))
+    return usable
 
 
-def _fetched(both: Both) -> list[Pair]:
-    own, new = (_split(to_host(words).view(both.dtype.word), both.sizes) for words in (both.own, both.new))
-    return list(map(Pair, own, new, prints_of(both.kernels, both.base)))
+def _fetched(both: Both) -> list[KeptWords]:
+    base_words = _split(to_host(both.base_words).view(both.dtype.word), both.sizes)
+    tuned_words = _split(to_host(both.tuned_words).view(both.dtype.word), both.sizes)
+    return list(map(KeptWords, base_words, tuned_words, prints_of(both.kernels, both.base)))
 
 
-def _batches(live: LiveWeights, work: Sequence[Work], wanted: Callable[[str], bool]) -> list[_Batch]:
+def _batches(live: InMemory, work: Sequence[Work], wanted: Callable[[str], bool]) -> list[_Batch]:
     """Runs of deltas that kernels can work on where they lie."""
-    found: dict[tuple[torch.device, DType, bool], _Batch] = {}
-    for place, (plan, start, count) in enumerate(work):
-        is_delta = plan.kind == "delta" and start < plan.base_numel and wanted(plan.name)
-        row = _row(live, plan, start, count) if is_delta else None
+    batches: dict[tuple[torch.device, DType, bool], _Batch] = {}
+    for place, run in enumerate(work):
+        row = _row(live, run) if run.is_delta and wanted(run.plan.name) else None
         kernels = kernels_for(row.flat.device, live.kernels) if row is not None else None
         if row is not None and kernels is not None:
-            dtype, exact = live.tensors[plan.name].dtype, plan.values == "exact"
-            batch = found.setdefault((row.flat.device, dtype, exact), _Batch(kernels, dtype, exact, [], []))
+            dtype = live.tensors[run.plan.name].dtype
+            exact = run.plan.values == "exact"
+            batch = _Batch(kernels, dtype, exact, [], [])
+            batch = batches.setdefault((row.flat.device, dtype, exact), batch)
             batch.places.append(place)
             batch.rows.append(row)
-    return list(found.values())
+    return list(batches.values())
 
 
-def _row(live: LiveWeights, plan: TensorPlan, start: int, count: int) -> Row | None:
-    lying = live.lying(plan.name, start, count)
-    return None if lying is None else Row(flat=lying[0], start=start, count=count, offset=lying[1])
+def _row(live: InMemory, run: Work) -> Row | None:
+    lying = live.lying(run.plan.name, run.start, run.length)
+    return None if lying is None else Row(flat=lying[0], start=run.start, count=run.length, offset=lying[1])
 
 
 def _kept(batch: _Batch, rows: Sequence[Row], work: Sequence[Work]) -> list[Words]:
@@ -173,10 +170,11 @@ def _kept(batch: _Batch, rows: Sequence[Row], work: Sequence[Work]) -> list[Word
 
 def _counted(batch: _Batch, rows: Rows, work: Sequence[Work]) -> tuple[Masks, Tensor, list[int]]:
     """The masks of rows, where the kept words of their blocks will lie, and how many each row has."""
-    bitmaps = [_bitmap(*one, rows.device) for one in work]
+    bitmaps = [_bitmap(run, rows.device) for run in work]
+    drawn = [run.plan.mask for run in work]
     masks = Masks(
-        keys=[plan.mask.key for plan, _, _ in work],
-        thresholds=[plan.mask.threshold if plan.mask.kind == "seeded" else 0 for plan, _, _ in work],
+        keys=[mask.key for mask in drawn],
+        thresholds=[mask.threshold if mask.kind == "seeded" else 0 for mask in drawn],
         bitmaps=bitmaps if any(bitmap is not None for bitmap in bitmaps) else (),
     )
     counts = batch.kernels.counts(rows, masks)
@@ -187,12 +185,12 @@ def _split(words: Words, sizes: Sequence[int]) -> list[Words]:
     return np.split(words, np.cumsum(sizes)[:-1])
 
 
-def _bitmap(plan: TensorPlan, start: int, count: int, device: torch.device) -> Tensor | None:
-    if plan.stored is None:
+def _bitmap(run: Work, device: torch.device) -> Tensor | None:
+    stored = run.plan.stored
+    if stored is None:
         return None
-    return to_device(
-        torch.from_numpy(np.packbits(plan.stored[start : start + count], bitorder="little")), device
-    )
+    bitmap = np.packbits(stored[run.start : run.start + run.length], bitorder="little")
+    return to_device(torch.from_numpy(bitmap), device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -208,41 +206,50 @@ class Both:
     offsets: Tensor
     sizes: Sequence[int]
     """How many words each run keeps."""
-    own: Tensor
-    new: Tensor
+    base_words: Tensor
+    tuned_words: Tensor
 
     @property
     def dtype(self) -> DType:
         return self.base.dtype
 
 
-def packed(both: Both, factors: Sequence[float]) -> list[Packed]:
-    """Encode the runs, about a million kept elements at a time; `factors` are their rescales. `both.new`
-    becomes the result's words.
+def packed(both: Both, factors: Sequence[float]) -> list[PackedRun]:
+    """Encode the runs, about a million kept elements at a time; `factors` are their rescales.
+    `both.tuned_words` become the result's words.
     """
     shares = [_share(both, factors, begin, end) for begin, end in _shares(both.sizes)]
-    made = [one for share in shares for one in share]
-    prints = zip(prints_of(both.kernels, both.base), _results(both), strict=True)
-    return [replace(one, base=base, result=result) for one, (base, result) in zip(made, prints, strict=True)]
+    runs = [run for share in shares for run in share]
+    base_prints = prints_of(both.kernels, both.base)
+    return [
+        replace(run, base=base, result=result)
+        for run, base, result in zip(runs, base_prints, _results(both), strict=True)
+    ]
 
 
 def _shares(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
     """[begin, end) of runs that are encoded together."""
-    begin, elements = 0, 0
+    begin = 0
+    elements = 0
     for end, size in enumerate(sizes):
         if end > begin and elements + size > _AT_ONCE:
             yield begin, end
-            begin, elements = end, 0
+            begin = end
+            elements = 0
         elements += size
     if begin < len(sizes):
         yield begin, len(sizes)
 
 
-def _share(both: Both, factors: Sequence[float], begin: int, end: int) -> list[Packed]:
+def _share(both: Both, factors: Sequence[float], begin: int, end: int) -> list[PackedRun]:
     """Some of the runs, without their fingerprints."""
-    first, sizes, dtype = sum(both.sizes[:begin]), both.sizes[begin:end], both.dtype
-    own, new = (words[first : first + sum(sizes)] for words in (both.own, both.new))
-    made, sizes_of_deltas = pack.exact(own, new, sizes, dtype), pack.magnitudes(own, new, sizes, dtype)
+    first = sum(both.sizes[:begin])
+    sizes = both.sizes[begin:end]
+    dtype = both.dtype
+    own = both.base_words[first : first + sum(sizes)]
+    new = both.tuned_words[first : first + sum(sizes)]
+    made = pack.exact(own, new, sizes, dtype)
+    deltas = pack.magnitudes(own, new, sizes, dtype)
     new.copy_(unpack.law(own, new, sizes, factors[begin:end], dtype))
     contents = to_host(made.contents).data
     table = zip(
@@ -250,31 +257,33 @@ def _share(both: Both, factors: Sequence[float], begin: int, end: int) -> list[P
         made.changed.tolist(),
         to_host(made.starts),
         to_host(made.before),
-        _hosted(sizes_of_deltas),
+        _hosted(deltas),
         strict=True,
     )
-    found, done = list[Packed](), 0
-    for kept, changed, starts, before, (magnitudes, strange) in table:
+    runs: list[PackedRun] = []
+    done = 0
+    for kept, changed, starts, before, (magnitudes, not_finite) in table:
         data = contents[done : done + codec.content_size("exact", dtype, kept, changed, 0)]
         content = codec.packed_exact(data, kept, starts, before, dtype)
-        found.append(
-            Packed(content=content, kept=kept, changed=changed, magnitudes=magnitudes, strange=strange)
+        runs.append(
+            PackedRun(
+                content=content, kept=kept, changed=changed, magnitudes=magnitudes, not_finite=not_finite
+            )
         )
         done += len(data)
-    return found
+    return runs
 
 
 def _hosted(made: pack.Sizes) -> Iterator[tuple[Magnitudes, int]]:
     """Of each run: |δ|, and how many deltas are not finite."""
-    for counts, largest, strange in zip(
-        to_host(made.counts), made.largest.tolist(), made.strange.tolist(), strict=True
-    ):
-        yield Magnitudes(counts, largest), strange
+    table = zip(to_host(made.counts), made.largest.tolist(), made.strange.tolist(), strict=True)
+    for counts, largest, not_finite in table:
+        yield Magnitudes(counts, largest), not_finite
 
 
 def _results(both: Both) -> list[Fingerprint]:
-    """Fingerprints of the runs with `both.new` in place: in copies of them, one after another, so that whole
-    blocks stay aligned.
+    """Fingerprints of the runs with `both.tuned_words` in place: in copies of them, one after another, so
+    that whole blocks stay aligned.
     """
     places = [0, *accumulate(-(-row.count // _ALIGNED) * _ALIGNED for row in both.base.rows)]
     scratch = torch.empty(places.pop(), dtype=both.base.word, device=both.base.device)
@@ -285,5 +294,5 @@ def _results(both: Both) -> list[Fingerprint]:
     for copy, row in zip(rows, both.base.rows, strict=True):
         copy.words.copy_(row.words)
     result = Rows(dtype=both.dtype, rows=rows)
-    both.kernels.put(result, both.masks, both.offsets, both.new)
+    both.kernels.put(result, both.masks, both.offsets, both.tuned_words)
     return prints_of(both.kernels, result)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -24,6 +24,7 @@ class Encoded:
     """A run after encoding. `segment` is None where no kept element changed: then nothing is written."""
 
     index: int
+    """Of the tensor's plan."""
     base: Fingerprint = field(default_factory=Fingerprint)
     result: Fingerprint
     kept: int = 0
@@ -33,82 +34,130 @@ class Encoded:
     magnitudes: Magnitudes = field(default_factory=Magnitudes)
 
 
-def encode_whole(plan: TensorPlan, start: int, words: Words) -> Encoded:
-    """A run carried as it is."""
-    planes = codec.to_planes(words)
-    cuts = [words.size * plane for plane in range(1, words.itemsize)]
-    frame = codec.compress(Content(data=planes.tobytes(), cuts=cuts))
-    segment = Segment(
-        tensor=plan.index,
-        start=start,
-        length=words.size,
-        kept=words.size,
-        changed=words.size,
-        size=len(frame),
-    )
-    return Encoded(index=plan.index, result=Fingerprint.of(words, start), segment=segment, frame=frame)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KeptRun:
+    """A run of a delta of which only the kept words are at hand."""
+
+    plan: TensorPlan
+    start: int
+    length: int
+    positions: Positions
+    """Of the kept elements, relative to `start`."""
+    base_words: Words
+    tuned_words: Words
+    base: Fingerprint
+    """Of the whole run of the base."""
 
 
-def encode_delta(plan: TensorPlan, start: int, base: Words, positions: Positions, tuned: Words) -> Encoded:
-    """A run of a delta: `base` holds its every word, `tuned` those at `positions`.
+class KeptWords(NamedTuple):
+    """The kept words of a run of base and of tuned weights, and the fingerprint of the base's whole run."""
 
-    Raises:
-        NonFiniteDelta: a kept element is NaN or infinite, or the delta does not fit float32; unless allowed.
-    """
-    return encode_kept(
-        plan, start, base.size, positions, cpu.take(base, positions), tuned, Fingerprint.of(base, start)
-    )
-
-
-def encode_kept(
-    plan: TensorPlan,
-    start: int,
-    length: int,
-    positions: Positions,
-    own: Words,
-    tuned: Words,
-    base: Fingerprint,
-) -> Encoded:
-    """The same of a run of which only the kept words are at hand: `own` of the base, whose fingerprint the
-    run's is, and `tuned`.
-
-    Raises:
-        NonFiniteDelta: as `encode_delta`.
-    """
-    magnitudes, strange = Magnitudes.between(own, tuned, plan.info.dtype)
-    _check_finite(plan, strange)
-    content, term, changed, symbols = _encode_values(plan, start, length, positions, own, tuned)
-    common: dict[str, Any] = dict(
-        index=plan.index, base=base, kept=positions.size, changed=changed, magnitudes=magnitudes
-    )
-    if not changed:
-        return Encoded(result=base, **common)
-    change = cpu.fingerprint_change(own, term.result(own, plan.info.dtype), positions, start)
-    return _framed(plan, start, length, content, symbols, result=base.plus(change), **common)
+    base_words: Words
+    tuned_words: Words
+    base: Fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packed:
+class PackedRun:
     """What a device made of a run of a delta with `exact` values: all but the frame."""
 
     content: Content
     kept: int
     changed: int
     magnitudes: Magnitudes
-    strange: int
+    not_finite: int
     """How many deltas are not finite."""
     base: Fingerprint = field(default_factory=Fingerprint)
     result: Fingerprint = field(default_factory=Fingerprint)
 
 
-def encode_packed(plan: TensorPlan, start: int, length: int, packed: Packed) -> Encoded:
-    """What `encode_kept` makes of the words that were packed.
+def encode(
+    plan: TensorPlan,
+    start: int,
+    base_words: Words | None,
+    tuned_words: Words,
+    positions: Positions | None = None,
+) -> Encoded:
+    """One run of a package.
+
+    Args:
+        plan: of its tensor.
+        start: flat index at which it begins.
+        base_words: all words of the base's run; None where the base has none (`TensorPlan.base_words`).
+        tuned_words: of a delta on the base the kept ones, else all; not looked at where the plan is `base`.
+        positions: of the kept ones, where they are known already.
 
     Raises:
-        NonFiniteDelta: as `encode_delta`.
+        NonFiniteDelta: a kept element is NaN or infinite, or the delta does not fit float32; unless allowed.
     """
-    _check_finite(plan, packed.strange)
-    common: dict[str, Any] = dict(
+    base = Fingerprint.of(base_words, start) if base_words is not None else Fingerprint()
+    if plan.kind == "base":
+        return Encoded(index=plan.index, base=base, result=base)
+    if plan.kind == "whole" or base_words is None:
+        return replace(_encode_whole(plan, start, tuned_words), base=base)
+    if positions is None:
+        positions = plan.positions(start, base_words.size)
+    return encode_kept(
+        KeptRun(
+            plan=plan,
+            start=start,
+            length=base_words.size,
+            positions=positions,
+            base_words=cpu.take(base_words, positions),
+            tuned_words=tuned_words,
+            base=base,
+        )
+    )
+
+
+def encode_gathered(plan: TensorPlan, start: int, length: int, gathered: KeptWords | PackedRun) -> Encoded:
+    """What `encode` makes of a run, of what was gathered of it on a device.
+
+    Raises:
+        NonFiniteDelta: as `encode`.
+    """
+    if isinstance(gathered, PackedRun):
+        return _encode_packed(plan, start, length, gathered)
+    return encode_kept(
+        KeptRun(
+            plan=plan,
+            start=start,
+            length=length,
+            positions=plan.positions(start, length),
+            **gathered._asdict(),
+        )
+    )
+
+
+def encode_kept(run: KeptRun) -> Encoded:
+    """A run of a delta.
+
+    Raises:
+        NonFiniteDelta: as `encode`.
+    """
+    plan = run.plan
+    magnitudes, not_finite = Magnitudes.between(run.base_words, run.tuned_words, plan.info.dtype)
+    _check_finite(plan, not_finite)
+    values = _encode_values(run)
+    unchanged = Encoded(
+        index=plan.index,
+        base=run.base,
+        result=run.base,
+        kept=run.positions.size,
+        changed=values.changed,
+        magnitudes=magnitudes,
+    )
+    if not values.changed:
+        return unchanged
+    received_words = values.term.result(run.base_words, plan.info.dtype)
+    change = cpu.fingerprint_change(run.base_words, received_words, run.positions, run.start)
+    moved = replace(unchanged, result=run.base.plus(change))
+    return _framed(moved, plan, run.start, run.length, values.content, values.symbols)
+
+
+def _encode_packed(plan: TensorPlan, start: int, length: int, packed: PackedRun) -> Encoded:
+    _check_finite(plan, packed.not_finite)
+    encoded = Encoded(
         index=plan.index,
         base=packed.base,
         kept=packed.kept,
@@ -116,45 +165,132 @@ def encode_packed(plan: TensorPlan, start: int, length: int, packed: Packed) -> 
         magnitudes=packed.magnitudes,
         result=packed.result,
     )
-    return (
-        _framed(plan, start, length, packed.content, packed.changed, **common)
-        if packed.changed
-        else Encoded(**common)
-    )
-
-
-def _framed(
-    plan: TensorPlan, start: int, length: int, content: Content, symbols: int, **common: Any
-) -> Encoded:
-    frame = codec.compress(_with_bitmap(plan, start, length, content))
-    segment = Segment(
-        tensor=plan.index, start=start, length=length, kept=common["kept"], changed=symbols, size=len(frame)
-    )
-    return Encoded(segment=segment, frame=frame, **common)
+    if not packed.changed:
+        return encoded
+    return _framed(encoded, plan, start, length, packed.content, packed.changed)
 
 
 def receiver_words(
-    plan: TensorPlan, start: int, length: int, positions: Positions, own: Words, tuned: Words
+    plan: TensorPlan, start: int, length: int, positions: Positions, base_words: Words, tuned_words: Words
 ) -> Words:
-    """The kept words of a run as they will be after applying: what `encode_delta` encodes, decoded."""
-    _, term, _, _ = _encode_values(plan, start, length, positions, own, tuned)
-    return term.result(own, plan.info.dtype)
+    """The kept words of a run as they will be after applying: what `encode` encodes, decoded."""
+    run = KeptRun(
+        plan=plan,
+        start=start,
+        length=length,
+        positions=positions,
+        base_words=base_words,
+        tuned_words=tuned_words,
+        base=Fingerprint(),
+    )
+    return _encode_values(run).term.result(base_words, plan.info.dtype)
 
 
-def _checked_delta(plan: TensorPlan, own: Words, tuned: Words) -> FloatArray:
+def _encode_whole(plan: TensorPlan, start: int, words: Words) -> Encoded:
+    """A run carried as it is."""
+    planes = codec.to_planes(words)
+    cuts = [words.size * plane for plane in range(1, words.itemsize)]
+    frame = codec.compress(Content(data=planes.tobytes(), cuts=cuts))
+    size = words.size
+    segment = Segment(tensor=plan.index, start=start, length=size, kept=size, changed=size, size=len(frame))
+    return Encoded(index=plan.index, result=Fingerprint.of(words, start), segment=segment, frame=frame)
+
+
+def _framed(
+    encoded: Encoded, plan: TensorPlan, start: int, length: int, content: Content, symbols: int
+) -> Encoded:
+    """The same with its segment and its frame."""
+    frame = codec.compress(_with_bitmap(plan, start, length, content))
+    segment = Segment(
+        tensor=plan.index, start=start, length=length, kept=encoded.kept, changed=symbols, size=len(frame)
+    )
+    return replace(encoded, segment=segment, frame=frame)
+
+
+def _with_bitmap(plan: TensorPlan, start: int, length: int, content: Content) -> Content:
+    if plan.stored is None:
+        return content
+    bitmap = np.packbits(plan.stored[start : start + length], bitorder="little").tobytes()
+    cuts = [len(bitmap), *(len(bitmap) + cut for cut in content.cuts)]
+    return Content(data=bitmap + content.data, cuts=cuts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Values:
+    """The values of a run, encoded."""
+
+    content: Content
+    """Of the frame."""
+    term: Term
+    """What decoding it will give."""
+    changed: int
+    """Kept elements whose delta is not zero."""
+    symbols: int
+    """The segment's `changed`."""
+
+
+def _encode_values(run: KeptRun) -> _Values:
+    if run.plan.values == "exact":
+        return _exact(run)
+    delta = _checked_delta(run)
+    return _rounded(run, delta) if run.plan.values == "rounded" else _quantized(run, delta)
+
+
+def _exact(run: KeptRun) -> _Values:
+    plan = run.plan
+    changed = int(np.count_nonzero(run.base_words != run.tuned_words))
+    return _Values(
+        content=codec.encode_exact(run.base_words, run.tuned_words, plan.info.dtype),
+        term=Term(positions=run.positions, factor=plan.factor, tuned=run.tuned_words),
+        changed=changed,
+        symbols=changed,
+    )
+
+
+def _rounded(run: KeptRun, delta: FloatArray) -> _Values:
+    changed = int(np.count_nonzero(codec.rounded_symbols(delta)))
+    return _Values(
+        content=codec.encode_rounded(delta),
+        term=Term(positions=run.positions, factor=run.plan.factor, delta=codec.round_delta(delta)),
+        changed=changed,
+        symbols=changed,
+    )
+
+
+def _quantized(run: KeptRun, delta: FloatArray) -> _Values:
+    plan = run.plan
+    size = codec.group_length(plan.mask.threshold)
+    group, groups = codec.groups_of(run.positions, run.start, run.length, size)
+    first = run.start // size
+    least = None
+    if plan.cut_groups:
+        least = np.array([plan.cut_groups.get(first + n, 0.0) for n in range(groups)], np.float32)
+    scales, codes = codec.quantize(
+        delta, group, groups, run.positions, run.start, plan.mask.key, plan.values, least
+    )
+    values = codec.dequantize(scales, codes, group, plan.values)
+    return _Values(
+        content=codec.encode_codes(scales, codes, plan.values),
+        term=Term(positions=run.positions, factor=plan.factor, delta=values),
+        changed=int(np.count_nonzero(values)),
+        symbols=run.positions.size,
+    )
+
+
+def _checked_delta(run: KeptRun) -> FloatArray:
     """The delta that a lossy encoding rounds."""
-    dtype = plan.info.dtype
+    dtype = run.plan.info.dtype
     with np.errstate(over="ignore", invalid="ignore"):
-        delta = to_float(tuned, dtype) - to_float(own, dtype)
+        delta = to_float(run.tuned_words, dtype) - to_float(run.base_words, dtype)
     finite = np.isfinite(codec.round_delta(delta))
     if not finite.all():
-        _refuse_nonfinite(plan, delta.size - int(np.count_nonzero(finite)))
+        _refuse_nonfinite(run.plan, delta.size - int(np.count_nonzero(finite)))
     return delta
 
 
-def _check_finite(plan: TensorPlan, strange: int) -> None:
-    if strange and not (plan.values == "exact" and plan.allow_nonfinite):
-        _refuse_nonfinite(plan, strange)
+def _check_finite(plan: TensorPlan, not_finite: int) -> None:
+    if not_finite and not (plan.values == "exact" and plan.allow_nonfinite):
+        _refuse_nonfinite(plan, not_finite)
 
 
 def _refuse_nonfinite(plan: TensorPlan, count: int) -> NoReturn:
@@ -164,61 +300,3 @@ def _refuse_nonfinite(plan: TensorPlan, count: int) -> NoReturn:
     )
     found = f"{count} that are NaN, infinite or too large for {plan.values} values"
     raise NonFiniteDelta(plan.name, expected="finite deltas", found=found, remedy=remedy)
-
-
-def _encode_values(
-    plan: TensorPlan, start: int, length: int, positions: Positions, own: Words, tuned: Words
-) -> tuple[Content, Term, int, int]:
-    """Content of the frame, what decoding it will give, kept elements whose delta is not zero, and the
-    segment's `changed`.
-    """
-    if plan.values == "exact":
-        changed = int(np.count_nonzero(own != tuned))
-        content = codec.encode_exact(own, tuned, plan.info.dtype)
-        return content, Term(positions=positions, factor=plan.factor, tuned=tuned), changed, changed
-    delta = _checked_delta(plan, own, tuned)
-    if plan.values == "rounded":
-        rounded = codec.round_delta(delta)
-        symbols = int(np.count_nonzero(codec.rounded_symbols(delta)))
-        return (
-            codec.encode_rounded(delta),
-            Term(positions=positions, factor=plan.factor, delta=rounded),
-            symbols,
-            symbols,
-        )
-    size = codec.group_length(plan.mask.threshold)
-    group, groups = codec.groups_of(positions, start, length, size)
-    least = (
-        np.array([plan.cut_groups.get(start // size + number, 0.0) for number in range(groups)], np.float32)
-        if plan.cut_groups
-        else None
-    )
-    scales, codes = codec.quantize(delta, group, groups, positions, start, plan.mask.key, plan.values, least)
-    values = codec.dequantize(scales, codes, group, plan.values)
-    content = codec.encode_codes(scales, codes, plan.values)
-    return (
-        content,
-        Term(positions=positions, factor=plan.factor, delta=values),
-        int(np.count_nonzero(values)),
-        positions.size,
-    )
-
-
-def _with_bitmap(plan: TensorPlan, start: int, length: int, content: Content) -> Content:
-    if plan.stored is None:
-        return content
-    bitmap = np.packbits(plan.stored[start : start + length], bitorder="little").tobytes()
-    return Content(
-        data=bitmap + content.data, cuts=[len(bitmap), *(len(bitmap) + cut for cut in content.cuts)]
-    )
-
-
-@dataclass(frozen=True)
-class Taken:
-    """Kept words of one run, copied out of the live model."""
-
-    plan: TensorPlan
-    start: int
-    length: int
-    words: Words
-    """Empty where an adapter will be merged into the base when the run is encoded."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging, storage_errors
 from ..parallel.threads import ordered_map, thread_share
 from ..weights.alignment import align, cast_to
-from ..weights.fingerprint import Fingerprint
 from ..weights.lora_checkpoint import AdapterWeights, merge_adapter
 from ..weights.opening import WeightsLike, open_weights
-from ..weights.protocol import Weights
+from ..weights.protocol import InMemory, Weights
 from .assembly import Provenance, Spool, Tallies, Work, summed, tallied, work_of, write_manifest
-from .encoding import Encoded, Packed, encode_delta, encode_kept, encode_packed, encode_whole
+from .encoding import Encoded, KeptWords, PackedRun, encode, encode_gathered
 from .plan import TensorPlan, plan_tensors
 
+_NO_WORDS = np.empty(0, np.uint8)
 _AT_ONCE = 1 << 26
 """Elements of which a device gathers the kept ones at a time."""
 
@@ -158,7 +158,7 @@ def _write_share(
     task: _Task, staging: Path, writer: PackageWriter, ranks: Ranks, progress: Progress | None
 ) -> Tallies:
     """Encode this rank's share of the runs: the first rank for the package, the others for the first."""
-    work = ranks.share(list(work_of(task.plans)), size=itemgetter(2))
+    work = ranks.share(list(work_of(task.plans)), size=attrgetter("length"))
     with closing(_encoded(task, work, thread_share(ranks))) as encoded:
         reported = _reported(encoded, work, progress)
         return tallied(reported, writer.add) if ranks.first else Spool(staging, ranks.rank).write(reported)
@@ -175,79 +175,68 @@ def _complete(task: _Task, staging: Path, writer: PackageWriter, ranks: Ranks, t
 
 def _reported(encoded: Iterable[Encoded], work: list[Work], progress: Progress | None) -> Iterator[Encoded]:
     """The same runs, telling `progress` of them."""
-    done, everything = 0, sum(count * plan.info.dtype.itemsize for plan, _, count in work)
-    for run, (plan, _, count) in zip(encoded, work, strict=True):
-        done += count * plan.info.dtype.itemsize
+    everything = sum(run.nbytes for run in work)
+    done = 0
+    for encoded_run, run in zip(encoded, work, strict=True):
+        done += run.nbytes
         if progress is not None:
             progress(done, everything)
-        yield run
+        yield encoded_run
 
 
 def _encoded(task: _Task, work: list[Work], threads: int) -> Generator[Encoded, None, None]:
-    """The runs in order. Of models on a device kept words are gathered there, some runs ahead of those that
+    """The runs in order."""
+    if isinstance(task.base, InMemory) and isinstance(task.tuned, InMemory):
+        return _encoded_in_memory(task, task.base, task.tuned, work, threads)
+    return ordered_map(lambda run: _encode(task, run), work, threads=threads)
+
+
+def _encoded_in_memory(
+    task: _Task, base: InMemory, tuned: InMemory, work: list[Work], threads: int
+) -> Generator[Encoded, None, None]:
+    """The same of models in memory: on a device kept words are gathered there, some runs ahead of those that
     are encoded.
     """
-    on_device = all(hasattr(weights, "lying") for weights in (task.base, task.tuned))
-    batches = list(_in_batches(work)) if on_device else [work]
-    with closing(_pairs(task, batches) if on_device else _no_pairs(batches)) as gathered:
-        for batch, pairs in zip(batches, gathered, strict=True):
-            with closing(
-                ordered_map(
-                    lambda run: _encode_pair(task, *run), zip(batch, pairs, strict=True), threads=threads
-                )
-            ) as encoded:
-                yield from encoded
+    from .device_encoding import gathered_ahead
+
+    def encoded(item: tuple[Work, KeptWords | PackedRun | None]) -> Encoded:
+        run, gathered = item
+        return _encode(task, run) if gathered is None else encode_gathered(*run, gathered)
+
+    batches = list(_in_batches(work))
+    with closing(gathered_ahead(base, tuned, batches)) as ahead:
+        for batch, gathered in zip(batches, ahead, strict=True):
+            with closing(ordered_map(encoded, zip(batch, gathered, strict=True), threads=threads)) as done:
+                yield from done
 
 
 def _in_batches(work: list[Work]) -> Iterator[list[Work]]:
-    batch, elements = list[Work](), 0
+    batch: list[Work] = []
+    elements = 0
     for run in work:
         batch.append(run)
-        elements += run[2]
+        elements += run.length
         if elements >= _AT_ONCE:
             yield batch
-            batch, elements = [], 0
+            batch = []
+            elements = 0
     if batch:
         yield batch
 
 
-def _pairs(task: _Task, batches: list[list[Work]]) -> Generator[list[Any], None, None]:
-    from .device_encoding import pairs_ahead
-
-    return pairs_ahead(task.base, task.tuned, batches)  # type: ignore[arg-type]
-
-
-def _no_pairs(batches: list[list[Work]]) -> Generator[list[Any], None, None]:
-    yield from ([None] * len(batch) for batch in batches)
-
-
-def _encode_pair(task: _Task, work: Work, pair: Any) -> Encoded:
-    if pair is None:
-        return _encode(task.base, task.tuned, *work)
-    plan, start, count = work
-    if isinstance(pair, Packed):
-        return encode_packed(plan, start, count, pair)
-    return encode_kept(plan, start, count, plan.positions(start, count), pair.own, pair.tuned, pair.base)
-
-
-def _encode(base: Weights, tuned: Weights, plan: TensorPlan, start: int, count: int) -> Encoded:
-    words = base.read(plan.name, start, count) if plan.in_base and start < plan.base_numel else None
+def _encode(task: _Task, run: Work) -> Encoded:
+    plan, start, count = run
+    base_words = plan.base_words(task.base, start, count)
     if plan.kind == "base":
-        assert words is not None
-        print_ = Fingerprint.of(words, start)
-        return Encoded(index=plan.index, base=print_, result=print_)
-    new = tuned.read(plan.name, start, count)
-    if (
-        not plan.allow_nonfinite
-        and plan.info.dtype.is_float
-        and cpu.has_nonfinite(new, plan.info.dtype.exponent_mask)
-    ):
-        _refuse_nonfinite(plan, start, new)
-    if plan.kind == "delta" and words is not None:
-        positions = plan.positions(start, count)
-        return encode_delta(plan, start, words, positions, cpu.take(new, positions))
-    encoded = encode_whole(plan, start, new)
-    return encoded if words is None else _with_base(encoded, Fingerprint.of(words, start))
+        return encode(plan, start, base_words, _NO_WORDS)
+    words = task.tuned.read(plan.name, start, count)
+    dtype = plan.info.dtype
+    if not plan.allow_nonfinite and dtype.is_float and cpu.has_nonfinite(words, dtype.exponent_mask):
+        _refuse_nonfinite(plan, start, words)
+    if not run.is_delta:
+        return encode(plan, start, base_words, words)
+    positions = plan.positions(start, count)
+    return encode(plan, start, base_words, cpu.take(words, positions), positions)
 
 
 def _refuse_nonfinite(plan: TensorPlan, start: int, words: np.ndarray) -> None:
@@ -265,7 +254,3 @@ def _refuse_nonfinite(plan: TensorPlan, start: int, words: np.ndarray) -> None:
             found=f"NaN or infinity at flat index {first}",
             remedy=remedy,
         )
-
-
-def _with_base(encoded: Encoded, base: Fingerprint) -> Encoded:
-    return Encoded(**{**vars(encoded), "base": base})

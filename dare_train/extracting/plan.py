@@ -5,22 +5,62 @@ encoded.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import DareConfig, threshold_of
-from ..dtypes import to_float
+from ..config import DareConfig, TensorRule
+from ..dtypes import Words, to_float
 from ..errors import ConfigError, TensorMismatch
 from ..package.codec import Encoding, Positions
-from ..package.masks import Mask, key_of
+from ..package.manifest import Kind
+from ..package.masks import Mask, MaskKind, key_of
 from ..weights.alignment import dtype_mismatch
 from ..weights.protocol import SEGMENT, Shared, TensorInfo, Weights, runs
 
-if TYPE_CHECKING:
-    pass
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlan:
+    """What is going to happen to one tensor of the result."""
+
+    index: int
+    name: str
+    info: TensorInfo
+    kind: Kind
+    """`base`: as it is there. `delta`: base plus delta. `whole`: carried as it is."""
+    base_rows: int | None = None
+    in_base: bool = True
+    p: float = 0.0
+    mask: Mask = field(default_factory=lambda: Mask(kind="all"))
+    stored: NDArray[np.bool_] | None = None
+    """Flat boolean mask of a `stored` tensor."""
+    values: Encoding = "exact"
+    factor: float = 1.0
+    """The rescale γ."""
+    allow_nonfinite: bool = False
+    cut_groups: Mapping[int, float] = field(default_factory=dict)
+    """Largest |δ| of the scale groups that lie across the border between two ranks, by number."""
+
+    @property
+    def base_numel(self) -> int:
+        """Leading elements that have a counterpart in the base."""
+        if not self.in_base:
+            return 0
+        if self.base_rows is None:
+            return self.info.numel
+        return self.base_rows * (self.info.numel // self.info.shape[0])
+
+    def base_words(self, base: Weights, start: int, length: int) -> Words | None:
+        """All words of a run of the base; None where it has none."""
+        return base.read(self.name, start, length) if start < self.base_numel else None
+
+    def positions(self, start: int, length: int) -> Positions:
+        """Kept elements of a run, relative to `start`."""
+        if self.stored is not None:
+            return np.flatnonzero(self.stored[start : start + length])
+        return self.mask.positions(start, length)
 
 
 def plan_tensors(
@@ -55,87 +95,85 @@ def plan_tensors(
 def _plan(
     index: int, name: str, base: Weights, tuned: Weights, config: DareConfig, fresh: bool, mask: Any
 ) -> TensorPlan:
-    info, own = tuned.tensors[name], base.tensors.get(name)
-    _check_options(name, info, config, mask)
-    common: dict[str, Any] = dict(index=index, name=name, info=info, allow_nonfinite=config.allow_nonfinite)
-    if own is None or fresh or config.carries_whole(name):
-        return TensorPlan(kind="whole", in_base=own == info, **common)
-    if own.dtype != info.dtype:
-        raise dtype_mismatch(
-            name,
-            expected=info,
-            found=own,
-            where=base.label,
-            remedy="cast_base=True (--cast-base) rounds the base first",
-        )
-    if not config.covers(name) and own == info:
-        return TensorPlan(kind="base", **common)
+    info = tuned.tensors[name]
+    base_info = base.tensors.get(name)
+    same_form = base_info == info
+    rule = config.rule(name)
+    _check_options(rule, info, mask)
+    whole = TensorPlan(
+        index=index,
+        name=name,
+        info=info,
+        kind="whole",
+        in_base=same_form,
+        allow_nonfinite=config.allow_nonfinite,
+    )
+    if base_info is None or fresh or rule.whole:
+        return whole
+    if base_info.dtype != info.dtype:
+        remedy = "cast_base=True (--cast-base) rounds the base first"
+        raise dtype_mismatch(name, expected=info, found=base_info, where=base.label, remedy=remedy)
+    if not rule.covered and same_form:
+        return replace(whole, kind="base")
     if not info.dtype.can_be_delta:
-        return TensorPlan(
-            kind="base" if own == info and _equal(name, base, tuned) else "whole",
-            in_base=own == info,
-            **common,
-        )
-    rows = None if own.shape == info.shape else _added_rows(name, base, tuned)
-    return TensorPlan(kind="delta", base_rows=rows, **common, **_delta_fields(name, info, config, mask))
+        unchanged = same_form and _equal(name, base, tuned)
+        return replace(whole, kind="base") if unchanged else whole
+    rows = None if base_info.shape == info.shape else _added_rows(name, base, tuned)
+    delta = replace(whole, kind="delta", in_base=True, base_rows=rows)
+    return _dropped(delta, rule, config.seed) if mask is None else _masked(delta, rule, config.seed, mask)
 
 
-def _check_options(name: str, info: TensorInfo, config: DareConfig, mask: Any) -> None:
+def _check_options(rule: TensorRule, info: TensorInfo, mask: Any) -> None:
     """No option says something of a tensor that another one contradicts."""
-    covered, whole = config.covers(name), config.carries_whole(name)
-    if whole and not covered:
-        raise ConfigError(
-            name,
-            expected="whole or exclude (include) to name it, not both",
-            found="both",
-            remedy="give one of them",
-        )
-    if mask is not None and (whole or not covered):
-        raise ConfigError(
-            f"masks[{name!r}]",
-            expected="a tensor that travels as a delta",
-            found=f"{'whole' if whole else 'exclude'} names it too",
-        )
-    if mask is not None and not info.dtype.can_be_delta:
-        raise ConfigError(
-            f"masks[{name!r}]", expected="a floating-point tensor of 16 bits or more", found=info.dtype.code
-        )
+    if rule.whole and not rule.covered:
+        expected = "whole or exclude (include) to name it, not both"
+        raise ConfigError(rule.tensor, expected=expected, found="both", remedy="give one of them")
+    if mask is None:
+        return
+    where = f"masks[{rule.tensor!r}]"
+    if rule.whole or not rule.covered:
+        found = f"{'whole' if rule.whole else 'exclude'} names it too"
+        raise ConfigError(where, expected="a tensor that travels as a delta", found=found)
+    if not info.dtype.can_be_delta:
+        expected = "a floating-point tensor of 16 bits or more"
+        raise ConfigError(where, expected=expected, found=info.dtype.code)
 
 
-def _delta_fields(name: str, info: TensorInfo, config: DareConfig, mask: Any) -> dict[str, Any]:
-    p = config.drop_rate(name)
-    threshold = threshold_of(p)
-    if mask is not None:
-        values = _encoding(config, info, dropping=True)
-        return dict(
-            mask=Mask(kind="stored", key=key_of(config.seed, name)),
-            stored=_flat_mask(name, mask, info),
-            values=values,
-        )
-    kind: Any = "seeded" if threshold else "all"
-    values = _encoding(config, info, dropping=threshold > 0)
-    return dict(
-        p=p,
-        mask=Mask(kind=kind, key=key_of(config.seed, name), threshold=threshold),
-        values=values,
-        factor=config.factor(threshold),
+def _dropped(plan: TensorPlan, rule: TensorRule, seed: int) -> TensorPlan:
+    """A delta whose mask is drawn."""
+    threshold = rule.threshold
+    kind: MaskKind = "seeded" if threshold else "all"
+    return replace(
+        plan,
+        p=rule.p,
+        mask=Mask(kind=kind, key=key_of(seed, plan.name), threshold=threshold),
+        values=_encoding(rule, plan.info, dropping=threshold > 0),
+        factor=rule.factor,
     )
 
 
-def _encoding(config: DareConfig, info: TensorInfo, *, dropping: bool) -> Encoding:
-    if config.values != "auto":
-        return config.values
+def _masked(plan: TensorPlan, rule: TensorRule, seed: int, mask: Any) -> TensorPlan:
+    """A delta whose mask is given."""
+    return replace(
+        plan,
+        mask=Mask(kind="stored", key=key_of(seed, plan.name)),
+        stored=_flat_mask(plan.name, mask, plan.info),
+        values=_encoding(rule, plan.info, dropping=True),
+    )
+
+
+def _encoding(rule: TensorRule, info: TensorInfo, *, dropping: bool) -> Encoding:
+    """How values are stored: as the rule says, or what `auto` means."""
+    if rule.values != "auto":
+        return rule.values
     return "exact" if info.dtype.bits == 16 or not dropping else "rounded"
 
 
 def _flat_mask(name: str, mask: Any, info: TensorInfo) -> NDArray[np.bool_]:
     array = np.asarray(mask)
     if array.dtype != np.bool_ or array.shape != info.shape:
-        raise ConfigError(
-            f"masks[{name!r}]",
-            expected=f"bool {list(info.shape)}",
-            found=f"{array.dtype} {list(array.shape)}",
-        )
+        found = f"{array.dtype} {list(array.shape)}"
+        raise ConfigError(f"masks[{name!r}]", expected=f"bool {list(info.shape)}", found=found)
     return array.reshape(-1)
 
 
@@ -150,25 +188,26 @@ def _added_rows(name: str, base: Weights, tuned: Weights) -> int:
     Rows that were initialised anew have little to do with the base's: their delta is as large as the rows
     themselves.
     """
-    own, info = base.tensors[name], tuned.tensors[name]
-    grew = own.shape[1:] == info.shape[1:] and bool(own.shape) and own.shape[0] < info.shape[0]
-    if not grew or _relative_distance(name, base, tuned, own.numel) > 0.5:
+    base_info = base.tensors[name]
+    before = base_info.shape
+    after = tuned.tensors[name].shape
+    grew = before[1:] == after[1:] and bool(before) and before[0] < after[0]
+    if not grew or _relative_distance(name, base, tuned, base_info.numel) > 0.5:
+        expected = f"shape {list(before)}, as in {base.label}"
         remedy = f"if it was initialised anew, carry it whole: whole=[{name!r}] (--whole)"
-        raise TensorMismatch(
-            name,
-            expected=f"shape {list(own.shape)}, as in {base.label}",
-            found=f"{list(info.shape)}",
-            remedy=remedy,
-        )
-    return own.shape[0]
+        raise TensorMismatch(name, expected=expected, found=f"{list(after)}", remedy=remedy)
+    return before[0]
 
 
 def _relative_distance(name: str, base: Weights, tuned: Weights, numel: int) -> float:
-    moved = norm = 0.0
+    """||tuned - base|| / ||base|| over the first elements, on all ranks together."""
+    moved = 0.0
+    norm = 0.0
     for start, count in _own_runs(name, tuned, numel):
         before = to_float(base.read(name, start, count), base.tensors[name].dtype).astype(np.float64)
         after = to_float(tuned.read(name, start, count), tuned.tensors[name].dtype).astype(np.float64)
-        moved, norm = moved + float(np.square(after - before).sum()), norm + float(np.square(before).sum())
+        moved += float(np.square(after - before).sum())
+        norm += float(np.square(before).sum())
     if isinstance(tuned, Shared):
         moved, norm = (sum(shares) for shares in zip(*tuned.ranks.gather([moved, norm]), strict=True))
     return float(np.sqrt(moved / norm)) if norm else float(moved > 0)
@@ -178,43 +217,3 @@ def _own_runs(name: str, weights: Weights, numel: int) -> Iterator[tuple[int, in
     """Runs of the first `numel` elements, or of what this process owns of them."""
     for begin, end in weights.owned[name] if isinstance(weights, Shared) else ((0, numel),):
         yield from ((begin + offset, count) for offset, count in runs(min(end, numel) - begin, SEGMENT))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorPlan:
-    """What is going to happen to one tensor of the result."""
-
-    index: int
-    name: str
-    info: TensorInfo
-    kind: str
-    """`base`, `delta` or `whole`."""
-    base_rows: int | None = None
-    in_base: bool = True
-    p: float = 0.0
-    mask: Mask = field(default_factory=lambda: Mask(kind="all"))
-    stored: NDArray[np.bool_] | None = None
-    """Flat boolean mask of a `stored` tensor."""
-    values: Encoding = "exact"
-    factor: float = 1.0
-    """The rescale γ."""
-    allow_nonfinite: bool = False
-    cut_groups: Mapping[int, float] = field(default_factory=dict)
-    """Largest |δ| of the scale groups that lie across the border between two ranks, by number."""
-
-    @property
-    def base_numel(self) -> int:
-        """Leading elements that have a counterpart in the base."""
-        if not self.in_base:
-            return 0
-        return (
-            self.info.numel
-            if self.base_rows is None
-            else self.base_rows * (self.info.numel // self.info.shape[0])
-        )
-
-    def positions(self, start: int, length: int) -> Positions:
-        """Kept elements of a run, relative to `start`."""
-        if self.stored is not None:
-            return np.flatnonzero(self.stored[start : start + length])
-        return self.mask.positions(start, length)

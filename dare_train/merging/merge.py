@@ -94,7 +94,7 @@ def merge(
         rescale: what multiplies the elements that random dropping leaves. `paper`: 1/(1 - p) (for MAGPRUNE
             1/(1 - pᵢ), element by element). `norm`: what keeps the L1 norm, as mergekit does, for every rule
             of dropping. `q`: DAREx-q, from each layer's Gram matrix, or 1/q for a given parameter `q`.
-                `none`: 1. Packages keep the rescale that they were made with.
+            `none`: 1. Packages keep the rescale that they were made with.
         out_dtype: such as "BF16"; by default each tensor keeps the base's.
         tokenizer: whose tokens the result has, where models added some: "base", "union", or None for a union
             if that is safe.

@@ -20,6 +20,9 @@ from ..errors import PackageError
 from ..kernels import cpu
 from .masks import DITHER_DOMAIN
 
+FETCH_AGAIN = "fetch the package again"
+"""What to do about a package that is damaged."""
+
 Encoding = Literal["exact", "rounded", "int8", "int4", "sign", "whole"]
 
 
@@ -82,17 +85,15 @@ def decompress(frame: memoryview, size: int, *, name: str) -> bytes:
                 name,
                 expected=f"a frame of {size} bytes",
                 found=f"one of {declared}",
-                remedy="fetch the package again",
+                remedy=FETCH_AGAIN,
             )
         content = zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise PackageError(
-            name, expected="an intact zstd frame", found=str(error), remedy="fetch the package again"
+            name, expected="an intact zstd frame", found=str(error), remedy=FETCH_AGAIN
         ) from error
     if len(content) != size:
-        raise PackageError(
-            name, expected=f"{size} bytes", found=f"{len(content)}", remedy="fetch the package again"
-        )
+        raise PackageError(name, expected=f"{size} bytes", found=f"{len(content)}", remedy=FETCH_AGAIN)
     return content
 
 
@@ -159,9 +160,7 @@ def unpack_symbols(
         np.frombuffer(data[:size], np.uint8), from_planes(data[size:], changed, word), kept
     )
     if found != changed:
-        raise PackageError(
-            name, expected=f"{changed} changed elements", found=f"{found}", remedy="fetch the package again"
-        )
+        raise PackageError(name, expected=f"{changed} changed elements", found=f"{found}", remedy=FETCH_AGAIN)
     return symbols
 
 
@@ -294,9 +293,7 @@ def decode_codes(
     """
     scales = np.frombuffer(data, np.uint16, groups)
     if not np.isfinite(to_float(scales, _BF16)).all():
-        raise PackageError(
-            name, expected="finite scales", found="NaN or infinity", remedy="fetch the package again"
-        )
+        raise PackageError(name, expected="finite scales", found="NaN or infinity", remedy=FETCH_AGAIN)
     body = np.frombuffer(data[2 * groups :], np.uint8)
     if encoding == "int8":
         return scales, body.view(np.int8).astype(np.int64)

@@ -53,6 +53,12 @@ class TensorRecord:
     """Median, 99th percentile and maximum of |δ| over the kept elements, before rescaling."""
 
     @property
+    def counts_changes(self) -> bool:
+        """Whether segments say how many of their kept elements changed. In other encodings, all count as
+        changed."""
+        return self.values in ("exact", "rounded")
+
+    @property
     def base_info(self) -> TensorInfo:
         """dtype and shape of the base's tensor."""
         shape = self.info.shape if self.base_rows is None else (self.base_rows, *self.info.shape[1:])

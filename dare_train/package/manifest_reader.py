@@ -15,7 +15,7 @@ from ..dtypes import DTYPES
 from ..errors import PackageError
 from ..weights.fingerprint import Fingerprint
 from ..weights.protocol import TensorInfo
-from .codec import Encoding
+from .codec import FETCH_AGAIN, Encoding
 from .manifest import (
     BLANK,
     CARRIED,
@@ -35,7 +35,6 @@ LARGEST_MANIFEST = 64 << 20
 _ENCODINGS = tuple(name for name in get_args(Encoding) if name != "whole")
 _HUGE = 1e300
 _LONGEST_NAME = 255
-_REMEDY = "fetch the package again"
 _SUSPECT = "do not trust this package"
 
 
@@ -61,7 +60,7 @@ def load(path: Path) -> Manifest:
     try:
         data = json.loads(raw, object_pairs_hook=_each_key_once)
     except (ValueError, RecursionError) as error:
-        raise PackageError(where, expected="JSON", found=str(error), remedy=_REMEDY) from error
+        raise PackageError(where, expected="JSON", found=str(error), remedy=FETCH_AGAIN) from error
     if not isinstance(data, dict) or data.get("format") != "dare_train":
         raise PackageError(
             where,
@@ -95,14 +94,14 @@ def _twice(names: Iterable[str]) -> str | None:
 
 def _check_digest(where: str, raw: bytes, digest: object) -> None:
     if not isinstance(digest, str) or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-        raise PackageError(where, expected="a digest of 64 digits", found=_brief(digest), remedy=_REMEDY)
+        raise PackageError(where, expected="a digest of 64 digits", found=_brief(digest), remedy=FETCH_AGAIN)
     found = hashlib.sha256(raw.replace(sealed(digest), sealed(BLANK), 1)).hexdigest()
     if found != digest:
         raise PackageError(
             where,
             expected=f"digest {digest[:12]}…",
             found=f"{found[:12]}…",
-            remedy=f"it was changed or damaged; {_REMEDY}",
+            remedy=f"it was changed or damaged; {FETCH_AGAIN}",
         )
 
 
@@ -147,7 +146,7 @@ def _tensor(data: Mapping[str, Any], where: str) -> TensorRecord:
     result = Fingerprint.parse(data["result"], name=get.where) if "result" in data else base
     if result is None or (base is None and kind != "whole"):
         raise PackageError(
-            get.where, expected="fingerprints of base and result", found="none", remedy=_REMEDY
+            get.where, expected="fingerprints of base and result", found="none", remedy=FETCH_AGAIN
         )
     get.insist(kind != "base" or result == base, "the base's own fingerprint as result", "another")
     get.insist(kind == "delta" or "base_rows" not in data, "base_rows in deltas only", f"kind {kind}")
@@ -240,7 +239,7 @@ class _Fields:
 
     def insist(self, good: bool, expected: str, found: str) -> None:
         if not good:
-            raise PackageError(self.where, expected=expected, found=found, remedy=_REMEDY)
+            raise PackageError(self.where, expected=expected, found=found, remedy=FETCH_AGAIN)
 
     def fields(self, key: str) -> _Fields:
         return _Fields(self(key, dict), f"{self.where}: {key}")
@@ -281,5 +280,5 @@ class _Fields:
 
     def _refuse(self, key: str, value: object, expected: str) -> NoReturn:
         raise PackageError(
-            self.where, expected=f"{key!r} to be {expected}", found=_brief(value), remedy=_REMEDY
+            self.where, expected=f"{key!r} to be {expected}", found=_brief(value), remedy=FETCH_AGAIN
         )

@@ -11,21 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import CheckpointError, DareError, PackageError
 from ..parallel.threads import once, ordered_map
 from ..weights.checkpoint import SafetensorsFile, locate
-from ..weights.protocol import SEGMENT
+from .codec import FETCH_AGAIN
 from .manifest import MANIFEST, FileRecord, Manifest, TensorRecord, sha256_of
 from .manifest_reader import load
-from .segments import _COLUMNS, Segment
+from .segment_table import check_table
+from .segments import COLUMNS, Segment
 
 if TYPE_CHECKING:
     from ..weights.protocol import Weights
-
-
-_REMEDY = "fetch the package again"
 
 
 class DeltaPackage:
@@ -71,7 +68,7 @@ class DeltaPackage:
                         f"{self.name}: {name}",
                         expected="segments that do not overlap",
                         found=f"two at {after.start}",
-                        remedy=_REMEDY,
+                        remedy=FETCH_AGAIN,
                     )
         return dict(found)
 
@@ -135,7 +132,7 @@ class DeltaPackage:
                     str(self.path / file.file),
                     expected=f"SHA-256 {file.sha256[:12]}…",
                     found=f"{digest[:12]}…",
-                    remedy=_REMEDY,
+                    remedy=FETCH_AGAIN,
                 )
         for record in self.manifest.tensors:
             _check_coverage(
@@ -186,10 +183,12 @@ def _check_all(packages: Iterable[DeltaPackage]) -> None:
 
 def _check_size(path: Path, record: FileRecord) -> None:
     if not path.is_file():
-        raise PackageError(str(path), expected=f"{record.bytes} bytes", found="no such file", remedy=_REMEDY)
+        raise PackageError(
+            str(path), expected=f"{record.bytes} bytes", found="no such file", remedy=FETCH_AGAIN
+        )
     if path.stat().st_size != record.bytes:
         raise PackageError(
-            str(path), expected=f"{record.bytes} bytes", found=f"{path.stat().st_size}", remedy=_REMEDY
+            str(path), expected=f"{record.bytes} bytes", found=f"{path.stat().st_size}", remedy=FETCH_AGAIN
         )
 
 
@@ -198,18 +197,21 @@ def _read_part(path: Path, manifest: Manifest) -> Iterator[tuple[Segment, memory
     try:
         file = SafetensorsFile(path)
     except CheckpointError as error:
-        raise PackageError(error.name, expected=error.expected, found=error.found, remedy=_REMEDY) from error
+        raise PackageError(
+            error.name, expected=error.expected, found=error.found, remedy=FETCH_AGAIN
+        ) from error
     shapes = {name: (info.dtype.code, len(info.shape)) for name, info in file.tensors.items()}
-    if shapes != {"segments": ("I64", 2), "data": ("U8", 1)} or file.tensors["segments"].shape[1] != _COLUMNS:
+    if shapes != {"segments": ("I64", 2), "data": ("U8", 1)} or file.tensors["segments"].shape[1] != COLUMNS:
         raise PackageError(
             str(path),
             expected="segments I64 [n, 6] and data U8 [bytes]",
             found=_listed(shapes),
-            remedy=_REMEDY,
+            remedy=FETCH_AGAIN,
         )
-    table = file.read("segments", 0, file.tensors["segments"].numel).view(np.int64).reshape(-1, _COLUMNS)
-    data, offset = file.bytes_of("data"), 0
-    _check_table(table, manifest, len(data), str(path))
+    table = file.read("segments", 0, file.tensors["segments"].numel).view(np.int64).reshape(-1, COLUMNS)
+    data = file.bytes_of("data")
+    offset = 0
+    check_table(table, manifest, len(data), str(path))
     for row in table.tolist():
         segment = Segment.of(row)
         yield segment, data[offset : offset + segment.size]
@@ -219,7 +221,7 @@ def _read_part(path: Path, manifest: Manifest) -> Iterator[tuple[Segment, memory
             str(path),
             expected=f"{offset} bytes of frames, as its table says",
             found=f"{len(data)}",
-            remedy=_REMEDY,
+            remedy=FETCH_AGAIN,
         )
 
 
@@ -236,73 +238,30 @@ def _check_header(path: Path) -> None:
             str(path),
             expected="a safetensors file with a header of at most 65,536 bytes",
             found=f"{size:,}",
-            remedy=_REMEDY,
+            remedy=FETCH_AGAIN,
         )
 
 
 def _check_coverage(record: TensorRecord, segments: list[Segment], where: str) -> None:
-    numel, base_numel = record.info.numel, record.base_info.numel if record.kind == "delta" else 0
+    numel = record.info.numel
+    base_numel = record.base_info.numel if record.kind == "delta" else 0
     inside = [segment for segment in segments if segment.start < base_numel]
     whole = sum(segment.length for segment in segments) - sum(segment.length for segment in inside)
     if record.kind != "base" and whole != numel - base_numel:
         raise PackageError(
-            where, expected=f"{numel - base_numel} elements carried whole", found=f"{whole}", remedy=_REMEDY
+            where,
+            expected=f"{numel - base_numel} elements carried whole",
+            found=f"{whole}",
+            remedy=FETCH_AGAIN,
         )
     if record.kind == "delta":
-        kept, covered = sum(s.kept for s in inside), sum(s.length for s in inside)
+        kept = sum(segment.kept for segment in inside)
+        covered = sum(segment.length for segment in inside)
         if not kept <= record.kept <= kept + base_numel - covered:
-            raise PackageError(
-                where, expected=f"{record.kept} kept elements", found=f"{kept}", remedy=_REMEDY
-            )
-        changed = sum(s.changed for s in inside)
-        if record.changed != changed if record.values in ("exact", "rounded") else record.changed > changed:
-            raise PackageError(
-                where, expected=f"{record.changed} changed elements", found=f"{changed}", remedy=_REMEDY
-            )
-
-
-def _check_table(table: NDArray[np.int64], manifest: Manifest, nbytes: int, where: str) -> None:
-    """Every row is a segment that lies within its tensor and, after those before it, within so many bytes of
-    frames.
-    """
-    tensor, start, length, kept, changed, size = table.T
-    known = (tensor >= 0) & (tensor < len(manifest.tensors))
-    limits = np.array([*map(_limits, manifest.tensors), (0, 0, False, False, False)], np.int64)
-    numel, base_numel, has_segments, whole, counts_changes = limits[np.where(known, tensor, -1)].T
-    whole = (whole != 0) | (start >= base_numel)
-    sizes = np.clip(size, 0, nbytes + 1)  # so that no sum is too large
-    inside = (
-        known
-        & (has_segments != 0)
-        & (start >= 0)
-        & (length > 0)
-        & (length <= SEGMENT)
-        & (start <= numel - length)
-    )
-    apart = (start >= base_numel) | (base_numel >= start + length)
-    ordered = (
-        (changed >= 0) & (changed <= kept) & (kept <= length) & (size > 0) & (np.cumsum(sizes) <= nbytes)
-    )
-    fits = np.where(whole, (kept == length) & (changed == length), (counts_changes != 0) | (changed == kept))
-    bad = np.flatnonzero(~(inside & apart & ordered & fits))
-    if bad.size:
-        found = str(tuple(table[bad[0]].tolist()))
-        raise PackageError(
-            where,
-            expected="segments that lie within their tensor and their file",
-            found=found,
-            remedy=_REMEDY,
-        )
-
-
-def _limits(record: TensorRecord) -> tuple[int, int, bool, bool, bool]:
-    """What segments of a tensor may be: its elements, those of the base, and whether it has segments, is
-    whole, and counts changes.
-    """
-    return (
-        record.info.numel,
-        record.base_info.numel,
-        record.kind != "base",
-        record.kind == "whole",
-        record.values in ("exact", "rounded"),
-    )
+            expected = f"{record.kept} kept elements"
+            raise PackageError(where, expected=expected, found=f"{kept}", remedy=FETCH_AGAIN)
+        changed = sum(segment.changed for segment in inside)
+        too_few = record.changed > changed
+        if too_few or (record.counts_changes and record.changed < changed):
+            expected = f"{record.changed} changed elements"
+            raise PackageError(where, expected=expected, found=f"{changed}", remedy=FETCH_AGAIN)

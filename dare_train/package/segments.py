@@ -12,10 +12,11 @@ from ..errors import PackageError
 from ..kernels import cpu
 from . import codec
 from .arithmetic import Term
-from .codec import Positions
+from .codec import FETCH_AGAIN, Positions
 from .manifest import Manifest, TensorRecord
 
-_COLUMNS = 6
+COLUMNS = 6
+"""Of a part's segment table."""
 
 
 def decode_whole(record: TensorRecord, segment: Segment, frame: memoryview) -> Words:
@@ -48,9 +49,7 @@ def check_kept(record: TensorRecord, segment: Segment, kept: int) -> None:
     """
     if kept != segment.kept:
         expected = f"{kept} kept elements, as its mask says"
-        raise PackageError(
-            record.name, expected=expected, found=f"{segment.kept}", remedy="fetch the package again"
-        )
+        raise PackageError(record.name, expected=expected, found=f"{segment.kept}", remedy=FETCH_AGAIN)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from .manifest import FileRecord, file_record
-from .segments import _COLUMNS, Segment
+from .segments import COLUMNS, Segment
 
 PART_LIMIT = 128 << 20
 """Compressed bytes after which a writer begins another part: the most it ever holds in memory."""
@@ -37,7 +37,7 @@ class PackageWriter:
 
     def _flush(self) -> None:
         path = self._folder / f"{self._stem}-{len(self._parts)}"
-        table = np.array(self._rows, np.int64).reshape(-1, _COLUMNS)
+        table = np.array(self._rows, np.int64).reshape(-1, COLUMNS)
         try:
             save_file({"segments": table, "data": np.frombuffer(self._data, np.uint8)}, path)
         except SafetensorError as error:  # its own way to say that the disk is full

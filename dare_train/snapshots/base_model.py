@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,24 +62,30 @@ def from_disk(live: LiveWeights, where: str | os.PathLike[str], *, compare: bool
     Raises:
         CheckpointError, TensorMismatch: it cannot be read, or has nothing to do with the model.
     """
-    opened: list[tuple[Checkpoint, Weights, str]] = []
-    live.ranks.together(lambda: opened.append(_open(live, where)))
-    [(checkpoint, weights, prefix)] = opened
+    base = live.ranks.each(lambda: _open(live, where))
     fresh: set[str] = set()
     if compare:
-        fresh = set().union(*live.ranks.together(lambda: _differing(live, weights)))
-        shared = sum(info.numel for name, info in live.tensors.items() if name in weights.tensors)
+        fresh = set().union(*live.ranks.together(lambda: _differing(live, base.weights)))
+        shared = sum(info.numel for name, info in live.tensors.items() if name in base.weights.tensors)
         differing = sum(live.tensors[name].numel for name in fresh)
         if differing > _MAJORITY * shared:
             return None
     fresh |= live.trained_whole
-    return _origin(str(where), checkpoint, weights, prefix, fresh, live.ranks)
+    return _origin(str(where), base, fresh, live.ranks)
 
 
-def _open(live: Weights, where: str | os.PathLike[str]) -> tuple[Checkpoint, Weights, str]:
+class _OpenedBase(NamedTuple):
+    """A base on disk, and the same under a run's names and in its dtypes."""
+
+    checkpoint: Checkpoint
+    weights: Weights
+    prefix: str = ""
+
+
+def _open(live: Weights, where: str | os.PathLike[str]) -> _OpenedBase:
     checkpoint = Checkpoint.open(locate(where, local_only=True))
     aligned, prefix = align(checkpoint, live.tensors.keys(), model=live.label)
-    return checkpoint, cast_to(aligned, live.tensors), prefix
+    return _OpenedBase(checkpoint, cast_to(aligned, live.tensors), prefix)
 
 
 def from_live(live: LiveWeights, folder: Path, companions: Mapping[str, str]) -> Origin:
@@ -87,7 +93,8 @@ def from_live(live: LiveWeights, folder: Path, companions: Mapping[str, str]) ->
 
     `companions` maps file names to the text of further files, such as the model's configuration.
     """
-    layout, ranks = {SINGLE: dict(live.tensors)}, live.ranks
+    layout = {SINGLE: dict(live.tensors)}
+    ranks = live.ranks
     with shared_staging(folder, ranks) as staging:
         ranks.together(lambda: CheckpointWriter(staging, layout).close() if ranks.first else None)
         ranks.together(lambda: _spool(live, staging, layout))
@@ -95,7 +102,7 @@ def from_live(live: LiveWeights, folder: Path, companions: Mapping[str, str]) ->
             for name, text in companions.items():
                 (staging / name).write_text(text)
     checkpoint = Checkpoint.open(folder)
-    return _origin(str(folder), checkpoint, checkpoint, "", set(live.trained_whole), ranks)
+    return _origin(str(folder), _OpenedBase(checkpoint, checkpoint), set(live.trained_whole), ranks)
 
 
 def _spool(live: LiveWeights, staging: Path, layout: Layout) -> None:
@@ -145,15 +152,13 @@ def recall(record: Mapping[str, Any], live: LiveWeights) -> Origin:
         BaseMismatch: it is gone, or no longer what it was.
     """
     remedy = "put it back where it was, or pass base= to the callback"
-    opened: list[tuple[Checkpoint, Weights, str]] = []
     try:
-        live.ranks.together(lambda: opened.append(_open(live, record["folder"])))
+        base = live.ranks.each(lambda: _open(live, record["folder"]))
     except CheckpointError as error:
         raise BaseMismatch(
             "base of the resumed run", expected=record["folder"], found=str(error.found), remedy=remedy
         ) from error
-    [(checkpoint, weights, prefix)] = opened
-    origin = _origin(record["name"], checkpoint, weights, prefix, set(record["fresh"]), live.ranks)
+    origin = _origin(record["name"], base, set(record["fresh"]), live.ranks)
     if origin.fingerprint != record["fingerprint"]:
         expected = f"fingerprint {record['fingerprint'][:12]}…, as at the start of the run"
         raise BaseMismatch(
@@ -165,31 +170,30 @@ def recall(record: Mapping[str, Any], live: LiveWeights) -> Origin:
     return origin
 
 
-def _origin(
-    name: str, checkpoint: Checkpoint, weights: Weights, prefix: str, fresh: set[str], ranks: Ranks
-) -> Origin:
-    work = [
-        (tensor, start, count)
-        for tensor, info in weights.tensors.items()
-        for start, count in runs(info.numel, SEGMENT)
-    ]
-    mine = dict[str, list[tuple[int, int]]]()
-    for tensor, start, count in work[ranks.rank :: ranks.world]:
-        mine.setdefault(tensor, []).append((start, start + count))
-    prints = dict.fromkeys(weights.tensors, Fingerprint())
-    for shares in ranks.together(lambda: fingerprints(weights, mine)):
-        for tensor, (first, second) in shares.items():
-            prints[tensor] = prints[tensor].plus((first, second))
-    named = model_fingerprint(
-        (tensor, info.dtype.code, info.shape, prints[tensor]) for tensor, info in weights.tensors.items()
-    )
+def _origin(name: str, base: _OpenedBase, fresh: set[str], ranks: Ranks) -> Origin:
     return Origin(
         name=name,
-        checkpoint=checkpoint,
-        weights=weights,
-        prefix=prefix,
+        checkpoint=base.checkpoint,
+        weights=base.weights,
+        prefix=base.prefix,
         fresh=frozenset(fresh),
-        fingerprint=named,
+        fingerprint=_shared_fingerprint(base.weights, ranks),
+    )
+
+
+def _shared_fingerprint(weights: Weights, ranks: Ranks) -> str:
+    """The fingerprint of all weights, of which each rank reads a share."""
+    infos = weights.tensors
+    work = [(name, *run) for name, info in infos.items() for run in runs(info.numel, SEGMENT)]
+    mine: dict[str, list[tuple[int, int]]] = {}
+    for name, start, count in work[ranks.rank :: ranks.world]:
+        mine.setdefault(name, []).append((start, start + count))
+    prints = dict.fromkeys(infos, Fingerprint())
+    for shares in ranks.together(lambda: fingerprints(weights, mine)):
+        for name, (first, second) in shares.items():
+            prints[name] = prints[name].plus((first, second))
+    return model_fingerprint(
+        (name, info.dtype.code, info.shape, prints[name]) for name, info in infos.items()
     )
 
 
@@ -197,11 +201,15 @@ def _differing(live: LiveWeights, base: Weights) -> list[str]:
     """Tensors of both whose own part here does not hold the base's bits, up to rows added at the end."""
 
     def same(name: str) -> bool:
-        own, other = live.tensors[name], base.tensors[name]
-        grown = bool(own.shape) and own.shape[1:] == other.shape[1:] and own.shape[0] >= other.shape[0]
-        if own.dtype != other.dtype or not (own.shape == other.shape or grown):
+        info = live.tensors[name]
+        base_info = base.tensors[name]
+        before = base_info.shape
+        after = info.shape
+        grown = bool(after) and after[1:] == before[1:] and after[0] >= before[0]
+        if info.dtype != base_info.dtype or not (after == before or grown):
             return False
-        work = [(b + s, n) for b, e in live.owned[name] for s, n in runs(min(e, other.numel) - b, SEGMENT)]
+        spans = [(begin, min(end, base_info.numel)) for begin, end in live.owned[name]]
+        work = [(begin + s, n) for begin, end in spans for s, n in runs(end - begin, SEGMENT)]
         return all(np.array_equal(live.read(name, s, n), base.read(name, s, n)) for s, n in work)
 
     shared = [name for name in live.tensors if name in base.tensors]

@@ -8,10 +8,8 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args
-from weakref import WeakKeyDictionary
+from typing import Any, get_args
 
-import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -26,13 +24,12 @@ from ..weights.live import LiveWeights, Source
 from ..weights.sharding import SUPPORTED
 from . import wandb_snapshots
 from .base_model import Origin, establish, find, loaded_from, recall
-from .snapshotter import Order, Snapshot, Snapshotter, step_folders, take_together
+from .callback_options import When, check_options, schedule
+from .received_weights import ReceivedWeights
+from .shared_pass import Order, Snapshot, take_together
+from .snapshotter import Snapshotter, step_folders
 
-When = Union[str, int]
-_EVENTS = ("save", "epoch", "end")
 _STATE = "dare_train"
-_in_training: WeakKeyDictionary[torch.nn.Module, list[DareCallback]] = WeakKeyDictionary()
-"""The callbacks of each run that is going on, in the order in which the Trainer calls them."""
 
 _ENGINES = {
     "NO",
@@ -110,19 +107,26 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             whole=whole,
             allow_nonfinite=allow_nonfinite,
         )
-        self.events, self.every = _schedule(when)
-        _check(keep, incremental, values, name)
+        self.events, self.every = schedule(when)
+        check_options(keep, incremental, values, name)
         if source not in get_args(Source):
             raise ConfigError("source", expected='"weights" or "master"', found=repr(source))
-        self.base, self.keep, self.incremental, self.evaluate = base, keep, incremental, evaluate
-        self.source, self.kernels = source, checked(kernels, "kernels")
-        self.name, self.artifact = name, artifact
+        self.base = base
+        self.keep = keep
+        self.incremental = incremental
+        self.evaluate = evaluate
+        self.source = source
+        self.kernels = checked(kernels, "kernels")
+        self.name = name
+        self.artifact = artifact
         self.packages: list[Snapshot] = []
         self.waited: list[float] = []
         self._ranks: Ranks | None = None
         self._at_init: Origin | None = None
         self._snapshotter: Snapshotter | None = None
-        self._args: TrainingArguments | None = None
+        self._attached: Trainer | None = None
+        self._trainer: Trainer | None = None
+        self._training = False
         self._last_taken: int | str = -1
         """Step of the last snapshot, or "end"."""
 
@@ -130,6 +134,12 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     def package(self) -> DeltaPackage | None:
         """The latest package."""
         return self.packages[-1].package if self.packages else None
+
+    def attach(self, trainer: Trainer) -> None:
+        """Say which Trainer this callback belongs to: it evaluates with it, and shares passes over the
+        weights with its other callbacks. Needed only where a Trainer does not itself send the events.
+        """
+        self._attached = trainer
 
     # The events of a run, in the order in which the Trainer sends them.
 
@@ -157,7 +167,14 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         _check_engine()
-        folder, ranks = self._folder(args), self._joined()
+        self._trainer = self._attached or _calling_trainer()
+        if self.evaluate and self._trainer is None:
+            remedy = "hand it over: callback.attach(trainer)"
+            raise ConfigError(
+                "evaluate", expected="a Trainer", found="events of another caller", remedy=remedy
+            )
+        folder = self._folder(args)
+        ranks = self._joined()
         ranks.together(lambda: sweep_folder(folder) if ranks.first else None)
         live = LiveWeights(model, source=self.source, ranks=ranks, kernels=self.kernels)
         if self.evaluate and live.adapted:
@@ -185,10 +202,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             ]
         self._remember(state, origin)
         self._last_taken = -1
-        self._args = args
-        _in_training[model] = [
-            one for one in _in_training.get(model, []) if one._args is args and one is not self
-        ] + [self]
+        self._training = True
 
     def on_step_end(
         self,
@@ -200,8 +214,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if self._snapshotter is not None:
             self._collect(self._snapshotter.finished())
-        if self._is_due("step", state):
-            self._snapshot("step", args, state, model)
+        self._snapshot("step", args, state, model)
 
     def on_evaluate(
         self,
@@ -222,8 +235,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         model: Any = None,
         **_: Any,
     ) -> None:
-        if "save" in self.events:
-            self._snapshot("save", args, state, model)
+        self._snapshot("save", args, state, model)
 
     def on_epoch_end(
         self,
@@ -233,8 +245,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         model: Any = None,
         **_: Any,
     ) -> None:
-        if "epoch" in self.events:
-            self._snapshot("epoch", args, state, model)
+        self._snapshot("epoch", args, state, model)
 
     def on_train_end(
         self,
@@ -245,9 +256,8 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         assert self._snapshotter is not None, "train end without train begin"
-        if "end" in self.events:
-            self._snapshot("end", args, state, model)
-        _in_training[model].remove(self)
+        self._snapshot("end", args, state, model)
+        self._training = False
         self._collect(self._snapshotter.close())
         if self._joined().first:
             shutil.rmtree(self._companions)
@@ -289,30 +299,33 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         """At most one package for a step, whichever events meet there; and together with all callbacks that
         the event makes take one.
         """
-        taken = "end" if event == "end" else state.global_step
-        alike = [
-            one for one in _in_training[model] if (one.source, one.kernels) == (self.source, self.kernels)
-        ]
-        due = [one for one in alike if one._is_due(event, state) and one._last_taken != taken]
-        if self in due:
-            before = take_together(
-                [one._order(event, args, state) for one in due], model, step=state.global_step
-            )
-            for one, snapshot in zip(due, before, strict=True):
-                one._last_taken = taken
-                one._collect(snapshot)
+        due = [callback for callback in self._reading_the_same() if callback._is_due(event, state)]
+        if self not in due:
+            return
+        orders = [callback._order(event, args, state) for callback in due]
+        for callback, before in zip(due, take_together(orders, model, step=state.global_step), strict=True):
+            callback._last_taken = _moment(event, state)
+            callback._collect(before)
+
+    def _reading_the_same(self) -> list[DareCallback]:
+        """The Trainer's callbacks that read the same weights as this one, which is among them, in order."""
+        if self._trainer is None:
+            return [self]
+        callbacks = self._trainer.callback_handler.callbacks
+        training = [one for one in callbacks if isinstance(one, DareCallback) and one._training]
+        return [one for one in training if (one.source, one.kernels) == (self.source, self.kernels)]
 
     def _is_due(self, event: str, state: TrainerState) -> bool:
-        return event in self.events or (
-            event == "step" and self.every is not None and state.global_step % self.every == 0
-        )
+        """Whether the event makes it take a snapshot that it has not taken yet."""
+        at_step = event == "step" and self.every is not None and state.global_step % self.every == 0
+        return (event in self.events or at_step) and self._last_taken != _moment(event, state)
 
     def _order(self, event: str, args: TrainingArguments, state: TrainerState) -> Order:
         assert self._snapshotter is not None, "snapshot before train begin"
         folder = self._folder(args)
         keep = (self.keep, folder) if self.keep is not None else None
         out = folder / ("final" if event == "end" else f"step-{state.global_step}")
-        return Order(snapshotter=self._snapshotter, out=out, files=self._companions, keep=keep)
+        return Order(taker=self._snapshotter, out=out, files=self._companions, keep=keep)
 
     def _collect(self, snapshot: Snapshot | None) -> None:
         if snapshot is not None:
@@ -323,82 +336,17 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
 
     def _evaluate_receiver(self, args: TrainingArguments, model: Any) -> None:
         """Evaluate with the weights that a package taken now would give, then put training's own back."""
-        trainer = _calling_trainer()
+        trainer = self._trainer
+        assert trainer is not None, "train begin refuses evaluate without a Trainer"
         assert self._snapshotter is not None, "evaluation before train begin"
-        received = _ReceivedWeights(LiveWeights(model), self._snapshotter, self._folder(args))
-        with (
-            torch.random.fork_rng(),
-            received,
-        ):  # a data loader's iterator draws from torch's generator, which is training's
+        received = ReceivedWeights(LiveWeights(model), self._snapshotter, self._folder(args))
+        # A data loader's iterator draws from torch's generator, which is training's.
+        with torch.random.fork_rng(), received:
             loader = trainer.get_eval_dataloader()
             output = trainer.evaluation_loop(
                 loader, description=f"Evaluation ({self.name})", metric_key_prefix=f"eval_{self.name}"
             )
         trainer.log(output.metrics)
-
-
-class _ReceivedWeights:
-    """A `with` block in which the model is what a receiver gets. The weights it displaces wait in a file, not
-    in memory.
-    """
-
-    def __init__(self, live: LiveWeights, snapshotter: Snapshotter, folder: Path) -> None:
-        self._live, self._snapshotter = live, snapshotter
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        self._file = tempfile.TemporaryFile(dir=self._folder)
-        self._displaced: list[tuple[str, int, int]] = []
-        for name, start, words in self._snapshotter.preview(self._live):
-            self._file.write(self._live.read(name, start, words.size).tobytes())
-            self._displaced.append((name, start, words.size))
-            self._live.overwrite(name, start, words)
-        self._live.settle()
-
-    def __exit__(self, *_: object) -> None:
-        self._file.seek(0)
-        for name, start, size in self._displaced:
-            word = self._live.tensors[name].dtype.word
-            self._live.overwrite(name, start, np.frombuffer(self._file.read(size * word.itemsize), word))
-        self._live.settle()
-        self._file.close()
-
-
-def _schedule(when: When | Sequence[When]) -> tuple[frozenset[str], int | None]:
-    """Events and step interval."""
-    given = [when] if isinstance(when, (str, int)) else list(when)
-    numbers = [item for item in given if isinstance(item, int) and not isinstance(item, bool)]
-    events = [item for item in given if isinstance(item, str)]
-    unknown = [item for item in given if item not in _EVENTS and item not in numbers]
-    if unknown or not given or len(numbers) > 1 or any(number < 1 for number in numbers):
-        raise ConfigError(
-            "when",
-            expected='"save", "epoch", "end", a number of steps, or several of these',
-            found=repr(when),
-        )
-    return frozenset(events), numbers[0] if numbers else None
-
-
-def _check(keep: int | None, incremental: bool, values: str, name: str) -> None:
-    if keep is not None and (not isinstance(keep, int) or keep < 1):
-        raise ConfigError("keep", expected="a positive number of packages", found=repr(keep))
-    if incremental and keep is not None:
-        raise ConfigError(
-            "keep",
-            expected="None with incremental=True",
-            found=repr(keep),
-            remedy="a chain needs all of its packages",
-        )
-    if incremental and values not in ("auto", "exact"):
-        raise ConfigError(
-            "values",
-            expected="exact with incremental=True",
-            found=repr(values),
-            remedy="links of a chain are exact",
-        )
-    if not name or Path(name).name != name:
-        raise ConfigError("name", expected="the name of a folder", found=repr(name))
 
 
 def _check_engine() -> None:
@@ -435,12 +383,19 @@ def _save_companions(model: Any, processing_class: Any, folder: Path) -> str:
     return str(folder)
 
 
-def _calling_trainer() -> Trainer:
-    """The Trainer that sent the current event. Callbacks are not given it; it stands further up the stack."""
+def _moment(event: str, state: TrainerState) -> int | str:
+    """The step at which a snapshot is taken, or "end"."""
+    return "end" if event == "end" else int(state.global_step)
+
+
+def _calling_trainer() -> Trainer | None:
+    """The Trainer that sent the current event, if one did. Callbacks are not given it; it stands further up
+    the stack.
+    """
     frame = sys._getframe(1)
     while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer):
-            return owner
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
         frame = frame.f_back  # type: ignore[assignment]
-    raise ConfigError("evaluate", expected="events sent by a transformers Trainer", found="another caller")
+    return None

@@ -5,51 +5,60 @@ a chain.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import Words, to_float
-from ..extracting.encoding import Encoded, Taken, encode_delta, encode_whole, receiver_words
+from ..extracting.assembly import Work
+from ..extracting.encoding import Encoded, encode, receiver_words
 from ..extracting.plan import TensorPlan
 from ..kernels import cpu
 from ..package.codec import group_length
 from ..package.masks import Mask
-from ..weights.fingerprint import Fingerprint
 from ..weights.low_rank import LowRank, Readable, merged_words
 from ..weights.protocol import Weights
 
 
+@dataclass(frozen=True)
+class Taken:
+    """Words of one run, copied out of the live model: of a delta the kept ones."""
+
+    plan: TensorPlan
+    start: int
+    length: int
+    words: Words
+    """Empty where an adapter will be merged into the base when the run is encoded."""
+
+
 def cut_groups(base: Weights, taken: Iterable[Taken]) -> list[tuple[int, int, float]]:
     """(plan, number, largest |δ| here) of each scale group at the border of what this rank holds."""
-    found = []
+    groups: list[tuple[int, int, float]] = []
     for run in taken:
-        plan, start = run.plan, run.start
+        plan = run.plan
+        start = run.start
         if plan.kind != "delta" or plan.values in ("exact", "rounded") or start >= plan.base_numel:
             continue
         size = group_length(plan.mask.threshold)
         cut = {edge // size for edge in (start, start + run.length) if edge % size}
         if cut:
+            dtype = plan.info.dtype
             positions = plan.positions(start, run.length)
-            own = cpu.take(base.read(plan.name, start, run.length), positions)
-            delta = np.abs(to_float(run.words, plan.info.dtype) - to_float(own, plan.info.dtype)).astype(
-                np.float32
-            )
+            base_words = cpu.take(base.read(plan.name, start, run.length), positions)
+            delta = np.abs(to_float(run.words, dtype) - to_float(base_words, dtype)).astype(np.float32)
             numbers = (start + positions) // size
-            found += [
-                (plan.index, number, float(delta[numbers == number].max(initial=0.0)))
-                for number in sorted(cut)
-            ]
-    return found
+            for number in sorted(cut):
+                groups.append((plan.index, number, float(delta[numbers == number].max(initial=0.0))))
+    return groups
 
 
 def largest_of(groups: list[list[tuple[int, int, float]]]) -> dict[int, dict[int, float]]:
     """The largest |δ| by plan and number, of what all ranks found."""
     sizes: dict[int, dict[int, float]] = {}
-    for index, number, size in (group for told in groups for group in told):
-        known = sizes.setdefault(index, {})
-        known[number] = max(size, known.get(number, 0.0))
+    for index, number, size in (group for of_rank in groups for group in of_rank):
+        largest = sizes.setdefault(index, {})
+        largest[number] = max(size, largest.get(number, 0.0))
     return sizes
 
 
@@ -68,23 +77,22 @@ class LastRead:
 
 def take_run(
     live: Readable,
-    plan: TensorPlan,
-    start: int,
-    count: int,
+    run: Work,
     known: Mapping[tuple[str, int], NDArray[np.int32]],
     later: Collection[str] = (),
 ) -> Taken:
     """Copy of a run what its package will need. `known` are positions of kept elements that were worked out
     before; tensors in `later` have adapters merged into them when they are encoded."""
+    plan, start, count = run
     if plan.kind == "base" or plan.name in later:
         return Taken(plan, start, count, np.empty(0, plan.info.dtype.word))
     words = live.read(plan.name, start, count)
-    if plan.kind != "delta" or start >= plan.base_numel:
+    if not run.is_delta:
         return Taken(plan, start, count, words.copy())
     positions = known.get((plan.name, start))
-    return Taken(
-        plan, start, count, cpu.take(words, plan.positions(start, count) if positions is None else positions)
-    )
+    if positions is None:
+        return Taken(plan, start, count, cpu.take(words, plan.positions(start, count)))
+    return Taken(plan, start, count, cpu.take(words, positions))
 
 
 def merged(base: Weights, run: Taken, updates: list[LowRank]) -> Words:
@@ -94,16 +102,10 @@ def merged(base: Weights, run: Taken, updates: list[LowRank]) -> Words:
     return cpu.take(words, plan.positions(run.start, run.length)) if plan.kind == "delta" else words
 
 
-def encode(base: Weights, run: Taken) -> Encoded:
+def encode_taken(base: Weights, run: Taken) -> Encoded:
     """A run of a package on the base."""
-    plan, start = run.plan, run.start
-    words = base.read(plan.name, start, run.length) if plan.in_base and start < plan.base_numel else None
-    if words is not None and plan.kind == "delta":
-        return encode_delta(plan, start, words, plan.positions(start, run.length), run.words)
-    print_ = Fingerprint.of(words, start) if words is not None else Fingerprint()
-    if plan.kind == "base":
-        return Encoded(index=plan.index, base=print_, result=print_)
-    return replace(encode_whole(plan, start, run.words), base=print_)
+    base_words = run.plan.base_words(base, run.start, run.length)
+    return encode(run.plan, run.start, base_words, run.words)
 
 
 def received(base: Weights, run: Taken) -> Words:
@@ -122,21 +124,16 @@ def link_plan(plan: TensorPlan) -> TensorPlan:
     """The plan of the same tensor in a package that continues another: values are exact and rescaled
     already.
     """
-    if (
-        plan.base_rows is not None
-    ):  # rows that are dropped and rows that are not: leave it to the bitmap of changes
-        return replace(
-            plan, base_rows=None, mask=Mask(kind="all", key=plan.mask.key), p=0.0, values="exact", factor=1.0
-        )
-    return replace(plan, in_base=True, values="exact", factor=1.0)
+    exact = replace(plan, in_base=True, values="exact", factor=1.0)
+    if plan.base_rows is None:
+        return exact
+    # Rows that are dropped and rows that are not: leave it to the bitmap of changes.
+    return replace(exact, base_rows=None, mask=Mask(kind="all", key=plan.mask.key), p=0.0)
 
 
 def encode_link(plan: TensorPlan, run: Taken, before: Words, after: Words) -> Encoded:
     """A run of a package that leads from the words `before` to those `after`."""
-    if plan.kind == "delta":
-        positions = plan.positions(run.start, run.length)
-        return encode_delta(plan, run.start, before, positions, after[positions])
-    print_ = Fingerprint.of(before, run.start)
-    if plan.kind == "base":
-        return Encoded(index=plan.index, base=print_, result=print_)
-    return replace(encode_whole(plan, run.start, after), base=print_)
+    if plan.kind != "delta":
+        return encode(plan, run.start, before, after)
+    positions = plan.positions(run.start, run.length)
+    return encode(plan, run.start, before, after[positions], positions)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,76 +27,23 @@ from ..extracting.assembly import (
     write_manifest,
     write_parts,
 )
-from ..extracting.device_encoding import gathered, on_devices
-from ..extracting.encoding import Encoded, Taken
+from ..extracting.device_encoding import on_devices
+from ..extracting.encoding import Encoded
 from ..extracting.plan import TensorPlan, plan_tensors
 from ..kernels import cpu
 from ..package.companion_files import carry_files
 from ..package.magnitudes import Magnitudes
 from ..package.manifest import FileRecord
 from ..package.reader import DeltaPackage
-from ..parallel.ranks import Ranks, in_shares
+from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging
-from ..parallel.threads import ordered_map, thread_count
 from ..weights.live import Live, LiveWeights, Source
-from ..weights.low_rank import LowRank
-from ..weights.protocol import Weights
 from .base_model import Origin, establish, recall
-from .capture import (
-    LastRead,
-    cut_groups,
-    encode,
-    encode_link,
-    largest_of,
-    link_plan,
-    merged,
-    received,
-    take_run,
-)
+from .capture import Taken, cut_groups, encode_link, encode_taken, largest_of, link_plan, received, take_run
+from .shared_pass import Job, Order, Snapshot, take_together
 
 POSITIONS_LIMIT = 128 << 20
 """Bytes that masks worked out ahead may take: four for each kept element."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """A package that was written during training, and what it cost."""
-
-    package: DeltaPackage
-    step: int
-    waited: float
-    """Seconds for which training stood still: on the rank that took longest. While a package is being
-    written, `finished` asks the other ranks at each step, which takes milliseconds more that are not counted
-    here."""
-    magnitudes: dict[str, Magnitudes]
-    """|δ| by tensor; on the first rank only."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """A snapshot to be written behind training."""
-
-    plans: list[TensorPlan]
-    taken: list[Taken]
-    updates: Mapping[str, list[LowRank]]
-    """What adapters did to the base, by tensor."""
-    failure: Exception | None
-    """What went wrong while copying; the ranks hear of it when they meet."""
-    order: Order
-    step: int
-    waited: float
-
-    def completed(self, base: Weights) -> Iterator[Taken]:
-        """The runs with all their words: adapters are merged into the base now, behind training.
-
-        Raises:
-            Whatever failed when they were copied.
-        """
-        if self.failure is not None:
-            raise self.failure
-        for run in self.taken:
-            updates = self.updates.get(run.plan.name) if run.plan.kind != "base" else None
-            yield run if updates is None else replace(run, words=merged(base, run, updates))
 
 
 class Snapshotter:
@@ -124,15 +70,20 @@ class Snapshotter:
         incremental: bool = False,
         source: Source = "weights",
     ) -> None:
-        self.origin, self.config, self.incremental, self._source = origin, config, incremental, source
-        self._kernels = live.kernels
+        self.origin = origin
+        self.config = config
+        self.incremental = incremental
+        self.source = source
+        self.kernels = live.kernels
         self.chain: list[Path] = []
         self.ranks = live.ranks
         self._line = self.ranks.another()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="dare-train-writer")
         self._pending: Future[Snapshot] | None = None
-        self._positions: dict[tuple[str, int], NDArray[np.int32]] = {}
-        self._owned, self._held, self._planned_for = live.owned, live.held, live.tensors
+        self.positions: dict[tuple[str, int], NDArray[np.int32]] = {}
+        self.owned = live.owned
+        self._held = live.held
+        self._planned_for = live.tensors
         self._plans = plan_tensors(origin.weights, live, config, fresh=origin.fresh)
         self._prepared = self._writer.submit(self._prepare, on_devices(live))
 
@@ -186,17 +137,16 @@ class Snapshotter:
         devices make their own.
         """
         held = 0
-        for plan, start, count in work_of(
-            [plan for plan in self._plans if plan.name not in on_devices], self._owned
-        ):
-            if plan.kind == "delta" and start < plan.base_numel and held < POSITIONS_LIMIT:
-                self._positions[plan.name, start] = positions = plan.positions(start, count).astype(np.int32)
-                cpu.take(
-                    np.empty(0, plan.info.dtype.word), positions[:0]
-                )  # compiled by now, should this be the first run ever
+        on_host = [plan for plan in self._plans if plan.name not in on_devices]
+        for run in work_of(on_host, self.owned):
+            if run.is_delta and held < POSITIONS_LIMIT:
+                positions = run.plan.positions(run.start, run.length).astype(np.int32)
+                self.positions[run.plan.name, run.start] = positions
+                # Compiled by now, should this be the first run ever.
+                cpu.take(np.empty(0, run.plan.info.dtype.word), positions[:0])
                 held += positions.nbytes
 
-    def _plan(self, live: LiveWeights) -> list[TensorPlan]:
+    def plans_for(self, live: LiveWeights) -> list[TensorPlan]:
         """The plans made at the start, as long as names, dtypes and shapes decide them: whether an integer
         tensor changed does not show there."""
         if live.tensors != self._planned_for or live.held != self._held:
@@ -233,9 +183,10 @@ class Snapshotter:
         Raises:
             SnapshotError: the snapshot before this one failed.
         """
-        return take_together([Order(snapshotter=self, out=out, files=files, keep=keep)], model, step=step)[0]
+        return take_together([Order(taker=self, out=out, files=files, keep=keep)], model, step=step)[0]
 
-    def _submit(self, job: _Job) -> None:
+    def submit(self, job: Job) -> None:
+        """Write a package behind training."""
         self._pending = self._writer.submit(self._write, job)
 
     def finished(self) -> Snapshot | None:
@@ -272,65 +223,57 @@ class Snapshotter:
         """(name, flat start, words) of the runs of deltas as a receiver gets them, as far as this process
         holds them.
         """
-        plans, base = self._plan(live), self.origin.weights
+        plans = self.plans_for(live)
+        base = self.origin.weights
         groups: dict[int, dict[int, float]] = {}
         if not live.whole:
-            every = (take_run(live, *work, {}) for work in work_of(plans, live.held))
+            every = (take_run(live, run, {}) for run in work_of(plans, live.held))
             groups = largest_of(self.ranks.together(lambda: cut_groups(base, every)))
-        for plan, start, count in work_of([plan for plan in plans if plan.kind != "whole"], live.held):
-            run = take_run(live, plan, start, count, {})
-            yield (
-                plan.name,
-                start,
-                received(base, replace(run, plan=replace(plan, cut_groups=groups.get(plan.index, {})))),
-            )
+        for run in work_of([plan for plan in plans if plan.kind != "whole"], live.held):
+            plan = replace(run.plan, cut_groups=groups.get(run.plan.index, {}))
+            taken = replace(take_run(live, run, {}), plan=plan)
+            yield plan.name, run.start, received(base, taken)
 
     # On the worker thread.
 
-    def _write(self, job: _Job) -> Snapshot:
+    def _write(self, job: Job) -> Snapshot:
         line = self._line
-        magnitudes: dict[str, Magnitudes] = {}
         with shared_staging(job.order.out, line) as staging:
-            groups = line.together(
-                lambda: (
-                    cut_groups(self.origin.weights, job.completed(self.origin.weights))
-                    if line.world > 1
-                    else []
-                )
-            )
-            shares = line.together(lambda: self._write_part(staging, job, largest_of(groups)))
-            line.together(
-                lambda: magnitudes.update(self._complete(staging, job, shares)) if line.first else None
-            )
+            groups = largest_of(line.together(lambda: self._cut_groups(job)))
+            shares = line.together(lambda: self._write_part(staging, job, groups))
+            magnitudes = line.each(lambda: self._complete(staging, job, shares) if line.first else {})
         if self.incremental:
             self.chain.append(job.order.out)
         if job.order.keep is not None and line.first:
             _forget_old(*job.order.keep)
         waited = max(seconds for seconds, _ in shares)
-        return Snapshot(
-            package=DeltaPackage.open(job.order.out), step=job.step, waited=waited, magnitudes=magnitudes
-        )
+        package = DeltaPackage.open(job.order.out)
+        return Snapshot(package=package, step=job.step, waited=waited, magnitudes=magnitudes)
+
+    def _cut_groups(self, job: Job) -> list[tuple[int, int, float]]:
+        """Scale groups at the borders of what this rank holds; a rank alone has none."""
+        if self._line.world == 1:
+            return []
+        return cut_groups(self.origin.weights, job.completed(self.origin.weights))
 
     def _write_part(
-        self, staging: Path, job: _Job, groups: Mapping[int, Mapping[int, float]]
+        self, staging: Path, job: Job, groups: Mapping[int, Mapping[int, float]]
     ) -> tuple[float, list[dict[str, object]]]:
         """What this rank holds of the package. Returns the seconds it waited and records of the files that it
         wrote.
         """
-        completed = job.completed(self.origin.weights)
+        base = self.origin.weights
         taken = (
             replace(run, plan=replace(run.plan, cut_groups=groups.get(run.plan.index, {})))
-            for run in completed
+            for run in job.completed(base)
         )
-        encoded = (
-            self._links(taken) if self._continues else (encode(self.origin.weights, run) for run in taken)
-        )
+        encoded = self._links(taken) if self._continues else (encode_taken(base, run) for run in taken)
         parts, tallies = write_parts(staging, encoded, rank=self._line.rank)
         save_tallies(_tallies_of(staging, self._line.rank), tallies)
         return job.waited, [vars(part) for part in parts]
 
     def _complete(
-        self, staging: Path, job: _Job, shares: list[tuple[float, list[dict[str, Any]]]]
+        self, staging: Path, job: Job, shares: list[tuple[float, list[dict[str, Any]]]]
     ) -> dict[str, Magnitudes]:
         """Make one package of what the ranks wrote. Returns |δ| by tensor."""
         files = [_tallies_of(staging, rank) for rank in range(self._line.world)]
@@ -363,83 +306,6 @@ class Snapshotter:
         for run in taken:
             before = resolver.resolve(run.plan.name, run.start, run.length)
             yield encode_link(link_plan(run.plan), run, before, received(self.origin.weights, run))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """One of several snapshots that are taken together: see `Snapshotter.take`."""
-
-    snapshotter: Snapshotter
-    out: Path
-    files: Path | None = None
-    keep: tuple[int, Path] | None = None
-
-
-def take_together(orders: Sequence[Order], model: Live, *, step: int) -> list[Snapshot | None]:
-    """`Snapshotter.take` for several packages of one model in one pass over its weights.
-
-    Returns:
-        For each of them, the snapshot before this one, if it had not been collected. Each waited for its
-        share of the time.
-
-    Raises:
-        SnapshotError: the snapshot before this one failed.
-    """
-    began = time.perf_counter()
-    takers = [order.snapshotter for order in orders]
-    before = [taker.wait() for taker in takers]
-    plans = [taker._plans for taker in takers]
-    taken: list[list[Taken]] = [[] for _ in takers]
-    updates: dict[str, list[LowRank]] = {}
-    failure: Exception | None = None
-    try:
-        live = LiveWeights(model, source=takers[0]._source, kernels=takers[0]._kernels)
-        plans, updates = [taker._plan(live) for taker in takers], live.updates()
-        taken = _copied(live, takers, plans, updates)
-    except Exception as error:  # noqa: BLE001 - raised on all ranks, when they meet
-        failure = error
-    waited = (time.perf_counter() - began) / len(orders)
-    for order, its_plans, runs in zip(orders, plans, taken, strict=True):
-        job = _Job(
-            plans=its_plans,
-            taken=runs,
-            updates=updates,
-            failure=failure,
-            order=order,
-            step=step,
-            waited=waited,
-        )
-        order.snapshotter._submit(job)
-    return before
-
-
-def _copied(
-    live: LiveWeights, takers: list[Snapshotter], plans: list[list[TensorPlan]], later: Collection[str]
-) -> list[list[Taken]]:
-    """The runs of each. What a device holds is gathered there; of the rest, runs of the same place are copied
-    one after another, while it is in the processor's cache."""
-    everything = [
-        (number, work) for number, taker in enumerate(takers) for work in work_of(plans[number], taker._owned)
-    ]
-    everything.sort(key=lambda item: (item[1][0].name, item[1][1]))
-    found = gathered(live, [work for _, work in everything], later)
-    rest = [place for place, run in enumerate(found) if run is None]
-
-    def copy(share: list[int]) -> list[tuple[int, Taken]]:
-        once = LastRead(live)
-        return [
-            (place, take_run(once, *everything[place][1], takers[everything[place][0]]._positions, later))
-            for place in share
-        ]
-
-    for own in ordered_map(copy, in_shares(rest, thread_count(), size=lambda place: everything[place][1][2])):
-        for place, copied_run in own:
-            found[place] = copied_run
-    copied: list[list[Taken]] = [[] for _ in takers]
-    for (number, _), run in zip(everything, found, strict=True):
-        assert run is not None
-        copied[number].append(run)
-    return copied
 
 
 def _tallies_of(staging: Path, rank: int) -> Path:

@@ -8,7 +8,7 @@ from ..package.magnitudes import merged
 from ..wandb_run import active_run
 
 if TYPE_CHECKING:
-    from .snapshotter import Snapshot
+    from .shared_pass import Snapshot
 
 
 def figures(snapshot: Snapshot) -> dict[str, float]:

@@ -178,6 +178,10 @@ class LiveWeights:
         (piece,) = pieces
         return piece.tensor.detach().reshape(-1).view(INTEGERS[piece.tensor.itemsize]), piece.offset
 
+    def devices(self) -> set[torch.device]:
+        """Those that the weights lie on, as far as they lie in this process."""
+        return {piece.tensor.device for held in self._held.values() for piece in held.pieces}
+
     def alone(self, name: str) -> bool:
         """Whether a tensor can be changed where it lies: no engine keeps masters of it, which would have to
         follow.

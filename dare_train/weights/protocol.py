@@ -15,6 +15,8 @@ from ..dtypes import DTYPES, DType, Words, cast
 from ..errors import CheckpointError
 
 if TYPE_CHECKING:
+    import torch
+
     from ..parallel.ranks import Ranks
 
 SEGMENT = 1 << 20
@@ -73,6 +75,23 @@ class Renamable(Weights, Protocol):
 
     def renamed(self, names: Mapping[str, str]) -> Weights:
         """As `Mapped`."""
+
+
+@runtime_checkable
+class InMemory(Weights, Protocol):
+    """Weights that can say where their words lie."""
+
+    @property
+    def kernels(self) -> str | None:
+        """The kernels that were asked for by name."""
+
+    def lying(self, name: str, start: int, count: int) -> tuple[torch.Tensor, int] | None:
+        """The tensor that holds the run, flat, and at which of its elements the run begins; None where no
+        tensor here holds all of it.
+        """
+
+    def devices(self) -> set[torch.device]:
+        """Those that the weights lie on, as far as they lie in this process."""
 
 
 class Mapped:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_device import base_state, same, to, tuned_state
+from device_states import base_state, same, to, tuned_state
 from tiny import State, refusal
 
 from dare_train import PackageCache, apply_, extract

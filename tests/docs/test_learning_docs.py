@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 from studying import tuned_model
-from test_continual import task
+from task_sequences import task
 from training import classifier, examples, make_trainer, save_base
 
 from dare_train import ContinualTask, DeltaPackage

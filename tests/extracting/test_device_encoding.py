@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from bit_patterns import FLOATS, random_words, tuned_from
+from device_states import base_state, tuned_state
 from hypothesis import given
 from hypothesis import strategies as st
 from merging import files_of
 from numpy.typing import NDArray
-from test_device import base_state, tuned_state
 from torch_words import as_tensor
 
 from dare_train import extract
@@ -97,8 +97,8 @@ def test_runs_that_are_encoded_a_few_at_a_time(
 ) -> None:
     monkeypatch.setattr(sys.modules["dare_train.extracting.device_encoding"], "_AT_ONCE", at_once)
     monkeypatch.setattr(
-        sys.modules["dare_train.extracting.extract"],
-        "encode_kept",
+        sys.modules["dare_train.extracting.device_encoding"],
+        "_fetched",
         lambda *_: pytest.fail("kept words crossed"),
     )
     base, tuned = (

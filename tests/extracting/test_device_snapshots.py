@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from device_states import base_state, tuned_state
 from merging import files_of
-from test_device import base_state, tuned_state
 from tiny import extract_refused, save
 from training import classifier, save_base, train
 
 from dare_train import DareCallback, DareConfig, apply_, extract
 from dare_train.errors import ConfigError, NonFiniteDelta
-from dare_train.extracting import device_encoding as gather
+from dare_train.extracting import device_encoding
 from dare_train.extracting.assembly import Work, work_of
 from dare_train.extracting.device_encoding import gathered, on_devices
 from dare_train.extracting.plan import TensorPlan, plan_tensors
@@ -40,6 +40,18 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         yield request.param
 
 
+def refuse_whole_deltas(patched: pytest.MonkeyPatch) -> None:
+    """While this holds, `extract` must not read all words of a delta."""
+    extraction = sys.modules["dare_train.extracting.extract"]
+    honest = extraction._encode
+
+    def checked(task: Any, run: Work) -> Any:
+        assert not run.is_delta, "a delta was read whole"
+        return honest(task, run)
+
+    patched.setattr(extraction, "_encode", checked)
+
+
 @pytest.mark.parametrize(
     "options", [dict(p=0.9), dict(p=0.0), dict(p={"bf16": 0.5, "*": 0.0}, whole="f16", exclude="f64")]
 )
@@ -50,14 +62,13 @@ def test_runs_are_those_that_the_cpu_copies(
     plans = plan_tensors(LiveWeights(base_state()), live, DareConfig(**options))
     work = list(work_of(plans))
     found = gathered(live, work)
-    assert [run is not None for run in found] == [plan.kind == "delta" for plan, _, _ in work]
-    assert sum(run is not None for run in found) > 3
-    for run, one in zip(found, work, strict=True):
-        if run is not None:
-            expected = take_run(live, *one, {})
-            assert (run.plan, run.start, run.length) == (expected.plan, expected.start, expected.length)
-            assert run.words.dtype == expected.words.dtype
-            assert np.array_equal(run.words, expected.words)
+    assert [words is not None for words in found] == [run.plan.kind == "delta" for run in work]
+    assert sum(words is not None for words in found) > 3
+    for words, run in zip(found, work, strict=True):
+        if words is not None:
+            expected = take_run(live, run, {}).words
+            assert words.dtype == expected.dtype
+            assert np.array_equal(words, expected)
 
 
 def test_parts_of_tensors_stored_masks_and_what_comes_later(kernels: str, device: torch.device) -> None:
@@ -76,10 +87,10 @@ def test_parts_of_tensors_stored_masks_and_what_comes_later(kernels: str, device
     by_hand = TensorPlan(
         index=1, name="bf16", info=live.tensors["bf16"], kind="delta", mask=Mask(kind="stored"), stored=stored
     )
-    work = [(seeded, 1001, 7000), (by_hand, 8, 3000), (seeded, 0, 9000)]
-    for run, one in zip(gathered(live, work), work, strict=True):
-        assert run is not None
-        assert np.array_equal(run.words, take_run(live, *one, {}).words)
+    work = [Work(seeded, 1001, 7000), Work(by_hand, 8, 3000), Work(seeded, 0, 9000)]
+    for words, run in zip(gathered(live, work), work, strict=True):
+        assert words is not None
+        assert np.array_equal(words, take_run(live, run, {}).words)
     assert gathered(live, work, later={"bf16"}) == [None] * 3
 
 
@@ -87,7 +98,7 @@ def test_tensors_that_do_not_lie_in_one_place_are_the_cpus(kernels: str, device:
     live = LiveWeights({"a": torch.zeros(4, 5, device=device).T, "b": torch.zeros(7, device=device)})
     assert on_devices(live) == {"b"}
     plan = TensorPlan(index=0, name="a", info=live.tensors["a"], kind="delta", mask=Mask(kind="all"))
-    assert gathered(live, [(plan, 0, 20)]) == [None]
+    assert gathered(live, [Work(plan, 0, 20)]) == [None]
 
 
 def test_packages_of_a_training_run_are_the_same(
@@ -97,12 +108,12 @@ def test_packages_of_a_training_run_are_the_same(
     options: dict[str, Any] = dict(p={"*bias": 0.0, "*": 0.9}, when="end")
     seen: list[str] = []
 
-    def watched(live: Any, plan: TensorPlan, *rest: Any) -> Any:
-        seen.append(plan.kind)
-        return take_run(live, plan, *rest)
+    def watched(live: Any, run: Work, *rest: Any) -> Any:
+        seen.append(run.plan.kind)
+        return take_run(live, run, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr("dare_train.snapshots.snapshotter.take_run", watched)
+        patched.setattr("dare_train.snapshots.shared_pass.take_run", watched)
         patched.setattr("dare_train.snapshots.snapshotter.POSITIONS_LIMIT", Never())
         train(classifier(base, dtype=torch.bfloat16), tmp_path / "device", DareCallback(**options))
     assert "delta" not in seen, "whole tensors were copied to the host"
@@ -163,11 +174,7 @@ def test_packages_of_two_models_on_a_device(
     )
     masks = {"f32": np.random.default_rng(1).random((50, 70)) < 0.2}
     with monkeypatch.context() as patched:
-        patched.setattr(
-            sys.modules["dare_train.extracting.extract"],
-            "encode_delta",
-            lambda *_: pytest.fail("a delta was read whole"),
-        )
+        refuse_whole_deltas(patched)
         extract(base, tuned, tmp_path / "device", masks=masks, **options)
     monkeypatch.setenv("DARE_TRAIN_KERNELS", "cpu")
     extract(base_state(), tuned_state(1), tmp_path / "host", masks=masks, **options)
@@ -186,11 +193,7 @@ def test_models_whose_names_differ_by_a_prefix(
         tuned = {f"bert.{name}": tensor for name, tensor in tuned.items()}
     lying = [{name: tensor.to(device) for name, tensor in state.items()} for state in (base, tuned)]
     with monkeypatch.context() as patched:
-        patched.setattr(
-            sys.modules["dare_train.extracting.extract"],
-            "encode_delta",
-            lambda *_: pytest.fail("a delta was read whole"),
-        )
+        refuse_whole_deltas(patched)
         extract(*lying, tmp_path / "device", p=0.5)
     monkeypatch.setenv("DARE_TRAIN_KERNELS", "cpu")
     extract(base, tuned, tmp_path / "host", p=0.5)
@@ -216,9 +219,11 @@ def test_a_device_works_ahead_of_what_is_compressed(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("DARE_TRAIN_KERNELS", "reference")
     extraction, asked, ahead = sys.modules["dare_train.extracting.extract"], threading.Event(), list[bool]()
     monkeypatch.setattr(extraction, "_AT_ONCE", 1000)
-    honest, encode, calls = gather.pairs, extraction._encode_pair, list[int]()
+    honest = device_encoding.gathered_pairs
+    encode = extraction.encode_gathered
+    calls: list[int] = []
 
-    def pairs(base: LiveWeights, tuned: LiveWeights, work: Sequence[Work]) -> Any:
+    def gathered_pairs(base: LiveWeights, tuned: LiveWeights, work: Sequence[Work]) -> Any:
         calls.append(len(work))
         if len(calls) == 2:
             asked.set()
@@ -228,8 +233,8 @@ def test_a_device_works_ahead_of_what_is_compressed(tmp_path: Path, monkeypatch:
         ahead.append(asked.wait(20))
         return encode(*run)
 
-    monkeypatch.setattr(gather, "pairs", pairs)
-    monkeypatch.setattr(extraction, "_encode_pair", encoded)
+    monkeypatch.setattr(device_encoding, "gathered_pairs", gathered_pairs)
+    monkeypatch.setattr(extraction, "encode_gathered", encoded)
     extract(base_state(), tuned_state(1), tmp_path / "package", p=0.5)
     assert len(calls) > 2
     assert all(ahead)

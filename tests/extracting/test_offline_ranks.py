@@ -24,6 +24,7 @@ import torch.distributed as dist
 from engines import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
+from rank_files import check_same, files
 from safetensors.torch import load_file, save_file
 from tiny import State, moved, random_tensor, save
 
@@ -116,20 +117,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (path / "config.json").write_text("{}")
     (pair[1] / "tokenizer.json").write_text('{"added": ["tokens"]}')
     return pair
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    found = {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
-    assert found, f"nothing in {folder}"
-    return found
-
-
-def check_same(one: Path, other: Path) -> None:
-    left, right = files(one), files(other)
-    assert left.keys() == right.keys()
-    assert [name for name in left if left[name] != right[name]] == []
 
 
 # What succeeds.

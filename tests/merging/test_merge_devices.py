@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from bit_patterns import FLOATS, special_words
+from device_states import base_state, to, tuned_state
 from merging import files_of
-from test_device import base_state, to, tuned_state
 from tiny import State, random_tensor, refusal, save
 from torch_words import as_tensor
 

@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 from dense_merge import base_state, shrink, tuned_from
 from engines import run_ranks
+from rank_files import check_same
 from safetensors.torch import save_file
-from test_offline_ranks import check_same
 
 from dare_train import extract, merge
 from dare_train.parallel.ranks import Ranks

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from engines import outcomes, run_ranks
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from statistics_of import State, assert_same, close
 from training import classifier, save_base
 from transformers import (
     AutoModelForSequenceClassification,
@@ -35,7 +36,6 @@ from dare_train.merging.statistics.fisher_and_gram import collect_fisher, collec
 from dare_train.merging.statistics.statistics_file import StatisticsFile, beside, save_statistics
 from dare_train.weights.sharding import Held
 
-State = dict[str, torch.Tensor]
 LENGTHS = [8, 3, 5, 8, 1, 6, 7, 4]
 
 
@@ -99,12 +99,6 @@ def inputs_by_definition(model: Any, data: list[dict[str, torch.Tensor]]) -> dic
         f"{name}.weight": torch.cat(parts).detach()
         for name, parts in zip(names, zip(*found, strict=True), strict=True)
     }
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    assert found.shape == expected.shape
-    # What a bias of keys does, softmax undoes: of its gradient, which is 0, only rounding remains.
-    assert float((found.double() - expected).norm()) <= max(tolerance * float(expected.norm()), 1e-20)
 
 
 @pytest.fixture
@@ -171,12 +165,6 @@ def test_examples_stop_in_the_middle_of_a_batch_and_ask_for_no_more(model: Any) 
     assert_same(found, collect_fisher(model, batches(4)))
     assert_same(collect_gram(model, told(), examples=3), collect_gram(model, batches(3)))
     assert len(asked) == 3
-
-
-def assert_same(found: State, expected: State, tolerance: float = 1e-6) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        close(found[name], tensor.double(), tolerance)
 
 
 @pytest.mark.parametrize("collect", [collect_fisher, collect_gram])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from dense_merge import RUN, State, base_state, check_equal, expected, result, shrink, tuned_from
 from numpy.typing import NDArray
-from test_offline_ranks import check_same
+from rank_files import check_same
 from torch_words import words_of
 
 from dare_train import DeltaPackage, extract, merge, save_statistics

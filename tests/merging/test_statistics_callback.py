@@ -14,7 +14,7 @@ import torch
 from engines import outcomes, run_ranks, train_on
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_merge_statistics import assert_same
+from statistics_of import assert_same
 from training import classifier, examples, make_trainer, save_base, train
 from transformers import BertForSequenceClassification, T5Config, T5ForConditionalGeneration, TrainerCallback
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -110,9 +111,15 @@ def test_the_page_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
 
 
 def browser() -> str:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    assert found is not None, f"this test needs one of {', '.join(BROWSERS)}: apt-get install chromium"
-    return found
+    paths = [path for name in BROWSERS if (path := shutil.which(name))]
+    if not paths:
+        missing = (
+            f"no browser: one of {', '.join(BROWSERS)} is needed (scripts/browser installs one, as root)"
+        )
+        if os.environ.get("CI") == "true":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return paths[0]
 
 
 def shown(page: Path, folder: Path) -> tuple[np.ndarray, str]:

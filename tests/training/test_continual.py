@@ -4,7 +4,6 @@ formulas say.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,74 +12,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from task_sequences import Stopped, made, task, trained
 from tiny import refusal
-from training import classifier, examples, make_trainer, save_base, weights_print
-from transformers import Trainer, TrainerCallback
+from training import weights_print
+from transformers import TrainerCallback
 
-from dare_train import ContinualRun, ContinualTask, DeltaPackage, applied, apply, merge, write_report
+from dare_train import ContinualRun, DeltaPackage, applied, apply, merge, write_report
 from dare_train.errors import CheckpointError, ConfigError
 from dare_train.evaluation.model_loading import load_model
 from dare_train.reports.continual_report import continual_study
 from dare_train.training.continual import Continual, Strategy
 
 STRATEGIES: tuple[Strategy, ...] = ("sequential", "dare", "merge", "disjoint", "replay", "ewc")
-trained: list[str] = []
-"""Tasks that were trained, in the order in which it happened."""
-
-
-class Noted(TrainerCallback):
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        trained.append(self._name)
-
-
-class Stopped(TrainerCallback):
-    """Training dies after a step, as if it was killed."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self._step:
-            raise KeyboardInterrupt
-
-
-def task(number: int, *more: TrainerCallback) -> ContinualTask:
-    """Tokens below 20 · (number + 1) of the first place are class 1, the others 0."""
-    rows = [{**row, "labels": int(row["input_ids"][0] < 20 * (number + 1))} for row in examples(48)]
-
-    def trainer(model: torch.nn.Module, out: Path, callbacks: Sequence[TrainerCallback]) -> Trainer:
-        made = make_trainer(
-            model, out, Noted(f"task {number}"), *more, *callbacks, max_steps=6, save_steps=2, seed=number
-        )
-        made.train_dataset = rows
-        return made
-
-    @torch.no_grad()
-    def evaluate(model: torch.nn.Module) -> dict[str, float]:
-        logits = model(input_ids=torch.tensor([row["input_ids"] for row in rows])).logits
-        labels = torch.tensor([row["labels"] for row in rows])
-        return {
-            "loss": float(torch.nn.functional.cross_entropy(logits, labels)),
-            "accuracy": float((logits.argmax(-1) == labels).float().mean()),
-        }
-
-    return ContinualTask(name=f"task-{number}", trainer=trainer, evaluate=evaluate)
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> str:
-    model = classifier(save_base(tmp_path / "encoder"))
-    model.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
-
-
-def made(base: str, out: Path, strategy: Strategy, tasks: int = 3, **options: Any) -> ContinualRun:
-    return ContinualRun(
-        base, [task(number) for number in range(tasks)], out=out, strategy=strategy, **options
-    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

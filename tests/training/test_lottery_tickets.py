@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_continual import Stopped, task, trained
+from task_sequences import Stopped, task, trained
 from tiny import refusal
 from training import classifier, save_base, weights_print
 from transformers import Trainer

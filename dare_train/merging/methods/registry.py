@@ -299,10 +299,9 @@ def register_merge_method(
         name: not one that is taken.
         function: called for each tensor as `function(deltas, weights, **parameters)`; returns the merged
             delta. `deltas`: numpy, float32 (float64 for float64 tensors), [n, *shape] with `reach="tensor"`,
-                and [n, k], any k elements of a
-            tensor, with `reach="elements"`, which streams and costs what was kept. Elements that no model
-            moves may be left out then, so it must give zero for them. `weights`: [n]. It must not change its
-            arguments.
+            and [n, k], any k elements of a tensor, with `reach="elements"`, which streams and costs what was
+            kept. Elements that no model moves may be left out then, so it must give zero for them.
+            `weights`: [n]. It must not change its arguments.
         parameters: further parameters and their defaults, which recipes may set by tensor and layer.
         drops: dropped before it is called, with `density` (`magnitude`, `outliers`, `magprune`); `p` works
             with every method.

@@ -64,7 +64,7 @@ def collect_fisher(
             for a language model is the mean over the tokens of the example; examples whose labels are all
             -100 do not count. This is called
             the empirical Fisher. "model": the expectation is over the model's own p(y|x), as in the paper;
-                for classifiers.
+            for classifiers.
 
     Returns:
         float32 on the CPU, shaped as the tensors, by checkpoint name; nothing for parameters that need no

@@ -13,46 +13,49 @@ from dare_train import extract
 
 TENSOR, START, LENGTH, KEPT, CHANGED, SIZE = range(6)
 
+INSIDE = "elements within its tensor"
+ELEMENTS = "1 to 1,048,576 elements"
+COUNTS = "no more changed than kept elements, and no more kept ones than it has"
+TENSORS = "one of the manifest's 6 tensors"
+FILE = "bytes within its file's"
+BYTES = "at least one byte"
+BORDER = "elements that the base has or of such that it has not"
+
 _IMPOSSIBLE = [
-    ("dense", START, -1),
-    ("dense", START, 1),
-    ("dense", START, 2**62),
-    ("dense", START, -(2**63)),
-    ("dense", LENGTH, 0),
-    ("dense", LENGTH, -5),
-    ("dense", LENGTH, 1321),
-    ("dense", LENGTH, 2**20 + 1),
-    ("dense", LENGTH, 2**63 - 1),
-    ("dense", KEPT, -1),
-    ("dense", KEPT, 2000),
-    ("dense", CHANGED, -1),
-    ("dense", CHANGED, 658),
-    ("dense", SIZE, 0),
-    ("dense", SIZE, -1),
-    ("dense", SIZE, 2**40),
-    ("dense", TENSOR, -1),
-    ("dense", TENSOR, 6),
-    ("dense", TENSOR, 2**40),
-    ("embed", START, 90),
-    ("embed", LENGTH, 97),
-    ("wide", LENGTH, 31),
+    ("dense", START, -1, INSIDE),
+    ("dense", START, 1, INSIDE),
+    ("dense", START, 2**62, INSIDE),
+    ("dense", START, -(2**63), INSIDE),
+    ("dense", LENGTH, 0, ELEMENTS),
+    ("dense", LENGTH, -5, ELEMENTS),
+    ("dense", LENGTH, 1321, INSIDE),
+    ("dense", LENGTH, 2**20 + 1, ELEMENTS),
+    ("dense", LENGTH, 2**63 - 1, ELEMENTS),
+    ("dense", KEPT, -1, COUNTS),
+    ("dense", KEPT, 2000, COUNTS),
+    ("dense", CHANGED, -1, COUNTS),
+    ("dense", CHANGED, 658, COUNTS),
+    ("dense", SIZE, 0, BYTES),
+    ("dense", SIZE, -1, BYTES),
+    ("dense", SIZE, 2**40, FILE),
+    ("dense", TENSOR, -1, TENSORS),
+    ("dense", TENSOR, 6, TENSORS),
+    ("dense", TENSOR, 2**40, TENSORS),
+    ("embed", START, 90, INSIDE),
+    ("embed", LENGTH, 97, BORDER),
+    ("wide", LENGTH, 31, INSIDE),
 ]
 
 
-@pytest.mark.parametrize(("name", "column", "value"), _IMPOSSIBLE)
+@pytest.mark.parametrize(("name", "column", "value", "rule"), _IMPOSSIBLE)
 def test_an_impossible_number_in_the_table_is_refused(
-    forgery: Forgery, base: Path, name: str, column: int, value: int
+    forgery: Forgery, base: Path, name: str, column: int, value: int, rule: str
 ) -> None:
-    row = forgery.rows[forgery.segment(name)]
+    place = forgery.segment(name)
+    row = forgery.rows[place]
     row[column] = value
     forgery.seal()
-    refused(
-        forgery.folder,
-        base,
-        PART,
-        "segments that lie within their tensor and their file",
-        f"found {tuple(row)}",
-    )
+    refused(forgery.folder, base, PART, f"a segment of {rule}", f"found row {place}, {tuple(row)}")
 
 
 _CONTRADICTIONS = [(name, KEPT, by) for name in ("dense", "embed", "wide", "head", "steps") for by in (-1,)]
@@ -107,7 +110,7 @@ def test_a_segment_of_a_tensor_that_stays_as_in_the_base_is_refused(forgery: For
     forgery.rows.append([forgery.index("idle"), 0, 9, 9, 9, 1])
     forgery.frames.append(b"x")
     forgery.seal()
-    refused(forgery.folder, base, PART, "segments that lie within their tensor")
+    refused(forgery.folder, base, PART, "a segment of a tensor that is not as in the base")
 
 
 @pytest.mark.parametrize("name", ["head", "steps"])

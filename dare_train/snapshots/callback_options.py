@@ -1,0 +1,50 @@
+"""What a `DareCallback` is told, checked: when it takes snapshots, and which options go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Union
+
+from ..errors import ConfigError
+
+When = Union[str, int]
+
+
+_EVENTS = ("save", "epoch", "end")
+
+
+def schedule(when: When | Sequence[When]) -> tuple[frozenset[str], int | None]:
+    """Events and step interval."""
+    given = [when] if isinstance(when, (str, int)) else list(when)
+    numbers = [item for item in given if isinstance(item, int) and not isinstance(item, bool)]
+    events = [item for item in given if isinstance(item, str)]
+    unknown = [item for item in given if item not in _EVENTS and item not in numbers]
+    if unknown or not given or len(numbers) > 1 or any(number < 1 for number in numbers):
+        raise ConfigError(
+            "when",
+            expected='"save", "epoch", "end", a number of steps, or several of these',
+            found=repr(when),
+        )
+    return frozenset(events), numbers[0] if numbers else None
+
+
+def check_options(keep: int | None, incremental: bool, values: str, name: str) -> None:
+    if keep is not None and (not isinstance(keep, int) or keep < 1):
+        raise ConfigError("keep", expected="a positive number of packages", found=repr(keep))
+    if incremental and keep is not None:
+        raise ConfigError(
+            "keep",
+            expected="None with incremental=True",
+            found=repr(keep),
+            remedy="a chain needs all of its packages",
+        )
+    if incremental and values not in ("auto", "exact"):
+        raise ConfigError(
+            "values",
+            expected="exact with incremental=True",
+            found=repr(values),
+            remedy="links of a chain are exact",
+        )
+    if not name or Path(name).name != name:
+        raise ConfigError("name", expected="the name of a folder", found=repr(name))

@@ -1,0 +1,189 @@
+"""Snapshots that are taken together: several packages of one model in one pass over its weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import Words
+from ..extracting.assembly import Work, work_of
+from ..extracting.device_encoding import gathered
+from ..extracting.plan import TensorPlan
+from ..package.magnitudes import Magnitudes
+from ..package.reader import DeltaPackage
+from ..parallel.ranks import in_shares
+from ..parallel.threads import ordered_map, thread_count
+from ..weights.live import Live, LiveWeights, Source
+from ..weights.low_rank import LowRank
+from ..weights.ownership import Spans
+from ..weights.protocol import Weights
+from .capture import LastRead, Taken, merged, take_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A package that was written during training, and what it cost."""
+
+    package: DeltaPackage
+    step: int
+    waited: float
+    """Seconds for which training stood still: on the rank that took longest. While a package is being
+    written, `finished` asks the other ranks at each step, which takes milliseconds more that are not counted
+    here."""
+    magnitudes: dict[str, Magnitudes]
+    """|δ| by tensor; on the first rank only."""
+
+
+class Taker(Protocol):
+    """Who takes a snapshot in a pass: what the pass asks of it."""
+
+    source: Source
+    kernels: str | None
+    owned: Spans
+    """What this process speaks for."""
+    positions: dict[tuple[str, int], NDArray[np.int32]]
+    """Kept elements of some runs, by tensor and start, worked out before."""
+
+    def plans_for(self, live: LiveWeights) -> list[TensorPlan]: ...
+
+    def wait(self) -> Snapshot | None:
+        """The snapshot before this one, if it had not been collected."""
+
+    def submit(self, job: Job) -> None:
+        """Let a package be written behind training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """One of several snapshots that are taken together: see `Snapshotter.take`."""
+
+    taker: Taker
+    out: Path
+    files: Path | None = None
+    keep: tuple[int, Path] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A snapshot to be written behind training."""
+
+    plans: list[TensorPlan]
+    taken: list[Taken]
+    updates: Mapping[str, list[LowRank]]
+    """What adapters did to the base, by tensor."""
+    failure: Exception | None
+    """What went wrong while copying; the ranks hear of it when they meet."""
+    order: Order
+    step: int
+    waited: float
+
+    def completed(self, base: Weights) -> Iterator[Taken]:
+        """The runs with all their words: adapters are merged into the base now, behind training.
+
+        Raises:
+            Whatever failed when they were copied.
+        """
+        if self.failure is not None:
+            raise self.failure
+        for run in self.taken:
+            updates = self.updates.get(run.plan.name) if run.plan.kind != "base" else None
+            yield run if updates is None else replace(run, words=merged(base, run, updates))
+
+
+def take_together(orders: Sequence[Order], model: Live, *, step: int) -> list[Snapshot | None]:
+    """`Snapshotter.take` for several packages of one model in one pass over its weights.
+
+    Returns:
+        For each of them, the snapshot before this one, if it had not been collected. Each waited for its
+        share of the time.
+
+    Raises:
+        SnapshotError: the snapshot before this one failed.
+    """
+    began = time.perf_counter()
+    takers = [order.taker for order in orders]
+    before = [taker.wait() for taker in takers]
+    nothing = _Pass(plans=[[] for _ in takers], taken=[[] for _ in takers], updates={})
+    copied = nothing
+    failure: Exception | None = None
+    try:
+        live = LiveWeights(model, source=takers[0].source, kernels=takers[0].kernels)
+        copied = _copied(live, takers)
+    except Exception as error:  # noqa: BLE001 - raised on all ranks, when they meet
+        failure = error
+    waited = (time.perf_counter() - began) / len(orders)
+    for order, plans, taken in zip(orders, copied.plans, copied.taken, strict=True):
+        order.taker.submit(
+            Job(
+                plans=plans,
+                taken=taken,
+                updates=copied.updates,
+                failure=failure,
+                order=order,
+                step=step,
+                waited=waited,
+            )
+        )
+    return before
+
+
+class _Pass(NamedTuple):
+    """What one pass over the weights brought, for each taker."""
+
+    plans: list[list[TensorPlan]]
+    taken: list[list[Taken]]
+    updates: Mapping[str, list[LowRank]]
+
+
+class _Run(NamedTuple):
+    """A run that one of the takers wants."""
+
+    taker: int
+    work: Work
+
+
+def _copied(live: LiveWeights, takers: Sequence[Taker]) -> _Pass:
+    """The runs of each. What a device holds is gathered there; of the rest, runs of the same place are copied
+    one after another, while it is in the processor's cache."""
+    plans = [taker.plans_for(live) for taker in takers]
+    updates = live.updates()
+    runs = [
+        _Run(number, work)
+        for number, taker in enumerate(takers)
+        for work in work_of(plans[number], taker.owned)
+    ]
+    runs.sort(key=lambda run: (run.work.plan.name, run.work.start))
+    on_device = gathered(live, [run.work for run in runs], updates)
+    taken: list[list[Taken]] = [[] for _ in takers]
+    for run, copied in zip(runs, _taken(live, takers, runs, on_device, updates), strict=True):
+        taken[run.taker].append(copied)
+    return _Pass(plans=plans, taken=taken, updates=updates)
+
+
+def _taken(
+    live: LiveWeights,
+    takers: Sequence[Taker],
+    runs: Sequence[_Run],
+    on_device: Sequence[Words | None],
+    later: Collection[str],
+) -> list[Taken]:
+    """Each run's words: those gathered on a device, or copied here, on threads."""
+
+    def copy(places: list[int]) -> list[Taken]:
+        reader = LastRead(live)
+        wanted = [runs[place] for place in places]
+        return [take_run(reader, run.work, takers[run.taker].positions, later) for run in wanted]
+
+    rest = [place for place, words in enumerate(on_device) if words is None]
+    shares = in_shares(rest, thread_count(), size=lambda place: runs[place].work.length)
+    here = iter([taken for share in ordered_map(copy, shares) for taken in share])
+    return [
+        next(here) if words is None else Taken(*run.work, words)
+        for run, words in zip(runs, on_device, strict=True)
+    ]
