@@ -1,5 +1,5 @@
-"""Delta packages: what fine-tuning changed, dropped and rescaled (DARE), compressed, verifiable, applied to
-the bit.
+"""Delta packages: what fine-tuning changed, dropped and rescaled (DARE), compressed, verifiable,
+applied to the bit.
 
 Names resolve on first use, so that importing this package loads no framework.
 """
@@ -19,67 +19,107 @@ if TYPE_CHECKING:
     from .applying.in_place import apply_ as apply_
     from .config import DareConfig as DareConfig
     from .errors import DareError as DareError
+    from .evaluation.measurements import MeasurementRecord as MeasurementRecord
+    from .evaluation.model_loading import load_model as load_model
+    from .evaluation.swapped_model import SwappedModel as SwappedModel
+    from .evaluation.texts import Texts as Texts
+    from .evaluation.texts import batched as batched
+    from .evaluation.texts import encode_rows as encode_rows
+    from .evaluation.texts import load_texts as load_texts
+    from .evaluation.texts import read_rows as read_rows
     from .extracting.extract import extract as extract
     from .merging.merge import merge as merge
+    from .merging.methods.registry import MERGE_METHODS as MERGE_METHODS
     from .merging.methods.registry import register_merge_method as register_merge_method
-    from .merging.statistics.fisher_and_gram import StatisticsCallback as StatisticsCallback
     from .merging.statistics.fisher_and_gram import collect_fisher as collect_fisher
     from .merging.statistics.fisher_and_gram import collect_gram as collect_gram
+    from .merging.statistics.statistics_callback import StatisticsCallback as StatisticsCallback
+    from .merging.statistics.statistics_file import StatisticsKind as StatisticsKind
     from .merging.statistics.statistics_file import save_statistics as save_statistics
+    from .merging.statistics.statistics_file import statistics_path as statistics_path
     from .package.reader import DeltaPackage as DeltaPackage
     from .parallel.ranks import Ranks as Ranks
+    from .reports.document import Cell as Cell
+    from .reports.document import Chart as Chart
+    from .reports.document import Curve as Curve
+    from .reports.document import Study as Study
+    from .reports.document import Table as Table
+    from .reports.document import with_interval as with_interval
+    from .reports.masks_report import masks_study as masks_study
+    from .reports.rates_report import rates_study as rates_study
+    from .reports.sweep_report import sweeps_study as sweeps_study
     from .reports.writing import write_report as write_report
+    from .reports.writing import write_study as write_study
     from .snapshots.callback import DareCallback as DareCallback
+    from .snapshots.shared_pass import Snapshot as Snapshot
     from .snapshots.snapshotter import Snapshotter as Snapshotter
     from .studies import drop_rates
+    from .studies.comparison import CONTENDERS as CONTENDERS
+    from .studies.comparison import Comparison as Comparison
     from .studies.comparison import compare as compare
     from .studies.diagnosis import diagnose as diagnose
     from .studies.inside import inside as inside
     from .studies.rescaling import find_q as find_q
+    from .studies.sweep import SWEEP_RATES as SWEEP_RATES
+    from .studies.sweep import Sweep as Sweep
     from .studies.sweep import sweep as sweep
+    from .studies.variants import DROP_VARIANTS as DROP_VARIANTS
+    from .studies.variants import base_weights_only as base_weights_only
+    from .studies.variants import dropped_weights as dropped_weights
     from .training import subnetwork as subnetwork
     from .training.continual import ContinualRun as ContinualRun
     from .training.continual import ContinualTask as ContinualTask
+    from .training.continual import Strategy as Strategy
+    from .training.continual_result import Continual as Continual
+    from .training.lottery_tickets import TICKET_ABLATIONS as TICKET_ABLATIONS
     from .training.lottery_tickets import TicketSearch as TicketSearch
     from .training.sparse_tuning import SparseTuningCallback as SparseTuningCallback
     from .training.sparse_tuning import sparse_tuning as sparse_tuning
 
     rates = drop_rates
 
-_HOMES = {
-    "ContinualRun": "training.continual",
-    "ContinualTask": "training.continual",
-    "DareCallback": "snapshots.callback",
-    "DareConfig": "config",
-    "DareError": "errors",
-    "DeltaPackage": "package.reader",
-    "PackageCache": "applying.cache",
-    "Ranks": "parallel.ranks",
-    "Snapshotter": "snapshots.snapshotter",
-    "SparseTuningCallback": "training.sparse_tuning",
-    "StatisticsCallback": "merging.statistics.fisher_and_gram",
-    "TicketSearch": "training.lottery_tickets",
-    "applied": "applying.in_place",
-    "apply": "applying.apply",
-    "apply_": "applying.in_place",
-    "collect_fisher": "merging.statistics.fisher_and_gram",
-    "collect_gram": "merging.statistics.fisher_and_gram",
-    "compare": "studies.comparison",
-    "diagnose": "studies.diagnosis",
-    "extract": "extracting.extract",
-    "find_q": "studies.rescaling",
-    "inside": "studies.inside",
-    "merge": "merging.merge",
-    "register_merge_method": "merging.methods.registry",
-    "save_statistics": "merging.statistics.statistics_file",
-    "sparse_tuning": "training.sparse_tuning",
-    "sweep": "studies.sweep",
-    "verify": "applying.apply",
-    "write_report": "reports.writing",
+_PUBLIC = {
+    "applying.apply": "apply verify",
+    "applying.cache": "PackageCache",
+    "applying.in_place": "applied apply_",
+    "config": "DareConfig",
+    "errors": "DareError",
+    "evaluation.measurements": "MeasurementRecord",
+    "evaluation.model_loading": "load_model",
+    "evaluation.swapped_model": "SwappedModel",
+    "evaluation.texts": "Texts batched encode_rows load_texts read_rows",
+    "extracting.extract": "extract",
+    "merging.merge": "merge",
+    "merging.methods.registry": "MERGE_METHODS register_merge_method",
+    "merging.statistics.fisher_and_gram": "collect_fisher collect_gram",
+    "merging.statistics.statistics_callback": "StatisticsCallback",
+    "merging.statistics.statistics_file": "StatisticsKind save_statistics statistics_path",
+    "package.reader": "DeltaPackage",
+    "parallel.ranks": "Ranks",
+    "reports.document": "Cell Chart Curve Study Table with_interval",
+    "reports.masks_report": "masks_study",
+    "reports.rates_report": "rates_study",
+    "reports.sweep_report": "sweeps_study",
+    "reports.writing": "write_report write_study",
+    "snapshots.callback": "DareCallback",
+    "snapshots.shared_pass": "Snapshot",
+    "snapshots.snapshotter": "Snapshotter",
+    "studies.comparison": "CONTENDERS Comparison compare",
+    "studies.diagnosis": "diagnose",
+    "studies.inside": "inside",
+    "studies.rescaling": "find_q",
+    "studies.sweep": "SWEEP_RATES Sweep sweep",
+    "studies.variants": "DROP_VARIANTS base_weights_only dropped_weights",
+    "training.continual": "ContinualRun ContinualTask Strategy",
+    "training.continual_result": "Continual",
+    "training.lottery_tickets": "TICKET_ABLATIONS TicketSearch",
+    "training.sparse_tuning": "SparseTuningCallback sparse_tuning",
 }
-"""The module in which each public name is defined."""
+"""Public names, by the module in which each is defined."""
 
-_NAMESPACES = {"rates": "studies.drop_rates", "subnetwork": "training.subnetwork"}
+_HOMES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
+
+_NAMESPACES = {"errors": "errors", "rates": "studies.drop_rates", "subnetwork": "training.subnetwork"}
 """Modules that are public as they are: `dare_train.rates.largest_rate`, `dare_train.subnetwork.by_size`."""
 
 __all__ = ["__version__", *_HOMES, *_NAMESPACES]

@@ -5,9 +5,8 @@
     ├── OutputExists                the place to write to is taken                     (exit code 2)
     ├── StorageError                the disk did not take what was written             (exit code 1)
     ├── DeviceMemoryError           a device has too little memory; nothing was changed (exit code 1)
-    ├── RankError                   another process of the job failed, or is gone      (exit code of that
-    failure, or 1) └── DataError                   the data said no                                   (exit
-    code 1)
+    ├── RankError                   another process of the job failed, or is gone      (that one's exit code)
+    └── DataError                   the data said no                                   (exit code 1)
         ├── CheckpointError         a checkpoint cannot be read
         ├── TensorMismatch          a tensor is missing, extra, or has another shape
         ├── BaseMismatch            this is not the base the package was made from
@@ -46,9 +45,13 @@ class DareError(Exception):
         return _rebuild, (type(self), self.name, self.expected, self.found, self.remedy), vars(self)
 
 
-def _one_line(text: str) -> str:
+def printable(text: str) -> str:
     """Names come from strangers' files: nothing in them may break the line, the terminal or the log."""
-    clean = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _one_line(text: str) -> str:
+    clean = printable(text)
     return clean if len(clean) <= 900 else f"{clean[:600]} … {clean[-200:]}"
 
 

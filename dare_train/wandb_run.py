@@ -32,7 +32,7 @@ def searching(project: str | None) -> Iterator[Callable[[Any], None] | None]:
     with wandb.init(project=project, job_type="merge-search") as run:
         trials: list[Any] = []
 
-        def told(trial: Any) -> None:
+        def tell(trial: Any) -> None:
             trials.append(trial)
             run.log(
                 {
@@ -41,7 +41,7 @@ def searching(project: str | None) -> Iterator[Callable[[Any], None] | None]:
                 }
             )
 
-        yield told
+        yield tell
         if trials:
             rows = [[*trial.settings.values(), trial.score] for trial in trials]
             run.log({"search/trials": wandb.Table(columns=[*trials[0].settings, "score"], data=rows)})

@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 2 recipes/accelerate_loop.py    # CPUs will do
     accelerate launch recipes/accelerate_loop.py              # on what `accelerate config` says
 
-A tiny model learns to count, so that nothing is downloaded; `--model` takes any causal language model instead. `--resume` goes on
-from the last checkpoint in `--out`, to more `--steps`, relative to the base that the run began with.
+A tiny model learns to count, so that nothing is downloaded; `--model` takes any causal language model
+instead. `--resume` goes on from the last checkpoint in `--out`, to more `--steps`, relative to the base that
+the run began with.
 """
 
 from __future__ import annotations
@@ -22,27 +23,34 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 import dare_train
-from dare_train.snapshots.snapshotter import Snapshot
+from dare_train import Snapshot
 
 BATCH = 8
 
 
 def main() -> None:
     options = parse()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # unless told so, without GPUs it takes torchrun's processes for strangers
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available()
+    )  # unless told so, without GPUs it takes torchrun's processes for strangers
     with accelerator.main_process_first():
         base = options.model or save_tiny_model(options.out / "base")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     rows = sequences(options.steps * BATCH * accelerator.num_processes)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows, batch_size=BATCH))  # type: ignore[arg-type]
+    batches: DataLoader[Any] = DataLoader(rows, batch_size=BATCH)  # type: ignore[arg-type]
+    model, optimizer, loader = accelerator.prepare(model, optimizer, batches)
 
     checkpoint = options.out / "checkpoint"
     begun, record = load(accelerator, checkpoint) if options.resume else (0, None)
 
-    # From here on a snapshot can be taken. Unwrapped, the model can tell where it was loaded from: that is the base.
+    # From here on a snapshot can be taken. Unwrapped, the model can tell where it was loaded from: that is
+    # the base.
     snapshotter = dare_train.Snapshotter.begin(
-        accelerator.unwrap_model(model), options.out / "dare", dare_train.DareConfig(p=options.p), resumed=record
+        accelerator.unwrap_model(model),
+        options.out / "dare",
+        dare_train.DareConfig(p=options.p),
+        resumed=record,
     )
     snapshots = []
     for step, batch in enumerate(accelerator.skip_first_batches(loader, begun), begun + 1):
@@ -54,7 +62,9 @@ def main() -> None:
         snapshots.append(snapshotter.finished())  # one that has been written meanwhile; None at most steps
         if step % options.every == 0 or step == options.steps:
             accelerator.print(f"step {step}: loss {loss.item():.3f}")
-            snapshots.append(snapshotter.take(model, options.out / f"dare/step-{step}", step=step))  # the one before, or None
+            snapshots.append(
+                snapshotter.take(model, options.out / f"dare/step-{step}", step=step)
+            )  # the one before, or None
             save(accelerator, checkpoint, step, snapshotter.record)
     snapshots.append(snapshotter.close())
 
@@ -90,13 +100,26 @@ def report(snapshots: list[Snapshot], base: str, received: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or Hub id of a causal language model (default: a tiny one, made on the spot)")
-    parser.add_argument("--out", type=Path, default=Path("runs/accelerate_loop"), help="where everything goes (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="folder or Hub id of a causal language model (default: a tiny one, made on the spot)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/accelerate_loop"),
+        help="where everything goes (default: %(default)s)",
+    )
     parser.add_argument("--steps", type=int, default=40, help="steps in all (default: %(default)s)")
-    parser.add_argument("--every", type=int, default=20, help="steps from one package to the next (default: %(default)s)")
+    parser.add_argument(
+        "--every", type=int, default=20, help="steps from one package to the next (default: %(default)s)"
+    )
     parser.add_argument("--p", type=float, default=0.9, help="drop rate (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in the output folder"
+    )
     return parser.parse_args()
 
 

@@ -1,4 +1,6 @@
-"""What the recipes train on when they are given nothing: a tiny model, and sequences that count by ones, twos or threes."""
+"""What the recipes train on when they are given nothing: a tiny model, and sequences that count by ones, twos
+or threes.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,19 @@ VOCABULARY = 256
 
 
 def save_tiny_model(folder: Path) -> str:
-    """A Llama of 120,000 random weights in bfloat16, saved as `from_pretrained` expects it; nothing if it is there already."""
+    """A Llama of 120,000 random weights in bfloat16, saved as `from_pretrained` expects it; nothing if it is
+    there already.
+    """
     if not (folder / "model.safetensors").exists():
         config = LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-            bos_token_id=0, eos_token_id=0,
-        )  # fmt: skip
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
         torch.manual_seed(0)
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return str(folder)

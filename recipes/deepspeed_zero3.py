@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 recipes/deepspeed_zero3.py
     deepspeed recipes/deepspeed_zero3.py
 
-The weights are never gathered for a package: each process writes the partition that it holds. A tiny model learns to count, so that
-nothing is downloaded; `--model` takes any causal language model instead.
+The weights are never gathered for a package: each process writes the partition that it holds. A tiny model
+learns to count, so that nothing is downloaded; `--model` takes any causal language model instead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from dare_train import DareCallback, apply
 
 CONFIG = Path(__file__).with_suffix(".json")
-warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed uses names that torch is giving up, at every step
+warnings.filterwarnings(
+    "ignore", "`torch.distributed", FutureWarning
+)  # DeepSpeed uses names that torch is giving up, at every step
 
 
 def main() -> None:
@@ -75,9 +77,18 @@ def report(callback: DareCallback, base: str, received: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or Hub id of a causal language model (default: a tiny one, made on the spot)")
-    parser.add_argument("--out", type=Path, default=Path("runs/deepspeed_zero3"), help="where everything goes (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="folder or Hub id of a causal language model (default: a tiny one, made on the spot)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/deepspeed_zero3"),
+        help="where everything goes (default: %(default)s)",
+    )
     parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--p", type=float, default=0.9, help="drop rate (default: %(default)s)")
     parser.add_argument("--local_rank", help="given by the deepspeed launcher, and known already")

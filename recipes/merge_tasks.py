@@ -1,19 +1,21 @@
-"""DARE's table on three real tasks: an encoder fine-tuned for each, and merged by every method, with DARE and without.
+"""DARE's table on three tasks: an encoder fine-tuned for each, and merged by every method, with DARE and
+without.
 
-    python recipes/merge_tasks.py             # small: a minute
+    python recipes/merge_tasks.py             # small, on tasks of the standard library's text: under a minute
     python recipes/merge_tasks.py --full      # as in docs/results.md: a quarter of an hour on two cores
     python recipes/merge_tasks.py --full --methods ties della breadcrumbs --p 0.7
+    python recipes/merge_tasks.py --tasks reviews.csv folder/of/questions owner/intents
 
-all-MiniLM-L6-v2 learns to tell positive film reviews from negative ones (rt_polarity), opinions from plots (subjectivity), and 105
-intents from each other (clinc150). The three models are one body and a linear head each. Bodies are merged; heads are kept aside, and
-every merged body is evaluated with each of them.
+With `--full`, all-MiniLM-L6-v2 learns to tell positive film reviews from negative ones (rt_polarity),
+opinions from plots (subjectivity), and 105 intents from each other (clinc150). The models are one body and a
+linear head each. Bodies are merged; heads are kept aside, and every merged body is evaluated with each of
+them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,33 +24,58 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from inputs import DATA, OPINIONS, REVIEWS, Split, present, two_files
+from inputs import Rows, Split, Splits, data_arguments, labelled, short, usual
 from quickstart import Examples, TimeIsUp, carried_model, console, encode, say
 from rich.table import Table
-from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+from studies import LABELLED
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
 import dare_train
-from dare_train.merging.methods.registry import METHODS
-from dare_train.merging.statistics.statistics_file import Kind, beside, save_statistics
+from dare_train import MERGE_METHODS, StatisticsKind, save_statistics, statistics_path
 
 PAPER = ("average", "task_arithmetic", "ties", "fisher", "regmean")
 BASELINES = ("drop_only", "magnitude")
 DROPPING = {*BASELINES, "dare_linear", "dare_ties", "della", "della_linear"}
 """Methods that drop elements where others have DARE: they have no second row with it."""
 LAMBDAS = (0.4, 0.7, 1.0, 1.4)
-"""Factors of the merged delta. Each row has the one that is best on validation examples, with DARE and without alike."""
-SMALL = {"methods": ["average", "ties"], "steps": 20, "statistics": 16, "validation": 20, "test": 50}
-FULL = {"methods": [*PAPER, *BASELINES], "steps": 250, "statistics": 200, "validation": 200, "test": 600}
-Rows = list[dict[str, Any]]
-"""Encoded examples."""
+"""Factors of the merged delta. Each row has the one that is best on validation examples, with DARE and
+without alike."""
+PUBLIC = ("rt_polarity", "subjectivity", "clinc150")
+STANDARD = ("code_or_prose", "packages", "exceptions")
+"""Tasks."""
+SMALL = {
+    "methods": ["average", "ties"],
+    "steps": 24,
+    "batch_size": 8,
+    "statistics": 8,
+    "validation": 8,
+    "test": 40,
+}
+FULL = {
+    "methods": [*PAPER, *BASELINES],
+    "steps": 250,
+    "batch_size": 16,
+    "statistics": 200,
+    "validation": 200,
+    "test": 600,
+}
+Encoded = list[dict[str, Any]]
+"""Examples."""
 
 
 @dataclass(frozen=True)
 class Task:
     name: str
-    splits: Mapping[Split, Rows]
+    splits: Mapping[Split, Encoded]
     classes: int
     collate: DataCollatorWithPadding
 
@@ -95,17 +122,32 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    choices = sorted(name for name, method in METHODS.items() if method.models[1] is None)  # for any number of models
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = sorted(
+        name for name, method in MERGE_METHODS.items() if method.models[1] is None
+    )  # for any number of models
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/merge_tasks"), help="where the models go (default: %(default)s)")
-    add("--data", type=Path, default=DATA, help="folder with rt_polarity, subjectivity and clinc150 (default: ../shared/data)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/merge_tasks"),
+        help="where the models go (default: %(default)s)",
+    )
+    data_arguments(parser)
+    add("--tasks", nargs="+", metavar="TASK", help=f"some of {LABELLED}; files, folders or Hub ids")
     add("--full", action="store_true", help="more of everything, as in docs/results.md")
     add("--methods", nargs="+", choices=choices, metavar="METHOD", help=f"some of {', '.join(choices)}")
     add("--p", type=float, default=0.9, help="drop rate (default: %(default)s)")
     add("--steps", type=int, help="of fine-tuning, for each task")
-    add("--seconds", type=float, default=120, help="fine-tuning for a task ends after so many (default: %(default)s)")
-    add("--batch-size", type=int, default=16, help="(default: %(default)s)")
+    add(
+        "--seconds",
+        type=float,
+        default=120,
+        help="fine-tuning for a task ends after so many (default: %(default)s)",
+    )
+    add("--batch-size", type=int, help="of fine-tuning")
     add("--learning-rate", type=float, default=2e-4, help="(default: %(default)s)")
     add("--max-length", type=int, default=64, help="tokens of a text (default: %(default)s)")
     add("--statistics", type=int, help="training examples for Fisher merging and RegMean")
@@ -118,49 +160,39 @@ def parse() -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.model = carried_model()
+    options.tasks = options.tasks or usual(PUBLIC, STANDARD, options)
     return options
 
 
-# Three tasks.
+# Tasks.
 
 
 def load_tasks(options: argparse.Namespace) -> list[Task]:
-    places = {name: present(options.data / name) for name in ("rt_polarity", "subjectivity", "clinc150")}
-    sizes = options.validation, options.test
-    sources = {
-        "rt_polarity": sentences(places["rt_polarity"] / "sentence_polarity.zip", REVIEWS, *sizes),
-        "subjectivity": sentences(places["subjectivity"] / "subjectivity.zip", OPINIONS, *sizes),
-        "clinc150": intents(places["clinc150"] / "clinc150.json", *sizes),
-    }
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    tasks = []
-    for name, source in sources.items():
-        splits = {split: encode(examples, tokenizer, options.max_length) for split, examples in source.items()}
-        tasks.append(Task(name, splits, len({*source["train"].labels}), DataCollatorWithPadding(tokenizer)))
-    return tasks
+    return [
+        as_task(short(task), labelled(task, options.data, options.columns), tokenizer, options)
+        for task in options.tasks
+    ]
 
 
-def sentences(archive: Path, classes: Mapping[str, str], validation: int, test: int) -> dict[Split, Examples]:
-    """Sentences of two classes, a file each: shuffled, and split by counts."""
-    numbers = {label: number for number, label in enumerate(classes.values())}
-    rows = [(row["text"], numbers[row["label"]]) for row in two_files(archive, classes)]
-    random.Random(0).shuffle(rows)
-    held_out = test + validation
-    return {"test": examples(rows[:test]), "validation": examples(rows[test:held_out]), "train": examples(rows[held_out:])}
+def as_task(name: str, rows: Splits, tokenizer: Any, options: argparse.Namespace) -> Task:
+    """The first validation and test examples are enough."""
+    names = sorted({row["label"] for row in rows["train"]})
+    parts: dict[Split, Rows] = {
+        "train": rows["train"],
+        "validation": rows["validation"][: options.validation],
+        "test": rows["test"][: options.test],
+    }
+    splits: dict[Split, Encoded] = {
+        split: encode(examples(some, names), tokenizer, options.max_length) for split, some in parts.items()
+    }
+    return Task(name, splits, len(names), DataCollatorWithPadding(tokenizer))
 
 
-def intents(path: Path, validation: int, test: int) -> dict[Split, Examples]:
-    """clinc150's own splits, shuffled; the first of validation and test are enough."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    numbers = {intent: number for number, intent in enumerate(sorted({intent for _, intent in found["train"]}))}
-    for rows in found.values():
-        random.Random(0).shuffle(rows)
-    chosen: dict[Split, list[list[str]]] = {"train": found["train"], "validation": found["val"][:validation], "test": found["test"][:test]}
-    return {split: examples([(text, numbers[intent]) for text, intent in rows]) for split, rows in chosen.items()}
-
-
-def examples(rows: Sequence[tuple[str, int]]) -> Examples:
-    return Examples([text for text, _ in rows], [label for _, label in rows])
+def examples(rows: Rows, names: Sequence[str]) -> Examples:
+    """Without labels that there is nothing to learn about."""
+    known = [row for row in rows if row["label"] in names]
+    return Examples([row["text"] for row in known], [names.index(row["label"]) for row in known])
 
 
 # A body and a head.
@@ -185,8 +217,13 @@ class Classifier(torch.nn.Module):
 
 
 def fine_tuned(task: Task, options: argparse.Namespace) -> Tuned:
-    """Fine-tune for one task; save the body, and beside it what Fisher merging and RegMean need to know of it."""
-    say(f"{task.name}: {task.classes} classes, {len(task.splits['train']):,} training examples; {options.steps} steps")
+    """Fine-tune for one task; save the body, and beside it what Fisher merging and RegMean need to know of
+    it.
+    """
+    say(
+        f"{task.name}: {task.classes} classes, {len(task.splits['train']):,} training examples; "
+        f"{options.steps} steps"
+    )
     set_seed(options.seed)
     body = AutoModel.from_pretrained(options.model, dtype=torch.float32)
     classifier = Classifier(body, torch.nn.Linear(body.config.hidden_size, task.classes))
@@ -223,13 +260,15 @@ def train(classifier: Classifier, task: Task, options: argparse.Namespace) -> No
 def save(classifier: Classifier, task: Task, folder: Path, count: int) -> None:
     """Statistics of the body inside the classifier, under the names that its own files have."""
     batches = [task.collate(task.splits["train"][start : start + 32]) for start in range(0, count, 32)]
-    found: dict[Kind, Mapping[str, torch.Tensor]] = {
+    found: dict[StatisticsKind, Mapping[str, torch.Tensor]] = {
         "fisher": dare_train.collect_fisher(classifier, batches, examples=count),
         "gram": dare_train.collect_gram(classifier, batches, examples=count),
     }
     for kind, tensors in found.items():
-        own = {name.removeprefix("body."): tensor for name, tensor in tensors.items() if name.startswith("body.")}
-        save_statistics(beside(folder, kind), kind, own, examples=count)
+        own = {
+            name.removeprefix("body."): tensor for name, tensor in tensors.items() if name.startswith("body.")
+        }
+        save_statistics(statistics_path(folder, kind), kind, own, examples=count)
 
 
 @torch.no_grad()
@@ -253,19 +292,33 @@ def singles(tuned: Sequence[Tuned], options: argparse.Namespace) -> Iterator[Row
     say("evaluating the base and single models")
     yield Row("base", accuracies(options.model, tuned, "test"))
     yield Row("single", {one.task.name: accuracy(one.folder, one, "test") for one in tuned})
-    for label, method in {"single + DARE": "dare_linear", **{f"single, {name}": name for name in BASELINES}}.items():
+    for label, method in {
+        "single + DARE": "dare_linear",
+        **{f"single, {name}": name for name in BASELINES},
+    }.items():
         settings = dropping(method, options.p)
         # The masks are those of the merges, in which model i has seed + i.
-        bodies = [merged([one], method, options, seed=options.seed + number, **settings) for number, one in enumerate(tuned)]
-        yield Row(label, {one.task.name: accuracy(body, one, "test") for one, body in zip(tuned, bodies, strict=True)}, settings)
+        bodies = [
+            merged([one], method, options, seed=options.seed + number, **settings)
+            for number, one in enumerate(tuned)
+        ]
+        yield Row(
+            label,
+            {one.task.name: accuracy(body, one, "test") for one, body in zip(tuned, bodies, strict=True)},
+            settings,
+        )
 
 
 def merges(method: str, tuned: Sequence[Tuned], options: argparse.Namespace) -> Iterator[Row]:
     """The method without DARE and with it; once, if it drops by itself."""
-    variants = {method: dropping(method, options.p)} if method in DROPPING else {method: {}, f"{method} + DARE": {"p": options.p}}
+    variants = (
+        {method: dropping(method, options.p)}
+        if method in DROPPING
+        else {method: {}, f"{method} + DARE": {"p": options.p}}
+    )
     for label, settings in variants.items():
         say(f"merging: {label}")
-        if any(parameter.name == "lambda" for parameter in METHODS[method].parameters):
+        if any(parameter.name == "lambda" for parameter in MERGE_METHODS[method].parameters):
             settings["lambda_"] = best_lambda(method, tuned, options, settings)
         yield Row(label, accuracies(merged(tuned, method, options, **settings), tuned, "test"), settings)
 
@@ -275,7 +328,9 @@ def dropping(method: str, p: float) -> dict[str, float]:
     return {"magnitude": {"density": 1 - p}, "della": {}, "della_linear": {}}.get(method, {"p": p})
 
 
-def best_lambda(method: str, tuned: Sequence[Tuned], options: argparse.Namespace, settings: Mapping[str, float]) -> float:
+def best_lambda(
+    method: str, tuned: Sequence[Tuned], options: argparse.Namespace, settings: Mapping[str, float]
+) -> float:
     """The one with the best mean accuracy on validation examples."""
 
     def score(value: float) -> float:
@@ -289,7 +344,9 @@ def merged(tuned: Sequence[Tuned], method: str, options: argparse.Namespace, **s
     """The folder of the merged body. There is one for each set of tasks, which the next merge overwrites."""
     folder: Path = options.out / "-".join(["merged", *(one.task.name for one in tuned)])
     models = [one.folder for one in tuned]
-    dare_train.merge(options.model, models, folder, method=method, overwrite=True, **{"seed": options.seed, **settings})
+    dare_train.merge(
+        options.model, models, folder, method=method, overwrite=True, **{"seed": options.seed, **settings}
+    )
     return folder
 
 
@@ -297,7 +354,10 @@ def merged(tuned: Sequence[Tuned], method: str, options: argparse.Namespace, **s
 
 
 def show(rows: Sequence[Row], options: argparse.Namespace) -> None:
-    table = Table(title=f"Accuracy on {options.test:,} test examples of each task; p = {options.p:g}", title_justify="left")
+    table = Table(
+        title=f"Accuracy on {options.test:,} test examples of each task; p = {options.p:g}",
+        title_justify="left",
+    )
     table.add_column("weights", no_wrap=True)
     for heading in ("λ", *rows[0].accuracy, "mean"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -311,7 +371,9 @@ def show(rows: Sequence[Row], options: argparse.Namespace) -> None:
 def write(rows: Sequence[Row], options: argparse.Namespace, seconds: float) -> None:
     told = {name: value for name, value in vars(options).items() if isinstance(value, (int, float))}
     found = [{**vars(row), "mean": fmean(row.accuracy.values())} for row in rows]
-    options.json.write_text(json.dumps({"options": told, "lambdas": LAMBDAS, "seconds": round(seconds), "rows": found}, indent=1))
+    options.json.write_text(
+        json.dumps({"options": told, "lambdas": LAMBDAS, "seconds": round(seconds), "rows": found}, indent=1)
+    )
 
 
 if __name__ == "__main__":

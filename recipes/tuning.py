@@ -1,4 +1,6 @@
-"""Fine-tuning as the study recipes need it: an ordinary Trainer, and what it began with and ended with in folders."""
+"""Fine-tuning as the study recipes need it: an ordinary Trainer, and what it began with and ended with in
+folders.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from dare_train.evaluation.model_loading import load_model
-from dare_train.evaluation.texts import encoded_rows
+from dare_train import encode_rows, load_model
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -62,7 +63,10 @@ class Pair:
 def classifier(base: str, rows: Rows, out: Path, training: Training, *callbacks: TrainerCallback) -> Pair:
     """Fine-tune an encoder to tell labels from each other, unless `out` has it already."""
     names = sorted({row["label"] for row in rows})
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    labels = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
     return _tuned(AutoModelForSequenceClassification, base, rows, out, training, callbacks, **labels)
 
 
@@ -71,16 +75,24 @@ def decoder(base: str, rows: Rows, out: Path, training: Training) -> Pair:
     return _tuned(AutoModelForCausalLM, base, rows, out, training, ())
 
 
-def adapter(pair: Pair, rows: Rows, out: Path, training: Training, *callbacks: TrainerCallback, rank: int) -> Path:
-    """Train a LoRA adapter of all linear layers for the same task, from the same base, unless `out` has it already."""
+def adapter(
+    pair: Pair, rows: Rows, out: Path, training: Training, *callbacks: TrainerCallback, rank: int
+) -> Path:
+    """Train a LoRA adapter of all linear layers for the same task, from the same base, unless `out` has it
+    already.
+    """
     from peft import LoraConfig, get_peft_model
 
     if not trained(out, training, rank=rank):
         set_seed(training.seed)
         model = untrained(pair)
         kind = "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM"
-        config = LoraConfig(task_type=kind, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
-        examples = encoded_rows(model, AutoTokenizer.from_pretrained(pair.tuned), rows, max_length=training.max_length)
+        config = LoraConfig(
+            task_type=kind, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear"
+        )
+        examples = encode_rows(
+            model, AutoTokenizer.from_pretrained(pair.tuned), rows, max_length=training.max_length
+        )
         adapted = get_peft_model(model, config)
         tune(adapted, AutoTokenizer.from_pretrained(pair.tuned), examples, out, training, callbacks)
         adapted.save_pretrained(str(out))
@@ -96,7 +108,15 @@ def untrained(pair: Pair) -> Any:
     return type(tuned).from_pretrained(pair.base, dtype=torch.float32, **labels)
 
 
-def _tuned(kind: Any, base: str, rows: Rows, out: Path, training: Training, callbacks: Sequence[TrainerCallback], **labels: Any) -> Pair:
+def _tuned(
+    kind: Any,
+    base: str,
+    rows: Rows,
+    out: Path,
+    training: Training,
+    callbacks: Sequence[TrainerCallback],
+    **labels: Any,
+) -> Pair:
     pair = Pair(folder=out)
     if trained(out, training, base=base):
         return pair
@@ -105,7 +125,14 @@ def _tuned(kind: Any, base: str, rows: Rows, out: Path, training: Training, call
     model = kind.from_pretrained(base, dtype=torch.bfloat16, **labels)
     (model.base_model if labels else model).save_pretrained(pair.base)
     model.to(torch.float32)
-    tune(model, tokenizer, encoded_rows(model, tokenizer, rows, max_length=training.max_length), out, training, callbacks)
+    tune(
+        model,
+        tokenizer,
+        encode_rows(model, tokenizer, rows, max_length=training.max_length),
+        out,
+        training,
+        callbacks,
+    )
     model.save_pretrained(pair.tuned)
     tokenizer.save_pretrained(pair.tuned)
     model.to(torch.bfloat16).save_pretrained(pair.shipped)
@@ -117,13 +144,17 @@ NOTE = "training.json"
 
 
 def trained(folder: Path, training: Training, **more: Any) -> bool:
-    """Whether a folder has the outcome of this training. What was trained otherwise is neither used nor overwritten."""
+    """Whether a folder has the outcome of this training. What was trained otherwise is neither used nor
+    overwritten.
+    """
     if not (folder / NOTE).exists():
         return False
     found, asked = json.loads((folder / NOTE).read_text(encoding="utf-8")), {**vars(training), **more}
     for name in asked:
         if found.get(name) != asked[name]:
-            sys.exit(f"{folder} was trained with {name} {found.get(name)}, not {asked[name]}: choose another --out")
+            sys.exit(
+                f"{folder} was trained with {name} {found.get(name)}, not {asked[name]}: choose another --out"
+            )
     return True
 
 
@@ -155,7 +186,11 @@ def trainer_for(
 ) -> Trainer:
     """An ordinary one, of encoded examples."""
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    for_labels = DataCollatorForSeq2Seq(tokenizer) if isinstance(examples[0]["labels"], list) else DataCollatorWithPadding(tokenizer)
+    for_labels = (
+        DataCollatorForSeq2Seq(tokenizer)
+        if isinstance(examples[0]["labels"], list)
+        else DataCollatorWithPadding(tokenizer)
+    )
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=training.steps,
@@ -170,4 +205,6 @@ def trainer_for(
         seed=training.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    return Trainer(model=model, args=arguments, train_dataset=examples, data_collator=for_labels, callbacks=[*callbacks])
+    return Trainer(
+        model=model, args=arguments, train_dataset=examples, data_collator=for_labels, callbacks=[*callbacks]
+    )

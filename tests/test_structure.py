@@ -73,7 +73,7 @@ def test_a_circle_would_be_found() -> None:
 
 
 def test_rooms_ask_the_public_face_in_functions_only() -> None:
-    public = {*dare_train.__all__} - {"__version__"}
+    public = {*dare_train.__all__} - {"__version__"} - modules().keys()
     asking = set()
     for name, path in modules().items():
         tree = ast.parse(path.read_text())

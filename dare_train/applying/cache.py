@@ -50,7 +50,7 @@ class PackageCache:
             lie.
         memory: bytes that packages may take on the devices together. Those that were not used for longest go
             first.
-        kernels: "cuda" or "reference": see `apply_`.
+        kernels: "cuda" or "torch": see `apply_`.
 
     Raises:
         ConfigError: a tensor lies where no kernels work on it, or only in part.
@@ -71,7 +71,7 @@ class PackageCache:
         if left:
             remedy = (
                 "move the model to a GPU whole; apply_ works anywhere, and "
-                'kernels="reference" keeps packages on any device'
+                'kernels="torch" keeps packages on any device'
             )
             raise ConfigError(
                 left[0],

@@ -86,7 +86,7 @@ def apply_(
         model: a module, or a state dict of tensors.
         packages: one or several; their deltas add up, or they continue one another.
         weights: w of each, by default 1.
-        kernels: "cpu", "cuda" (Triton, or an error) or "reference"; by default what DARE_TRAIN_KERNELS names,
+        kernels: "cpu", "cuda" (Triton, or an error) or "torch"; by default what DARE_TRAIN_KERNELS names,
             or those of the device that each tensor lies on. The bits are the same.
 
     Returns:

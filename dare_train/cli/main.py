@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
     from ..config import Rescale, Values
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3  # <malloc.h>
 
 app = typer.Typer(
     name="dare-train", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -278,9 +279,9 @@ def _searched(
     from ..wandb_run import searching
 
     gc.enable()
-    with searching(project) as told:
-        found = search(task, axes, metric_of(evaluate), out, told=told, **options)
-    return results(found)
+    with searching(project) as tell:
+        trials_done = search(task, axes, metric_of(evaluate), out, told=tell, **options)
+    return results(trials_done)
 
 
 app.add_typer(studies.app)

@@ -52,7 +52,7 @@ def task_and_notes(
 
 def _setting(text: str) -> tuple[str, Scalar | list[Scalar]]:
     ((name, value),) = pairs("set", [text]).items()
-    values = [scalar(one) for one in value.split(",")]
+    values = [scalar(word) for word in value.split(",")]
     return name, values[0] if len(values) == 1 else values
 
 

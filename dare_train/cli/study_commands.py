@@ -82,28 +82,30 @@ def sweep(
     """How much can be dropped: a metric against the drop rate, into OUT. Goes on where it was when it runs
     again.
     """
-    from ..studies.sweep import RATES, Sweep, planned
+    from ..studies.sweep import SWEEP_RATES, Sweep, planned
     from ..studies.sweep import sweep as run
 
     _check_inputs(evaluate, data, column, dtype)
-    rates, names = _numbers("--p", p) if p is not None else RATES, variants.split(",")
+    rates = _numbers("--p", p) if p is not None else SWEEP_RATES
+    names = variants.split(",")
     planned(rates, seeds, first_seed, names)
-    labels, found = _labels(tuned), dict[str, Sweep]()
+    labels = _labels(tuned)
+    sweeps = dict[str, Sweep]()
     for label, folder in zip(labels, tuned, strict=True):
         model = _loaded(folder, dtype)
         metric, texts = _metric(model, folder, evaluate, data, column, max_length, examples)
         place = out / label if len(tuned) > 1 else out
         with progress_bar(f"sweeping {label}", of_bytes=False) as progress:
-            found[label] = run(
+            sweeps[label] = run(
                 model, base, metric, out=place, p=rates, seeds=seeds, first_seed=first_seed, variants=names,
                 tuned=folder if dtype == "auto" else None,
                 batches=texts.batches if texts is not None else None, progress=progress,
                 setup=_depends(evaluate, data, column, max_length, examples, dtype),
             )  # fmt: skip
-        found[label] = replace(found[label], setup={**_named(base, folder, data), **found[label].setup})
-        _publish(found[label], f"How much can be dropped of {label}", place, wandb, quiet=len(tuned) > 1)
+        sweeps[label] = replace(sweeps[label], setup={**_named(base, folder, data), **sweeps[label].setup})
+        _publish(sweeps[label], f"How much can be dropped of {label}", place, wandb, quiet=len(tuned) > 1)
     if len(tuned) > 1:
-        _publish(found, "When it breaks", out, wandb)
+        _publish(sweeps, "When it breaks", out, wandb)
 
 
 @app.command()
@@ -136,12 +138,12 @@ def inside(
     model = _loaded(tuned, dtype)
     texts = _texts(model, tuned, data, column, max_length, None, labels=False)
     with progress_bar(f"looking into {_labels([tuned])[0]}", of_bytes=False) as progress:
-        found = run(
+        result = run(
             model, base, texts.batches, p=rates, seeds=seeds, first_seed=first_seed, masks=masks,
             tokens=tokens, progress=progress,
             setup={**_named(base, tuned, data), **_depends(None, data, column, max_length, None, dtype)},
         )  # fmt: skip
-    _publish(found, f"What happens inside {_labels([tuned])[0]}", out, wandb)
+    _publish(result, f"What happens inside {_labels([tuned])[0]}", out, wandb)
 
 
 @app.command()
@@ -176,17 +178,17 @@ def compare(
 
     _check_inputs(evaluate, data, column, dtype)
     rates = _numbers("--p", p) if p is not None else RATES
-    ranks = [int(one) for one in _numbers("--rank", rank)] if rank is not None else RANKS
+    ranks = [int(number) for number in _numbers("--rank", rank)] if rank is not None else RANKS
     model = _loaded(tuned, dtype)
     metric, _ = _metric(model, tuned, evaluate, data, column, max_length, examples)
     with progress_bar("comparing", of_bytes=False) as progress:
-        found = run(
+        result = run(
             model, base, tuned, metric, out=out, p=rates, ranks=ranks, seeds=seeds, first_seed=first_seed,
             adapters=adapter,
             setup=_depends(evaluate, data, column, max_length, examples, dtype), progress=progress,
         )  # fmt: skip
-    found = replace(found, setup={**_named(base, tuned, data), **found.setup})
-    _publish(found, f"What the delta of {_labels([tuned])[0]} is worth in bytes", out, wandb)
+    result = replace(result, setup={**_named(base, tuned, data), **result.setup})
+    _publish(result, f"What the delta of {_labels([tuned])[0]} is worth in bytes", out, wandb)
 
 
 def _check_inputs(evaluate: str | None, data: Path | None, columns: Sequence[str], dtype: str) -> None:
@@ -281,23 +283,23 @@ def _depends(
     dtype: str,
 ) -> dict[str, Any]:
     """What the figures depend on besides the weights, wherever it lies."""
-    told: dict[str, Any] = {"eval": evaluate, "columns": sorted(columns) or None, "examples": examples}
+    setup: dict[str, Any] = {"eval": evaluate, "columns": sorted(columns) or None, "examples": examples}
     if data is not None:
-        told["data_sha256"] = hashlib.sha256(data.read_bytes()).hexdigest()
-    return {name: value for name, value in told.items() if value is not None} | {
+        setup["data_sha256"] = hashlib.sha256(data.read_bytes()).hexdigest()
+    return {name: value for name, value in setup.items() if value is not None} | {
         "max_length": max_length,
         "dtype": dtype,
     }
 
 
-def _publish(found: Found, title: str, out: Path, project: str | None, *, quiet: bool = False) -> None:
+def _publish(result: Found, title: str, out: Path, project: str | None, *, quiet: bool = False) -> None:
     """Files, wandb, and unless `quiet` the tables on the terminal."""
-    from ..reports.writing import publish, study_of
+    from ..reports.writing import study_of, write_study
     from ..wandb_run import studying
 
-    study = study_of(found, title)
+    study = study_of(result, title)
     with studying(project):
-        page = publish(study, out)
+        page = write_study(study, out)
     if not quiet:
         typer.echo(study.markdown())
     typer.echo(f"{page}", err=True)

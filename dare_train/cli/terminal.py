@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import DareError
+from ..errors import DareError, printable
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
     from ..parallel.ranks import Ranks
 
@@ -35,10 +36,22 @@ def show(what: dict[str, Any] | RenderableType) -> None:
         return
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(width=160)
-    console.print(what)
+        console = Console(markup=False, emoji=False, width=160)
+    console.print(_Printable(what))
+
+
+class _Printable:
+    """A table whose words give the terminal no orders, whoever named what is in it."""
+
+    def __init__(self, table: RenderableType) -> None:
+        self._table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self._table, options):
+            lines = segment.text.split("\n")
+            yield segment._replace(text="\n".join(map(printable, lines)))
 
 
 @contextmanager

@@ -28,9 +28,9 @@ def linear_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
         ConfigError: files hold a layer's weight in parts.
     """
     names: dict[int, list[tuple[str, Held]]] = {}
-    for name, one in named_places(model).items():
-        for piece in one.pieces:
-            names.setdefault(id(piece.tensor), []).append((name, one))
+    for name, held in named_places(model).items():
+        for piece in held.pieces:
+            names.setdefault(id(piece.tensor), []).append((name, held))
     linear = {part: isinstance(part, (torch.nn.Linear, Conv1D)) for part in model.modules()}
     elsewhere = {
         id(tensor)
@@ -38,7 +38,7 @@ def linear_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
         if not is_linear
         for tensor in part.parameters(recurse=False)
     }
-    found = []
+    named_layers = []
     for layer in (part for part, is_linear in linear.items() if is_linear):
         weight: Any = layer.weight
         places = (
@@ -46,17 +46,17 @@ def linear_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
             if weight.dtype.is_floating_point and id(weight) not in elsewhere
             else []
         )
-        for name, one in places:
-            if one.shape != tuple(weight.shape):
+        for name, held in places:
+            if held.shape != tuple(weight.shape):
                 remedy = "use a model whose modules hold this tensor as its files do"
                 raise ConfigError(
                     name,
                     expected=f"shape {tuple(weight.shape)}, as in the model",
-                    found=str(one.shape),
+                    found=str(held.shape),
                     remedy=remedy,
                 )
-            found.append((name, layer))
-    return found
+            named_layers.append((name, layer))
+    return named_layers
 
 
 def width_of(layer: Any) -> int:
@@ -172,9 +172,10 @@ def batch_part(batch: Batch, start: int, stop: int, size: int) -> dict[str, Any]
         return dict(batch)
     for name, value in batch.items():
         if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] != size:
-            expected, found = f"{size} rows, one for each example", f"shape {tuple(value.shape)}"
+            expected = f"{size} rows, one for each example"
+            shape = f"shape {tuple(value.shape)}"
             raise ConfigError(
-                f"batches: {name}", expected=expected, found=found, remedy="pass batches of one example each"
+                f"batches: {name}", expected=expected, found=shape, remedy="pass batches of one example each"
             )
     return {
         name: value[start:stop] if isinstance(value, torch.Tensor) and value.dim() else value
@@ -202,10 +203,8 @@ def named_places(model: Any, *, adapters: bool = True) -> dict[str, Held]:
     """
     live = LiveWeights(model)
     if live.adapted and not adapters:
-        found, remedy = (
-            "a PEFT model",
-            "merge_and_unload() first, and collect from what it returns; gram needs no merging",
-        )
+        found = "a PEFT model"
+        remedy = "merge_and_unload() first, and collect from what it returns; gram needs no merging"
         raise ConfigError(
             "model",
             expected="no adapters: the Fisher information is that of merged weights",
@@ -215,8 +214,11 @@ def named_places(model: Any, *, adapters: bool = True) -> dict[str, Held]:
     tensors: Mapping[str, torch.Tensor] = dict(checkpoint_tensors(model))
     if live.adapted:
         tensors, _ = lora.base_tensors(model, tensors)
-    held, own = engines.held(tensors.items(), model), {id(tensor) for tensor in tensors.values()}
-    if not live.whole or any(id(piece.tensor) not in own for one in held.values() for piece in one.pieces):
+    held = engines.held(tensors.items(), model)
+    ids = {id(tensor) for tensor in tensors.values()}
+    if not live.whole or any(
+        id(piece.tensor) not in ids for place in held.values() for piece in place.pieces
+    ):
         remedy = "save the model, load it with from_pretrained in one process or under DDP, and collect there"
         raise ConfigError(
             "model",

@@ -13,7 +13,7 @@ import numpy as np
 from .._version import __version__
 from ..errors import CheckpointError, ConfigError
 from ..weights.protocol import Weights
-from .swapped_model import Seat
+from .swapped_model import SwappedModel
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class Point:
 
 
 def measured(
-    seat: Seat,
+    swapped: SwappedModel,
     wanted: Sequence[Key],
     weights_at: Callable[[Key], tuple[Weights, Mapping[str, float]]],
     evaluate: Evaluate,
@@ -59,22 +59,22 @@ def measured(
     Raises:
         ConfigError: `evaluate` gives no finite numbers.
     """
-    found = {point.key: point for point in journal.read()}
-    with seat:
+    points = {point.key: point for point in journal.read()}
+    with swapped:
         for number, key in enumerate(wanted):
-            if key not in found:
+            if key not in points:
                 weights, figures = weights_at(key)
-                seat.give(weights)
-                found[key] = Point(
+                swapped.swap_in(weights)
+                points[key] = Point(
                     variant=key[0],
                     p=key[1],
                     seed=key[2],
-                    metrics={**numbers(evaluate(seat.model)), **figures},
+                    metrics={**numbers(evaluate(swapped.model)), **figures},
                 )
-                journal.add(found[key])
+                journal.add(points[key])
             if progress is not None:
                 progress(number + 1, len(wanted))
-    return tuple(found[key] for key in wanted)
+    return tuple(points[key] for key in wanted)
 
 
 def numbers(given: float | Mapping[str, float]) -> dict[str, float]:
@@ -85,20 +85,20 @@ def numbers(given: float | Mapping[str, float]) -> dict[str, float]:
     """
     metrics = dict(given) if isinstance(given, Mapping) else {"metric": given}
     try:
-        found = {str(name): float(value) for name, value in metrics.items()}
+        finite = {str(name): float(value) for name, value in metrics.items()}
     except (TypeError, ValueError):
-        found = {}
-    if not found or not all(np.isfinite(value) for value in found.values()):
+        finite = {}
+    if not finite or not all(np.isfinite(value) for value in finite.values()):
         raise ConfigError("evaluate", expected="a finite number, or several by name", found=repr(given))
-    return found
+    return finite
 
 
 def samples(points: Iterable[Point], variant: str, metric: str) -> dict[float, list[float]]:
     """By drop rate, ascending, what the seeds gave."""
-    found: dict[float, list[float]] = {}
-    for point in sorted((one for one in points if one.variant == variant), key=lambda one: one.p):
-        found.setdefault(point.p, []).append(point.metrics[metric])
-    return found
+    by_rate: dict[float, list[float]] = {}
+    for point in sorted((point for point in points if point.variant == variant), key=lambda point: point.p):
+        by_rate.setdefault(point.p, []).append(point.metrics[metric])
+    return by_rate
 
 
 class Journal:
@@ -115,10 +115,8 @@ class Journal:
 
     def __init__(self, path: Path, base: str, tuned: str, setup: Mapping[str, Any] | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path, self._head = (
-            path,
-            {"base": base, "tuned": tuned, "setup": json.loads(json.dumps(setup or {}))},
-        )
+        self._path = path
+        self._head = {"base": base, "tuned": tuned, "setup": json.loads(json.dumps(setup or {}))}
 
     def read(self) -> list[Point]:
         lines = self._path.read_text(encoding="utf-8").split("\n") if self._path.exists() else []
@@ -142,36 +140,39 @@ class Journal:
             file.write(json.dumps(point.as_json()) + "\n")
 
 
-def check_setup(path: Path, kept: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+def check_setup(path: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse to go on with measurements that depend on something else: `kept` is what a file's depend on, as
     JSON has it.
 
     Raises:
         CheckpointError: they differ; it names the first difference.
     """
-    for name, found, expected in _differences(kept, told):
-        measured = f"with {name} {found}" if found is not None else f"without {name}"
-        wanted = (
-            f"measurements with {name} {expected}" if expected is not None else f"measurements without {name}"
+    for name, kept_value, wanted_value in _differences(kept, wanted):
+        measured = f"with {name} {kept_value}" if kept_value is not None else f"without {name}"
+        wanted_text = (
+            f"measurements with {name} {wanted_value}"
+            if wanted_value is not None
+            else f"measurements without {name}"
         )
         raise CheckpointError(
-            str(path), expected=wanted, found=f"some {measured}", remedy="choose another folder"
+            str(path), expected=wanted_text, found=f"some {measured}", remedy="choose another folder"
         )
 
 
 def _differences(
-    kept: Mapping[str, Any], told: Mapping[str, Any], within: str = ""
+    kept: Mapping[str, Any], wanted: Mapping[str, Any], within: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
     """Full names of entries that differ, and both of their values."""
-    for name in dict.fromkeys((*told, *kept)):
-        one, other = kept.get(name), told.get(name)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            yield from _differences(one, other, f"{within}{name}.")
-        elif one != other:
-            yield f"{within}{name}", one, other
+    for name in dict.fromkeys((*wanted, *kept)):
+        kept_value = kept.get(name)
+        wanted_value = wanted.get(name)
+        if isinstance(kept_value, Mapping) and isinstance(wanted_value, Mapping):
+            yield from _differences(kept_value, wanted_value, f"{within}{name}.")
+        elif kept_value != wanted_value:
+            yield f"{within}{name}", kept_value, wanted_value
 
 
-class Record:
+class MeasurementRecord:
     """A JSON file of measurements by name, below what they depend on.
 
     Raises:
@@ -181,16 +182,16 @@ class Record:
     def __init__(self, path: Path, setup: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        told = json.loads(json.dumps(setup))
+        plain_setup = json.loads(json.dumps(setup))
         self._kept: dict[str, Any] = {
             "written_by": f"dare_train {__version__}",
-            "setup": told,
+            "setup": plain_setup,
             "measured": {},
         }
         if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            check_setup(path, found["setup"], told)
-            self._kept = found
+            content = json.loads(path.read_text(encoding="utf-8"))
+            check_setup(path, content["setup"], plain_setup)
+            self._kept = content
 
     @property
     def all(self) -> Mapping[str, Any]:

@@ -22,10 +22,8 @@ def load_model(folder: str, dtype: Any = "auto") -> torch.nn.Module:
     names = config.architectures or []
     kind = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     if kind is None:
-        expected, remedy = (
-            "architectures that transformers knows in config.json",
-            "use it from Python, with a model of your own",
-        )
+        expected = "architectures that transformers knows in config.json"
+        remedy = "use it from Python, with a model of your own"
         raise CheckpointError(folder, expected=expected, found=", ".join(names) or "none", remedy=remedy)
     model: torch.nn.Module = kind.from_pretrained(folder, dtype=dtype).train(False)
     return model

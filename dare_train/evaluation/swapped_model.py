@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _RUN = 1 << 20
 
 
-class Seat:
+class SwappedModel:
     """A model that other weights take the place of; as a context it has its own back afterwards, to the bit.
 
     Args:
@@ -29,8 +29,9 @@ class Seat:
         tuned: the same weights on disk, so that they need not be copied.
 
     Attributes:
-        own: the model's own weights.
-        print: their fingerprint.
+        model: the model.
+        own_weights: the model's own weights.
+        fingerprint: theirs.
 
     Raises:
         CheckpointError: `tuned` is not what the model holds.
@@ -40,33 +41,39 @@ class Seat:
         self.model = model
         self._live = LiveWeights(model)
         self._taken: set[str] = set()
-        self.own: Weights = _copied(self._live) if tuned is None else open_weights(tuned)
-        self.print = weights_fingerprint(self.own)
-        if tuned is not None and weights_fingerprint(self._live) != self.print:
-            expected, remedy = "the weights that the model has", "leave tuned= out"
-            raise CheckpointError(self.own.label, expected=expected, found="others", remedy=remedy)
+        self.own_weights: Weights = _copied(self._live) if tuned is None else open_weights(tuned)
+        self.fingerprint = weights_fingerprint(self.own_weights)
+        if tuned is not None and weights_fingerprint(self._live) != self.fingerprint:
+            raise CheckpointError(
+                self.own_weights.label,
+                expected="the weights that the model has",
+                found="others",
+                remedy="leave tuned= out",
+            )
 
-    def __enter__(self) -> Seat:
+    def __enter__(self) -> SwappedModel:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.give(HeldWords("none", {}, {}))
+        self.swap_in(HeldWords("none", {}, {}))
 
-    def give(self, weights: Weights) -> None:
+    def swap_in(self, weights: Weights) -> None:
         """Let the weights take the place of the model's own; tensors that they lack are the model's own."""
         names = self._live.tensors.keys() & weights.tensors.keys()
-        source, own = cast_to(weights, self._live.tensors), self.own
-        back, self._taken = self._taken - names, names | self._taken
+        source = cast_to(weights, self._live.tensors)
+        back = self._taken - names
+        self._taken = names | self._taken
         work = (
             (name, start, count)
             for name in sorted(names | back)
             for start, count in runs(self._live.tensors[name].numel, _RUN)
         )
 
-        def one(run: tuple[str, int, int]) -> None:
-            self._live.overwrite(run[0], run[1], (own if run[0] in back else source).read(*run))
+        def overwrite(run: tuple[str, int, int]) -> None:
+            name, start, _ = run
+            self._live.overwrite(name, start, (self.own_weights if name in back else source).read(*run))
 
-        with closing(ordered_map(one, work)) as done:
+        with closing(ordered_map(overwrite, work)) as done:
             for _ in done:
                 pass
         self._taken = names

@@ -38,7 +38,8 @@ class Texts:
     """
 
     def __init__(self, batches: Sequence[Batch], *, classes: Sequence[int] | None = None) -> None:
-        self.batches, self._classes = list(batches), classes
+        self.batches = list(batches)
+        self._classes = classes
         self.count = sum(len(batch["input_ids"]) for batch in self.batches)
 
     @torch.no_grad()
@@ -62,7 +63,8 @@ class Texts:
 def _counted(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and labels, one row for each decision that counts."""
     if logits.dim() == 3:
-        logits, labels = logits[:, :-1], labels[:, 1:]
+        logits = logits[:, :-1]
+        labels = labels[:, 1:]
         places = labels != _IGNORED
         return logits[places], labels[places]
     return logits, labels
@@ -97,7 +99,7 @@ def load_texts(
     rows = read_rows(path)[:limit]
     if not rows:
         raise CheckpointError(str(path), expected="at least one row", found="none")
-    encoded = encoded_rows(
+    encoded = encode_rows(
         model, tokenizer, rows, columns=columns, max_length=max_length, labels=labels, label=str(path)
     )
     return Texts(batched(encoded, tokenizer, batch_size=batch_size))
@@ -105,12 +107,12 @@ def load_texts(
 
 def batched(rows: Sequence[dict[str, Any]], tokenizer: Any, *, batch_size: int = 64) -> list[Batch]:
     """Encoded rows in batches, those of similar length together, padded."""
-    ordered = sorted(rows, key=lambda one: len(one["input_ids"]))
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     return [_padded(ordered[start : start + batch_size], pad) for start in range(0, len(ordered), batch_size)]
 
 
-def encoded_rows(
+def encode_rows(
     model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], *, columns: Mapping[str, str] | None = None,
     max_length: int = 128,
     labels: bool = True, label: str = "rows",
@@ -161,8 +163,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             if path.suffix == ".txt":
                 return [{"text": line.strip()} for line in file if line.strip()]
     except (OSError, ValueError) as error:
-        found = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise CheckpointError(str(path), expected=f"a readable {path.suffix} file", found=found) from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise CheckpointError(str(path), expected=f"a readable {path.suffix} file", found=reason) from error
     raise CheckpointError(
         str(path), expected="a .jsonl, .json, .csv or .txt file", found=path.suffix or "no ending"
     )
@@ -204,13 +206,13 @@ def _spoken(
     """What comes before the text is a prompt, which does not count."""
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    found = []
+    encoded = []
     for row in rows:
         prompt = begin + tokenizer(str(row.get(names["prompt"], "")), add_special_tokens=False)["input_ids"]
         text = tokenizer(str(row[names["text"]]), add_special_tokens=False)["input_ids"] + end
         labels = [_IGNORED] * len(prompt) + text
-        found.append({"input_ids": (prompt + text)[:max_length], "labels": labels[:max_length]})
-    kept = [one for one in found if any(label != _IGNORED for label in one["labels"][1:])]
+        encoded.append({"input_ids": (prompt + text)[:max_length], "labels": labels[:max_length]})
+    kept = [row for row in encoded if any(label != _IGNORED for label in row["labels"][1:])]
     if not kept:
         raise ConfigError("max_length", expected="room for more than the prompts", found=str(max_length))
     return kept
@@ -223,7 +225,10 @@ def _padded(rows: Sequence[dict[str, Any]], pad: int) -> Batch:
         return torch.tensor([value + [by] * (longest - len(value)) for value in values])
 
     ids = [row["input_ids"] for row in rows]
-    batch = {"input_ids": filled(ids, pad), "attention_mask": filled([[1] * len(one) for one in ids], 0)}
+    batch = {
+        "input_ids": filled(ids, pad),
+        "attention_mask": filled([[1] * len(numbers) for numbers in ids], 0),
+    }
     if "labels" in rows[0]:
         labels = [row["labels"] for row in rows]
         batch["labels"] = torch.tensor(labels) if isinstance(labels[0], int) else filled(labels, _IGNORED)

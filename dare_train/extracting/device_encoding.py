@@ -246,17 +246,17 @@ def _share(both: Both, factors: Sequence[float], begin: int, end: int) -> list[P
     first = sum(both.sizes[:begin])
     sizes = both.sizes[begin:end]
     dtype = both.dtype
-    own = both.base_words[first : first + sum(sizes)]
-    new = both.tuned_words[first : first + sum(sizes)]
-    made = pack.exact(own, new, sizes, dtype)
-    deltas = pack.magnitudes(own, new, sizes, dtype)
-    new.copy_(unpack.law(own, new, sizes, factors[begin:end], dtype))
-    contents = to_host(made.contents).data
+    base_words = both.base_words[first : first + sum(sizes)]
+    tuned_words = both.tuned_words[first : first + sum(sizes)]
+    exact = pack.exact(base_words, tuned_words, sizes, dtype)
+    deltas = pack.magnitudes(base_words, tuned_words, sizes, dtype)
+    tuned_words.copy_(unpack.law(base_words, tuned_words, sizes, factors[begin:end], dtype))
+    contents = to_host(exact.contents).data
     table = zip(
         sizes,
-        made.changed.tolist(),
-        to_host(made.starts),
-        to_host(made.before),
+        exact.changed.tolist(),
+        to_host(exact.starts),
+        to_host(exact.before),
         _hosted(deltas),
         strict=True,
     )
@@ -274,9 +274,9 @@ def _share(both: Both, factors: Sequence[float], begin: int, end: int) -> list[P
     return runs
 
 
-def _hosted(made: pack.Sizes) -> Iterator[tuple[Magnitudes, int]]:
+def _hosted(deltas: pack.Sizes) -> Iterator[tuple[Magnitudes, int]]:
     """Of each run: |δ|, and how many deltas are not finite."""
-    table = zip(to_host(made.counts), made.largest.tolist(), made.strange.tolist(), strict=True)
+    table = zip(to_host(deltas.counts), deltas.largest.tolist(), deltas.strange.tolist(), strict=True)
     for counts, largest, not_finite in table:
         yield Magnitudes(counts, largest), not_finite
 

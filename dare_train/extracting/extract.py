@@ -76,7 +76,7 @@ def extract(
             share of them.
         ranks: the processes that share the work, such as `Ranks.joined()`; by default this one alone. All of
             them make the same call, on a file system that they share; the package is the same to the byte.
-        kernels: for models in memory: "cpu", "cuda" (Triton, or an error) or "reference"; by default those of
+        kernels: for models in memory: "cpu", "cuda" (Triton, or an error) or "torch"; by default those of
             the devices that both models lie on. The package is the same.
 
     Raises:

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     import torch
 
 VARIABLE = "DARE_TRAIN_KERNELS"
-CHOICES = ("reference", "cpu", "cuda")
+CHOICES = ("torch", "cpu", "cuda")
+"""torch's own operations where tensors lie (`cuda_in_torch`), Numba (`cpu`), Triton (`cuda`)."""
+
+_OLDER_NAMES = {"reference": "torch"}
+"""Still taken in this release. `kernels.reference` is something else, the definition of all of them."""
 
 
 def asked_for() -> str | None:
@@ -34,25 +38,28 @@ def checked(asked: str | None, name: str) -> str | None:
     Raises:
         ConfigError: there is no such set.
     """
-    if asked is not None and asked not in CHOICES:
+    if asked is None:
+        return None
+    choice = _OLDER_NAMES.get(asked, asked)
+    if choice not in CHOICES:
         raise ConfigError(name, expected=f"one of {', '.join(CHOICES)}", found=repr(asked))
-    return asked
+    return choice
 
 
 def kernels_for(device: torch.device, asked: str | None = None) -> ModuleType | None:
-    """What works on tensors where they lie, `kernels.cuda` or `kernels.plain`; None: they are copied to the
-    CPU, and Numba does.
+    """What works on tensors where they lie, `kernels.cuda` or `kernels.cuda_in_torch`; None: they are copied
+    to the CPU, and Numba does.
 
     `asked` goes before the environment.
 
     Raises:
         ConfigError: the user asks for kernels that cannot run there.
     """
-    asked = asked or asked_for()
+    asked = checked(asked, "kernels") or asked_for()
     if asked == "cpu" or (asked is None and device.type == "cpu"):
         return None
-    if asked == "reference":
-        return _plain()
+    if asked == "torch":
+        return _in_torch()
     problem = _without_triton(device)
     if problem is None:
         from . import cuda
@@ -65,13 +72,13 @@ def kernels_for(device: torch.device, asked: str | None = None) -> ModuleType | 
         )
         raise ConfigError("kernels", expected=f"Triton for tensors on {device}", found=problem, remedy=remedy)
     _say(f"{problem}: torch's own operations are used on {device}, which is slower")
-    return _plain()
+    return _in_torch()
 
 
-def _plain() -> ModuleType:
-    from . import cuda_in_torch as plain
+def _in_torch() -> ModuleType:
+    from . import cuda_in_torch
 
-    return plain
+    return cuda_in_torch
 
 
 def _without_triton(device: torch.device) -> str | None:

@@ -39,10 +39,10 @@ _FOUR = np.uint64(4)
 
 @kernel
 def _any_all_ones(words, mask) -> int:
-    found = 0
+    any_found = 0
     for i in range(words.size):
-        found |= int((words[i] & mask) == mask)
-    return found
+        any_found |= int((words[i] & mask) == mask)
+    return any_found
 
 
 @inlined
@@ -114,14 +114,16 @@ def _at_distance(base, zigzag, top):
 @kernel
 def _distances_by_exponent(base, tuned, shift, groups, top, out, starts, cursor):
     """Distances stably sorted by the base's exponent field; fills the group starts."""
-    word, quarter = out.dtype.type, np.uint64(base.size // 4)
+    word = out.dtype.type
+    quarter = np.uint64(base.size // 4)
     _count_groups(base, shift, groups, cursor)
     for g in range(groups):
         starts[g] = cursor[g]
     starts[groups] = base.size
     for i in range(quarter):
         for lane in range(_ZERO, _FOUR):
-            b, t = base[lane * quarter + i], tuned[lane * quarter + i]
+            b = base[lane * quarter + i]
+            t = tuned[lane * quarter + i]
             out[_next(cursor, lane * groups + _group_of(b, shift, groups))] = word(_distance(b, t, top))
     for i in range(_FOUR * quarter, np.uint64(base.size)):
         out[_next(cursor, _THREE * groups + _group_of(base[i], shift, groups))] = word(
@@ -131,7 +133,8 @@ def _distances_by_exponent(base, tuned, shift, groups, top, out, starts, cursor)
 
 @kernel
 def _from_distances(base, symbols, shift, groups, top, out, cursor):
-    word, quarter = out.dtype.type, np.uint64(base.size // 4)
+    word = out.dtype.type
+    quarter = np.uint64(base.size // 4)
     _count_groups(base, shift, groups, cursor)
     for i in range(quarter):
         for lane in range(_ZERO, _FOUR):
@@ -162,15 +165,16 @@ def _put(words, positions, values):
 @kernel
 def _expand(bitmap, values, out) -> int:
     """out[i] = the next of `values` plus one where bit i is set, else 0; returns how many bits were set."""
-    one, last = out.dtype.type(1), values.size - 1
-    found = 0
+    unit = out.dtype.type(1)
+    last = values.size - 1
+    count = 0
     for i in range(out.size):
         bit = (bitmap[i >> 3] >> np.uint8(i & 7)) & np.uint8(1)
-        out[i] = (values[min(found, last)] + one) * out.dtype.type(
+        out[i] = (values[min(count, last)] + unit) * out.dtype.type(
             bit
         )  # branchless: bits are hard to predict
-        found += bit
-    return found
+        count += bit
+    return count
 
 
 @kernel
@@ -181,7 +185,8 @@ def _join(planes, width, out):
     for i in range(out.size):
         out[i] = out.dtype.type(planes[i])
     for plane in range(1, width):
-        first, shift = np.uint64(plane * out.size), out.dtype.type(8 * plane)
+        first = np.uint64(plane * out.size)
+        shift = out.dtype.type(8 * plane)
         for i in range(out.size):
             out[i] |= out.dtype.type(out.dtype.type(planes[first + np.uint64(i)]) << shift)
 
@@ -191,17 +196,18 @@ def _collapse(symbols, starts, bitmap, values, before) -> int:
     """Undo `_expand`; before[g] is how many values come before symbol starts[g]. Returns how many there
     are.
     """
-    one = symbols.dtype.type(1)
-    found, group = 0, 0
+    unit = symbols.dtype.type(1)
+    count = 0
+    group = 0
     for i in range(symbols.size):
         while group < starts.size and starts[group] == i:
-            before[group] = found
+            before[group] = count
             group += 1
         changed = symbols[i] != 0
         bitmap[i >> 3] |= np.uint8(changed) << np.uint8(i & 7)
-        values[found] = symbols[i] - one  # branchless: overwritten by the next one unless it counts
-        found += changed
-    return found
+        values[count] = symbols[i] - unit  # branchless: overwritten by the next one unless it counts
+        count += changed
+    return count
 
 
 @kernel
@@ -220,13 +226,14 @@ def _law_bf16(base, tuned, factor, out):
 
 
 @kernel
-def _magnitudes_bf16(own, tuned, counts, largest) -> int:
+def _magnitudes_bf16(base, tuned, counts, largest) -> int:
     """Adds float32 |tuned - own| to `counts`, by the leading bits of each; returns how many are not finite
     and not counted.
     """
-    top, strange = np.uint32(0), 0
-    for i in range(own.size):
-        b = np.uint32(np.uint32(own[i]) << np.uint32(16)).view(np.float32)
+    top = np.uint32(0)
+    strange = 0
+    for i in range(base.size):
+        b = np.uint32(np.uint32(base[i]) << np.uint32(16)).view(np.float32)
         t = np.uint32(np.uint32(tuned[i]) << np.uint32(16)).view(np.float32)
         bits = np.float32(t - b).view(np.uint32) & np.uint32(0x7FFFFFFF)
         if bits < np.uint32(0x7F800000):
@@ -258,7 +265,8 @@ def has_nonfinite(words: Words, exponent_mask: int) -> bool:
 def distances_by_exponent(base: Words, tuned: Words, exponent_bits: int) -> tuple[Words, NDArray[np.int64]]:
     """Distances from `base` to `tuned`, grouped by base exponent, and the group starts; see `reference`."""
     out = np.empty_like(base)
-    starts, cursor = np.empty((1 << exponent_bits) + 1, np.int64), np.empty(4 << exponent_bits, np.uint64)
+    starts = np.empty((1 << exponent_bits) + 1, np.int64)
+    cursor = np.empty(4 << exponent_bits, np.uint64)
     _distances_by_exponent(base, tuned, *_layout(base, exponent_bits), out, starts, cursor)
     return out, starts
 
@@ -291,7 +299,8 @@ def collapse(symbols: Words, starts: NDArray[np.int64]) -> tuple[NDArray[np.uint
     `starts`.
     """
     bitmap = np.zeros(-(-symbols.size // 8), np.uint8)
-    values, before = np.empty(symbols.size + 1, symbols.dtype), np.empty(starts.size, np.int64)
+    values = np.empty(symbols.size + 1, symbols.dtype)
+    before = np.empty(starts.size, np.int64)
     return bitmap, values[: _collapse(symbols, starts, bitmap, values, before)], before
 
 
@@ -302,14 +311,14 @@ def law_bf16(base: Words, tuned: Words, factor: float) -> Words:
     return out
 
 
-def magnitudes_bf16(own: Words, tuned: Words, counts: NDArray[np.int64]) -> tuple[float, int]:
+def magnitudes_bf16(base: Words, tuned: Words, counts: NDArray[np.int64]) -> tuple[float, int]:
     """Count float32 |tuned - own| of bfloat16 words by the leading 11 bits after the sign, into `counts`,
     shape (2048,).
 
     Returns the largest, and how many are not finite: those are not counted.
     """
     largest = np.zeros(1, np.uint32)
-    strange = _magnitudes_bf16(own, tuned, counts, largest)
+    strange = _magnitudes_bf16(base, tuned, counts, largest)
     return float(largest.view(np.float32)[0]), strange
 
 

@@ -33,7 +33,6 @@ from .cuda_blocks import (
     kept,
     of_plane,
     place,
-    places,
     ranks,
     read,
     threshold_again,
@@ -41,8 +40,8 @@ from .cuda_blocks import (
     write,
     zeros,
 )
+from .cuda_fingerprints import fingerprint_kernel, unit_factors_on
 from .launch_tables import BLOCK, PLANES, Masks, Rows, Term
-from .reference import UNITS
 from .transfers import to_device
 
 _WORDS = {torch.uint8: tl.uint8, torch.int16: tl.int16, torch.int32: tl.int32, torch.int64: tl.int64}
@@ -51,11 +50,6 @@ _LAUNCH: dict[str, Any] = {"num_warps": blocks.THREADS // 32, "enable_fp_fusion"
 
 _BLOCK = tl.constexpr(BLOCK)
 _PLANES = tl.constexpr(PLANES)
-_COUNTERS = tl.constexpr(BLOCK // PLANES)
-_UNITS = tl.constexpr(UNITS)
-_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
-_MIX1 = tl.constexpr(0xBF58476D1CE4E5B9)
-_MIX2 = tl.constexpr(0x94D049BB133111EB)
 
 
 @triton.jit
@@ -87,93 +81,19 @@ def _narrow(value, CODE: tl.constexpr):
 
 
 @triton.jit
-def _split_mix(number):
-    v = (number.to(tl.uint64) + 1) * _GOLDEN
-    v = (v ^ (v >> 30)) * _MIX1
-    v = (v ^ (v >> 27)) * _MIX2
-    return v ^ (v >> 31)
-
-
-@triton.jit
-def _multipliers(group):
-    """What 1,024 units share, in either lane."""
-    mixed = _split_mix(group)
-    return mixed | 1, (mixed << 32) | (mixed >> 32) | 1
-
-
-@triton.jit
-def _factors(factors, at):
-    """What units are multiplied by themselves, in either lane."""
-    first, second = tl.load(factors + at), tl.load(factors + _UNITS + at)
-    return first.to(tl.uint32, bitcast=True).to(tl.uint64), second.to(tl.uint32, bitcast=True).to(tl.uint64)
-
-
-@triton.jit
-def _print_of_whole(words, block, factors, WIDTH: tl.constexpr):
-    """Both lanes of a whole block whose elements have WIDTH bytes. It is read as units, 1,024 at a time."""
-    at, planes = tl.arange(0, _UNITS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :], ()
-    units = tl.multiple_of(words.to(tl.pointer_type(tl.int32)), 16)
-    for group in tl.static_range(2 * WIDTH):
-        planes = planes + (tl.load(units + group * _UNITS + at),)  # type: ignore[assignment]
-    one, other = _factors(factors, at)
-    first, second = tl.zeros((_UNITS // 4,), tl.uint64), tl.zeros((_UNITS // 4,), tl.uint64)
-    for group in tl.static_range(2 * WIDTH):
-        own = planes[group].to(tl.uint32, bitcast=True).to(tl.uint64)  # type: ignore[var-annotated]
-        multipliers = _multipliers(block * (2 * WIDTH) + group)
-        first += tl.sum(own * one, axis=1) * multipliers[0]
-        second += tl.sum(own * other, axis=1) * multipliers[1]
-    return tl.sum(first), tl.sum(second)
-
-
-@triton.jit
-def _print_of_some(words, block, low, high, factors, WIDTH: tl.constexpr, UNSIGNED: tl.constexpr):
-    """The same of some of a block's elements, wherever they lie: one by one."""
-    first, second, planes = zeros(tl.uint64), zeros(tl.uint64), read(words, low, high, False)
-    for plane in tl.static_range(_PLANES):
-        byte = places(plane) * WIDTH
-        word = planes[plane].to(UNSIGNED, bitcast=True).to(tl.uint64) << (8 * (byte & 3)).to(tl.uint64)
-        for half in tl.static_range(2 if WIDTH == 8 else 1):
-            unit, own = (byte >> 2) + half, word >> (32 * half) & 0xFFFFFFFF
-            one, other = _factors(factors, unit & (_UNITS - 1))
-            multipliers = _multipliers(block * (2 * WIDTH) + unit // _UNITS)
-            first += own * one * multipliers[0]
-            second += own * other * multipliers[1]
-    return tl.sum(first), tl.sum(second)
-
-
-@triton.jit
-def _fingerprint(
-    table,
-    row_of_block,
-    factors,
-    lanes,
-    WORD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    UNSIGNED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    row, block, _, words, low, high = place(table, row_of_block, WORD, ALIGNED)
-    if ALIGNED and high - low == _BLOCK:
-        first, second = _print_of_whole(words, block, factors, WIDTH)
-    else:
-        first, second = _print_of_some(words, block, low, high, factors, WIDTH, UNSIGNED)
-    tl.atomic_add(lanes + 2 * row, first.to(tl.int64, bitcast=True) + (high - low), sem="relaxed")
-    tl.atomic_add(lanes + 2 * row + 1, second.to(tl.int64, bitcast=True) + (high - low), sem="relaxed")
-
-
-@triton.jit
 def _count_block(counts, masks, numbers, block, before, low, high, STORED: tl.constexpr, WHOLE: tl.constexpr):
     drawn = draws(tl.load(masks), block, numbers)
     for pair in tl.static_range(_PLANES // 2):
-        both = tl.sum(totals(drawn, masks, before, low, high, pair, STORED, WHOLE), axis=0)
-        tl.store(counts + 2 * pair, (both & 0xFFFF).to(tl.int64))
-        tl.store(counts + 2 * pair + 1, (both >> 16).to(tl.int64))
+        pair_counts = tl.sum(totals(drawn, masks, before, low, high, pair, STORED, WHOLE), axis=0)
+        tl.store(counts + 2 * pair, (pair_counts & 0xFFFF).to(tl.int64))
+        tl.store(counts + 2 * pair + 1, (pair_counts >> 16).to(tl.int64))
 
 
 @triton.jit
 def _count(table, row_of_block, masks, numbers, counts, STORED: tl.constexpr):
     row, block, before, _, low, high = place(table, row_of_block, tl.int8, False)
-    masks, counts = masks + 3 * row, counts + _PLANES * tl.program_id(0)
+    masks = masks + 3 * row
+    counts = counts + _PLANES * tl.program_id(0)
     if high - low == _BLOCK:
         _count_block(counts, masks, numbers, block, before, low, high, STORED, True)
     else:
@@ -203,13 +123,15 @@ def _move_block(
     WHOLE: tl.constexpr,
     PUT: tl.constexpr,
 ):
-    planes, results = read(words, low, high, WHOLE), ()
+    planes = read(words, low, high, WHOLE)
+    results = ()
     drawn = draws(tl.load(masks), block, numbers)
     firsts = earlier(drawn, masks, before, low, high, STORED, WHOLE)
     threshold = threshold_again(masks)
     for plane in tl.static_range(_PLANES):
         keeps = kept(drawn, masks, threshold, before, low, high, plane, STORED, WHOLE)
-        first, rank = values + (tl.load(offsets + plane) - 1), of_plane(firsts, plane) + ranks(keeps)
+        first = values + (tl.load(offsets + plane) - 1)
+        rank = of_plane(firsts, plane) + ranks(keeps)
         if PUT:
             results = results + (tl.load(first + rank, mask=keeps, other=planes[plane]),)  # type: ignore[assignment]
         else:
@@ -225,7 +147,8 @@ def _move(
 ):  # fmt: skip
     """Kept words from the rows to `values`, or with PUT from there to the rows."""
     row, block, before, words, low, high = place(table, row_of_block, WORD, ALIGNED)
-    masks, offsets = masks + 3 * row, offsets + _PLANES * tl.program_id(0)
+    masks = masks + 3 * row
+    offsets = offsets + _PLANES * tl.program_id(0)
     if high - low == _BLOCK:
         _move_block(words, offsets, values, masks, numbers, block, before, low, high, STORED, True, PUT)
     else:
@@ -234,35 +157,31 @@ def _move(
 
 @triton.jit
 def _take_both_block(
-    base, tuned, offsets, own, new, masks, numbers, block, before, low, high,
+    base, tuned, offsets, base_out, tuned_out, masks, numbers, block, before, low, high,
     WORD: tl.constexpr, EXPONENT: tl.constexpr, STORED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Returns the largest exponent among the tuned words, in its place."""
-    base_planes, tuned_planes, largest = (
-        read(base, low, high, WHOLE),
-        read(tuned, low, high, WHOLE),
-        zeros(WORD),
-    )
+    base_planes = read(base, low, high, WHOLE)
+    tuned_planes = read(tuned, low, high, WHOLE)
+    largest = zeros(WORD)
     drawn = draws(tl.load(masks), block, numbers)
     firsts = earlier(drawn, masks, before, low, high, STORED, WHOLE)
     threshold = threshold_again(masks)
     for plane in tl.static_range(_PLANES):
         keeps = kept(drawn, masks, threshold, before, low, high, plane, STORED, WHOLE)
-        at, first = (
-            tl.where(keeps, of_plane(firsts, plane) + ranks(keeps), 0).to(tl.int16),
-            tl.load(offsets + plane) - 1,
-        )
-        _scatter(own + first, at, base_planes[plane])
+        at = tl.where(keeps, of_plane(firsts, plane) + ranks(keeps), 0).to(tl.int16)
+        first = tl.load(offsets + plane) - 1
+        _scatter(base_out + first, at, base_planes[plane])
         _scatter(
-            new + first, at.to(tl.uint16), tuned_planes[plane]
+            tuned_out + first, at.to(tl.uint16), tuned_planes[plane]
         )  # unsigned: places widened for both would move as 64 bits
         largest = tl.maximum(largest, tuned_planes[plane] & EXPONENT)
     return tl.max(largest)
 
 
-@triton.jit(do_not_specialize_on_alignment=["own", "new"])
+@triton.jit(do_not_specialize_on_alignment=["base_out", "tuned_out"])
 def _take_both(
-    table, row_of_block, masks, numbers, addresses, offsets, own, new, strange,
+    table, row_of_block, masks, numbers, addresses, offsets, base_out, tuned_out, strange,
     WORD: tl.constexpr, EXPONENT: tl.constexpr, STORED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Kept words of rows and of others like them, which lie at `addresses`; and in `strange` which of these
@@ -270,14 +189,15 @@ def _take_both(
     """
     row, block, before, base, low, high = place(table, row_of_block, WORD, ALIGNED)
     tuned = at_address(tl.load(addresses + row), before, WORD, ALIGNED)
-    masks, offsets = masks + 3 * row, offsets + _PLANES * tl.program_id(0)
+    masks = masks + 3 * row
+    offsets = offsets + _PLANES * tl.program_id(0)
     if high - low == _BLOCK:
         largest = _take_both_block(
             base,
             tuned,
             offsets,
-            own,
-            new,
+            base_out,
+            tuned_out,
             masks,
             numbers,
             block,
@@ -294,8 +214,8 @@ def _take_both(
             base,
             tuned,
             offsets,
-            own,
-            new,
+            base_out,
+            tuned_out,
             masks,
             numbers,
             block,
@@ -316,32 +236,40 @@ def _add_block(
     TERMS: tl.constexpr, DELTAS: tl.constexpr, STORED: tl.constexpr, WORD: tl.constexpr, CODE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    planes, results = read(words, low, high, WHOLE), ()
-    drawn, firsts, thresholds = (), (), ()
+    planes = read(words, low, high, WHOLE)
+    results = ()
+    drawn = ()
+    firsts = ()
+    thresholds = ()
     for t in tl.static_range(TERMS):
-        own_masks, stored = masks + 3 * t * rows, tl.constexpr(((STORED >> t) & 1) != 0)
+        own_masks = masks + 3 * t * rows
+        stored = tl.constexpr(((STORED >> t) & 1) != 0)
         drawn = drawn + (draws(tl.load(own_masks), block, numbers),)  # type: ignore[assignment]
         firsts = firsts + (earlier(drawn[t], own_masks, before, low, high, stored, WHOLE),)  # type: ignore[assignment]
         thresholds = thresholds + (threshold_again(own_masks),)  # type: ignore[assignment]
     for plane in tl.static_range(_PLANES):
         word = planes[plane]
-        own = _widen(word, CODE)
-        total, alone = own, word
+        number = _widen(word, CODE)
+        total = number
+        alone = word
         movers = zeros(tl.int32)  # one for each that gives its own word where it is alone, two for each other
         for t in tl.static_range(TERMS):
-            own_masks, stored = masks + 3 * t * rows, tl.constexpr(((STORED >> t) & 1) != 0)
+            own_masks = masks + 3 * t * rows
+            stored = tl.constexpr(((STORED >> t) & 1) != 0)
             keeps = kept(drawn[t], own_masks, thresholds[t], before, low, high, plane, stored, WHOLE)
             first = (tl.load(offsets + _PLANES * t * blocks + plane) - 1) + of_plane(firsts[t], plane)
             factor = tl.load(factors + t * rows)
             if (DELTAS >> t) & 1:
-                at = tl.load(values + t).to(tl.pointer_type(own.dtype)) + first + ranks(keeps)
+                at = tl.load(values + t).to(tl.pointer_type(number.dtype)) + first + ranks(keeps)
                 delta = tl.load(at, mask=keeps, other=0)
-                moves, ones = delta != 0, 2
+                moves = delta != 0
+                ones = 2
             else:
                 at = tl.load(values + t).to(tl.pointer_type(WORD)) + first + ranks(keeps)
                 tuned = tl.load(at, mask=keeps, other=word)
-                delta = _widen(tuned, CODE) - own
-                moves, ones = tuned != word, tl.where(tl.zeros_like(own) + factor == 1, 1, 2)
+                delta = _widen(tuned, CODE) - number
+                moves = tuned != word
+                ones = tl.where(tl.zeros_like(number) + factor == 1, 1, 2)
                 alone = tl.where(moves, tuned, alone)
             total = tl.where(moves, total + factor * delta, total)
             movers += tl.where(moves, ones, 0)
@@ -359,7 +287,9 @@ def _add(
     t has deltas, bitmaps.
     """
     row, block, before, words, low, high = place(table, row_of_block, WORD, ALIGNED)
-    masks, offsets, factors = masks + 3 * row, offsets + _PLANES * tl.program_id(0), factors + row
+    masks = masks + 3 * row
+    offsets = offsets + _PLANES * tl.program_id(0)
+    factors = factors + row
     if high - low == _BLOCK:
         _add_block(
             words, offsets, values, factors, masks, numbers, block, before, low, high, rows, blocks,
@@ -378,9 +308,9 @@ def fingerprint(rows: Rows) -> Tensor:
     width = rows.dtype.itemsize
     unsigned = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}[width]
     _launch(
-        _fingerprint,
+        fingerprint_kernel,
         rows,
-        blocks.factors(rows.device),
+        unit_factors_on(rows.device),
         lanes,
         _WORDS[rows.word],
         width,
@@ -392,9 +322,9 @@ def fingerprint(rows: Rows) -> Tensor:
 
 def counts(rows: Rows, masks: Masks) -> Tensor:
     """int64 [blocks, 8]: how many elements each plane of 1,024 keeps."""
-    found = torch.empty((rows.blocks, PLANES), dtype=torch.int64, device=rows.device)
-    _launch(_count, rows, *_of(rows, masks), found, masks.stored)
-    return found
+    kept_counts = torch.empty((rows.blocks, PLANES), dtype=torch.int64, device=rows.device)
+    _launch(_count, rows, *_of(rows, masks), kept_counts, masks.stored)
+    return kept_counts
 
 
 def take(rows: Rows, masks: Masks, offsets: Tensor, out: Tensor) -> None:
@@ -404,8 +334,11 @@ def take(rows: Rows, masks: Masks, offsets: Tensor, out: Tensor) -> None:
     )
 
 
-def take_both(base: Rows, tuned: Rows, masks: Masks, offsets: Tensor, own: Tensor, new: Tensor) -> Tensor:
-    """`take` of two models at once: of `base` into `own`, of `tuned`, rows of the same elements, into `new`.
+def take_both(
+    base: Rows, tuned: Rows, masks: Masks, offsets: Tensor, base_out: Tensor, tuned_out: Tensor
+) -> Tensor:
+    """`take` of two models at once: of `base` into `base_out`, of `tuned`, rows of the same elements, into
+    `tuned_out`.
 
     Returns:
         int32 [rows]: 1 where `tuned` holds NaN or infinity, also among elements that are dropped.
@@ -413,7 +346,7 @@ def take_both(base: Rows, tuned: Rows, masks: Masks, offsets: Tensor, own: Tenso
     strange = torch.zeros(len(base.rows), dtype=torch.int32, device=base.device)
     addresses = to_device(torch.tensor([row.address for row in tuned.rows], dtype=torch.int64), base.device)
     _launch(
-        _take_both, base, *_of(base, masks), addresses, offsets, own, new, strange,
+        _take_both, base, *_of(base, masks), addresses, offsets, base_out, tuned_out, strange,
         _WORDS[base.word], base.dtype.exponent_mask, masks.stored, base.aligned and tuned.aligned,
     )  # fmt: skip
     return strange
@@ -430,7 +363,8 @@ def add(rows: Rows, terms: Sequence[Term]) -> None:
     """What packages together make of the rows, in place."""
     if not terms:
         return
-    device, compute = rows.device, torch.float64 if rows.dtype.code == "F64" else torch.float32
+    device = rows.device
+    compute = torch.float64 if rows.dtype.code == "F64" else torch.float32
     masks = torch.cat([term.masks.table(device) for term in terms])
     factors = to_device(torch.tensor([list(term.factors) for term in terms], dtype=compute), device)
     offsets = torch.cat([term.offsets for term in terms])

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch_tables import BLOCK, PLANES
-from .reference import UNITS, unit_factors
 
 THREADS = 128
 _THREADS = tl.constexpr(THREADS)
@@ -35,30 +34,21 @@ def numbers(device: torch.device) -> Tensor:
 _numbers: dict[torch.device, Tensor] = {}
 
 
-def factors(device: torch.device) -> Tensor:
-    """int32 [2048]: what 1,024 units are multiplied by in the first lane of a fingerprint, then in the second
-    (docs/format.md §3).
-    """
-    if device not in _factors:
-        _factors[device] = torch.cat(unit_factors(torch.arange(UNITS))).int().to(device)
-    return _factors[device]
-
-
-_factors: dict[torch.device, Tensor] = {}
-
-
 @triton.jit
 def place(table, row_of_block, WORD: tl.constexpr, ALIGNED: tl.constexpr):
     """This program's row, its block, elements of the row before that, where the block's words begin, or would
     begin if the row had all of them, and which of them it has: [low, high)."""
     program = tl.program_id(0)
     row = tl.load(row_of_block + program).to(tl.int64)
-    address, start = tl.load(table + 4 * row), tl.load(table + 4 * row + 1)
-    count, first = tl.load(table + 4 * row + 2), tl.load(table + 4 * row + 3)
+    address = tl.load(table + 4 * row)
+    start = tl.load(table + 4 * row + 1)
+    count = tl.load(table + 4 * row + 2)
+    first = tl.load(table + 4 * row + 3)
     block = start // _BLOCK + (program - first)
     before = block * _BLOCK - start
     words = at_address(address, before, WORD, ALIGNED)
-    low, high = tl.maximum(-before, 0).to(tl.int32), tl.minimum(count - before, _BLOCK).to(tl.int32)
+    low = tl.maximum(-before, 0).to(tl.int32)
+    high = tl.minimum(count - before, _BLOCK).to(tl.int32)
     return row, block, before, words, low, high
 
 
@@ -117,12 +107,18 @@ def draws(key, block, counted):
     """
     first = block * _COUNTERS
     c0 = tl.load(counted + places(0)).to(tl.uint32) + first.to(tl.uint32)
-    c1, c2, c3 = tl.zeros_like(c0) + (first >> 32).to(tl.uint32), tl.zeros_like(c0), tl.zeros_like(c0)
-    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    c1 = tl.zeros_like(c0) + (first >> 32).to(tl.uint32)
+    c2 = tl.zeros_like(c0)
+    c3 = tl.zeros_like(c0)
+    k0 = key.to(tl.uint32)
+    k1 = (key >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
-        p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
-        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
-        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = p1.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = p0.to(tl.uint32)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
     return c0, c1, c2, c3
@@ -157,9 +153,9 @@ def totals(drawn, masks, before, low, high, PAIR: tl.constexpr, STORED: tl.const
     keeps.
     """
     threshold = tl.load(masks + 1)
-    one = kept(drawn, masks, threshold, before, low, high, 2 * PAIR, STORED, WHOLE)
-    other = kept(drawn, masks, threshold, before, low, high, 2 * PAIR + 1, STORED, WHOLE)
-    return tl.sum(one.to(tl.int32) + (other.to(tl.int32) << 16), axis=1)
+    lower = kept(drawn, masks, threshold, before, low, high, 2 * PAIR, STORED, WHOLE)
+    upper = kept(drawn, masks, threshold, before, low, high, 2 * PAIR + 1, STORED, WHOLE)
+    return tl.sum(lower.to(tl.int32) + (upper.to(tl.int32) << 16), axis=1)
 
 
 @triton.jit
@@ -167,8 +163,8 @@ def earlier(drawn, masks, before, low, high, STORED: tl.constexpr, WHOLE: tl.con
     """[128] for each pair of planes, as in `totals`: how many elements earlier threads keep."""
     sums = ()
     for pair in tl.static_range(_PLANES // 2):
-        own = totals(drawn, masks, before, low, high, pair, STORED, WHOLE)
-        sums = sums + (tl.cumsum(own, axis=0) - own,)  # type: ignore[assignment]
+        kept_here = totals(drawn, masks, before, low, high, pair, STORED, WHOLE)
+        sums = sums + (tl.cumsum(kept_here, axis=0) - kept_here,)  # type: ignore[assignment]
     return sums
 
 

@@ -29,13 +29,13 @@ def fingerprint(rows: Rows) -> Tensor:
 
 def counts(rows: Rows, masks: Masks) -> Tensor:
     """int64 [blocks, 8]: how many elements each plane of 1,024 keeps."""
-    found = [torch.zeros((0, PLANES), dtype=torch.int64, device=rows.device)]
+    parts = [torch.zeros((0, PLANES), dtype=torch.int64, device=rows.device)]
     for number, row in enumerate(rows.rows):
         blocks = rows.first_blocks[number + 1] - rows.first_blocks[number]
         padded = torch.zeros(blocks * BLOCK, dtype=torch.int64, device=rows.device)
         padded[row.start % BLOCK : row.start % BLOCK + row.count] = _kept(rows, masks, number).long()
-        found.append(padded.reshape(blocks, PLANES, BLOCK // PLANES).sum(dim=2))
-    return torch.cat(found)
+        parts.append(padded.reshape(blocks, PLANES, BLOCK // PLANES).sum(dim=2))
+    return torch.cat(parts)
 
 
 def take(rows: Rows, masks: Masks, offsets: Tensor, out: Tensor) -> None:
@@ -46,14 +46,17 @@ def take(rows: Rows, masks: Masks, offsets: Tensor, out: Tensor) -> None:
             _values(rows, offsets, out, number, words.numel()).copy_(words)
 
 
-def take_both(base: Rows, tuned: Rows, masks: Masks, offsets: Tensor, own: Tensor, new: Tensor) -> Tensor:
-    """`take` of two models at once: of `base` into `own`, of `tuned`, rows of the same elements, into `new`.
+def take_both(
+    base: Rows, tuned: Rows, masks: Masks, offsets: Tensor, base_out: Tensor, tuned_out: Tensor
+) -> Tensor:
+    """`take` of two models at once: of `base` into `base_out`, of `tuned`, rows of the same elements, into
+    `tuned_out`.
 
     Returns:
         int32 [rows]: 1 where `tuned` holds NaN or infinity, also among elements that are dropped.
     """
-    take(base, masks, offsets, own)
-    take(tuned, masks, offsets, new)
+    take(base, masks, offsets, base_out)
+    take(tuned, masks, offsets, tuned_out)
     finite = [row.words.view(FLOATS[tuned.dtype.code]).isfinite().all() for row in tuned.rows]
     return 1 - torch.stack(finite).int()
 
@@ -77,14 +80,16 @@ def add(rows: Rows, terms: Sequence[Term]) -> None:
 
 def _dense(rows: Rows, term: Term, number: int) -> Dense:
     """A package's part in one row: where it keeps nothing, words stay and deltas are zero."""
-    words, kept = rows.rows[number].words, _kept(rows, term.masks, number)
+    words = rows.rows[number].words
+    kept = _kept(rows, term.masks, number)
     every = torch.zeros_like(words, dtype=term.values.dtype) if term.deltas else words.clone()
     every[kept] = _values(rows, term.offsets, term.values, number, int(kept.sum()))
     return Dense(factor=term.factors[number], **{"delta" if term.deltas else "tuned": every})
 
 
 def _kept(rows: Rows, masks: Masks, number: int) -> Tensor:
-    row, bitmap = rows.rows[number], masks.bitmap(number)
+    row = rows.rows[number]
+    bitmap = masks.bitmap(number)
     if bitmap is None:
         return reference.keep_mask(
             masks.keys[number], row.start, row.count, masks.thresholds[number], rows.device

@@ -61,7 +61,9 @@ def _length(start, done, size):
 @inlined
 def _add(units, done, length, number, factors, lanes):
     """Add the share of units from `done` on, the first of which has that number, which share a multiplier."""
-    at, a, b = number & _LAST, np.uint64(0), np.uint64(0)
+    at = number & _LAST
+    a = np.uint64(0)
+    b = np.uint64(0)
     for i in range(length):
         unit = np.uint64(units[done + i])
         a += unit * np.uint64(factors[at + i])
@@ -73,7 +75,8 @@ def _add(units, done, length, number, factors, lanes):
 
 @kernel
 def _fingerprint(units, start, factors, lanes):
-    done, size = np.uint64(0), np.uint64(units.size)
+    done = np.uint64(0)
+    size = np.uint64(units.size)
     while done < size:
         length = _length(start, done, size)
         _add(units, done, length, start + done, factors, lanes)
@@ -82,7 +85,8 @@ def _fingerprint(units, start, factors, lanes):
 
 @kernel
 def _copy_with_fingerprint(units, start, out, factors, lanes):
-    done, size = np.uint64(0), np.uint64(units.size)
+    done = np.uint64(0)
+    size = np.uint64(units.size)
     while done < size:
         length = _length(start, done, size)
         for i in range(done, done + length):
@@ -94,7 +98,8 @@ def _copy_with_fingerprint(units, start, out, factors, lanes):
 @inlined
 def _end_of_group(positions, begin, last):
     """How many positions, ascending, are not beyond `last`, given that `begin` of them are not."""
-    end, step = begin, np.uint64(positions.size)
+    end = begin
+    step = np.uint64(positions.size)
     while step:
         while end + step <= np.uint64(positions.size) and np.uint64(positions[end + step - _ONE]) <= last:
             end += step
@@ -108,17 +113,20 @@ def _unit_of(word, byte):
 
 
 @kernel
-def _change(own, new, positions, start, factors, lanes):
+def _change(old, new, positions, start, factors, lanes):
     """`factors` holds both lanes' of a unit in one number."""
-    begin, size = np.uint64(0), np.uint64(own.itemsize)
-    while begin < np.uint64(own.size):
+    begin = np.uint64(0)
+    size = np.uint64(old.itemsize)
+    while begin < np.uint64(old.size):
         group = ((start + np.uint64(positions[begin])) * size) >> _TWELVE
         end = _end_of_group(positions, begin, ((group + _ONE) << _TWELVE) // size - start - _ONE)
-        a, b = np.uint64(0), np.uint64(0)
+        a = np.uint64(0)
+        b = np.uint64(0)
         for i in range(begin, end):
             byte = (start + np.uint64(positions[i])) * size
             factor = factors[(byte >> _TWO) & _LAST]
-            before, after = _unit_of(own[i], byte), _unit_of(new[i], byte)
+            before = _unit_of(old[i], byte)
+            after = _unit_of(new[i], byte)
             a += after * (factor & _LOW) - before * (factor & _LOW)
             b += after * (factor >> _U32) - before * (factor >> _U32)
         mixed = _split_mix(group)
@@ -145,15 +153,15 @@ def copy_with_fingerprint(words: Words, start: int, out: Words) -> tuple[int, in
     return int(lanes[0]), int(lanes[1])
 
 
-def fingerprint_change(own: Words, new: Words, positions: Positions, start: int) -> tuple[int, int]:
+def fingerprint_change(old: Words, new: Words, positions: Positions, start: int) -> tuple[int, int]:
     """What is added to a fingerprint when the elements at `start + positions` (ascending) become `new` where
-    they were `own`.
+    they were `old`.
     """
-    if own.itemsize == 8:
+    if old.itemsize == 8:
         halves = (2 * positions[:, None] + np.arange(2)).reshape(-1)
-        return fingerprint_change(own.view(np.uint32), new.view(np.uint32), halves, 2 * start)
+        return fingerprint_change(old.view(np.uint32), new.view(np.uint32), halves, 2 * start)
     lanes = np.zeros(2, np.uint64)
-    _change(own, new, positions, np.uint64(start), _pairs(), lanes)
+    _change(old, new, positions, np.uint64(start), _pairs(), lanes)
     return int(lanes[0]), int(lanes[1])
 
 

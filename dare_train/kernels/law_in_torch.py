@@ -35,10 +35,12 @@ class Dense:
         nothing.
         """
         if self.tuned is not None:
-            delta, moves = widened(self.tuned, dtype) - widened(words, dtype), self.tuned != words
+            delta = widened(self.tuned, dtype) - widened(words, dtype)
+            moves = self.tuned != words
         else:
             assert self.delta is not None
-            delta, moves = self.delta, self.delta != 0
+            delta = self.delta
+            moves = self.delta != 0
         return self._factor(dtype) * delta, moves if self.present is None else moves & self.present
 
     def _factor(self, dtype: DType) -> float:
@@ -50,8 +52,10 @@ def combined(words: Tensor, terms: Sequence[Dense], dtype: DType, out: DType) ->
 
     Where `out` is another dtype than theirs, every sum is rounded, whether or not anything moved the element.
     """
-    total, alone = widened(words, dtype), words
-    movers, exact = torch.zeros_like(words, dtype=torch.int16), torch.zeros_like(words, dtype=torch.int16)
+    total = widened(words, dtype)
+    alone = words
+    movers = torch.zeros_like(words, dtype=torch.int16)
+    exact = torch.zeros_like(words, dtype=torch.int16)
     for term in terms:
         added, moves = term.addend(words, dtype)
         total = torch.where(moves, total + added, total)

@@ -80,7 +80,8 @@ class Kernel(Part):
         flat: list[Any] = []
         for argument in arguments:
             if isinstance(argument, np.ndarray):
-                size, width = argument.size, argument.itemsize
+                size = argument.size
+                width = argument.itemsize
                 flat += (None, None, size, width, argument.ctypes.data, size, width)
             else:
                 flat.append(argument if isinstance(argument, int) else argument.item())
@@ -135,11 +136,9 @@ class _Machine:
 
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
-        triple, cpu, features = (
-            llvm.get_process_triple(),
-            llvm.get_host_cpu_name(),
-            llvm.get_host_cpu_features().flatten(),
-        )
+        triple = llvm.get_process_triple()
+        cpu = llvm.get_host_cpu_name()
+        features = llvm.get_host_cpu_features().flatten()
         sources = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
         depends_on = "\0".join([llvmlite.__version__, triple, cpu, features, *sources])
         self._objects = _cache_folder() / "kernels" / hashlib.sha256(depends_on.encode()).hexdigest()[:16]
@@ -166,7 +165,8 @@ def _machine() -> _Machine:
 
 def _verified(stored: bytes) -> bytes | None:
     """The code in an object file of ours, or None if a bit of it rotted."""
-    digest, code = stored[:32], stored[32:]
+    digest = stored[:32]
+    code = stored[32:]
     return code if hashlib.sha256(code).digest() == digest else None
 
 

@@ -15,7 +15,8 @@ from . import reference
 from .law_in_torch import FLOATS
 from .transfers import to_device
 
-_SHIFT, _BINS = 20, 2048
+_SHIFT = 20
+_BINS = 2048
 
 
 class Packed(NamedTuple):
@@ -33,23 +34,26 @@ class Packed(NamedTuple):
     """int64 [segments, groups]: how many changed symbols come before it."""
 
 
-def exact(own: Tensor, tuned: Tensor, kept: Sequence[int], dtype: DType) -> Packed:
-    """Encode the words `tuned` of the elements that segments keep, where the base has the words `own`.
+def exact(base_words: Tensor, tuned_words: Tensor, kept: Sequence[int], dtype: DType) -> Packed:
+    """Encode the tuned words of the elements that segments keep, relative to those of the base.
 
     Args:
-        own, tuned: words, of one segment after another.
+        base_words, tuned_words: of one segment after another.
         kept: how many elements each segment keeps.
     """
-    device, count = own.device, own.numel()
+    device = base_words.device
+    count = base_words.numel()
     sizes = to_device(torch.tensor(list(kept), dtype=torch.int64), device)
-    firsts, bitmaps = _before(sizes), (sizes + 7) // 8
+    firsts = _before(sizes)
+    bitmaps = (sizes + 7) // 8
     segment = torch.repeat_interleave(torch.arange(len(kept), device=device), sizes, output_size=count)
-    base, new = (words.long() & reference.ones(dtype.bits) for words in (own, tuned))
+    base, new = (words.long() & reference.ones(dtype.bits) for words in (base_words, tuned_words))
     symbols = reference.distances_by_exponent(base, new, dtype.bits, dtype.exponent_bits, segment)
     flags = symbols != 0
     through = torch.cat([firsts.new_zeros(1), flags.cumsum(0)])
     changed = through[firsts + sizes] - through[firsts]
-    values, its = symbols[flags] - 1, segment[flags]
+    values = symbols[flags] - 1
+    segment_of_value = segment[flags]
     begins = _before(bitmaps + dtype.itemsize * changed)
     contents = torch.empty(
         sum(-(-size // 8) for size in kept) + dtype.itemsize * values.numel(),
@@ -57,9 +61,13 @@ def exact(own: Tensor, tuned: Tensor, kept: Sequence[int], dtype: DType) -> Pack
         device=device,
     )
     _put_bitmaps(contents, flags, segment, firsts, bitmaps, begins)
-    place = (begins + bitmaps)[its] + torch.arange(values.numel(), device=device) - _before(changed)[its]
+    place = (
+        (begins + bitmaps)[segment_of_value]
+        + torch.arange(values.numel(), device=device)
+        - _before(changed)[segment_of_value]
+    )
     for plane in range(dtype.itemsize):
-        contents[place + plane * changed[its]] = (values >> 8 * plane & 0xFF).to(torch.uint8)
+        contents[place + plane * changed[segment_of_value]] = (values >> 8 * plane & 0xFF).to(torch.uint8)
     starts = _starts(base, segment, len(kept), dtype)
     return Packed(
         contents=contents,
@@ -80,16 +88,20 @@ class Sizes(NamedTuple):
     """int64 [segments]: how many are not finite; those are not counted."""
 
 
-def magnitudes(own: Tensor, tuned: Tensor, kept: Sequence[int], dtype: DType) -> Sizes:
+def magnitudes(base_words: Tensor, tuned_words: Tensor, kept: Sequence[int], dtype: DType) -> Sizes:
     """Of the deltas between words as in `exact`. Of float64's what float32 cannot hold is not counted
     either.
     """
-    device, compute = own.device, torch.float64 if dtype.code == "F64" else torch.float32
+    device = base_words.device
+    compute = torch.float64 if dtype.code == "F64" else torch.float32
     sizes = to_device(torch.tensor(list(kept), dtype=torch.int64), device)
-    segment = torch.repeat_interleave(torch.arange(len(kept), device=device), sizes, output_size=own.numel())
-    delta = tuned.view(FLOATS[dtype.code]).to(compute) - own.view(FLOATS[dtype.code]).to(compute)
+    segment = torch.repeat_interleave(
+        torch.arange(len(kept), device=device), sizes, output_size=base_words.numel()
+    )
+    delta = tuned_words.view(FLOATS[dtype.code]).to(compute) - base_words.view(FLOATS[dtype.code]).to(compute)
     size = delta.abs().float()
-    counted, place = size.isfinite(), segment * _BINS + (size.view(torch.int32) >> _SHIFT)
+    counted = size.isfinite()
+    place = segment * _BINS + (size.view(torch.int32) >> _SHIFT)
     return Sizes(
         counts=place[counted].bincount(minlength=len(kept) * _BINS).reshape(-1, _BINS),
         largest=size.new_zeros(len(kept)).scatter_reduce(0, segment, torch.where(counted, size, 0), "amax"),
@@ -112,10 +124,10 @@ def _put_bitmaps(
     packed = (bits.reshape(-1, 8) << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(
         dim=1, dtype=torch.uint8
     )
-    its = torch.repeat_interleave(
+    segment_of_byte = torch.repeat_interleave(
         torch.arange(len(bitmaps), device=flags.device), bitmaps, output_size=number
     )
-    contents[(begins - bytes_before)[its] + torch.arange(number, device=flags.device)] = packed
+    contents[(begins - bytes_before)[segment_of_byte] + torch.arange(number, device=flags.device)] = packed
 
 
 def _starts(base: Tensor, segment: Tensor, segments: int, dtype: DType) -> Tensor:

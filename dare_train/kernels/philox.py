@@ -41,23 +41,32 @@ def _philox(c0, c1, c2, c3, k0, k1):
     vectorise.
     """
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    k0 = (k0 + _W0) & _LOW
+    k1 = (k1 + _W1) & _LOW
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    k0 = (k0 + _W0) & _LOW
+    k1 = (k1 + _W1) & _LOW
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    k0 = (k0 + _W0) & _LOW
+    k1 = (k1 + _W1) & _LOW
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    k0 = (k0 + _W0) & _LOW
+    k1 = (k1 + _W1) & _LOW
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    k0 = (k0 + _W0) & _LOW
+    k1 = (k1 + _W1) & _LOW
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    k0 = (k0 + _W0) & _LOW
+    k1 = (k1 + _W1) & _LOW
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    k0 = (k0 + _W0) & _LOW
+    k1 = (k1 + _W1) & _LOW
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    k0 = (k0 + _W0) & _LOW
+    k1 = (k1 + _W1) & _LOW
     c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    k0 = (k0 + _W0) & _LOW
+    k1 = (k1 + _W1) & _LOW
     return _round(c0, c1, c2, c3, k0, k1)
 
 
@@ -66,7 +75,8 @@ def _block_draws(key, block, domain, out, at):
     """The 8,192 draws of one block from `at` on, planar: word w of counter j is draws 2w*1024+j (low half)
     and (2w+1)*1024+j.
     """
-    k0, k1 = key & _LOW, key >> _U32
+    k0 = key & _LOW
+    k1 = key >> _U32
     first = block * np.uint64(_COUNTERS)
     high = first >> _U32
     for j in range(_COUNTERS):
@@ -143,7 +153,8 @@ def _write_positions(bits, first, out, at):
 @kernel
 def _kept_positions(key, start, count, threshold, out, buffer, flags, words) -> int:
     """`words` is `flags`, eight at a time."""
-    done, kept = 0, 0
+    done = 0
+    kept = 0
     while done < count:
         index = start + np.uint64(done)
         offset = np.int64(index % np.uint64(BLOCK))

@@ -20,12 +20,18 @@ def philox(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Ten
     """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): four uint32 words
     per counter.
     """
-    k0, k1 = key & _LOW, key >> 32
+    k0 = key & _LOW
+    k1 = key >> 32
     c0, c1, c2, c3 = counter
     for _ in range(10):
-        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = _right(p1, 32) ^ c1 ^ k0, p1 & _LOW, _right(p0, 32) ^ c3 ^ k1, p0 & _LOW
-        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+        p0 = 0xD2511F53 * c0
+        p1 = 0xCD9E8D57 * c2
+        c0 = _right(p1, 32) ^ c1 ^ k0
+        c1 = p1 & _LOW
+        c2 = _right(p0, 32) ^ c3 ^ k1
+        c3 = p0 & _LOW
+        k0 = (k0 + 0x9E3779B9) & _LOW
+        k1 = (k1 + 0xBB67AE85) & _LOW
     return [c0, c1, c2, c3]
 
 
@@ -36,7 +42,8 @@ def draws(key: int, start: int, count: int, domain: int, device: torch.device | 
     2048 of counter 1024 · block + r % 1024.
     """
     index = torch.arange(start, start + count, device=device)
-    block, r = index // BLOCK, index % BLOCK
+    block = index // BLOCK
+    r = index % BLOCK
     counter = block * COUNTERS + r % COUNTERS
     zero = torch.zeros_like(counter)
     words = torch.stack(philox(key, (counter & _LOW, _right(counter, 32), zero + domain, zero)))
@@ -73,12 +80,12 @@ def fingerprint(words: Tensor, start: int, width: int) -> tuple[int, int]:
 
 
 def fingerprint_change(
-    own: Tensor, new: Tensor, positions: Tensor, start: int, width: int
+    old: Tensor, new: Tensor, positions: Tensor, start: int, width: int
 ) -> tuple[int, int]:
     """What is added to a fingerprint when the elements at flat indices `start + positions` become `new` where
-    they were `own`.
+    they were `old`.
     """
-    first, second = (lanes(new, positions, start, width) - lanes(own, positions, start, width)).tolist()
+    first, second = (lanes(new, positions, start, width) - lanes(old, positions, start, width)).tolist()
     return first % 2**64, second % 2**64
 
 
@@ -95,9 +102,10 @@ def lanes(words: Tensor, positions: Tensor, start: int, width: int) -> Tensor:
 
 
 def _of_units(units: Tensor, number: Tensor) -> Tensor:
-    own, shared = unit_factors(number), split_mix(number // UNITS)
-    first = own[0] * (shared | 1)
-    second = own[1] * ((shared << 32) | _right(shared, 32) | 1)
+    factors = unit_factors(number)
+    shared = split_mix(number // UNITS)
+    first = factors[0] * (shared | 1)
+    second = factors[1] * ((shared << 32) | _right(shared, 32) | 1)
     return torch.stack([(first * units).sum(), (second * units).sum()])
 
 

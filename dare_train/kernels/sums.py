@@ -38,11 +38,11 @@ def _narrowed(value):
 
 
 @inlined
-def _sum(total, own, tuned, factor):
+def _sum(total, base, tuned, factor):
     """Of a word that moves; every NaN with the same bits."""
-    sum_ = np.float32(total + np.float32(factor * np.float32(_widened(tuned) - _widened(own))))
+    sum_ = np.float32(total + np.float32(factor * np.float32(_widened(tuned) - _widened(base))))
     sum_ = _CANONICAL if sum_ != sum_ else sum_
-    return sum_ if own != tuned else total
+    return sum_ if base != tuned else total
 
 
 @kernel
@@ -52,22 +52,22 @@ def _widen_bf16(words, out):
 
 
 @kernel
-def _add_at_bf16(own, tuned, positions, factor, total):
+def _add_at_bf16(base, tuned, positions, factor, total):
     for i in range(positions.size):
         p = np.uint64(positions[i])
-        total[p] = _sum(total[p], own[i], tuned[i], factor)
+        total[p] = _sum(total[p], base[i], tuned[i], factor)
 
 
 @kernel
-def _add_all_bf16(own, tuned, factor, total):
-    for i in range(own.size):
-        total[i] = _sum(total[i], own[i], tuned[i], factor)
+def _add_all_bf16(base, tuned, factor, total):
+    for i in range(base.size):
+        total[i] = _sum(total[i], base[i], tuned[i], factor)
 
 
 @kernel
-def _count_movers(own, tuned, positions, movers):
+def _count_movers(base, tuned, positions, movers):
     for i in range(positions.size):
-        movers[np.uint64(positions[i])] += np.uint16(own[i] != tuned[i])
+        movers[np.uint64(positions[i])] += np.uint16(base[i] != tuned[i])
 
 
 @kernel
@@ -78,31 +78,31 @@ def _round_moved_bf16(words, total):
 
 
 @kernel
-def _put_alone(words, positions, own, tuned, movers):
+def _put_alone(words, positions, base, tuned, movers):
     for i in range(positions.size):
         p = np.uint64(positions[i])
-        alone = (movers[p] == 1) & (own[i] != tuned[i])
+        alone = (movers[p] == 1) & (base[i] != tuned[i])
         words[p] = tuned[i] if alone else words[p]
 
 
 @kernel
-def _deltas_bf16(own, tuned, factor, out):
+def _deltas_bf16(base, tuned, factor, out):
     zero = np.float32(0)
-    for i in range(own.size):
-        delta = np.float32(factor * np.float32(_widened(tuned[i]) - _widened(own[i])))
-        out[i] = delta if own[i] != tuned[i] else zero
+    for i in range(base.size):
+        delta = np.float32(factor * np.float32(_widened(tuned[i]) - _widened(base[i])))
+        out[i] = delta if base[i] != tuned[i] else zero
 
 
 @kernel
-def _sizes_bf16(own, tuned, factor, out):
+def _sizes_bf16(base, tuned, factor, out):
     zero = np.uint32(0)
-    for i in range(own.size):
+    for i in range(base.size):
         bits = (
-            np.float32(factor * np.float32(_widened(tuned[i]) - _widened(own[i]))).view(np.uint32)
+            np.float32(factor * np.float32(_widened(tuned[i]) - _widened(base[i]))).view(np.uint32)
             & _MAGNITUDE
         )
         bits = bits if bits < NAN_SIZE else NAN_SIZE
-        out[i] = bits if own[i] != tuned[i] else zero
+        out[i] = bits if base[i] != tuned[i] else zero
 
 
 @kernel
@@ -115,17 +115,18 @@ def _keep_sizes(row, least, most):
 
 @kernel
 def _keep(row, flags):
-    zero, none = np.float32(0), np.uint8(0)
+    zero = np.float32(0)
+    none = np.uint8(0)
     for i in range(row.size):
         row[i] = row[i] if flags[i] != none else zero
 
 
 @kernel
-def _masked_deltas_bf16(own, tuned, draws, threshold, factor, out):
+def _masked_deltas_bf16(base, tuned, draws, threshold, factor, out):
     zero = np.float32(0)
-    for i in range(own.size):
-        delta = np.float32(factor * np.float32(_widened(tuned[i]) - _widened(own[i])))
-        out[i] = delta if (draws[i] >= threshold) & (own[i] != tuned[i]) else zero
+    for i in range(base.size):
+        delta = np.float32(factor * np.float32(_widened(tuned[i]) - _widened(base[i])))
+        out[i] = delta if (draws[i] >= threshold) & (base[i] != tuned[i]) else zero
 
 
 @inlined
@@ -136,9 +137,10 @@ def _add_row(rows, first, size, weight, total):
 
 @inlined
 def _add_agreeing(rows, first, size, weight, sums, total, counts):
-    zero, one = np.float32(0), np.float32(1)
+    zero = np.float32(0)
+    unit = np.float32(1)
     for i in range(size):
-        sign = one if sums[i] >= zero else -one
+        sign = unit if sums[i] >= zero else -unit
         along = np.float32(np.float32(rows[first + np.uint64(i)] * weight) * sign)
         along = zero if along <= zero else along
         total[i] += along
@@ -150,7 +152,8 @@ def _ties(rows, weights, normalize, out, sums, total, counts):
     """`rows` holds weights.size rows of out.size; `sums`, `total` and `counts` as many elements as are worked
     on at a time.
     """
-    zero, one = np.float32(0), np.float32(1)
+    zero = np.float32(0)
+    unit = np.float32(1)
     begun = 0
     while begun < out.size:
         size = min(sums.size, out.size - begun)
@@ -164,8 +167,8 @@ def _ties(rows, weights, normalize, out, sums, total, counts):
             _add_agreeing(rows, np.uint64(n * out.size + begun), size, weights[n], sums, total, counts)
         first = np.uint64(begun)
         for i in range(size):
-            elected = np.float32(total[i] * (one if sums[i] >= zero else -one))
-            count = one if (counts[i] == zero) | (normalize == 0) else counts[i]
+            elected = np.float32(total[i] * (unit if sums[i] >= zero else -unit))
+            count = unit if (counts[i] == zero) | (normalize == 0) else counts[i]
             out[first + np.uint64(i)] = np.float32(elected / count)
         begun += size
 
@@ -191,22 +194,22 @@ def widened_bf16(words: Words) -> NDArray[np.float32]:
 
 
 def add_at_bf16(
-    own: Words, tuned: Words, positions: Positions | None, factor: float, total: NDArray[np.float32]
+    base: Words, tuned: Words, positions: Positions | None, factor: float, total: NDArray[np.float32]
 ) -> None:
     """`total[positions] += f32(factor) · (f32(tuned) - f32(own))` where words differ, in place; NaNs become
     canonical.
 
-    `own` and `tuned` are bfloat16 words at the positions; None stands for every element.
+    `base` and `tuned` are bfloat16 words at the positions; None stands for every element.
     """
     if positions is None:
-        _add_all_bf16(own, tuned, np.float32(factor), total)
+        _add_all_bf16(base, tuned, np.float32(factor), total)
     else:
-        _add_at_bf16(own, tuned, positions, np.float32(factor), total)
+        _add_at_bf16(base, tuned, positions, np.float32(factor), total)
 
 
-def count_movers(own: Words, tuned: Words, positions: Positions, movers: NDArray[np.uint16]) -> None:
+def count_movers(base: Words, tuned: Words, positions: Positions, movers: NDArray[np.uint16]) -> None:
     """`movers[positions] += own != tuned`, in place."""
-    _count_movers(own, tuned, positions, movers)
+    _count_movers(base, tuned, positions, movers)
 
 
 def round_moved_bf16(words: Words, total: NDArray[np.float32]) -> None:
@@ -215,25 +218,25 @@ def round_moved_bf16(words: Words, total: NDArray[np.float32]) -> None:
 
 
 def put_alone(
-    words: Words, positions: Positions, own: Words, tuned: Words, movers: NDArray[np.uint16]
+    words: Words, positions: Positions, base: Words, tuned: Words, movers: NDArray[np.uint16]
 ) -> None:
-    """`words[positions] = tuned` where `tuned` differs from `own` and nothing else moved the element, in
+    """`words[positions] = tuned` where `tuned` differs from `base` and nothing else moved the element, in
     place.
     """
-    _put_alone(words, positions, own, tuned, movers)
+    _put_alone(words, positions, base, tuned, movers)
 
 
-def deltas_bf16(own: Words, tuned: Words, factor: float) -> NDArray[np.float32]:
+def deltas_bf16(base: Words, tuned: Words, factor: float) -> NDArray[np.float32]:
     """f32(factor) · (f32(tuned) - f32(own)) of bfloat16 words; of equal ones zero, whatever they are."""
-    out = np.empty(own.size, np.float32)
-    _deltas_bf16(own, tuned, np.float32(factor), out)
+    out = np.empty(base.size, np.float32)
+    _deltas_bf16(base, tuned, np.float32(factor), out)
     return out
 
 
-def sizes_bf16(own: Words, tuned: Words, factor: float) -> NDArray[np.float32]:
+def sizes_bf16(base: Words, tuned: Words, factor: float) -> NDArray[np.float32]:
     """Magnitudes of `deltas_bf16`; NaNs have the bits `NAN_SIZE`."""
-    out = np.empty(own.size, np.uint32)
-    _sizes_bf16(own, tuned, np.float32(factor), out)
+    out = np.empty(base.size, np.uint32)
+    _sizes_bf16(base, tuned, np.float32(factor), out)
     return out.view(np.float32)
 
 
@@ -250,7 +253,7 @@ def keep(row: NDArray[np.float32], kept: NDArray[np.bool_]) -> None:
 
 
 def masked_deltas_bf16(
-    own: Words,
+    base: Words,
     tuned: Words,
     draws: NDArray[np.uint16],
     threshold: int,
@@ -258,7 +261,7 @@ def masked_deltas_bf16(
     out: NDArray[np.float32],
 ) -> None:
     """`deltas_bf16` where the draw is at least the threshold, else zero, into `out`."""
-    _masked_deltas_bf16(own, tuned, draws, np.uint16(threshold), np.float32(factor), out)
+    _masked_deltas_bf16(base, tuned, draws, np.uint16(threshold), np.float32(factor), out)
 
 
 def ties(

@@ -52,7 +52,8 @@ def in_pieces(words: Tensor, nbytes: int = _PINNED_AT_ONCE) -> NDArray[np.signed
     """The same of much: pieces of so many bytes go through a ring, since to pin gigabytes takes longer than
     to copy them.
     """
-    flat, each = words.reshape(-1), max(1, nbytes // words.itemsize)
+    flat = words.reshape(-1)
+    each = max(1, nbytes // words.itemsize)
     out: NDArray[np.signedinteger] = torch.empty_like(flat, device="cpu").numpy()
     ring = Ring(words.device, slots=_THREADS + 1, nbytes=each * words.itemsize)
 
@@ -81,7 +82,8 @@ class Ring:
     """
 
     def __init__(self, device: torch.device, *, slots: int, nbytes: int) -> None:
-        self._device, self._pinned = device, device.type == "cuda"
+        self._device = device
+        self._pinned = device.type == "cuda"
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for _ in range(slots):
             self._free.put(Slot(self, torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned)))
@@ -93,12 +95,12 @@ class Ring:
     @contextmanager
     def slot(self) -> Iterator[Slot]:
         """A buffer for one thread, when one is free and what was sent from it has arrived."""
-        one = self._free.get()
+        slot = self._free.get()
         try:
-            one.wait()
-            yield one
+            slot.wait()
+            yield slot
         finally:
-            self._free.put(one)
+            self._free.put(slot)
 
     def after(self, arrived: torch.cuda.Event | None) -> None:
         """Let what the device does from now on come after what was sent."""
@@ -120,7 +122,9 @@ class Slot:
     """A buffer of a ring, in the hands of one thread."""
 
     def __init__(self, ring: Ring, buffer: Tensor) -> None:
-        self._ring, self._buffer, self._used = ring, buffer, 0
+        self._ring = ring
+        self._buffer = buffer
+        self._used = 0
         self._arrived: torch.cuda.Event | None = None
 
     def fetch(self, words: Tensor) -> NDArray[np.signedinteger]:
@@ -151,7 +155,8 @@ class Slot:
         """Until what was sent has arrived: then the buffer is free."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        self._used, self._arrived = 0, None
+        self._used = 0
+        self._arrived = None
 
     def _room(self, count: int, dtype: torch.dtype) -> Tensor:
         """So many words of the buffer that nobody used yet."""

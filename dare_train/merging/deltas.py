@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,28 +46,48 @@ class Member:
     gram: ModelStatistics | None = None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ModelDelta:
     """A model's delta, run by run, as terms of the arithmetic law with weight 1.
 
     DARE comes first (`p`), then what the method itself drops. What was dropped already in a package is not
-    dropped at random again. Making one walks over the tensor where thresholds or norms are wanted.
+    dropped at random again. By default nothing is dropped.
     """
 
-    def __init__(self, member: Member, walk: Walk, *, drops: Dropping, rescale: str) -> None:
-        self.member, self._walk, self._rescale = member, walk, rescale
-        self._rate = rate_of(member, walk.name)
-        self._rate_factor = self._factor_of_rate()
-        self._keep, self._outliers, self._magprune = EVERY, NONE, False
-        self._trimmed_factor = 1.0
+    member: Member
+    walk: Walk
+    rescale: str
+    rate: DropRate | None = None
+    """At which DARE drops elements, if it does."""
+    rate_factor: float = 1.0
+    """Of the elements that DARE leaves."""
+    keep: Largest = EVERY
+    """Elements that the method keeps by their magnitude."""
+    outliers: Largest = NONE
+    """Those among them that it drops again."""
+    magprune: bool = False
+    """Whether it drops at random, by ranks within rows."""
+    trimmed_factor: float = 1.0
+    """Of the elements that the method leaves."""
+
+    @classmethod
+    def of(cls, member: Member, walk: Walk, *, drops: Dropping, rescale: str) -> ModelDelta:
+        """With what a recipe has dropped. Walks over the tensor where thresholds or norms are wanted."""
+        dropped = cls(member=member, walk=walk, rescale=rescale, rate=rate_of(member, walk.name))
+        dared = replace(dropped, rate_factor=dropped._factor_of_rate())
         density = member.settings.get("density", 1.0)
-        if drops != "none" and density < 1 and member.input.moves(walk.name):
-            self._trim(drops)
+        if drops == "none" or density >= 1 or not member.input.moves(walk.name):
+            return dared
+        trimmed = dared._trimmed_by(drops)
+        if rescale != "norm":
+            return trimmed
+        return replace(trimmed, trimmed_factor=trimmed._norm_factor(dared.terms, trimmed.terms))
 
     def raw(self, start: int, words: Words) -> Sequence[Term]:
         """The delta of a run whose base words are `words`, before anything is dropped."""
         return (
-            self.member.input.terms(self._walk.name, start, words)
-            if self.member.input.moves(self._walk.name)
+            self.member.input.terms(self.walk.name, start, words)
+            if self.member.input.moves(self.walk.name)
             else []
         )
 
@@ -80,46 +100,48 @@ class ModelDelta:
         """Whether each element of a delta is known by itself, once the borders are: then `fill` is the fast
         way.
         """
-        one, dtype = self.member.input, self._walk.info.dtype
-        by_ranks = self._magprune or self._trimmed_factor != 1
+        model = self.member.input
+        dtype = self.walk.info.dtype
+        by_ranks = self.magprune or self.trimmed_factor != 1
         return (
-            isinstance(one, CheckpointInput)
+            isinstance(model, CheckpointInput)
             and dtype.code == "BF16"
-            and one.tensors[self._walk.name].dtype == dtype
+            and model.tensors[self.walk.name].dtype == dtype
             and not by_ranks
         )
 
     def fill(self, start: int, words: Words, row: FloatArray) -> None:
         """The delta after dropping of a run whose base words are `words`, where it is `plain`, into a row."""
-        tuned = self.member.input.words(self._walk.name, start, words.size)
-        if self._rate is None:
+        tuned = self.member.input.words(self.walk.name, start, words.size)
+        if self.rate is None:
             sums.masked_deltas_bf16(words, tuned, words, 0, 1.0, row)
         else:
-            draws = self._rate.draws(start, words.size)
-            sums.masked_deltas_bf16(words, tuned, draws, self._rate.threshold, self._rate_factor, row)
+            draws = self.rate.draws(start, words.size)
+            sums.masked_deltas_bf16(words, tuned, draws, self.rate.threshold, self.rate_factor, row)
         if self._trims:
             self._trim_row(start, row)
 
     # DARE
 
     def _factor_of_rate(self) -> float:
-        if self._rate is None or self._rescale == "none":
+        """What the rule of rescaling makes of a delta of which DARE dropped elements and no more."""
+        if self.rate is None or self.rescale == "none":
             return 1.0
-        if self._rescale == "q":
-            return self._q_factor(self._rate)
-        if self._rescale == "norm":
-            self._rate_factor = 1.0
+        if self.rescale == "q":
+            return self._q_factor(self.rate)
+        if self.rescale == "norm":
             return self._norm_factor(self.raw, self._dared)
-        return self._rate.factor
+        return self.rate.factor
 
     def _q_factor(self, rate: DropRate) -> float:
-        member, name = self.member, self._walk.name
+        member = self.member
+        name = self.walk.name
         if member.settings["q"] > 0:
             return float(1 / member.settings["q"])
         if member.gram is None or name not in member.gram.tensors:
             return rate.factor
-        info = self._walk.info
-        words = self._walk.words(0, info.numel)
+        info = self.walk.info
+        words = self.walk.words(0, info.numel)
         delta = dense(self.raw(0, words), words, info.dtype).reshape(info.shape)
         return drops.rescale_q(
             member.gram.whole(name), delta, rate.p, transposed=member.gram.transposed(name)
@@ -131,46 +153,42 @@ class ModelDelta:
         def norms(start: int, words: Words) -> NDArray[np.float64]:
             return np.array([self._norm(terms(start, words), words) for terms in (before, after)])
 
-        whole, rest = self._walk.total(norms) if self._walk.runs else (0.0, 0.0)
+        whole, rest = self.walk.total(norms) if self.walk.runs else (0.0, 0.0)
         return float(whole / rest) if whole >= 1e-7 and rest >= 1e-7 else 1.0
 
     def _norm(self, terms: Sequence[Term], words: Words) -> float:
         return sum(
-            float(np.abs(delta_of(term, words, self._walk.info.dtype)).sum(dtype=np.float64))
-            for term in terms
+            float(np.abs(delta_of(term, words, self.walk.info.dtype)).sum(dtype=np.float64)) for term in terms
         )
 
     def _dared(self, start: int, words: Words) -> Sequence[Term]:
         terms = self.raw(start, words)
-        if self._rate is None:
+        if self.rate is None:
             return terms
-        kept = self._rate.positions(start, words.size)
-        return [drops.restricted(term, kept, words.size, self._rate_factor) for term in terms]
+        kept = self.rate.positions(start, words.size)
+        return [drops.restricted(term, kept, words.size, self.rate_factor) for term in terms]
 
     # What the method drops
 
-    def _trim(self, rule: Dropping) -> None:
+    def _trimmed_by(self, rule: Dropping) -> ModelDelta:
+        """The same, with what the method drops."""
         if rule == "magprune":
-            self._magprune = not self.member.input.dropped(self._walk.name)
-        else:
-            self._keep, self._outliers = borders(
-                rule, self.member, self._walk.name, self._walk.info.numel, self._largest
-            )
-        if self._rescale == "norm":
-            self._trimmed_factor = self._norm_factor(self._dared, self.terms)
+            return replace(self, magprune=not self.member.input.dropped(self.walk.name))
+        keep, outliers = borders(rule, self.member, self.walk.name, self.walk.info.numel, self._largest)
+        return replace(self, keep=keep, outliers=outliers)
 
     def _largest(self, k: int, last: bool) -> Largest:
         return largest(self._each_sizes, k, last=last)
 
     def _each_sizes(self, function: Callable[[int, Sizes], object]) -> Iterator[object]:
-        return self._walk.each(lambda start, words: function(start, self._sizes(start, words)))
+        return self.walk.each(lambda start, words: function(start, self._sizes(start, words)))
 
     def _sizes(self, start: int, words: Words) -> Sizes:
         parts = self._all_sizes(self._dared(start, words), words)
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.float32), *parts])
 
     def _all_sizes(self, terms: Sequence[Term], words: Words) -> list[Sizes]:
-        dtype = self._walk.info.dtype
+        dtype = self.walk.info.dtype
         return [
             sums.sizes_bf16(term.own(words), term.tuned, term.factor)
             if term.tuned is not None and dtype.code == "BF16"
@@ -182,45 +200,47 @@ class ModelDelta:
         """What is left of the terms of a run, which are trimmed together: a rank is one among all its
         elements.
         """
-        if terms and self._magprune:
+        if terms and self.magprune:
             return [self._pruned(terms, start, words)]
         if not terms or not self._trims:
             return terms
         parts = self._all_sizes(terms, words)
         kept = self._kept(np.concatenate(parts), start)
-        own = np.split(kept, np.cumsum([part.size for part in parts])[:-1])
+        kept_of_each = np.split(kept, np.cumsum([part.size for part in parts])[:-1])
         return [
-            drops.chosen(term, np.flatnonzero(one), self._trimmed_factor)
-            for term, one in zip(terms, own, strict=True)
+            drops.chosen(term, np.flatnonzero(of_term), self.trimmed_factor)
+            for term, of_term in zip(terms, kept_of_each, strict=True)
         ]
 
     @property
     def _trims(self) -> bool:
-        return self._keep is not EVERY or self._outliers is not NONE
+        return self.keep is not EVERY or self.outliers is not NONE
 
     def _kept(self, sizes: Sizes, start: int) -> NDArray[np.bool_]:
-        kept = self._keep.among(sizes, start)
-        if self._outliers is not NONE:
-            kept &= ~self._outliers.among(sizes, start) | np.isnan(sizes)
+        kept = self.keep.among(sizes, start)
+        if self.outliers is not NONE:
+            kept &= ~self.outliers.among(sizes, start) | np.isnan(sizes)
         return kept
 
     def _trim_row(self, start: int, row: FloatArray) -> None:
         """Make zero what is not kept of a run's deltas, in place."""
-        least, most = self._keep.least(start), self._outliers.least(start)
+        least = self.keep.least(start)
+        most = self.outliers.least(start)
         if least is None or most is None:  # the run in which the border lies
             sums.keep(row, self._kept(sizes_of(row), start))
         else:
             sums.keep_sizes(row, least, most)
 
     def _pruned(self, terms: Sequence[Term], start: int, words: Words) -> Term:
-        settings, delta = self.member.settings, dense(terms, words, self._walk.info.dtype)
-        key = DropRate.of(0.0, self.member.seed, self._walk.name).key
+        settings = self.member.settings
+        delta = dense(terms, words, self.walk.info.dtype)
+        key = DropRate.of(0.0, self.member.seed, self.walk.name).key
         kept, factors = drops.magprune(
-            delta, self._walk.row, key, start, density=settings["density"], epsilon=settings["epsilon"]
+            delta, self.walk.row, key, start, density=settings["density"], epsilon=settings["epsilon"]
         )
         positions = np.flatnonzero(kept)
-        rest = delta[positions] * factors[positions] if self._rescale == "paper" else delta[positions]
-        return Term(positions=positions, factor=self._trimmed_factor, delta=rest)
+        rest = delta[positions] * factors[positions] if self.rescale == "paper" else delta[positions]
+        return Term(positions=positions, factor=self.trimmed_factor, delta=rest)
 
 
 def rate_of(member: Member, name: str) -> DropRate | None:
@@ -250,10 +270,10 @@ def borders(
 
 def delta_of(term: Term, words: Words, dtype: DType) -> FloatArray:
     """f32(factor)·δ at the term's positions."""
-    own = term.own(words)
+    base_words = term.own(words)
     if term.tuned is not None and dtype.code == "BF16":
-        return sums.deltas_bf16(own, term.tuned, term.factor)
-    added, moved = term.addend(own, dtype)
+        return sums.deltas_bf16(base_words, term.tuned, term.factor)
+    added, moved = term.addend(base_words, dtype)
     return np.where(moved, added, added.dtype.type(0))
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -57,8 +56,10 @@ class Devices:
     """
 
     def __init__(self, given: str | torch.device | None, base: Weights) -> None:
-        self._base, self._given = base, _opened(given) if given is not None else None
-        self._found, self._lock = dict[torch.device, Optional[Device]](), threading.Lock()
+        self._base = base
+        self._given = _opened(given) if given is not None else None
+        self._devices: dict[torch.device, Device | None] = {}
+        self._lock = threading.Lock()
         if self._given is not None:
             self._at(self._given)
 
@@ -66,23 +67,20 @@ class Devices:
         """None: in the host's memory, by the CPU's kernels."""
         if self._given is not None:
             return self._at(self._given)
-        found = lying(self._base, name, 0, self._base.tensors[name].numel)
-        return self._at(found.device) if found is not None else None
+        words = lying(self._base, name, 0, self._base.tensors[name].numel)
+        return self._at(words.device) if words is not None else None
 
     def _at(self, place: torch.device) -> Device | None:
         with self._lock:
-            if place not in self._found:
-                kernels, runs = (
-                    kernels_for(place, getattr(self._base, "kernels", None)),
-                    1 if place.type == "cpu" else _AT_A_TIME,
-                )
-                one = (
+            if place not in self._devices:
+                kernels = kernels_for(place, getattr(self._base, "kernels", None))
+                runs = 1 if place.type == "cpu" else _AT_A_TIME
+                self._devices[place] = (
                     Device(place=place, kernels=kernels, runs=runs, turns=threading.Semaphore(runs))
                     if kernels is not None
                     else None
                 )
-                self._found[place] = one
-            return self._found[place]
+            return self._devices[place]
 
 
 def _opened(given: str | torch.device) -> torch.device:
@@ -97,5 +95,9 @@ def _opened(given: str | torch.device) -> torch.device:
 
 def lying(weights: Weights, name: str, start: int, count: int) -> Tensor | None:
     """Words where they lie, if that is in one piece, in memory that torch knows."""
-    found = weights.lying(name, start, count) if hasattr(weights, "lying") else None
-    return found[0][found[1] : found[1] + count] if found is not None else None
+    place = weights.lying(name, start, count) if hasattr(weights, "lying") else None
+    if place is None:
+        return None
+    flat: Tensor = place[0]
+    offset: int = place[1]
+    return flat[offset : offset + count]

@@ -7,17 +7,16 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any
 
 from .._version import __version__
 from ..config import Patterns
-from ..dtypes import DTYPES
-from ..errors import BaseMismatch, CheckpointError, ConfigError
+from ..errors import BaseMismatch, ConfigError
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging, storage_errors
 from ..parallel.threads import ordered_map, thread_share
@@ -25,28 +24,17 @@ from ..weights.alignment import without_prefix
 from ..weights.checkpoint import Checkpoint
 from ..weights.checkpoint_writer import CheckpointWriter, layout_like
 from ..weights.fingerprint import Fingerprint, fingerprints, model_fingerprint, total
-from ..weights.opening import WeightsLike, open_weights
-from ..weights.protocol import Weights
-from . import output_files as companions
-from .config.recipe import Recipe, layer_counts
+from ..weights.opening import WeightsLike
+from . import output_files
 from .config.task import MergeTask, task_of
 from .merge_report import MergeReport
-from .merged_weights import Merged, Statistics
+from .merged_weights import Merged
 from .methods.matrices import one_thread
-from .methods.registry import Method, method_of
-from .models.added_tokens import Growth
-from .models.inputs import Input, PackageInput
-from .models.matching import Choices, fates
-from .models.naming import ModelLike, open_models
+from .models.inputs import PackageInput
+from .models.naming import ModelLike
+from .prepared_merge import DeviceLike, PreparedMerge, gives_q, prepared
 from .resuming import Journal, resumable
-from .statistics.statistics_file import Kind, StatisticsFile, beside
 
-if TYPE_CHECKING:
-    import torch
-
-    from .devices import Devices
-
-DeviceLike = Union[str, "torch.device"]
 Progress = Callable[[int, int], object]
 """Called with the bytes of the result that are done and of all that there are."""
 
@@ -86,7 +74,7 @@ def merge(
         base: folder, file or Hub id of the base model; a module, a state dict, or arrays by name.
         models: packages on that base, and fine-tuned models as `base`; also PEFT adapters' folders.
         out: folder to create. After a kill, the same call goes on where the last one was.
-        method: a name in `METHODS`, built in or registered.
+        method: a name in `MERGE_METHODS`, built in or registered.
         weights: w of each model, by default 1.
         p: drop rate, one or one for each model: DARE before the method, on every delta of which nothing was
             dropped yet.
@@ -127,25 +115,6 @@ def merge(
     return run(task, out, package=package, overwrite=overwrite, device=device, progress=progress, ranks=ranks)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Ready:
-    """A merge before the first of its arithmetic."""
-
-    merged: Merged
-    base: Weights
-    base_folder: Path | None
-    prefix: str
-    growth: Growth
-
-    @property
-    def folders(self) -> list[Path]:
-        return [
-            folder
-            for folder in (self.base_folder, *(one.folder for one in self.merged.inputs))
-            if folder is not None
-        ]
-
-
 def run(
     task: MergeTask,
     out: str | os.PathLike[str],
@@ -158,8 +127,9 @@ def run(
     ranks: Ranks | None = None,
 ) -> MergeReport:
     """Carry out a merge; see `merge`. `notes` go into the report."""
-    ranks, out = ranks or Ranks(), Path(out)
-    ready = ranks.each(lambda: _ready(task, ranks, device))
+    ranks = ranks or Ranks()
+    out = Path(out)
+    ready = ranks.each(lambda: prepared(task, ranks, device))
     write = _write_package if package else _write_checkpoint
     by_matrices = ready.merged.method.reach == "matrix" or task.recipe.rescale == "q"
     with one_thread() if by_matrices else nullcontext():
@@ -172,107 +142,14 @@ def merged_weights(task: MergeTask) -> Merged:
     Raises:
         As `merge`.
     """
-    return _ready(task, Ranks(), None).merged
-
-
-def _ready(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> _Ready:
-    recipe, method = task.recipe, method_of(task.recipe.method)
-    _check(recipe, method)
-    base = open_weights(task.base)
-    folder = base.folder if isinstance(base, Checkpoint) else None
-    named, inputs, prefix = open_models(base, task.models, rename=recipe.rename, cast_base=recipe.cast_base)
-    growth = Growth(named, folder, inputs, recipe.tokenizer)
-    places = {one.model: number for number, one in enumerate(recipe.models)}
-    choices = Choices(
-        exclude=recipe.exclude, take={pattern: places[model] for pattern, model in recipe.take.items()}
-    )
-    out_dtype = DTYPES[recipe.out_dtype] if recipe.out_dtype else None
-    merged = Merged(
-        recipe,
-        method,
-        named,
-        inputs,
-        fates(named, inputs, choices, growth.rows, out_dtype),
-        values=recipe.resolver(layer_counts(named.tensors)),
-        fisher=_statistics("fisher", recipe.fisher, inputs, needed=method.needs == "fisher"),
-        gram=_statistics(
-            "gram",
-            recipe.gram,
-            inputs,
-            needed=method.needs == "gram" or (recipe.rescale == "q" and not _gives_q(recipe)),
-        ),
-        threads=thread_share(ranks),
-        devices=_devices(device, named),
-    )
-    return _Ready(merged=merged, base=base, base_folder=folder, prefix=prefix, growth=growth)
-
-
-def _devices(given: DeviceLike | None, base: Weights) -> Devices | None:
-    """None where nothing is known of devices: weights in files need no torch."""
-    if given is None and not hasattr(base, "lying"):
-        return None
-    try:
-        from .devices import Devices
-    except ImportError as error:
-        remedy = 'pip install "dare_train[train]", or leave it out'
-        raise ConfigError(
-            "device", expected="torch, which works there", found="not installed", remedy=remedy
-        ) from error
-    return Devices(given, base)
-
-
-def _check(recipe: Recipe, method: Method) -> None:
-    recipe.check_parameters(method.parameters)
-    least, most = method.models
-    if len(recipe.models) < least or (most is not None and len(recipe.models) > most):
-        wanted = (
-            f"{least} to {most}"
-            if most not in (None, least)
-            else f"exactly {least}"
-            if most
-            else f"at least {least}"
-        )
-        raise ConfigError("models", expected=f"{wanted} for {method.name}", found=str(len(recipe.models)))
-
-
-def _gives_q(recipe: Recipe) -> bool:
-    """Whether the recipe says what q is, so that no Gram matrices are asked for it."""
-    return "q" in recipe.parameters or all("q" in model.parameters for model in recipe.models)
-
-
-def _statistics(
-    kind: Kind, given: Sequence[str], inputs: Sequence[Input], *, needed: bool
-) -> list[Statistics]:
-    return (
-        [_statistics_of(kind, one, given[number] if given else None) for number, one in enumerate(inputs)]
-        if needed
-        else []
-    )
-
-
-def _statistics_of(kind: Kind, one: Input, given: str | None) -> Statistics:
-    if given is None and one.folder is None:
-        raise ConfigError(
-            kind, expected=f"a file of {one.label}'s statistics", found="none", remedy=f"pass {kind}=[...]"
-        )
-    path = Path(given) if given is not None else beside(one.folder or "", kind)
-    if not path.is_file():
-        remedy = (
-            f"collect_{kind} gathers them and save_statistics writes them, or "
-            "StatisticsCallback does both after training"
-        )
-        raise CheckpointError(
-            str(path), expected=f"{kind} statistics of {one.label}", found="no such file", remedy=remedy
-        )
-    file = StatisticsFile.open(path, kind)
-    return Statistics(file=file, names={name: own for name, own in one.names.items() if own in file.tensors})
+    return prepared(task, Ranks(), None).merged
 
 
 # Into a checkpoint
 
 
 def _write_checkpoint(
-    ready: _Ready,
+    ready: PreparedMerge,
     task: MergeTask,
     out: Path,
     notes: tuple[str, ...],
@@ -280,29 +157,32 @@ def _write_checkpoint(
     progress: Progress | None,
     ranks: Ranks,
 ) -> MergeReport:
-    merged, identity = ready.merged, _identity(task, ready)
+    merged = ready.merged
+    identity = _identity(task, ready)
     layout = layout_like(
         ready.base if isinstance(ready.base, Checkpoint) else None,
         merged.tensors,
         lambda name: without_prefix(name, ready.prefix),
     )
-    on_disk_only = all(
-        isinstance(one, (str, os.PathLike)) for one in (task.base, *task.models)
-    )  # what lies in memory may change
+    # What lies in memory may change.
+    on_disk_only = all(isinstance(given, (str, os.PathLike)) for given in (task.base, *task.models))
     going_on = partial(resumable, identity=identity) if on_disk_only else None
     with shared_staging(
         out, ranks, overwrite=overwrite, sync=False, inputs=ready.folders, resume=going_on
     ) as staging:
-        on_disk, journal = storage_errors(out), Journal(staging, identity, ranks.rank)
-        before = ranks.each(lambda: journal.found(merged.tensors) if going_on and journal.begun() else {})
-        made = ranks.each(
+        on_disk = storage_errors(out)
+        journal = Journal(staging, identity, ranks.rank)
+        before = ranks.each(
+            lambda: journal.finished_before(merged.tensors) if going_on and journal.begun() else {}
+        )
+        first_writer = ranks.each(
             on_disk(lambda: CheckpointWriter(staging, layout, join=journal.begun()) if ranks.first else None)
         )
         if ranks.first:
             journal.begin()
 
         def write() -> dict[str, Fingerprint]:
-            with made or CheckpointWriter(staging, layout, join=True) as writer:
+            with first_writer or CheckpointWriter(staging, layout, join=True) as writer:
                 return _write_share(merged, writer, journal, before, progress, ranks)
 
         shares = ranks.together(on_disk(lambda: {name: list(print_) for name, print_ in write().items()}))
@@ -312,7 +192,7 @@ def _write_checkpoint(
     return report
 
 
-def _identity(task: MergeTask, ready: _Ready) -> str:
+def _identity(task: MergeTask, ready: PreparedMerge) -> str:
     """What must be the same for a merge to go on with what another process began."""
     merged = ready.merged
     inside = {
@@ -321,7 +201,7 @@ def _identity(task: MergeTask, ready: _Ready) -> str:
         for path in (folder.iterdir() if folder.is_dir() else [folder])
         if path.is_file()
     }
-    files = sorted(inside.union(one.file.path for one in (*merged.fisher, *merged.gram)))
+    files = sorted(inside.union(statistics.file.path for statistics in (*merged.fisher, *merged.gram)))
     seen = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps([task.recipe.digest(), __version__, seen]).encode()).hexdigest()
 
@@ -344,22 +224,22 @@ def _write_share(
     everything = sum(merged.tensors[name].nbytes for name in mine)
     checked = _recorded_bases(merged)
 
-    def one(work: tuple[str, int, int]) -> tuple[str, Fingerprint, Fingerprint]:
-        name, start, count = work
+    def write_run(run: tuple[str, int, int]) -> tuple[str, Fingerprint, Fingerprint]:
+        name, start, count = run
         words = merged.run(name, start, count)
         writer.write(name, start, words)
-        own = name in checked and start < merged.base_numel(name)
+        compared = name in checked and start < merged.base_numel(name)
+        base_words = merged.base.read(name, start, count) if compared else None
         return (
             name,
             Fingerprint.of(words, start),
-            Fingerprint.of(merged.base.read(name, start, count), start) if own else Fingerprint(),
+            Fingerprint.of(base_words, start) if base_words is not None else Fingerprint(),
         )
 
     prints: dict[str, Fingerprint] = {}
     done = 0
-    with closing(
-        ordered_map(one, _work(merged, mine), threads=thread_share(ranks) + 1)
-    ) as results:  # one of them is writing
+    threads = thread_share(ranks) + 1  # one of them is writing
+    with closing(ordered_map(write_run, _work(merged, mine), threads=threads)) as results:
         for name, several in groupby(results, key=itemgetter(0)):
             runs = list(several)
             _check_base(merged, name, checked.get(name, ()), total(base for _, _, base in runs))
@@ -379,39 +259,39 @@ def _work(merged: Merged, names: Sequence[str]) -> Iterator[tuple[str, int, int]
 def _recorded_bases(merged: Merged) -> dict[str, list[tuple[str, Fingerprint]]]:
     """What packages have on record of the base's tensors, by the result's names: package and fingerprint."""
     recorded: dict[str, list[tuple[str, Fingerprint]]] = {}
-    for one in merged.inputs:
-        if not isinstance(one, PackageInput):
+    for model in merged.inputs:
+        if not isinstance(model, PackageInput):
             continue
-        for name, own in one.names.items():
-            print_ = one.package.records[own].base
+        for name, name_in_package in model.names.items():
+            print_ = model.package.records[name_in_package].base
             if print_ is not None and name in merged.base.tensors:
-                recorded.setdefault(name, []).append((one.label, print_))
+                recorded.setdefault(name, []).append((model.label, print_))
     return recorded
 
 
 def _check_base(
-    merged: Merged, name: str, recorded: Sequence[tuple[str, Fingerprint]], found: Fingerprint
+    merged: Merged, name: str, recorded: Sequence[tuple[str, Fingerprint]], base: Fingerprint
 ) -> None:
     for label, expected in recorded:
-        if expected != found:
+        if expected != base:
             raise BaseMismatch(
                 f"{merged.base.label}: {name}",
                 expected=f"fingerprint {expected.hex[:12]}…, as {label} has it on record",
-                found=f"{found.hex[:12]}…",
+                found=f"{base.hex[:12]}…",
                 remedy="this is not the base that the package was made from",
             )
 
 
-def _finish(ready: _Ready, report: MergeReport, journal: Journal, staging: Path) -> None:
+def _finish(ready: PreparedMerge, report: MergeReport, journal: Journal, staging: Path) -> None:
     journal.remove()
-    companions.write(
+    output_files.write(
         ready.merged, ready.base_folder, ready.growth.vocabulary, staging, prefixed=bool(ready.prefix)
     )
-    companions.write_record(report, staging)
+    output_files.write_record(report, staging)
 
 
 def _report(
-    ready: _Ready, out: Path, notes: tuple[str, ...], prints: Mapping[str, Fingerprint] | None
+    ready: PreparedMerge, out: Path, notes: tuple[str, ...], prints: Mapping[str, Fingerprint] | None
 ) -> MergeReport:
     merged = ready.merged
     records = (
@@ -422,13 +302,13 @@ def _report(
     return MergeReport(
         out=str(out), recipe=merged.recipe, notes=(*notes, *_own_notes(merged)),
         tensors=tuple(merged.fates.values()),
-        labels=tuple(one.label for one in merged.inputs),
+        labels=tuple(model.label for model in merged.inputs),
         fingerprint=model_fingerprint(records) if records else "",
     )  # fmt: skip
 
 
 def _own_notes(merged: Merged) -> Iterator[str]:
-    dropped = [one.label for one in merged.inputs if any(one.dropped(name) for name in one.tensors)]
+    dropped = [model.label for model in merged.inputs if any(map(model.dropped, model.tensors))]
     if dropped:
         yield f"dropped in their packages already, and not dropped at random again: {', '.join(dropped)}"
     averaged = [name for name, fate in merged.fates.items() if fate.how == "merged" and merged.averaged(name)]
@@ -436,7 +316,7 @@ def _own_notes(merged: Merged) -> Iterator[str]:
         yield (
             f"averaged, since not every model has {merged.method.needs} statistics of them: {_some(averaged)}"
         )
-    if merged.recipe.rescale == "q" and not _gives_q(merged.recipe):
+    if merged.recipe.rescale == "q" and not gives_q(merged.recipe):
         plain = [
             name for name, fate in merged.fates.items() if fate.how == "merged" and not merged.has_gram(name)
         ]
@@ -451,7 +331,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _write_package(
-    ready: _Ready,
+    ready: PreparedMerge,
     task: MergeTask,
     out: Path,
     notes: tuple[str, ...],
@@ -467,13 +347,13 @@ def _write_package(
     ranks.each(lambda: _check_bases(merged, ranks))
     with (
         storage_errors(out),
-        companions.folder(
+        output_files.folder(
             merged, ready.base_folder, ready.growth.vocabulary, prefixed=bool(ready.prefix)
         ) as folder,
     ):
         view = merged.beside(folder)
         report = _report(ready, out, notes, None)
-        companions.write_record(report, folder)
+        output_files.write_record(report, folder)
         package = extract(
             ready.base, view, out, p=0.0, values="exact", allow_nonfinite=True, base_model=task.recipe.base,
             cast_base=task.recipe.cast_base, overwrite=overwrite, progress=progress, ranks=ranks,
@@ -484,7 +364,6 @@ def _write_package(
 def _check_bases(merged: Merged, ranks: Ranks) -> None:
     """Compare the base with what packages have on record of it, before anything is written."""
     recorded = _recorded_bases(merged)
-
     spans = {name: ((0, merged.base_numel(name)),) for name in recorded}
     for name, print_ in fingerprints(merged.base, spans, threads=thread_share(ranks)).items():
         _check_base(merged, name, recorded[name], print_)

@@ -18,7 +18,8 @@ import numpy as np
 from ..dtypes import Words, cast
 from ..errors import CheckpointError
 from ..weights.protocol import SEGMENT, TensorInfo, Weights, only, runs
-from .config.recipe import Recipe, SettingResolver
+from .config.recipe import Recipe
+from .config.setting_resolver import SettingResolver
 from .deltas import Member
 from .methods.parameters import Scalar
 from .methods.registry import Method
@@ -45,7 +46,7 @@ class Statistics:
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return {name: self.file.tensors[own] for name, own in self.names.items()}
+        return {name: self.file.tensors[name_in_file] for name, name_in_file in self.names.items()}
 
     def read(self, name: str, start: int, count: int) -> Floats:
         return self.file.read(self.names[name], start, count)
@@ -58,12 +59,12 @@ class Statistics:
 
     def fits(self, name: str, info: TensorInfo) -> bool:
         """Whether these can be the statistics of a tensor that the base has like this."""
-        own = self.tensors[name].shape
+        shape = self.tensors[name].shape
         if self.file.kind == "fisher":
-            return own == info.shape or (
-                len(own) == len(info.shape) > 0 and own[1:] == info.shape[1:] and own[0] > info.shape[0]
+            return shape == info.shape or (
+                len(shape) == len(info.shape) > 0 and shape[1:] == info.shape[1:] and shape[0] > info.shape[0]
             )
-        return len(info.shape) == 2 and own[0] == info.shape[0 if self.transposed(name) else 1]
+        return len(info.shape) == 2 and shape[0] == info.shape[0 if self.transposed(name) else 1]
 
 
 class Merged:
@@ -89,22 +90,24 @@ class Merged:
         devices: Devices | None = None,
     ) -> None:
         self.folder: Path | None = None
-        self.label = f"{method.name} of {', '.join(one.label for one in inputs)}"
-        self.recipe, self.method, self.base, self.inputs = recipe, method, base, inputs
+        self.label = f"{method.name} of {', '.join(model.label for model in inputs)}"
+        self.recipe = recipe
+        self.method = method
+        self.base = base
+        self.inputs = inputs
         self.fates = {fate.name: fate for fate in fates}
         self.tensors = {fate.name: fate.info for fate in fates}
-        self._values, self.fisher, self.gram, self._threads, self._devices = (
-            values,
-            fisher,
-            gram,
-            threads,
-            devices,
-        )
-        self._lock, self._busy = threading.Lock(), dict[object, threading.Lock]()
+        self.fisher = fisher
+        self.gram = gram
+        self._values = values
+        self._threads = threads
+        self._devices = devices
+        self._lock = threading.Lock()
+        self._busy: dict[object, threading.Lock] = {}
         self._prepared: OrderedDict[str, MergedTensor | DeviceTensor] = OrderedDict()
         self._last: OrderedDict[tuple[str, int], Words] = OrderedDict()
-        for given in (fisher, gram):
-            self._check_statistics(given)
+        for statistics in (fisher, gram):
+            self._check_statistics(statistics)
 
     def _check_statistics(self, given: Sequence[Statistics]) -> None:
         """Before any arithmetic: they are about these models, and have shapes that fit.
@@ -112,28 +115,27 @@ class Merged:
         Raises:
             CheckpointError: they are not.
         """
-        for one, label in zip(given, (one.label for one in self.inputs), strict=False):
-            if not one.names:
-                expected, found = (
-                    f"statistics of tensors that {label} has",
-                    ", ".join([*one.file.tensors][:3]) or "no tensor",
-                )
+        for statistics, model in zip(given, self.inputs, strict=False):
+            if not statistics.names:
                 raise CheckpointError(
-                    str(one.file.path), expected=expected, found=found, remedy="are they another model's?"
+                    str(statistics.file.path),
+                    expected=f"statistics of tensors that {model.label} has",
+                    found=", ".join([*statistics.file.tensors][:3]) or "no tensor",
+                    remedy="are they another model's?",
                 )
         for fate in self.fates.values():
-            held = [
-                given[number]
-                for number in fate.models
-                if fate.how == "merged" and given and fate.name in given[number].names
-            ]
-            for one in held:
-                if not one.fits(fate.name, info := self.base.tensors[fate.name]):
-                    expected, found = (
-                        f"statistics for shape {list(info.shape)}",
-                        str(list(one.tensors[fate.name].shape)),
-                    )
-                    raise CheckpointError(f"{one.file.path}: {fate.name}", expected=expected, found=found)
+            if fate.how == "merged" and given:
+                for number in fate.models:
+                    self._check_shape(fate.name, given[number])
+
+    def _check_shape(self, name: str, statistics: Statistics) -> None:
+        info = self.base.tensors[name]
+        if name in statistics.names and not statistics.fits(name, info):
+            raise CheckpointError(
+                f"{statistics.file.path}: {name}",
+                expected=f"statistics for shape {list(info.shape)}",
+                found=str(list(statistics.tensors[name].shape)),
+            )
 
     def averaged(self, name: str) -> bool:
         """Whether a tensor is averaged, since statistics of it are missing."""
@@ -168,7 +170,8 @@ class Merged:
         """(start, count) of the runs that are worked out at once: those of the base's part, then those of
         added rows.
         """
-        numel, split = self.tensors[name].numel, self.base_numel(name)
+        numel = self.tensors[name].numel
+        split = self.base_numel(name)
         inner = self._tensor(name).runs if self.fates[name].how == "merged" else list(runs(split, SEGMENT))
         return [*inner, *((split + start, count) for start, count in runs(numel - split, SEGMENT))]
 
@@ -176,7 +179,8 @@ class Merged:
         """Words of the elements with flat indices [start, start + count), put together from runs."""
         parts = []
         for first, length in self.runs(name):
-            begin, end = max(first, start), min(first + length, start + count)
+            begin = max(first, start)
+            end = min(first + length, start + count)
             if begin < end:
                 parts.append(self._remembered(name, first, length)[begin - first : end - first])
         return (
@@ -187,13 +191,13 @@ class Merged:
 
     def _remembered(self, name: str, start: int, count: int) -> Words:
         """A run that several readers may want a part of: the first works it out, while others wait."""
-        key = name, start
+        key = (name, start)
         with self._lock:
-            found = self._last.get(key)
-            own = self._busy.setdefault(key, threading.Lock())
-        if found is not None:
-            return found
-        with own:
+            remembered = self._last.get(key)
+            turn = self._busy.setdefault(key, threading.Lock())
+        if remembered is not None:
+            return remembered
+        with turn:
             with self._lock:
                 if key in self._last:
                     return self._last[key]
@@ -202,14 +206,15 @@ class Merged:
                 self._last[key] = words
                 while (
                     len(self._last) > 1
-                    and sum(one.size for one in self._last.values()) > 4 * self._threads * SEGMENT
+                    and sum(run.size for run in self._last.values()) > 4 * self._threads * SEGMENT
                 ):
                     self._last.popitem(last=False)
         return words
 
     def run(self, name: str, start: int, count: int) -> Words:
         """One of the `runs`."""
-        fate, info = self.fates[name], self.tensors[name]
+        fate = self.fates[name]
+        info = self.tensors[name]
         if fate.how == "carried":
             return carried_words(self.inputs[fate.models[0]], name, start, count, info.dtype)
         if fate.how == "copied":
@@ -230,38 +235,36 @@ class Merged:
     def _tensor(self, name: str) -> MergedTensor | DeviceTensor:
         """A tensor with its thresholds and coefficients, worked out by whoever needs it first."""
         with self._lock:
-            found = self._prepared.get(name)
-            if found is not None:
-                return found
-            own = self._busy.setdefault(name, threading.Lock())
-        with own:
+            prepared = self._prepared.get(name)
+            if prepared is not None:
+                return prepared
+            turn = self._busy.setdefault(name, threading.Lock())
+        with turn:
             with self._lock:
                 if name in self._prepared:
                     return self._prepared[name]
-            made = self._prepare(name)
+            prepared = self._prepare(name)
             with self._lock:
-                self._prepared[name] = made
+                self._prepared[name] = prepared
                 while len(self._prepared) > _PREPARED:
                     self._prepared.popitem(last=False)
-        return made
+        return prepared
 
     def _prepare(self, name: str) -> MergedTensor | DeviceTensor:
         shared: dict[str, Scalar] = {
-            one.name: self._values.value(one, name, None)
-            for one in self.method.parameters
-            if not one.per_model
+            parameter.name: self._values.value(parameter, name, None)
+            for parameter in self.method.parameters
+            if not parameter.per_model
         }
         members = [self._member(name, number) for number in self.fates[name].models]
-        own, out, rescale = (
-            self.base.tensors[name],
-            self.tensors[name].dtype,
-            self.method.rescale or self.recipe.rescale,
-        )
+        info = self.base.tensors[name]
+        out = self.tensors[name].dtype
+        rescale = self.method.rescale or self.recipe.rescale
         device = self._devices.of(name) if self._devices is not None else None
         if device is not None:
             from .tensor_on_device import DeviceTensor, works
 
-            if works(self.method, own, out, name, members, rescale):
+            if works(self.method, info, out, name, members, rescale):
                 return DeviceTensor(
                     self.method, self.base, name, out, members, shared, rescale=rescale, device=device
                 )
@@ -270,13 +273,15 @@ class Merged:
         )
 
     def _member(self, name: str, number: int) -> Member:
-        own = {
-            one.name: self._values.value(one, name, number) for one in self.method.parameters if one.per_model
+        settings = {
+            parameter.name: self._values.value(parameter, name, number)
+            for parameter in self.method.parameters
+            if parameter.per_model
         }
         return Member(
             input=self.inputs[number],
             seed=(self.recipe.seed + number) % (1 << 64),
-            settings=own,
+            settings=settings,
             fisher=self.fisher[number] if self.fisher else None,
             gram=self.gram[number] if self.gram else None,
         )

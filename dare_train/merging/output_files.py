@@ -18,8 +18,11 @@ from .merge_report import MergeReport
 from .merged_weights import Merged
 from .models.inputs import Input, PackageInput
 from .models.matching import Fate
-from .models.naming import EMBEDDINGS, HEADS, config_of
-from .models.vocabulary import Vocabulary, is_tokenizer_file, write_tokenizer
+from .models.merged_tokenizer import write_tokenizer
+from .models.model_files import config_of, files_in, own_files
+from .models.naming import EMBEDDINGS, HEADS
+from .models.tokenizer_files import is_tokenizer_file
+from .models.vocabulary import Vocabulary
 
 CARD = """\
 ---
@@ -50,16 +53,16 @@ def write(
     `prefixed`: the result has more around it than the base, such as a head.
     """
     model = _described_by(merged, prefixed=prefixed or base_folder is None)
-    for folder in [
-        folder for folder in (base_folder, model.folder if model is not None else None) if folder is not None
-    ]:
-        copy_companions(folder, staging)
+    if base_folder is not None:
+        copy_companions(base_folder, staging)
     if isinstance(model, PackageInput):
         copy_carried(model.package, staging)
+    elif model is not None and model.folder is not None:
+        copy_companions(model.folder, staging)
     if model is not None and merged.recipe.tokenizer == "base":
         _keep_tokenizer(base_folder, staging)
     elif vocabulary is not None and base_folder is not None:
-        write_tokenizer(vocabulary, base_folder, [one.folder for one in merged.inputs], staging)
+        write_tokenizer(vocabulary, base_folder, [model.folder for model in merged.inputs], staging)
     _settle_config(merged, staging, described=model is not None)
 
 
@@ -89,27 +92,25 @@ def _keep_tokenizer(base_folder: Path | None, staging: Path) -> None:
 
 def _settle_config(merged: Merged, staging: Path, *, described: bool) -> None:
     """Say in the configuration what the weights are. `described`: it is a model's own."""
-    config = before = config_of(staging)
+    config = before = config_of(files_in(staging))
     codes = {
         info.dtype.code
         for name, info in merged.tensors.items()
         if info.dtype.can_be_delta and name in merged.base.tensors
     }
     if merged.recipe.out_dtype is not None or (len(codes) == 1 and (merged.recipe.cast_base or described)):
-        dtype, key = (
-            DTYPE_NAMES[merged.recipe.out_dtype or codes.pop()],
-            "torch_dtype" if "torch_dtype" in config else "dtype",
-        )
+        dtype = DTYPE_NAMES[merged.recipe.out_dtype or codes.pop()]
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
         config = _with(config, key, dtype, add=True)
     rows = _vocabulary_sizes(merged.tensors)
     if len(rows) == 1 and (
         described or any(fate.added is not None and fate.added.rows.size for fate in merged.fates.values())
     ):
         sizes = rows.union(
-            *map(_vocabulary_sizes, [merged.base.tensors, *(one.tensors for one in merged.inputs)])
+            *map(_vocabulary_sizes, [merged.base.tensors, *(model.tensors for model in merged.inputs)])
         )
         config = _with(config, "vocab_size", min(rows), instead_of=sizes)
-    if any(_is_untied(one) for one in merged.inputs) and config.get("tie_word_embeddings", True):
+    if any(map(_is_untied, merged.inputs)) and config.get("tie_word_embeddings", True):
         config = _with(config, "tie_word_embeddings", False, add=True)
     if before and config != before:
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -138,19 +139,21 @@ def _with(
     return {**config, **parts, **({key: value} if here else {})}
 
 
-def _is_untied(one: Input) -> bool:
+def _is_untied(model: Input) -> bool:
     """Whether a model has a head of its own. Where it has a configuration, that says so: tied heads may be
     written twice.
     """
-    has_head = any(name.endswith(HEADS) and own.endswith(HEADS) for name, own in one.names.items())
-    config = config_of(one.folder)
+    has_head = any(
+        name.endswith(HEADS) and name_in_model.endswith(HEADS) for name, name_in_model in model.names.items()
+    )
+    config = config_of(own_files(model.folder))
     return has_head and not config.get("tie_word_embeddings", bool(config))
 
 
 def write_record(report: MergeReport, staging: Path) -> None:
     """The report, the recipe, and a card for the Hub."""
     (staging / MERGE_RECORD).write_text(json.dumps(report.as_json(), indent=1) + "\n")
-    names = [report.recipe.base, *(one.model for one in report.recipe.models)]
+    names = [report.recipe.base, *(model.model for model in report.recipe.models)]
     on_hub = [
         name
         for name in names

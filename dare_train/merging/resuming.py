@@ -26,7 +26,8 @@ class Journal:
     """
 
     def __init__(self, staging: Path, identity: str, rank: int) -> None:
-        self._staging, self._identity = staging, identity
+        self._staging = staging
+        self._identity = identity
         self._path = staging / f"{_STEM}.{rank}"
 
     def begun(self) -> bool:
@@ -41,7 +42,7 @@ class Journal:
         with self._path.open("a") as file:
             file.write(f"{print_.hex} {name}\n")
 
-    def found(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Fingerprint]:
+    def finished_before(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Fingerprint]:
         """Tensors that were finished before, each with its fingerprint: those whose words in the folder have
         it still.
         """

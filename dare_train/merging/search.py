@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError
 from .config.recipe import RESCALES, Recipe
 from .config.task import MergeTask
-from .merge import DeviceLike, run
+from .merge import run
 from .merge_report import MergeReport
 from .methods.parameters import Scalar
 from .methods.registry import method_of
+from .prepared_merge import DeviceLike
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -185,8 +186,8 @@ def _with(recipe: Recipe, name: str, value: Scalar) -> Recipe:
             expected=f"a model's number from 0 to {len(recipe.models) - 1}",
             found=repr(number),
         )
-    each = {one.name for one in method_of(recipe.method).parameters if one.per_model}
-    if parameter not in each:
+    known = method_of(recipe.method).parameters
+    if parameter not in {setting.name for setting in known if setting.per_model}:
         return replace(recipe, parameters={**recipe.parameters, parameter: value})
     models = [
         replace(model, parameters={**model.parameters, parameter: value}) if place in places else model
@@ -223,16 +224,17 @@ def _ask_optuna(
     sampler = optuna.samplers.TPESampler(seed=seed % (1 << 32))
     study = optuna.create_study(direction="minimize" if minimize else "maximize", sampler=sampler)
 
-    def one(trial: optuna.Trial) -> float:
+    def objective(trial: optuna.Trial) -> float:
         return score({axis.name: _asked(trial, axis) for axis in axes})
 
-    study.optimize(one, n_trials=trials)
+    study.optimize(objective, n_trials=trials)
 
 
 def _asked(trial: Any, axis: Axis) -> Scalar:
     if axis.step is None:
         return trial.suggest_categorical(axis.name, list(axis.values))  # type: ignore[no-any-return]
-    low, high = float(axis.values[0]), float(axis.values[-1])
+    low = float(axis.values[0])
+    high = float(axis.values[-1])
     return round(float(trial.suggest_float(axis.name, low, high, step=axis.step)), 12)
 
 
@@ -248,28 +250,28 @@ def metric_of(name: str) -> Callable[..., Any]:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        found: Any = importlib.import_module(module)
+        metric: Any = importlib.import_module(module)
         for part in function.split("."):
-            found = getattr(found, part)
+            metric = getattr(metric, part)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             "eval", expected="a function that can be imported", found=f"{name}: {error}"
         ) from error
-    if not callable(found):
-        raise ConfigError("eval", expected="a function", found=f"{name}, a {type(found).__name__}")
-    return found  # type: ignore[no-any-return]
+    if not callable(metric):
+        raise ConfigError("eval", expected="a function", found=f"{name}, a {type(metric).__name__}")
+    return metric  # type: ignore[no-any-return]
 
 
-def results(found: Found) -> RenderableType:
+def results(outcome: Found) -> RenderableType:
     """A table of the trials for a terminal, the best first."""
     from rich.table import Table
 
     table = Table(
-        title=f"{len(found.trials)} merges",
-        caption=f"{found.report.out} is the first; its recipe is in dare_merge.yml",
+        title=f"{len(outcome.trials)} merges",
+        caption=f"{outcome.report.out} is the first; its recipe is in dare_merge.yml",
     )
-    for name in (*found.best.settings, "score"):
+    for name in (*outcome.best.settings, "score"):
         table.add_column(name, justify="right")
-    for trial in sorted(found.trials, key=lambda one: abs(one.score - found.best.score)):
+    for trial in sorted(outcome.trials, key=lambda trial: abs(trial.score - outcome.best.score)):
         table.add_row(*(f"{value}" for value in trial.settings.values()), f"{trial.score:.6g}")
     return table

@@ -47,8 +47,11 @@ class MergedTensor:
         rescale: str,
         threads: int,
     ) -> None:
-        self._method, self._settings, self._out = method, settings, out
-        self._members, self.info = members, base.tensors[name]
+        self.info = base.tensors[name]
+        self._method = method
+        self._settings = settings
+        self._out = out
+        self._members = members
         self._weights = np.array([member.settings.get("weight", 1.0) for member in members], np.float64)
         self._averaged = lacks(method, members, name) is not None
         self._is_matrix = method.reach == "matrix" and not self._averaged
@@ -57,16 +60,11 @@ class MergedTensor:
             base, name, row=_row_length(self.info, method, self._per), whole=whole, threads=threads
         )
         self._deltas = [
-            ModelDelta(member, self._walk, drops=method.drops, rescale=rescale) for member in members
+            ModelDelta.of(member, self._walk, drops=method.drops, rescale=rescale) for member in members
         ]
-        alone = (
-            len(members) < method.models[0]
-        )  # where a method wants two, what one model has is that model's, as in mergekit
-        one_set = method.reach == "coefficients" and self._per == "tensor"
-        self._coefficients = np.ones(len(members)) if alone else self._one_set() if one_set else None
-        self._selected, self._energies = (
-            self._selection() if method.needs == "variance" else (EVERY, np.zeros(0))
-        )
+        self._coefficients = self._of_the_tensor()
+        self._selected = self._most_varying() if method.needs == "variance" else EVERY
+        self._energies = self._mean_squares() if method.needs == "variance" else np.zeros(0)
 
     @property
     def runs(self) -> list[tuple[int, int]]:
@@ -120,7 +118,13 @@ class MergedTensor:
             return "tensor"
         return "column" if self._settings["nuslerp_row_wise"] else "row"
 
-    def _one_set(self) -> NDArray[np.float64]:
+    def _of_the_tensor(self) -> NDArray[np.float64] | None:
+        """The coefficients, where the tensor as a whole has some."""
+        # Where a method wants two, what one model has is that model's, as in mergekit.
+        if len(self._members) < self._method.models[0]:
+            return np.ones(len(self._members))
+        if self._method.reach != "coefficients" or self._per != "tensor":
+            return None
         return self._factors(
             self._walk.total(self._gram) if self._method.needs_gram and self.info.numel else None
         )
@@ -157,12 +161,14 @@ class MergedTensor:
 
     def _by_rows(self, start: int, words: Words) -> FloatArray:
         """Coefficients for each row, or column, of its own."""
-        shape, axis = (self.info.shape or (1,), 0) if self._per == "column" else ((-1, self._walk.row), -1)
+        by_columns = self._per == "column"
+        shape = (self.info.shape or (1,)) if by_columns else (-1, self._walk.row)
+        axis = 0 if by_columns else -1
         vectors = self._vectors(start, words).reshape(len(self._deltas), *shape)
         factors = self._factors(_dots(vectors, axis=axis))
         merged = np.zeros(vectors.shape[1:], vectors.dtype)
-        for vector, own in zip(vectors, np.moveaxis(factors, -1, 0), strict=True):
-            merged += np.expand_dims(own, axis).astype(vectors.dtype) * vector
+        for vector, factor in zip(vectors, np.moveaxis(factors, -1, 0), strict=True):
+            merged += np.expand_dims(factor, axis).astype(vectors.dtype) * vector
         flat = merged.reshape(-1)
         return flat - to_float(words, self.info.dtype) if self._on_weights else flat
 
@@ -213,22 +219,23 @@ class MergedTensor:
             )
         )
 
-    def _selection(self) -> tuple[Largest, NDArray[np.float64]]:
-        """SCE's choice of elements, and the mean squares of what is chosen."""
-        self._selected = EVERY
+    def _most_varying(self) -> Largest:
+        """SCE's choice of elements."""
         share = float(self._settings["select_topk"])
-        if share < 1:
-            moving = int(
-                self._walk.total(lambda start, words: np.count_nonzero(_variance(self._rows(start, words))))
-            )
-            count = int(moving * share)
-            self._selected = largest(
-                lambda function: self._walk.each(
-                    lambda start, words: function(start, _variance(self._rows(start, words)))
-                ),
-                count,
-            )
-        return self._selected, self._walk.total(self._squares) / max(self.info.numel, 1)
+        if share >= 1:
+            return EVERY
+        moving = self._walk.total(lambda start, words: np.count_nonzero(_variance(self._rows(start, words))))
+        return largest(
+            lambda function: self._walk.each(
+                lambda start, words: function(start, _variance(self._rows(start, words)))
+            ),
+            int(int(moving) * share),
+        )
+
+    def _mean_squares(self) -> NDArray[np.float64]:
+        """Of what each model has of SCE's choice, over the tensor."""
+        squares: NDArray[np.float64] = self._walk.total(self._squares)
+        return squares / max(self.info.numel, 1)
 
     def _squares(self, start: int, words: Words) -> NDArray[np.float64]:
         rows = self._rows(start, words)
@@ -247,20 +254,21 @@ class MergedTensor:
         deltas = self._rows(0, words).reshape(len(self._deltas), *self.info.shape)
         given: dict[str, Any] = {name: self._settings[name] for name in self._method.arguments}
         if self._is_matrix:
-            grams, name = [_of(member.gram) for member in self._members], self._walk.name
+            grams = [_of(member.gram) for member in self._members]
+            name = self._walk.name
             given |= {
                 "grams": np.stack([gram.whole(name) for gram in grams]),
                 "transposed": grams[0].transposed(name),
             }
-        made = np.asarray(
+        delta = np.asarray(
             self._method.function(deltas, self._weights.astype(deltas.dtype), **given), deltas.dtype
         )
-        if made.shape != self.info.shape:
+        if delta.shape != self.info.shape:
             where = f"method {self._method.name} on {self._walk.name}"
             raise ConfigError(
-                where, expected=f"a delta of shape {list(self.info.shape)}", found=str(list(made.shape))
+                where, expected=f"a delta of shape {list(self.info.shape)}", found=str(list(delta.shape))
             )
-        return self._scaled(made.reshape(-1))
+        return self._scaled(delta.reshape(-1))
 
     # Onto the base
 
@@ -297,8 +305,8 @@ def own_coefficients(
     """Those of a method that combines vectors."""
     given = {name: settings[name] for name in method.arguments}
     with quiet():
-        made: NDArray[np.float64] = method.function(gram, weights, **given)
-    return made * float(settings.get("lambda", 1.0))
+        coefficients: NDArray[np.float64] = method.function(gram, weights, **given)
+    return coefficients * float(settings.get("lambda", 1.0))
 
 
 def _row_length(info: TensorInfo, method: Method, per: str) -> int:
@@ -312,12 +320,12 @@ def _row_length(info: TensorInfo, method: Method, per: str) -> int:
 
 def _few(moved: Sequence[NDArray[np.int64] | None], count: int) -> NDArray[np.int64] | None:
     """The union of positions among `count`, where they are few: the others need no arithmetic."""
-    positions = [one for one in moved if one is not None]
-    if len(positions) < len(moved) or sum(one.size for one in positions) > count // 2:
+    known = [positions for positions in moved if positions is not None]
+    if len(known) < len(moved) or sum(positions.size for positions in known) > count // 2:
         return None
     touched = np.zeros(count, np.bool_)
-    for one in positions:
-        touched[one] = True
+    for positions in known:
+        touched[positions] = True
     return np.flatnonzero(touched)
 
 
@@ -325,7 +333,7 @@ def _dots(vectors: FloatArray, *, axis: int) -> NDArray[np.float64]:
     """Gram matrices over one axis of each vector: [n, ...] becomes [..., n, n]."""
     wide = vectors.astype(np.float64)
     return np.stack(
-        [np.stack([(one * other).sum(axis=axis) for other in wide], axis=-1) for one in wide], axis=-2
+        [np.stack([(left * right).sum(axis=axis) for right in wide], axis=-1) for left in wide], axis=-2
     )
 
 
@@ -343,10 +351,11 @@ def lacks(method: Method, members: Sequence[Member], name: str) -> str | None:
     """
     if method.needs not in ("fisher", "gram"):
         return None
-    own = [
-        (member.input.label, member.fisher if method.needs == "fisher" else member.gram) for member in members
-    ]
-    return next((label for label, found in own if found is None or name not in found.tensors), None)
+    for member in members:
+        statistics = member.fisher if method.needs == "fisher" else member.gram
+        if statistics is None or name not in statistics.tensors:
+            return member.input.label
+    return None
 
 
 def _of(statistics: ModelStatistics | None) -> ModelStatistics:

@@ -1,5 +1,5 @@
 """One tensor of a merge worked out in a device's memory, many millions of elements at a time: the bits of
-`tensors` and `deltas`.
+`tensor_on_cpu` and `deltas`.
 
 That is so for methods whose arithmetic has one order everywhere: sums, elections and consensus, with DARE and
 trimming by magnitude before them. The others, which want dot products or ranks within rows, are the CPU's,
@@ -28,6 +28,7 @@ from ..weights.protocol import SEGMENT, TensorInfo, Weights, runs
 from .deltas import Member, borders, rate_of
 from .devices import Device, lying
 from .methods import elementwise as elements
+from .methods.dropping import DropRate
 from .methods.parameters import Scalar
 from .methods.registry import Dropping, Method
 from .methods.top_k import EVERY, NONE, Bits, Largest, largest
@@ -44,10 +45,8 @@ def works(
     method: Method, info: TensorInfo, out: DType, name: str, members: Sequence[Member], rescale: str
 ) -> bool:
     """Whether a device can merge a tensor to the same bits."""
-    if out != info.dtype and "F64" in (
-        out.code,
-        info.dtype.code,
-    ):  # what is narrowed from float64 is rounded once, and torch does it twice
+    # What is narrowed from float64 is rounded once, and torch does it twice.
+    if out != info.dtype and "F64" in (out.code, info.dtype.code):
         return False
     combines = (
         not method.needs_gram if method.reach == "coefficients" else method.function in elements.ANYWHERE
@@ -58,24 +57,25 @@ def works(
         and drops
         and info.dtype.can_be_delta
         and out.can_be_delta
-        and all(_fits(one.input, name, info) for one in members)
+        and all(_fits(member.input, name, info) for member in members)
     )
 
 
-def _fits(one: Any, name: str, info: TensorInfo) -> bool:
+def _fits(model: Any, name: str, info: TensorInfo) -> bool:
     """Whether a model's delta can be read for one run after another."""
-    if isinstance(one, CheckpointInput):
-        return one.tensors[name].dtype.can_be_delta
-    record = one.package.records[one.names[name]]
-    spans = [span for _, span in _places(one, name, 0, info.numel)]
+    if isinstance(model, CheckpointInput):
+        return model.tensors[name].dtype.can_be_delta
+    record = model.package.records[model.names[name]]
+    spans = [span for _, span in _places(model, name, 0, info.numel)]
     whole = all(stop <= info.numel and start // _AT_ONCE == (stop - 1) // _AT_ONCE for start, stop in spans)
     return whole and bool(record.info.dtype == info.dtype)
 
 
-def _places(one: PackageInput, name: str, start: int, count: int) -> list[Place]:
-    own = one.names[name]
+def _places(model: PackageInput, name: str, start: int, count: int) -> list[Place]:
+    packed_name = model.names[name]
     return [
-        (own, (segment.start, segment.stop)) for segment, _ in one.package.frames(own, start, start + count)
+        (packed_name, (segment.start, segment.stop))
+        for segment, _ in model.package.frames(packed_name, start, start + count)
     ]
 
 
@@ -98,17 +98,16 @@ class _Tensor:
 
     def words(self, weights: Weights, start: int, count: int) -> Tensor:
         """Words of weights that have this tensor: not to be written to."""
-        found = lying(weights, self.name, start, count)
-        if found is not None and found.device == self.device.place:
-            return found
+        words_there = lying(weights, self.name, start, count)
+        if words_there is not None and words_there.device == self.device.place:
+            return words_there
         words = weights.read(self.name, start, count)
         return sent(words, self.device.place).view(INTEGERS[words.itemsize])
 
     def on(self, function: Callable[[int, Tensor], Result], start: int, count: int) -> Result:
         """Call a function with the start and the base's words of a run."""
-        each = (
-            self.info.dtype.itemsize + 6 * self.info.dtype.compute.itemsize
-        )  # what elections take, which take most
+        # What elections take, which take most.
+        each = self.info.dtype.itemsize + 6 * self.info.dtype.compute.itemsize
         with self.device.turn(self.name, (self.models + 1) * each * count):
             return function(start, self.words(self.base, start, count))
 
@@ -119,61 +118,79 @@ class _Tensor:
     def kept(self, rows: Rows, masks: Masks, count: int, start: int) -> Tensor:
         """bool [count]: which elements of a run masks of rows of it keep."""
         flags = torch.zeros(count, dtype=torch.uint8, device=self.device.place)
-        own = Rows(
+        flag_rows = Rows(
             dtype=DTYPES["U8"],
             rows=tuple(replace(row, flat=flags, offset=row.start - start) for row in rows.rows),
         )
-        self.device.kernels.put(
-            own, masks, offsets_of(self.device.kernels.counts(own, masks)), torch.ones_like(flags)
-        )
+        offsets = offsets_of(self.device.kernels.counts(flag_rows, masks))
+        self.device.kernels.put(flag_rows, masks, offsets, torch.ones_like(flags))
         return flags.bool()
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class DeviceDelta:
     """`deltas.ModelDelta` for runs in a device's memory."""
 
-    def __init__(self, member: Member, tensor: _Tensor, *, drops: Dropping, rescale: str) -> None:
-        self.member, self._tensor = member, tensor
-        self._rate = rate_of(member, tensor.name)
-        self._factor = self._rate.factor if self._rate is not None and rescale == "paper" else 1.0
-        self._keep, self._outliers = EVERY, NONE
-        if drops != "none" and member.settings.get("density", 1.0) < 1 and member.input.moves(tensor.name):
-            self._keep, self._outliers = borders(drops, member, tensor.name, tensor.info.numel, self._largest)
+    member: Member
+    tensor: _Tensor
+    rate: DropRate | None
+    """At which DARE drops elements, if it does."""
+    rate_factor: float
+    """Of the elements that DARE leaves."""
+    keep: Largest = EVERY
+    """Elements that the method keeps by their magnitude."""
+    outliers: Largest = NONE
+    """Those among them that it drops again."""
+
+    @classmethod
+    def of(cls, member: Member, tensor: _Tensor, *, drops: Dropping, rescale: str) -> DeviceDelta:
+        """With what a recipe has dropped. Walks over the tensor where thresholds are wanted."""
+        rate = rate_of(member, tensor.name)
+        factor = rate.factor if rate is not None and rescale == "paper" else 1.0
+        dared = cls(member=member, tensor=tensor, rate=rate, rate_factor=factor)
+        density = member.settings.get("density", 1.0)
+        if drops == "none" or density >= 1 or not member.input.moves(tensor.name):
+            return dared
+        keep, outliers = borders(drops, member, tensor.name, tensor.info.numel, dared._largest)
+        return replace(dared, keep=keep, outliers=outliers)
 
     def raw(self, start: int, words: Tensor) -> Dense | None:
         """The delta of a run whose base words are `words`, before anything is dropped; None where the model
         does not move it.
         """
-        one = self.member.input
-        if not one.moves(self._tensor.name):
+        model = self.member.input
+        if not model.moves(self.tensor.name):
             return None
-        if isinstance(one, PackageInput):
-            return self._of_package(one, start, words)
-        return self._of_checkpoint(one, start, words)  # type: ignore[arg-type]
+        if isinstance(model, PackageInput):
+            return self._of_package(model, start, words)
+        return self._of_checkpoint(model, start, words)  # type: ignore[arg-type]
 
     def after(self, start: int, words: Tensor) -> Dense | None:
         """The delta after dropping."""
         term = self._dared(start, words)
-        if term is None or (self._keep is EVERY and self._outliers is NONE):
+        if term is None or (self.keep is EVERY and self.outliers is NONE):
             return term
         sizes = self._sizes(term, words)
-        kept = _among(self._keep, sizes, start)
-        if self._outliers is not NONE:
-            kept &= ~_among(self._outliers, sizes, start) | (sizes == int(NAN_SIZE))
+        kept = _among(self.keep, sizes, start)
+        if self.outliers is not NONE:
+            kept &= ~_among(self.outliers, sizes, start) | (sizes == int(NAN_SIZE))
         return replace(term, present=kept)
 
-    def _of_checkpoint(self, one: CheckpointInput, start: int, words: Tensor) -> Dense:
-        tensor = self._tensor
-        own, base = one.tensors[tensor.name].dtype, tensor.info.dtype
-        tuned = tensor.words(one.weights, start, words.numel())
-        if own == base:
+    def _of_checkpoint(self, model: CheckpointInput, start: int, words: Tensor) -> Dense:
+        name = self.tensor.name
+        dtype = model.tensors[name].dtype
+        base_dtype = self.tensor.info.dtype
+        tuned = self.tensor.words(model.weights, start, words.numel())
+        if dtype == base_dtype:
             return Dense(factor=1.0, tuned=tuned)
-        return Dense(factor=1.0, delta=widened(tuned, own).to(compute(base)) - widened(words, base))
+        delta = widened(tuned, dtype).to(compute(base_dtype)) - widened(words, base_dtype)
+        return Dense(factor=1.0, delta=delta)
 
-    def _of_package(self, one: PackageInput, start: int, words: Tensor) -> Dense | None:
+    def _of_package(self, model: PackageInput, start: int, words: Tensor) -> Dense | None:
         """Kept values put into a copy of the base, or deltas into zeros."""
-        tensor, kernels = self._tensor, self._tensor.device.kernels
-        places = _places(one, tensor.name, start, words.numel())
+        tensor = self.tensor
+        kernels = tensor.device.kernels
+        places = _places(model, tensor.name, start, words.numel())
         if not places:
             return None
         flat = tuple(
@@ -181,27 +198,28 @@ class DeviceDelta:
             for _, (first, stop) in places
         )
         rows = Rows(dtype=tensor.info.dtype, rows=flat)
-        kept, values = decoded(kernels, rows, places, one.package, 1.0, alone=False)
-        made = torch.zeros_like(words, dtype=values.tensor.dtype) if values.deltas else words.clone()
-        target = made.view(INTEGERS[made.itemsize])
-        whole = Rows(dtype=_WORDS[made.itemsize], rows=tuple(replace(row, flat=target) for row in flat))
+        kept, values = decoded(kernels, rows, places, model.package, 1.0, alone=False)
+        run = torch.zeros_like(words, dtype=values.tensor.dtype) if values.deltas else words.clone()
+        target = run.view(INTEGERS[run.itemsize])
+        whole = Rows(dtype=_WORDS[run.itemsize], rows=tuple(replace(row, flat=target) for row in flat))
         kernels.put(whole, kept.masks, kept.offsets, values.tensor.view(target.dtype))
         present = tensor.kept(rows, kept.masks, words.numel(), start)
         return Dense(
-            factor=values.factors[0], present=present, **{"delta" if values.deltas else "tuned": made}
+            factor=values.factors[0], present=present, **{"delta" if values.deltas else "tuned": run}
         )
 
     def _dared(self, start: int, words: Tensor) -> Dense | None:
-        term, rate = self.raw(start, words), self._rate
+        term = self.raw(start, words)
+        rate = self.rate
         if term is None or rate is None:
             return term
-        rows = Rows(dtype=self._tensor.info.dtype, rows=(Row(flat=words, start=start, count=words.numel()),))
-        kept = self._tensor.kept(
+        rows = Rows(dtype=self.tensor.info.dtype, rows=(Row(flat=words, start=start, count=words.numel()),))
+        kept = self.tensor.kept(
             rows, Masks(keys=[rate.key], thresholds=[rate.threshold]), words.numel(), start
         )
         return replace(
             term,
-            factor=term.factor * self._factor,
+            factor=term.factor * self.rate_factor,
             present=kept if term.present is None else kept & term.present,
         )
 
@@ -209,7 +227,7 @@ class DeviceDelta:
 
     def _largest(self, k: int, last: bool) -> Largest:
         def each(function: Callable[[int, Tensor], object]) -> Iterator[object]:
-            return self._tensor.each(
+            return self.tensor.each(
                 lambda start, words: function(start, self._sizes(self._dared(start, words), words))
             )
 
@@ -220,7 +238,7 @@ class DeviceDelta:
         if term is None:
             return torch.full_like(words, -1, dtype=torch.int32)
         sizes = (
-            delta_of(term, words, self._tensor.info.dtype)
+            delta_of(term, words, self.tensor.info.dtype)
             .abs()
             .float()
             .view(torch.int32)
@@ -251,13 +269,14 @@ def _among(border: Largest, sizes: Tensor, start: int) -> Tensor:
     if border is NONE:
         return torch.zeros_like(sizes, dtype=torch.bool)
     equal = sizes == int(border.bound)
-    (begin, end), (before, _) = border.chosen, border.equals.get(start, (0, 0))
+    begin, end = border.chosen
+    before, _ = border.equals.get(start, (0, 0))
     place = equal.cumsum(0) + (before - 1)
     return (sizes > int(border.bound)) | (equal & (place >= begin) & (place < end))
 
 
 class DeviceTensor:
-    """`tensors.MergedTensor` for what `works`."""
+    """`tensor_on_cpu.MergedTensor` for what `works`."""
 
     def __init__(
         self,
@@ -271,11 +290,13 @@ class DeviceTensor:
         rescale: str,
         device: Device,
     ) -> None:
-        self._method, self._settings, self._out = method, settings, out
+        self._method = method
+        self._settings = settings
+        self._out = out
         self._tensor = _Tensor(base=base, name=name, models=len(members), device=device)
         self._weights = np.array([member.settings.get("weight", 1.0) for member in members], np.float64)
         self._deltas = [
-            DeviceDelta(member, self._tensor, drops=method.drops, rescale=rescale) for member in members
+            DeviceDelta.of(member, self._tensor, drops=method.drops, rescale=rescale) for member in members
         ]
         self._coefficients = None
         if lacks(method, members, name) is not None:
@@ -314,13 +335,13 @@ class DeviceTensor:
         if self._method.needs == "undropped":
             given["undropped"] = self._rows([delta.raw(start, words) for delta in self._deltas], words)
         weights = to_device(torch.from_numpy(self._weights).to(compute(dtype)), words.device)
-        made = self._method.function(
+        delta = self._method.function(
             self._rows([delta.after(start, words) for delta in self._deltas], words), weights, **given
         )
-        made = made * float(self._settings.get("lambda", 1.0))
-        own = widened(words, dtype)
-        as_base = words if self._out == dtype else narrowed(own, self._out)
-        return torch.where(made == 0, as_base, narrowed(own + made, self._out))
+        delta = delta * float(self._settings.get("lambda", 1.0))
+        base = widened(words, dtype)
+        as_base = words if self._out == dtype else narrowed(base, self._out)
+        return torch.where(delta == 0, as_base, narrowed(base + delta, self._out))
 
     def _rows(self, terms: Sequence[Dense | None], words: Tensor) -> Tensor:
         """Every model's delta, [n, words.numel()]."""

@@ -33,8 +33,10 @@ class Walk:
     def __init__(
         self, base: Weights, name: str, *, row: int = 1, whole: bool = False, threads: int = 1
     ) -> None:
-        self._base, self._threads = base, threads
-        self.name, self.row = name, row
+        self._base = base
+        self._threads = threads
+        self.name = name
+        self.row = row
         self.info: TensorInfo = base.tensors[name]
         length = self.info.numel if whole else max(1, SEGMENT // row) * row
         self.runs = list(runs(self.info.numel, max(length, 1)))
@@ -46,14 +48,14 @@ class Walk:
     def each(self, function: Callable[[int, Words], Result]) -> Iterator[Result]:
         """Call a function with the start and the base's words of every run; results in order."""
 
-        def one(run: tuple[int, int]) -> Result:
+        def called(run: tuple[int, int]) -> Result:
             with quiet():
                 return function(run[0], self.words(*run))
 
         if len(self.runs) == 1:  # threads would take longer to start than it does
-            yield one(self.runs[0])
+            yield called(self.runs[0])
             return
-        with closing(ordered_map(one, self.runs, threads=self._threads)) as results:
+        with closing(ordered_map(called, self.runs, threads=self._threads)) as results:
             yield from results
 
     def total(self, function: Callable[[int, Words], Any]) -> Any:

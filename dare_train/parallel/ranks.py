@@ -33,7 +33,8 @@ once anyway."""
 def in_shares(work: Sequence[Item], count: int, *, size: Callable[[Item], int]) -> list[list[Item]]:
     """The same work, in order, in `count` lists of about the same size."""
     shares: list[list[Item]] = [[] for _ in range(count)]
-    total, before = sum(map(size, work)), 0
+    total = sum(map(size, work))
+    before = 0
     for item in work:
         shares[min(before * count // max(total, 1), count - 1)].append(item)
         before += size(item)
@@ -51,8 +52,11 @@ class Ranks:
     """
 
     def __init__(self, rank: int = 0, world: int = 1, group: Any = None) -> None:
-        self.rank, self.world, self._group = rank, world, group
-        self.bytes_sent, self.lost = 0, False
+        self.rank = rank
+        self.world = world
+        self._group = group
+        self.bytes_sent = 0
+        self.lost = False
 
     @classmethod
     def joined(cls, patience: timedelta = PATIENCE) -> Ranks:
@@ -70,11 +74,10 @@ class Ranks:
                     "each would write the same packages: initialise torch.distributed "
                     "first (accelerate: cpu=True without a GPU)"
                 )
-                found = "each of them for itself"
                 raise ConfigError(
                     "WORLD_SIZE",
                     expected=f"{launched_world()} processes that work together",
-                    found=found,
+                    found="each of them for itself",
                     remedy=remedy,
                 )
             return cls()
@@ -116,9 +119,10 @@ class Ranks:
             return [json.loads(answer) for answer in self._exchange(message)]
         except RuntimeError as error:
             self.lost = True
-            found, remedy = str(error).splitlines()[0], "see the logs of the other ranks"
+            reason = str(error).splitlines()[0]
+            remedy = "see the logs of the other ranks"
             raise RankError(
-                f"rank {self.rank}", expected=f"answers of {self.world} ranks", found=found, remedy=remedy
+                f"rank {self.rank}", expected=f"answers of {self.world} ranks", found=reason, remedy=remedy
             ) from error
 
     def together(self, work: Callable[[], Result]) -> list[Result]:
@@ -137,9 +141,9 @@ class Ranks:
         answers = self.gather([result, _told(failure)])
         if failure is not None:
             raise failure
-        for rank, (_, told) in enumerate(answers):
-            if told is not None:
-                raise RankError(f"rank {rank} failed: {told[0]}", exit_code=told[1])
+        for rank, (_, failed) in enumerate(answers):
+            if failed is not None:
+                raise RankError(f"rank {rank} failed: {failed[0]}", exit_code=failed[1])
         return [answer for answer, _ in answers]
 
     def each(self, work: Callable[[], Result]) -> Result:
@@ -148,9 +152,9 @@ class Ranks:
         Raises:
             As `together`.
         """
-        own: list[Result] = []
-        self.together(lambda: own.append(work()))
-        return own[0]
+        results: list[Result] = []
+        self.together(lambda: results.append(work()))
+        return results[0]
 
     def sum_of(self, words: NDArray[Any]) -> NDArray[Any]:
         """Words of which each element comes from one rank, which the others fill with zeros."""
@@ -170,10 +174,10 @@ class Ranks:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
         dist.all_gather(sizes, torch.tensor([len(message)]), group=self._group)
         longest = max(int(size) for size in sizes)
-        own = torch.zeros(longest, dtype=torch.uint8)
-        own[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         answers = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world)]
-        dist.all_gather(answers, own, group=self._group)
+        dist.all_gather(answers, padded, group=self._group)
         return [answer[: int(size)].numpy().tobytes() for answer, size in zip(answers, sizes, strict=True)]
 
 
@@ -220,8 +224,9 @@ def launched() -> Iterator[Ranks]:
         dist.init_process_group("gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         remedy = "start them with torchrun; or unset WORLD_SIZE, and this process works alone"
-        expected, found = f"{launched_world()} processes, as WORLD_SIZE says", str(error).splitlines()[0]
-        raise RankError("launcher", expected=expected, found=found, remedy=remedy) from error
+        expected = f"{launched_world()} processes, as WORLD_SIZE says"
+        reason = str(error).splitlines()[0]
+        raise RankError("launcher", expected=expected, found=reason, remedy=remedy) from error
     try:
         yield Ranks.joined(OFFLINE_PATIENCE)
     finally:

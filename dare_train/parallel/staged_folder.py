@@ -40,7 +40,8 @@ def staged_folder(
     out = _nameable(out)
     if out.exists() and any(out.resolve() == folder.resolve() for folder in inputs):
         raise ConfigError("out", expected="another folder than those that are read", found=str(out))
-    staging, replaced = partial_name(out), out.with_name(f".{out.name}.replaced")
+    staging = partial_name(out)
+    replaced = out.with_name(f".{out.name}.replaced")
     going_on = resume is not None and staging.is_dir() and resume(staging)
     if not going_on:
         sweep(out)

@@ -60,8 +60,10 @@ class once(Generic[Result]):
     """
 
     def __init__(self, function: Callable[[Any], Result]) -> None:
-        self._function, self._guard = function, threading.Lock()
-        self._name, self._lock = function.__name__, f"{function.__name__} lock"
+        self._function = function
+        self._guard = threading.Lock()
+        self._name = function.__name__
+        self._lock = f"{function.__name__} lock"
 
     def __get__(self, instance: object, owner: type | None = None) -> Result:
         if instance is None:
@@ -73,8 +75,8 @@ class once(Generic[Result]):
             with lock:
                 if self._name not in values:
                     values[self._name] = self._function(instance)
-        found: Result = values[self._name]
-        return found
+        value: Result = values[self._name]
+        return value
 
 
 class ScratchWords(threading.local):

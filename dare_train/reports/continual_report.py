@@ -5,65 +5,65 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean
 
-from ..training.continual import Continual
+from ..training.continual_result import Continual
 from .document import Cell, Chart, Curve, HeatMap, Study, Table
 
 
 def continual_study(
-    found: Continual | Mapping[str, Continual], *, title: str = "Task after task", name: str = "continual"
+    given: Continual | Mapping[str, Continual], *, title: str = "Task after task", name: str = "continual"
 ) -> Study:
     """One run, or several of the same tasks by strategy."""
-    runs = {found.strategy: found} if isinstance(found, Continual) else dict(found)
+    runs = {given.strategy: given} if isinstance(given, Continual) else dict(given)
     return Study(
         name=name,
         title=title,
         question="What is known of each task after each other was learnt, and what does a task "
         "cost in bytes?",
-        findings=(*(_finding(label, one) for label, one in runs.items()), *_against_joint(runs)),
-        setup={"runs": {label: dict(one.setup) for label, one in runs.items()}},
-        data={"runs": {label: one.as_json() for label, one in runs.items()}},
+        findings=(*(_finding(label, run) for label, run in runs.items()), *_against_joint(runs)),
+        setup={"runs": {label: dict(run.setup) for label, run in runs.items()}},
+        data={"runs": {label: run.as_json() for label, run in runs.items()}},
         tables=(_measures(runs), _seconds(runs)),
-        charts=(_progress(runs, name), *(_matrix(label, one, name) for label, one in runs.items())),
+        charts=(_progress(runs, name), *(_matrix(label, run, name) for label, run in runs.items())),
     )
 
 
-def _finding(label: str, one: Continual) -> str:
+def _finding(label: str, run: Continual) -> str:
     return (
-        f"{label}: mean {one.metric} {one.accuracy:.4g} in the end, {one.forgetting:.4g} "
-        f"forgotten; {one.own_forgetting:.4g} with each "
-        f"task's own packages; {fmean(one.bytes):,.0f} bytes a task."
+        f"{label}: mean {run.metric} {run.accuracy:.4g} in the end, {run.forgetting:.4g} "
+        f"forgotten; {run.own_forgetting:.4g} with each "
+        f"task's own packages; {fmean(run.bytes):,.0f} bytes a task."
     )
 
 
 def _against_joint(runs: Mapping[str, Continual]) -> list[str]:
     return [
-        f"{label}: {fmean(one.own) - fmean(one.joint):+.4g} against learning all at once, with "
+        f"{label}: {fmean(run.own) - fmean(run.joint):+.4g} against learning all at once, with "
         "each task's own packages; "
-        f"{one.accuracy - fmean(one.joint):+.4g} with those of all."
-        for label, one in runs.items()
-        if one.joint
+        f"{run.accuracy - fmean(run.joint):+.4g} with those of all."
+        for label, run in runs.items()
+        if run.joint
     ]
 
 
-def _matrix(label: str, one: Continual, name: str) -> HeatMap:
+def _matrix(label: str, run: Continual, name: str) -> HeatMap:
     return HeatMap(
         name=f"{name}-{label}",
-        title=f"{one.metric}: {label}",
+        title=f"{run.metric}: {label}",
         caption="Each row is the model after one more task was learnt, each column a task on "
         "held-out examples; the first row is the base.",
         x="measured on",
         y="learnt last",
-        columns=one.tasks,
-        rows=("(base)", *one.tasks),
-        values=(one.before, *one.after),
+        columns=run.tasks,
+        rows=("(base)", *run.tasks),
+        values=(run.before, *run.after),
     )
 
 
 def _progress(runs: Mapping[str, Continual], name: str) -> Chart:
     first = next(iter(runs.values()))
     curves = []
-    for label, one in runs.items():
-        means = [fmean(row[: number + 1]) for number, row in enumerate(one.after)]
+    for label, run in runs.items():
+        means = [fmean(row[: number + 1]) for number, row in enumerate(run.after)]
         curves.append(Curve(label=label, x=tuple(map(float, range(len(means)))), y=tuple(means)))
     return Chart(
         name=f"{name}-progress",
@@ -80,11 +80,11 @@ def _progress(runs: Mapping[str, Continual], name: str) -> Chart:
 def _measures(runs: Mapping[str, Continual]) -> Table:
     rows: list[tuple[Cell, ...]] = [
         (
-            label, one.accuracy, fmean(one.own), one.backward_transfer, one.forward_transfer, one.forgetting,
-            one.own_forgetting,
-            round(fmean(one.bytes)),
+            label, run.accuracy, fmean(run.own), run.backward_transfer, run.forward_transfer, run.forgetting,
+            run.own_forgetting,
+            round(fmean(run.bytes)),
         )
-        for label, one in runs.items()
+        for label, run in runs.items()
     ]  # fmt: skip
     joint = next(iter(runs.values())).joint
     if joint:
@@ -112,7 +112,7 @@ def _measures(runs: Mapping[str, Continual]) -> Table:
 
 def _seconds(runs: Mapping[str, Continual]) -> Table:
     first = next(iter(runs.values()))
-    rows = tuple((label, *(f"{seconds:.3f}" for seconds in one.seconds)) for label, one in runs.items())
+    rows = tuple((label, *(f"{seconds:.3f}" for seconds in run.seconds)) for label, run in runs.items())
     return Table(
         title="Seconds to switch",
         columns=("strategy", *first.tasks),

@@ -154,22 +154,22 @@ class Study:
                 "",
                 self.question,
                 "",
-                *(f"* {one}" for one in self.findings),
+                *(f"* {finding}" for finding in self.findings),
                 "",
-                *(one.markdown() for one in self.tables),
+                *(table.markdown() for table in self.tables),
             ]
         )
 
 
 def versions() -> dict[str, str]:
     """Of what a measurement may depend on."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return numbers
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -11,7 +11,8 @@ from .document import Chart, Curve, HeatMap
 
 _COLOURS = ("#1f5fa8", "#c8551b", "#2e8540", "#8a3ea8", "#b3202c", "#5b6770", "#a8861b", "#1b9aa8")
 _MARKS = "osD^vPX*"
-_WIDTH, _HEIGHT = 8.0, 5.4
+_WIDTH = 8.0
+_HEIGHT = 5.4
 _CAPTION_WIDTH = 130
 _LEVELS = (":", "-.")
 _APART = 1.1
@@ -84,8 +85,8 @@ def _colour(axis: Any, chart: HeatMap) -> None:
         range(len(chart.rows)), chart.rows, fontsize="medium" if len(chart.rows) <= _FEW else "x-small"
     )
     size = "small" if len(chart.rows) <= _FEW else "x-small"
-    for row, found in enumerate(chart.values):
-        for column, value in enumerate(found):
+    for row, cells in enumerate(chart.values):
+        for column, value in enumerate(cells):
             if value is not None:
                 light = image.norm(value) < _DARK
                 axis.text(

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..package.magnitudes import Magnitudes, merged
 from ..studies.inside import Inside, LayerErrors
-from ..studies.variants import VARIANTS
+from ..studies.variants import DROP_VARIANTS
 from ..weights.layer_names import kind_of, layer_of, natural
 from .document import Cell, Chart, Curve, Study, Table, with_interval
 
@@ -19,54 +19,59 @@ _KINDS = 8
 """How many kinds of tensors are drawn: those with most elements."""
 
 
-def inside_study(found: Inside, *, title: str = "What happens inside", name: str = "inside") -> Study:
-    p = found.mean_p
+def inside_study(inside: Inside, *, title: str = "What happens inside", name: str = "inside") -> Study:
+    p = inside.mean_p
     charts = (
-        _similarity_by_rate(found, name),
-        _similarity_by_layer(found, name, p),
-        _errors(found, name, p),
-        _means(found, name),
-        _histograms(found, name),
-        _sizes(found, name),
+        _similarity_by_rate(inside, name),
+        _similarity_by_layer(inside, name, p),
+        _errors(inside, name, p),
+        _means(inside, name),
+        _histograms(inside, name),
+        _sizes(inside, name),
     )
     return Study(
         name=name,
         title=title,
         question="What does dropping do to a model's embeddings and layers, and is it what was calculated?",
-        findings=tuple(_findings(found)),
-        setup=found.setup,
-        data=found.as_json(),
-        tables=(_similarity_table(found), _error_table(found)),
+        findings=tuple(_findings(inside)),
+        setup=inside.setup,
+        data=inside.as_json(),
+        tables=(_similarity_table(inside), _error_table(inside)),
         charts=charts,
     )
 
 
-def _findings(found: Inside) -> Iterable[str]:
-    p = found.mean_p
-    last = {name: [each[-1] for each in by_rate[p]] for name, by_rate in found.similarity.items()}
-    said = "; ".join(f"{with_interval(values)} with {VARIANTS[name].label}" for name, values in last.items())
+def _findings(inside: Inside) -> Iterable[str]:
+    p = inside.mean_p
+    last = {name: [each[-1] for each in by_rate[p]] for name, by_rate in inside.similarity.items()}
+    said = "; ".join(
+        f"{with_interval(values)} with {DROP_VARIANTS[name].label}" for name, values in last.items()
+    )
     yield f"At p = {p:g} the last embeddings have a cosine similarity to the fine-tuned model's of {said}."
-    ratios = [layer.ratio(p) for layer in found.layers]
+    ratios = [layer.ratio(p) for layer in inside.layers]
     low, high = np.quantile(ratios, [0.05, 0.95])
     yield (
         f"The squared error of a layer's output is {median(ratios):.3f} times p/(1 - p)·Σδ²x² "
         f"in the median of {len(ratios)} layers, "
         f"and between {low:.3f} and {high:.3f} times in nine of ten."
     )
-    n = max(found.expected_mean_error)
-    dare, only = found.mean_error["dare"][n], found.mean_error["drop_only"][n]
+    n = max(inside.expected_mean_error)
+    dare = inside.mean_error["dare"][n]
+    only = inside.mean_error["drop_only"][n]
     yield (
         f"The mean output over {n} masks is {dare:.2%} away from the fine-tuned layer's with "
-        f"DARE ({found.expected_mean_error[n]:.2%} is "
+        f"DARE ({inside.expected_mean_error[n]:.2%} is "
         f"expected of an unbiased one), and {only:.2%} with drop only, which no number of masks "
         "makes smaller."
     )
 
 
-def _similarity_by_rate(found: Inside, name: str) -> Chart:
+def _similarity_by_rate(inside: Inside, name: str) -> Chart:
     curves = [
-        Curve.over(VARIANTS[variant].label, {p: [each[-1] for each in seeds] for p, seeds in by_rate.items()})
-        for variant, by_rate in found.similarity.items()
+        Curve.over(
+            DROP_VARIANTS[variant].label, {p: [each[-1] for each in seeds] for p, seeds in by_rate.items()}
+        )
+        for variant, by_rate in inside.similarity.items()
     ]
     return Chart(
         name=f"{name}-similarity",
@@ -79,13 +84,13 @@ def _similarity_by_rate(found: Inside, name: str) -> Chart:
     )
 
 
-def _similarity_by_layer(found: Inside, name: str, p: float) -> Chart:
+def _similarity_by_layer(inside: Inside, name: str, p: float) -> Chart:
     curves = []
-    for variant, by_rate in found.similarity.items():
+    for variant, by_rate in inside.similarity.items():
         columns = zip(*by_rate[p], strict=True)
         curves.append(
             Curve.over(
-                VARIANTS[variant].label,
+                DROP_VARIANTS[variant].label,
                 {float(number): list(values) for number, values in enumerate(columns)},
             )
         )
@@ -100,17 +105,17 @@ def _similarity_by_layer(found: Inside, name: str, p: float) -> Chart:
     )
 
 
-def _errors(found: Inside, name: str, p: float) -> Chart:
-    places = range(len(found.layers))
+def _errors(inside: Inside, name: str, p: float) -> Chart:
+    places = range(len(inside.layers))
     measured = Curve.over(
         "measured",
-        {float(place): list(layer.measured[p]) for place, layer in zip(places, found.layers, strict=True)},
+        {float(place): list(layer.measured[p]) for place, layer in zip(places, inside.layers, strict=True)},
     )
     calculated = _line(
-        "calculated: sqrt(p/(1-p)·Σδ²x²) / ‖Wx‖", (layer.calculated[p] for layer in found.layers)
+        "calculated: sqrt(p/(1-p)·Σδ²x²) / ‖Wx‖", (layer.calculated[p] for layer in inside.layers)
     )
     without = _line(
-        "diagnose, without data: sqrt(p/(1-p))·‖δ‖ / ‖W‖", (layer.without_data[p] for layer in found.layers)
+        "diagnose, without data: sqrt(p/(1-p))·‖δ‖ / ‖W‖", (layer.without_data[p] for layer in inside.layers)
     )
     return Chart(
         name=f"{name}-errors",
@@ -120,7 +125,7 @@ def _errors(found: Inside, name: str, p: float) -> Chart:
         x="linear layer",
         y="relative error",
         curves=(measured, calculated, without),
-        ticks=tuple(_short(layer.name) for layer in found.layers) if len(found.layers) <= 40 else (),
+        ticks=tuple(_short(layer.name) for layer in inside.layers) if len(inside.layers) <= 40 else (),
     )
 
 
@@ -136,12 +141,12 @@ def _short(name: str) -> str:
     return ".".join(parts[number:])
 
 
-def _means(found: Inside, name: str) -> Chart:
+def _means(inside: Inside, name: str) -> Chart:
     curves = [
-        Curve(label=VARIANTS[variant].label, x=tuple(map(float, means)), y=tuple(means.values()))
-        for variant, means in found.mean_error.items()
+        Curve(label=DROP_VARIANTS[variant].label, x=tuple(map(float, means)), y=tuple(means.values()))
+        for variant, means in inside.mean_error.items()
     ]
-    expected = found.expected_mean_error
+    expected = inside.expected_mean_error
     curves.append(
         Curve(
             label="expected of an unbiased one",
@@ -152,7 +157,7 @@ def _means(found: Inside, name: str) -> Chart:
     )
     return Chart(
         name=f"{name}-bias",
-        title=f"Mean over masks: E[ĥ] = E[h], p = {found.mean_p:g}",
+        title=f"Mean over masks: E[ĥ] = E[h], p = {inside.mean_p:g}",
         caption="How far the mean over masks of layer outputs is from the fine-tuned layers' "
         "own: ‖mean(ĥ) - h‖ / ‖h‖ over all linear "
         "layers. Without a bias it falls with the square root of the number of masks.",
@@ -164,9 +169,9 @@ def _means(found: Inside, name: str) -> Chart:
     )
 
 
-def _histograms(found: Inside, name: str) -> Chart:
+def _histograms(inside: Inside, name: str) -> Chart:
     curves = []
-    for kind, sizes in _by_kind(found)[:_KINDS]:
+    for kind, sizes in _by_kind(inside)[:_KINDS]:
         pairs = [
             (bound, sizes.share_below(bound * 2**0.5) - sizes.share_below(bound / 2**0.5))
             for bound in _BOUNDS
@@ -187,23 +192,23 @@ def _histograms(found: Inside, name: str) -> Chart:
     )
 
 
-def _by_kind(found: Inside) -> list[tuple[str, Magnitudes]]:
+def _by_kind(inside: Inside) -> list[tuple[str, Magnitudes]]:
     groups: dict[str, list[Magnitudes]] = defaultdict(list)
-    for layer in found.diagnosis.layers:
+    for layer in inside.diagnosis.layers:
         groups[kind_of(layer.name)].append(layer.magnitudes)
     together = [(kind, merged(parts)) for kind, parts in groups.items()]
-    return sorted(together, key=lambda one: -one[1].total)
+    return sorted(together, key=lambda pair: -pair[1].total)
 
 
-def _sizes(found: Inside, name: str) -> Chart:
+def _sizes(inside: Inside, name: str) -> Chart:
     groups: dict[str, list[Magnitudes]] = defaultdict(list)
-    for layer in found.diagnosis.layers:
+    for layer in inside.diagnosis.layers:
         groups[layer_of(layer.name)].append(layer.magnitudes)
     labels = sorted(groups, key=natural)
     sizes = [merged(groups[label]) for label in labels]
     places = tuple(map(float, range(len(labels))))
     curves = [
-        Curve(label=label, x=places, y=tuple(one.percentile(q) for one in sizes))
+        Curve(label=label, x=places, y=tuple(magnitudes.percentile(q) for magnitudes in sizes))
         for label, q in (("99 % are below", 0.99), ("90 % are below", 0.9), ("median", 0.5))
     ]
     return Chart(
@@ -216,21 +221,21 @@ def _sizes(found: Inside, name: str) -> Chart:
         curves=tuple(curves),
         levels={"0.002": 0.002},
         ticks=tuple(labels),
-        log_y=all(one.percentile(0.5) > 0 for one in sizes),
+        log_y=all(magnitudes.percentile(0.5) > 0 for magnitudes in sizes),
     )
 
 
-def _similarity_table(found: Inside) -> Table:
-    rates = [*next(iter(found.similarity.values()))]
+def _similarity_table(inside: Inside) -> Table:
+    rates = [*next(iter(inside.similarity.values()))]
     rows = [
         (
             f"{p:g}",
-            *(with_interval([each[-1] for each in by_rate[p]]) for by_rate in found.similarity.values()),
-            *_first_and_mean(found, p),
+            *(with_interval([each[-1] for each in by_rate[p]]) for by_rate in inside.similarity.values()),
+            *_first_and_mean(inside, p),
         )
         for p in rates
     ]
-    labels = [VARIANTS[name].label for name in found.similarity]
+    labels = [DROP_VARIANTS[name].label for name in inside.similarity]
     return Table(
         title="Cosine similarity of embeddings",
         columns=(
@@ -244,15 +249,15 @@ def _similarity_table(found: Inside) -> Table:
     )
 
 
-def _first_and_mean(found: Inside, p: float) -> list[str]:
-    return [with_interval([fmean(each[1:]) for each in by_rate[p]]) for by_rate in found.similarity.values()]
+def _first_and_mean(inside: Inside, p: float) -> list[str]:
+    return [with_interval([fmean(each[1:]) for each in by_rate[p]]) for by_rate in inside.similarity.values()]
 
 
-def _error_table(found: Inside) -> Table:
+def _error_table(inside: Inside) -> Table:
     groups: dict[str, list[LayerErrors]] = defaultdict(list)
-    for layer in found.layers:
+    for layer in inside.layers:
         groups[kind_of(layer.name)].append(layer)
-    rates = [*found.layers[0].calculated]
+    rates = [*inside.layers[0].calculated]
     rows: list[tuple[Cell, ...]] = [
         (kind, len(layers), *_mean_errors(layers, rates)) for kind, layers in groups.items()
     ]

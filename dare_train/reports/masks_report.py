@@ -15,7 +15,7 @@ Pairs = Mapping[tuple[str, str], Overlap]
 
 
 def masks_study(
-    found: Masks | Mapping[str, Masks],
+    given: Masks | Mapping[str, Masks],
     *,
     title: str = "What masks have in common",
     name: str = "masks",
@@ -27,12 +27,12 @@ def masks_study(
         ConfigError: there is none.
         TensorMismatch: they are of different tensors.
     """
-    masks = {"mask": found} if isinstance(found, Masks) else dict(found)
+    masks = {"mask": given} if isinstance(given, Masks) else dict(given)
     if not masks:
         raise ConfigError("masks", expected="at least one", found="none")
-    layers = {label: one.by_layer() for label, one in masks.items()}
-    pairs = {(one, two): masks[one].overlap(masks[two]) for one, two in combinations(masks, 2)}
-    between = {label: _between(own) for label, own in layers.items()}
+    layers = {label: mask.by_layer() for label, mask in masks.items()}
+    pairs = {(first, second): masks[first].overlap(masks[second]) for first, second in combinations(masks, 2)}
+    between = {label: _between(by_layer) for label, by_layer in layers.items()}
     charts: list[Chart | HeatMap] = [_densities(masks, layers, name)]
     if pairs:
         charts += [_matrix([*masks], pairs, name), _by_layer(pairs, name)]
@@ -46,16 +46,16 @@ def masks_study(
         setup=setup or {},
         data={
             "masks": {
-                label: {"density": one.density, "layers": _density_of(layers[label])}
-                for label, one in masks.items()
+                label: {"density": mask.density, "layers": _density_of(layers[label])}
+                for label, mask in masks.items()
             },
             "pairs": [
                 {"masks": [*pair], **_told(overlap), "layers": _layers_of(overlap)}
                 for pair, overlap in pairs.items()
             ],
             "between_layers": {
-                label: [{"layers": [*pair], **_told(overlap)} for pair, overlap in own.items()]
-                for label, own in between.items()
+                label: [{"layers": [*pair], **_told(overlap)} for pair, overlap in overlaps.items()]
+                for label, overlaps in between.items()
             },
         },
         tables=(_pairs(pairs),) if pairs else (),
@@ -65,9 +65,9 @@ def masks_study(
 
 def _between(layers: Mapping[str, Masks]) -> Pairs:
     """Each layer with those that are built alike."""
-    shapes = {layer: {name: mask.shape for name, mask in own.items()} for layer, own in layers.items()}
-    alike = ((one, two) for one, two in combinations(layers, 2) if shapes[one] == shapes[two])
-    return {(one, two): layers[one].overlap(layers[two]) for one, two in alike}
+    shapes = {layer: {name: mask.shape for name, mask in masks.items()} for layer, masks in layers.items()}
+    alike = ((first, second) for first, second in combinations(layers, 2) if shapes[first] == shapes[second])
+    return {(first, second): layers[first].overlap(layers[second]) for first, second in alike}
 
 
 def _told(overlap: Overlap) -> dict[str, float]:
@@ -75,11 +75,11 @@ def _told(overlap: Overlap) -> dict[str, float]:
 
 
 def _layers_of(overlap: Overlap) -> dict[str, dict[str, float]]:
-    return {layer: _told(own) for layer, own in overlap.by_layer().items()}
+    return {layer: _told(of_layer) for layer, of_layer in overlap.by_layer().items()}
 
 
 def _density_of(layers: Mapping[str, Masks]) -> dict[str, float]:
-    return {layer: own.density for layer, own in layers.items()}
+    return {layer: masks.density for layer, masks in layers.items()}
 
 
 def _findings(pairs: Pairs) -> list[str]:
@@ -87,25 +87,25 @@ def _findings(pairs: Pairs) -> list[str]:
         return []
     by_overlap = sorted(pairs, key=lambda pair: -pairs[pair].times_chance)
     return [
-        f"{one} and {two} have {which} in common: IoU {pairs[one, two].iou:.4g}, "
-        f"{pairs[one, two].times_chance:.3g} times that of chance."
-        for which, (one, two) in zip(
+        f"{first} and {second} have {which} in common: IoU {pairs[first, second].iou:.4g}, "
+        f"{pairs[first, second].times_chance:.3g} times that of chance."
+        for which, (first, second) in zip(
             ("most", "least"), dict.fromkeys((by_overlap[0], by_overlap[-1])), strict=False
         )
     ]
 
 
 def _densest(layers: Mapping[str, Mapping[str, Masks]]) -> list[str]:
-    found: dict[str, dict[str, float]] = {}
-    for label, own in layers.items():
-        densities = _density_of(own)
+    tops: dict[str, dict[str, float]] = {}
+    for label, masks in layers.items():
+        densities = _density_of(masks)
         top = max(densities, key=densities.__getitem__)
-        found.setdefault(top, {})[label] = densities[top]
+        tops.setdefault(top, {})[label] = densities[top]
     return [
         f"{', '.join(those)}: densest in layer {layer}, with {min(those.values()):.1%}"
         + (f" to {max(those.values()):.1%}" if len(those) > 1 else "")
         + " of its elements."
-        for layer, those in found.items()
+        for layer, those in tops.items()
     ]
 
 
@@ -124,8 +124,8 @@ def _pairs(pairs: Pairs) -> Table:
 def _densities(masks: Mapping[str, Masks], layers: Mapping[str, Mapping[str, Masks]], name: str) -> Chart:
     first = next(iter(layers.values()))
     curves = tuple(
-        Curve(label=label, x=_places(own), y=tuple(_density_of(own).values()))
-        for label, own in layers.items()
+        Curve(label=label, x=_places(by_layer), y=tuple(_density_of(by_layer).values()))
+        for label, by_layer in layers.items()
     )
     return Chart(
         name=f"{name}-density",
@@ -167,8 +167,10 @@ def _by_layer(pairs: Pairs, name: str) -> HeatMap:
         y="masks",
         columns=tuple(next(iter(layers.values()))),
         rows=tuple(" and ".join(pair) for pair in layers),
-        values=tuple(tuple(overlap.times_chance for overlap in own.values()) for own in layers.values()),
-        log=all(overlap.times_chance for own in layers.values() for overlap in own.values()),
+        values=tuple(
+            tuple(overlap.times_chance for overlap in overlaps.values()) for overlaps in layers.values()
+        ),
+        log=all(overlap.times_chance for overlaps in layers.values() for overlap in overlaps.values()),
     )
 
 
@@ -185,7 +187,7 @@ def _layers(between: Mapping[str, Pairs], name: str) -> HeatMap:
         columns=tuple(names),
         rows=tuple(names),
         values=_square(
-            names, {pair: fmean(own[pair].times_chance for own in between.values()) for pair in pairs}
+            names, {pair: fmean(of_mask[pair].times_chance for of_mask in between.values()) for pair in pairs}
         ),
     )
 

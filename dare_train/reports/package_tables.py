@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import ConfigError
+from ..errors import ConfigError, printable
 from ..package.manifest import TensorRecord
 from ..package.reader import DeltaPackage
 from ..studies.diagnosis import DROP_RATES, PAPER_MAGNITUDES, TOLERANCE, Diagnosis
@@ -101,34 +101,43 @@ def inspect_table(package: DeltaPackage, *, every_tensor: bool = False) -> Rende
     for row in rows(package, key=(lambda name: name) if every_tensor else kind_of):
         count = f"×{len(row.records)}" if len(row.records) > 1 else ""
         sizes = [f"{size:.2g}" if size else "·" for size in row.delta]
-        table.add_row(
-            row.label, count, f"{row.elements:,}", f"{row.density:.1%}", f"{row.bits:.3f}", *sizes, row.mask
-        )
+        kept = f"{row.density:.1%}"
+        bits = f"{row.bits:.3f}"
+        table.add_row(_text(row.label), count, f"{row.elements:,}", kept, bits, *sizes, _text(row.mask))
     return Group(_summary(package), Text(), table)
 
 
+def _text(words: str) -> Text:
+    """For a cell: what comes from a package is neither markup nor an order to the terminal."""
+    return Text(printable(words))
+
+
 def _summary(package: DeltaPackage) -> RenderableType:
-    stats, manifest = package.stats, package.manifest
+    stats = package.stats
+    manifest = package.manifest
     grid = Table(box=None, show_header=False, pad_edge=False)
     grid.add_column(style="bold")
     grid.add_column(overflow="fold")
     on = "the base" if manifest.continues == "base" else "another package"
-    grid.add_row("package", f"{package.name}  ({stats['bytes']:,} bytes)")
+    grid.add_row("package", _text(f"{package.name}  ({stats['bytes']:,} bytes)"))
     grid.add_row(
         "size",
         f"{stats['bits_per_parameter']:.3f} bits per parameter, "
         f"{stats['compression_ratio']:.1f}× smaller than the model",
     )
-    grid.add_row("base model", f"{manifest.base_model}  (continues {on} {manifest.parent[:12]}…)")
+    grid.add_row("base model", _text(f"{manifest.base_model}  (continues {on} {manifest.parent[:12]}…)"))
     grid.add_row(
-        "result", f"{manifest.result[:12]}…  {stats['parameters']:,} parameters in {stats['tensors']} tensors"
+        "result",
+        _text(f"{manifest.result[:12]}…  {stats['parameters']:,} parameters in {stats['tensors']} tensors"),
     )
     grid.add_row(
         "delta",
-        f"{stats['density']:.2%} kept, {stats['changed']:,} of them not zero; seed "
-        f"{manifest.seed}, rescale {manifest.rescale}",
+        _text(
+            f"{stats['density']:.2%} kept, {stats['changed']:,} of them not zero; seed "
+            f"{manifest.seed}, rescale {manifest.rescale}"
+        ),
     )
-    grid.add_row("|δ|", "  ".join(f"{name} {value:.3g}" for name, value in stats["delta"].items()))
+    grid.add_row("|δ|", _text("  ".join(f"{name} {value:.3g}" for name, value in stats["delta"].items())))
     return grid
 
 
@@ -179,12 +188,12 @@ def diagnosis_table(diagnosis: Diagnosis) -> RenderableType:
     for p in DROP_RATES:
         errors.add_column(f"p = {p:g}", justify="right")
     for label, layers in _by_kind(diagnosis).items():
-        errors.add_row(label, *(_percent(max(layer.error(p) for layer in layers)) for p in DROP_RATES))
+        errors.add_row(_text(label), *(_percent(max(layer.error(p) for layer in layers)) for p in DROP_RATES))
     errors.add_row(
         "nine layers in ten stay below", *(_percent(diagnosis.error(p)) for p in DROP_RATES), style="bold"
     )
     new = (
-        [Text(f"carried whole, since the base has no counterpart: {', '.join(diagnosis.new)}")]
+        [_text(f"carried whole, since the base has no counterpart: {', '.join(diagnosis.new)}")]
         if diagnosis.new
         else []
     )
@@ -237,13 +246,17 @@ def plot(package: DeltaPackage, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_axisbelow(True)
     axes[-1].set_xticks(
-        range(len(layers)), [layer.label for layer in layers], rotation=60 if len(layers) > 8 else 0
+        range(len(layers)),
+        [printable(layer.label) for layer in layers],
+        rotation=60 if len(layers) > 8 else 0,
+        parse_math=False,
     )
     axes[-1].set_xlabel("layer")
     stats = package.stats
     figure.suptitle(
         f"{Path(package.name).name}: {stats['bits_per_parameter']:.3f} bits per parameter, "
-        f"{stats['density']:.1%} of the delta kept"
+        f"{stats['density']:.1%} of the delta kept",
+        parse_math=False,
     )
     figure.savefig(path, dpi=150)
 

@@ -40,7 +40,7 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 def html(study: Study, pictures: Mapping[str, bytes]) -> str:
     """The page; `pictures` has the PNG of each chart by name."""
-    findings = "".join(f"<li>{escape(one)}</li>" for one in study.findings)
+    findings = "".join(f"<li>{escape(finding)}</li>" for finding in study.findings)
     shown = [
         f"<h1>{escape(study.title)}</h1>",
         f'<p class="question">{escape(study.question)}</p>',
@@ -64,14 +64,15 @@ def html(study: Study, pictures: Mapping[str, bytes]) -> str:
 
 
 def _figure(chart: Chart | HeatMap, picture: bytes) -> str:
-    source, told = b64encode(picture).decode(), escape(f"{chart.title}. {chart.caption}")
+    source = b64encode(picture).decode()
+    text = escape(f"{chart.title}. {chart.caption}")
     return (
-        f'<figure id="{escape(chart.name)}"><img alt="{told}" src="data:image/png;base64,{source}"></figure>'
+        f'<figure id="{escape(chart.name)}"><img alt="{text}" src="data:image/png;base64,{source}"></figure>'
     )
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(one)}</th>" for one in table.columns)
+    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
     rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.cells())
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     body = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'

@@ -9,45 +9,47 @@ from .document import Chart, Curve, Study, Table
 
 
 def rates_study(
-    found: FoundRate | Mapping[str, FoundRate],
+    given: FoundRate | Mapping[str, FoundRate],
     *,
     title: str = "How much there is to drop",
     name: str = "rates",
 ) -> Study:
     """One search, or several by name."""
-    rates = {"DARE": found} if isinstance(found, FoundRate) else dict(found)
+    rates = {"DARE": given} if isinstance(given, FoundRate) else dict(given)
     return Study(
         name=name,
         title=title,
         question="What is the largest share of the delta that can be dropped, and how much of "
         "it in each layer?",
         findings=tuple(
-            f"{label}: {1 - one.p:.3g} of the elements are enough (p = {one.p:.4g})."
-            for label, one in rates.items()
+            f"{label}: {1 - rate.p:.3g} of the elements are enough (p = {rate.p:.4g})."
+            for label, rate in rates.items()
         ),
-        setup={"rates": {label: dict(one.setup) for label, one in rates.items()}},
-        data={"rates": {label: one.as_json() for label, one in rates.items()}},
+        setup={"rates": {label: dict(rate.setup) for label, rate in rates.items()}},
+        data={"rates": {label: rate.as_json() for label, rate in rates.items()}},
         tables=(_table(rates), *_by_layer(rates)),
         charts=(_search(rates, name), *_layers(rates, name)),
     )
 
 
 def _table(rates: Mapping[str, FoundRate]) -> Table:
-    rows = tuple((label, one.p, one.retained.get(one.p, 1.0)) for label, one in rates.items())
+    rows = tuple((label, rate.p, rate.retained.get(rate.p, 1.0)) for label, rate in rates.items())
     return Table(title="Largest drop rates", columns=("rates", "p of all elements", "gain left"), rows=rows)
 
 
 def _by_layer(rates: Mapping[str, FoundRate]) -> list[Table]:
-    own = {label: one.by_layer for label, one in rates.items() if one.by_layer}
-    layers = dict.fromkeys(layer for one in own.values() for layer in one)
-    rows = tuple((layer, *(one.get(layer, "") for one in own.values())) for layer in layers)
-    return [Table(title="Drop rate of each layer", columns=("layer", *own), rows=rows)] if own else []
+    by_layer = {label: rate.by_layer for label, rate in rates.items() if rate.by_layer}
+    if not by_layer:
+        return []
+    layers = dict.fromkeys(layer for rates_of in by_layer.values() for layer in rates_of)
+    rows = tuple((layer, *(rates_of.get(layer, "") for rates_of in by_layer.values())) for layer in layers)
+    return [Table(title="Drop rate of each layer", columns=("layer", *by_layer), rows=rows)]
 
 
 def _search(rates: Mapping[str, FoundRate], name: str) -> Chart:
     curves = []
-    for label, one in rates.items():
-        points = sorted((1 - p, share) for p, share in one.retained.items())
+    for label, rate in rates.items():
+        points = sorted((1 - p, share) for p, share in rate.retained.items())
         curves.append(
             Curve(
                 label=label, x=tuple(density for density, _ in points), y=tuple(share for _, share in points)
@@ -67,15 +69,15 @@ def _search(rates: Mapping[str, FoundRate], name: str) -> Chart:
 
 
 def _layers(rates: Mapping[str, FoundRate], name: str) -> list[Chart]:
-    own = {label: one.by_layer for label, one in rates.items() if one.by_layer}
-    if not own:
+    by_layer = {label: rate.by_layer for label, rate in rates.items() if rate.by_layer}
+    if not by_layer:
         return []
-    ticks = tuple(next(iter(own.values())))
+    ticks = tuple(next(iter(by_layer.values())))
     curves = (
         Curve(
             label=label, x=tuple(map(float, range(len(ticks)))), y=tuple(1 - layers[layer] for layer in ticks)
         )
-        for label, layers in own.items()
+        for label, layers in by_layer.items()
     )
     return [
         Chart(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ..evaluation.measurements import samples
 from ..studies.diagnosis import DROP_RATES
 from ..studies.sweep import TOLERANCE, Sweep
-from ..studies.variants import VARIANTS
+from ..studies.variants import DROP_VARIANTS
 from .document import Chart, Curve, Study, Table, with_interval
 
 Verdict = Literal["right", "too bold", "too careful"]
@@ -44,7 +44,7 @@ def sweep_study(sweep: Sweep, *, title: str = "How much can be dropped", name: s
     )
 
 
-def several_study(
+def sweeps_study(
     sweeps: Mapping[str, Sweep], *, title: str = "When it breaks", name: str = "sweeps"
 ) -> Study:
     """Several fine-tuned models side by side: what is left of each one's gain under DARE, and what was
@@ -53,7 +53,8 @@ def several_study(
     first = next(iter(sweeps.values()))
     limits = _limits([*sweeps.items()])
     verdicts = [str(row[-1]) for row in limits.rows]
-    right, bold = verdicts.count("right"), verdicts.count("too bold")
+    right = verdicts.count("right")
+    bold = verdicts.count("too bold")
     return Study(
         name=name,
         title=title,
@@ -72,12 +73,13 @@ def several_study(
 
 def findings(sweep: Sweep, metric: str) -> list[str]:
     """The metric in sentences."""
-    dense, without = sweep.dense(metric), sweep.without(metric)
+    dense = sweep.dense(metric)
+    without = sweep.without(metric)
     lines = [f"Fine-tuning moved {metric} from {without:.4g} to {dense:.4g}."]
     at = [name for name in sweep.variants if sweep.values(name, _SHOWN, metric)]
     if at:
         parts = [
-            f"{VARIANTS[name].label} "
+            f"{DROP_VARIANTS[name].label} "
             f"{with_interval(sweep.values(name, _SHOWN, metric))}{_left(sweep, name, metric)}"
             for name in at
         ]
@@ -91,10 +93,11 @@ def _left(sweep: Sweep, name: str, metric: str) -> str:
 
 
 def _chart(sweep: Sweep, metric: str, name: str) -> Chart:
-    dense, seeds = sweep.dense(metric), _seeds(sweep)
+    dense = sweep.dense(metric)
+    seeds = _seeds(sweep)
     curves = [
-        Curve.over(VARIANTS[one].label, {0.0: [dense], **samples(sweep.points, one, metric)})
-        for one in sweep.variants
+        Curve.over(DROP_VARIANTS[variant].label, {0.0: [dense], **samples(sweep.points, variant, metric)})
+        for variant in sweep.variants
     ]
     bands = f"Bands: 95 % confidence of the mean over {seeds} masks." if seeds > 1 else "One mask."
     shown = _shown_range([y for curve in curves for y in curve.y], dense, sweep.without(metric))
@@ -114,7 +117,8 @@ def _chart(sweep: Sweep, metric: str, name: str) -> Chart:
 
 def _shown_range(values: Sequence[float], dense: float, base: float) -> tuple[float, float] | None:
     """From what is worth looking at, if some values lie far from both the fine-tuned model and the base."""
-    low, high = min(dense, base), max(dense, base)
+    low = min(dense, base)
+    high = max(dense, base)
     room = 0.6 * (high - low)
     if not room or (min(values) >= low - 2 * room and max(values) <= high + 2 * room):
         return None
@@ -122,19 +126,20 @@ def _shown_range(values: Sequence[float], dense: float, base: float) -> tuple[fl
 
 
 def _seeds(sweep: Sweep) -> int:
-    return len({point.seed for point in sweep.points if point.variant in VARIANTS})
+    return len({point.seed for point in sweep.points if point.variant in DROP_VARIANTS})
 
 
 def _table(sweep: Sweep, metric: str) -> Table:
     """A row for each rate, a column for each variant."""
-    rates = sorted({point.p for point in sweep.points if point.variant in VARIANTS})
+    rates = sorted({point.p for point in sweep.points if point.variant in DROP_VARIANTS})
     cells = [tuple(_cell(sweep.values(name, p, metric)) for name in sweep.variants) for p in rates]
     dense, without = (f"{value:.4g}" for value in (sweep.dense(metric), sweep.without(metric)))
-    seeds, count = _seeds(sweep), len(sweep.variants)
+    seeds = _seeds(sweep)
+    count = len(sweep.variants)
     note = f"Mean over {seeds} masks ± half of the 95 % confidence interval." if seeds > 1 else "One mask."
     return Table(
         title=f"{metric} by drop rate",
-        columns=("p", *(VARIANTS[name].label for name in sweep.variants)),
+        columns=("p", *(DROP_VARIANTS[name].label for name in sweep.variants)),
         rows=(
             ("0 (fine-tuned)", *[dense] * count),
             *((f"{p:g}", *row) for p, row in zip(rates, cells, strict=True)),
@@ -186,7 +191,8 @@ def _rate(p: float | None) -> str:
 def _shares(sweeps: Mapping[str, Sweep], metric: str, name: str) -> Chart:
     curves = []
     for label, sweep in sweeps.items():
-        dense, without = sweep.dense(metric), sweep.without(metric)
+        dense = sweep.dense(metric)
+        without = sweep.without(metric)
         gain = dense - without or 1.0
         shares = {
             p: [(value - without) / gain for value in values]

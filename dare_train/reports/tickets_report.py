@@ -27,15 +27,17 @@ Same = tuple[Level, ...]
 
 
 def tickets_study(
-    found: Tickets | Sequence[Tickets], *, title: str = "Lottery tickets in the delta", name: str = "tickets"
+    given: Tickets | Sequence[Tickets], *, title: str = "Lottery tickets in the delta", name: str = "tickets"
 ) -> Study:
     """One search, or several of the same task from other seeds.
 
     Raises:
         ConfigError: there is none, or they differ in more than their seed.
     """
-    searches = [found] if isinstance(found, Tickets) else [*found]
-    setup, levels, metric = _setup(searches), _together(searches), searches[0].metric
+    searches = [given] if isinstance(given, Tickets) else [*given]
+    setup = _setup(searches)
+    levels = _together(searches)
+    metric = searches[0].metric
     kinds = [kind for kind in _LABELS if any(same[0].kind == kind and same[0].number for same in levels)]
     dense = fmean(level.metrics[metric] for level in levels[0])
     charts = [
@@ -62,7 +64,7 @@ def tickets_study(
         question="Which few elements, trained from the start by themselves, do as well as all of them?",
         findings=tuple(_finding(_of(levels, kind)[-1], metric, dense) for kind in kinds),
         setup=setup,
-        data={"searches": [one.as_json() for one in searches]},
+        data={"searches": [search.as_json() for search in searches]},
         tables=(_table(levels, metric),),
         charts=tuple(charts),
     )
@@ -73,20 +75,20 @@ def _setup(searches: Sequence[Tickets]) -> dict[str, Any]:
     if not searches:
         raise ConfigError("searches", expected="at least one", found="none")
     alike = [
-        {name: value for name, value in one.setup.items() if name != "seed"}
-        | {"trained": [f"{level.kind} {level.number}" for level in one.levels]}
-        for one in searches
+        {name: value for name, value in search.setup.items() if name != "seed"}
+        | {"trained": [f"{level.kind} {level.number}" for level in search.levels]}
+        for search in searches
     ]
     for other in alike[1:]:
         if other != alike[0]:
             differing = next(name for name in alike[0] if other.get(name) != alike[0][name])
             expected = f"searches that differ in their seeds only: {differing} {alike[0][differing]}"
             raise ConfigError("searches", expected=expected, found=str(other.get(differing)))
-    return {**alike[0], "seeds": [one.setup["seed"] for one in searches]}
+    return {**alike[0], "seeds": [search.setup["seed"] for search in searches]}
 
 
 def _together(searches: Sequence[Tickets]) -> list[Same]:
-    return [*zip(*(one.levels for one in searches), strict=True)]
+    return [*zip(*(search.levels for search in searches), strict=True)]
 
 
 def _of(levels: Sequence[Same], kind: Kind) -> list[Same]:
@@ -139,8 +141,9 @@ def _table(levels: Sequence[Same], metric: str) -> Table:
 def _step(metric: str) -> Callable[[Level], float]:
     """Where the metric came first within a hundredth of where it ended: an early stop loses nothing there."""
 
-    def found(level: Level) -> float:
-        last, end = level.metrics[metric], max(level.curve)
+    def step_of(level: Level) -> float:
+        last = level.metrics[metric]
+        end = max(level.curve)
         return next(
             (
                 step
@@ -150,7 +153,7 @@ def _step(metric: str) -> Callable[[Level], float]:
             end,
         )
 
-    return found
+    return step_of
 
 
 def _soon(levels: Sequence[Same], kinds: Sequence[Kind], metric: str, name: str, bands: str) -> Chart:

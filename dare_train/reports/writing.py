@@ -12,7 +12,7 @@ from ..studies.comparison import Comparison
 from ..studies.drop_rates import FoundRate
 from ..studies.inside import Inside
 from ..studies.sweep import Sweep
-from ..training.continual import Continual
+from ..training.continual_result import Continual
 from ..training.lottery_tickets import Tickets
 from ..training.subnetwork import Masks
 from .comparison_report import comparison_study
@@ -23,7 +23,7 @@ from .inside_report import inside_study
 from .masks_report import masks_study
 from .page import html
 from .rates_report import rates_study
-from .sweep_report import several_study, sweep_study
+from .sweep_report import sweep_study, sweeps_study
 from .tickets_report import tickets_study
 from .wandb_studies import log_study
 
@@ -43,7 +43,7 @@ _ONE: dict[type, Callable[..., Study]] = {
     Masks: masks_study, FoundRate: rates_study,
 }  # fmt: skip
 _SEVERAL: dict[type, Callable[..., Study]] = {
-    Sweep: several_study,
+    Sweep: sweeps_study,
     Continual: continual_study,
     Tickets: tickets_study,
     Masks: masks_study,
@@ -51,18 +51,18 @@ _SEVERAL: dict[type, Callable[..., Study]] = {
 }
 
 
-def study_of(found: Found, title: str) -> Study:
+def study_of(result: Found, title: str) -> Study:
     """Findings, tables and charts of what was found; see `write_report`."""
-    if type(found) in _ONE:
-        return _ONE[type(found)](found, title=title)
-    several: Any = found
-    kinds = {type(one) for one in (several.values() if isinstance(several, Mapping) else several)}
+    if type(result) in _ONE:
+        return _ONE[type(result)](result, title=title)
+    several: Any = result
+    kinds = {type(member) for member in (several.values() if isinstance(several, Mapping) else several)}
     if len(kinds) != 1 or not kinds <= _SEVERAL.keys():
         expected = f"one of {', '.join(kind.__name__ for kind in _ONE)}, or several of a kind by name"
         raise ConfigError(
             "found", expected=expected, found=", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
         )
-    return _SEVERAL[kinds.pop()](found, title=title)
+    return _SEVERAL[kinds.pop()](result, title=title)
 
 
 def write_report(found: Found, out: str | os.PathLike[str], *, title: str = "DARE, measured") -> Path:
@@ -82,10 +82,10 @@ def write_report(found: Found, out: str | os.PathLike[str], *, title: str = "DAR
     Raises:
         ConfigError: matplotlib or SciPy is not installed, or there is no study of what was found.
     """
-    return publish(study_of(found, title), out)
+    return write_study(study_of(found, title), out)
 
 
-def publish(study: Study, out: str | os.PathLike[str]) -> Path:
+def write_study(study: Study, out: str | os.PathLike[str]) -> Path:
     """Write `NAME.json`, `NAME.md`, `NAME.html` and a PNG for each chart into a folder, and tell the active
     wandb run, if there is one.
 

@@ -47,10 +47,13 @@ class Origin:
         """Plain data from which `recall` finds the origin again."""
         dtypes = {name: info.dtype.code for name, info in self.weights.tensors.items()}
         return {
-            "name": self.name, "folder": str(self.checkpoint.folder.resolve()), "prefix": self.prefix,
+            "name": self.name,
+            "folder": str(self.checkpoint.folder.resolve()),
+            "prefix": self.prefix,
             "fresh": sorted(self.fresh),
-            "fingerprint": self.fingerprint, "dtypes": dtypes,
-        }  # fmt: skip
+            "fingerprint": self.fingerprint,
+            "dtypes": dtypes,
+        }
 
 
 def from_disk(live: LiveWeights, where: str | os.PathLike[str], *, compare: bool) -> Origin | None:

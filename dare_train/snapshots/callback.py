@@ -60,7 +60,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         evaluate: after each evaluation, also evaluate the model as a receiver of the package gets it; metrics
             are logged with the prefix `eval_{name}`.
         source: "weights", or "master": the fp32 values that DeepSpeed ZeRO keeps beside 16-bit weights.
-        kernels: which gather kept weights, "cpu", "cuda" or "reference": see `apply_`.
+        kernels: which gather kept weights, "cpu", "cuda" or "torch": see `apply_`.
         name: of the folder, the metrics and the wandb artifact; several callbacks in one run need different
             names.
         artifact: upload each package to wandb, when the Trainer reports there.
@@ -144,12 +144,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     # The events of a run, in the order in which the Trainer sends them.
 
     def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
     ) -> None:
         """The weights are the base's here even when the run is about to resume: remember which of them are
         not on disk.
@@ -205,55 +200,30 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         self._training = True
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
     ) -> None:
         if self._snapshotter is not None:
             self._collect(self._snapshotter.finished())
         self._snapshot("step", args, state, model)
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
     ) -> None:
         if self.evaluate and self._snapshotter is not None:
             self._evaluate_receiver(args, model)
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
     ) -> None:
         self._snapshot("save", args, state, model)
 
     def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
     ) -> None:
         self._snapshot("epoch", args, state, model)
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
     ) -> None:
         assert self._snapshotter is not None, "train end without train begin"
         self._snapshot("end", args, state, model)
@@ -312,8 +282,8 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         if self._trainer is None:
             return [self]
         callbacks = self._trainer.callback_handler.callbacks
-        training = [one for one in callbacks if isinstance(one, DareCallback) and one._training]
-        return [one for one in training if (one.source, one.kernels) == (self.source, self.kernels)]
+        training = [other for other in callbacks if isinstance(other, DareCallback) and other._training]
+        return [other for other in training if (other.source, other.kernels) == (self.source, self.kernels)]
 
     def _is_due(self, event: str, state: TrainerState) -> bool:
         """Whether the event makes it take a snapshot that it has not taken yet."""

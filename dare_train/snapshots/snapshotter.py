@@ -320,5 +320,5 @@ def _forget_old(count: int, folder: Path) -> None:
 
 def step_folders(folder: Path) -> list[Path]:
     """Packages `step-N` in a folder, by N."""
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    packages = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(packages, key=lambda path: int(path.name.removeprefix("step-")))

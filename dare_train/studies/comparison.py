@@ -21,7 +21,7 @@ from ..config import check_drop_rate
 from ..dtypes import DTYPES, FloatArray, from_float, to_float
 from ..errors import ConfigError
 from ..evaluation.measurements import Evaluate, Journal, Key, Point, Progress, measured, samples
-from ..evaluation.swapped_model import Seat
+from ..evaluation.swapped_model import SwappedModel
 from ..extracting.extract import extract
 from ..merging.config.task import task_of
 from ..merging.merge import merged_weights
@@ -34,7 +34,7 @@ from ..weights.lora_checkpoint import merge_adapter
 from ..weights.lora_config import AdapterConfig
 from ..weights.opening import WeightsLike, open_weights
 from ..weights.protocol import HeldWords, Mapped, Weights
-from .variants import without_delta
+from .variants import base_weights_only
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ RATES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 RANKS = (1, 2, 4, 8, 16, 32)
 """Of truncated singular value decompositions."""
 
-LABELS = {
+CONTENDERS = {
     "dense": "all of it, lossless package",
     "dare": "DARE, exact values",
     "dare_int4": "DARE, 4-bit values",
@@ -76,7 +76,7 @@ class Comparison:
 
     @property
     def contenders(self) -> list[str]:
-        return [name for name in LABELS if any(point.variant == name for point in self.points)]
+        return [name for name in CONTENDERS if any(point.variant == name for point in self.points)]
 
     @property
     def metrics(self) -> list[str]:
@@ -144,7 +144,7 @@ def compare(
     opened = open_weights(tuned)
     contest = _Contest(open_weights(base), opened, adapters)
     wanted = [*_planned(rates, ranks, range(first_seed, first_seed + seeds)), *contest.adapters]
-    seat = Seat(model)
+    swapped = SwappedModel(model)
     journal = Journal(
         Path(out) / "compare.jsonl",
         weights_fingerprint(open_weights(base)),
@@ -153,9 +153,9 @@ def compare(
     )
     with tempfile.TemporaryDirectory(prefix="dare-compare-") as folder:
         points = measured(
-            seat, wanted, lambda key: contest.entry(key, Path(folder)), evaluate, journal, progress
+            swapped, wanted, lambda key: contest.entry(key, Path(folder)), evaluate, journal, progress
         )
-    told = {
+    full_setup = {
         **(setup or {}),
         "p": rates,
         "ranks": list(ranks),
@@ -164,7 +164,7 @@ def compare(
     return Comparison(
         base=weights_fingerprint(open_weights(base)), tuned=weights_fingerprint(opened),
         parameters=contest.parameters, points=_numbered(points),
-        setup=told | {"adapters": [os.fspath(one) for one in adapters]},
+        setup=full_setup | {"adapters": [os.fspath(adapter) for adapter in adapters]},
     )  # fmt: skip
 
 
@@ -182,17 +182,16 @@ class _Contest:
     """The two ends of a delta, and what each contender makes of it."""
 
     def __init__(self, base: Weights, tuned: Weights, adapters: Sequence[str | os.PathLike[str]]) -> None:
-        self._original, self.adapters = base, {_adapter_key(one): one for one in adapters}
+        self._original = base
+        self.adapters = {_adapter_key(adapter): adapter for adapter in adapters}
         aligned = cast_to(align(base, tuned.tensors.keys(), model=tuned.label)[0], tuned.tensors)
         names = [
             name
             for name, info in tuned.tensors.items()
             if aligned.tensors.get(name) == info and info.dtype.can_be_delta
         ]
-        self._base, self._tuned = (
-            Mapped(aligned, {name: name for name in names}),
-            Mapped(tuned, {name: name for name in names}),
-        )
+        self._base = Mapped(aligned, {name: name for name in names})
+        self._tuned = Mapped(tuned, {name: name for name in names})
         self.parameters = sum(info.numel for info in self._tuned.tensors.values())
 
     def entry(self, key: Key, folder: Path) -> tuple[Weights, dict[str, float]]:
@@ -201,7 +200,7 @@ class _Contest:
         name = variant.partition(_PRINT)[0]
         make: dict[str, Callable[[], tuple[Weights, float]]] = {
             "dense": lambda: self._package(folder, p=0.0, values="exact"),
-            "base": lambda: (without_delta(self._base, self._tuned), 0.0),
+            "base": lambda: (base_weights_only(self._base, self._tuned), 0.0),
             "magnitude": lambda: self._package(folder, values="exact", masks=self._largest(p)),
             "svd": lambda: self._rebuilt(lambda delta: _truncated(delta, int(p))),
             "one_bit": lambda: self._rebuilt(_one_bit),
@@ -226,26 +225,27 @@ class _Contest:
 
     def _delta(self, name: str) -> FloatArray:
         info = self._tuned.tensors[name]
-        own, start = (
+        tuned, start = (
             to_float(weights.read(name, 0, info.numel), info.dtype) for weights in (self._tuned, self._base)
         )
-        return np.asarray(own.astype(info.dtype.compute) - start.astype(info.dtype.compute))
+        return np.asarray(tuned.astype(info.dtype.compute) - start.astype(info.dtype.compute))
 
-    def _rebuilt(self, made: Callable[[FloatArray], tuple[FloatArray, int] | None]) -> tuple[Weights, float]:
-        """Weights whose matrices' deltas `made` approximates, in how many bits; everything else is kept
-        whole.
-        """
-        arrays, bits = {}, 0
+    def _rebuilt(
+        self, approximate: Callable[[FloatArray], tuple[FloatArray, int] | None]
+    ) -> tuple[Weights, float]:
+        """Weights whose matrices' deltas are approximated, in how many bits; all others are kept whole."""
+        arrays = {}
+        bits = 0
         for name, info in self._tuned.tensors.items():
             delta = self._delta(name)
-            found = made(delta.reshape(info.shape)) if len(info.shape) == 2 else None
+            approximation = approximate(delta.reshape(info.shape)) if len(info.shape) == 2 else None
             start = to_float(self._base.read(name, 0, info.numel), info.dtype)
             words = (
                 self._tuned.read(name, 0, info.numel)
-                if found is None
-                else from_float(start + found[0].reshape(-1), info.dtype)
+                if approximation is None
+                else from_float(start + approximation[0].reshape(-1), info.dtype)
             )
-            bits += info.numel * info.dtype.bits if found is None else found[1]
+            bits += info.numel * info.dtype.bits if approximation is None else approximation[1]
             arrays[name] = words
         return HeldWords(self._tuned.label, self._tuned.tensors, arrays), bits / 8
 
@@ -267,12 +267,16 @@ def _adapter_key(adapter: str | os.PathLike[str]) -> Key:
 
 def _numbered(points: Sequence[Point]) -> tuple[Point, ...]:
     """Adapters of one rank are numbered, as masks of one rate are."""
-    found: list[Point] = []
+    numbered: list[Point] = []
     for point in points:
         variant, mark, _ = point.variant.partition(_PRINT)
-        number = sum((one.variant, one.p) == (variant, point.p) for one in found) if mark else point.seed
-        found.append(replace(point, variant=variant, seed=number))
-    return tuple(found)
+        number = (
+            sum((earlier.variant, earlier.p) == (variant, point.p) for earlier in numbered)
+            if mark
+            else point.seed
+        )
+        numbered.append(replace(point, variant=variant, seed=number))
+    return tuple(numbered)
 
 
 def _truncated(delta: FloatArray, rank: int) -> tuple[FloatArray, int] | None:

@@ -67,7 +67,8 @@ class Diagnosis:
         """A plain answer in one or two sentences."""
         if not self.magnitudes.largest:
             return "Nothing changed: there is no delta to drop."
-        p, worst = self.safe_drop_rate(), self.error(0.5)
+        p = self.safe_drop_rate()
+        worst = self.error(0.5)
         if p is None:
             return (
                 "DARE will not work here: even p = 0.5 is expected to move layer outputs by "
@@ -90,7 +91,8 @@ def diagnose(base: WeightsLike, tuned: WeightsLike, *, cast_base: bool = False) 
         CheckpointError, TensorMismatch: they cannot be read, or have nothing in common.
         DtypeMismatch: they have different dtypes, and `cast_base` is false.
     """
-    tuned_weights, plain = open_weights(tuned), open_weights(base)
+    tuned_weights = open_weights(tuned)
+    plain = open_weights(base)
     tuned_weights = merge_adapter(tuned_weights, plain)
     aligned, _ = align(plain, tuned_weights.tensors.keys(), model=tuned_weights.label)
     if cast_base:
@@ -110,14 +112,14 @@ def diagnose(base: WeightsLike, tuned: WeightsLike, *, cast_base: bool = False) 
 
 def _shared(base: Weights, tuned: Weights) -> Iterator[str]:
     for name, info in sorted(tuned.tensors.items()):
-        own = base.tensors.get(name)
-        if own is None or own.shape != info.shape or not info.dtype.can_be_delta:
+        base_info = base.tensors.get(name)
+        if base_info is None or base_info.shape != info.shape or not info.dtype.can_be_delta:
             continue
-        if own.dtype != info.dtype:
+        if base_info.dtype != info.dtype:
             raise dtype_mismatch(
                 name,
                 expected=info,
-                found=own,
+                found=base_info,
                 where=base.label,
                 remedy="cast_base=True (--cast-base) rounds the base first",
             )
@@ -126,11 +128,13 @@ def _shared(base: Weights, tuned: Weights) -> Iterator[str]:
 
 def _measure(base: Weights, tuned: Weights, name: str) -> tuple[Magnitudes, float]:
     dtype = tuned.tensors[name].dtype
-    parts, moved, norm = [], 0.0, 0.0
+    parts = []
+    moved = 0.0
+    norm = 0.0
     for start, count in runs(tuned.tensors[name].numel, SEGMENT):
-        own = to_float(tuned.read(name, start, count), dtype).astype(np.float32)
-        delta = own - to_float(base.read(name, start, count), dtype).astype(np.float32)
+        tuned_values = to_float(tuned.read(name, start, count), dtype).astype(np.float32)
+        delta = tuned_values - to_float(base.read(name, start, count), dtype).astype(np.float32)
         parts.append(Magnitudes.of(delta))
         moved += float(np.dot(delta.astype(np.float64), delta))
-        norm += float(np.dot(own.astype(np.float64), own))
+        norm += float(np.dot(tuned_values.astype(np.float64), tuned_values))
     return merged(parts), float(np.sqrt(moved / norm)) if norm else 0.0

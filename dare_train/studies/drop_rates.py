@@ -13,25 +13,55 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from ..config import DRAW_RANGE, check_drop_rate
 from ..errors import ConfigError
 from ..evaluation.measurements import Evaluate, Journal, Key, Point, Progress, measured, samples
-from ..evaluation.swapped_model import Seat
+from ..evaluation.swapped_model import SwappedModel
 from ..merging.methods.parameters import Case
 from ..weights.fingerprint import weights_fingerprint
 from ..weights.layer_names import layer_of
 from ..weights.opening import WeightsLike, open_weights
 from ..weights.protocol import Weights, only
 from .sweep import TOLERANCE
-from .variants import VARIANTS, dropped, without_delta
+from .variants import DROP_VARIANTS, base_weights_only, dropped_weights
 
 if TYPE_CHECKING:
     import torch
 
 SPARSEST = 16.0
 """log2 of the smallest density there is, without its sign."""
+
+
+class Dropping(NamedTuple):
+    """What one measurement drops from. The kind is a tag, so that a layer may be called anything: `dense`,
+    `base` or what digests look like.
+    """
+
+    kind: Literal["dense", "base", "dare", "layer", "rates"]
+    """Nothing is dropped; everything is; DARE drops from all layers at one rate; from one layer; or from each
+    at a rate of its own."""
+    name: str = ""
+    """Of the layer, or of the rates; other kinds need none."""
+
+    @property
+    def variant(self) -> str:
+        """Its name in journals. No layer's name holds a dot, so that no two have the same."""
+        return f"{self.kind}.{self.name}" if self.name else self.kind
+
+    @classmethod
+    def of(cls, variant: str) -> Dropping:
+        kind, _, name = variant.partition(".")
+        return cls(cast("Any", kind), name)
+
+    def key(self, p: float, seed: int) -> Key:
+        return self.variant, p, seed
+
+
+_DENSE = Dropping("dense")
+_BASE = Dropping("base")
+_DARE = Dropping("dare")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +118,10 @@ def largest_rate(
     _check(tolerance, seeds, steps)
     bench = _Bench(model, base, evaluate, Path(out) / "largest_rate.jsonl", setup)
     retained = _bisected(
-        bench, metric, tolerance, steps, lambda p: [("dare", p, seed) for seed in range(seeds)]
+        bench, metric, tolerance, steps, lambda p: [_DARE.key(p, seed) for seed in range(seeds)]
     )
-    told = bench.setup(metric=metric, tolerance=tolerance, seeds=seeds, steps=steps)
-    return FoundRate(p=_held(retained, tolerance), retained=retained, setup=told)
+    full_setup = bench.setup(metric=metric, tolerance=tolerance, seeds=seeds, steps=steps)
+    return FoundRate(p=_held(retained, tolerance), retained=retained, setup=full_setup)
 
 
 def largest_rates(
@@ -125,27 +155,30 @@ def largest_rates(
         As `largest_rate`.
     """
     _check(tolerance, seeds, steps)
-    found = sensitivity(
+    metrics = sensitivity(
         model, base, evaluate, out=out, p=at, metric=metric, seeds=seeds, setup=setup, progress=progress
     )
     bench = _Bench(model, base, evaluate, Path(out) / "largest_rates.jsonl", setup)
     dense, gain = bench.gain(metric)
-    lost = {layer: (dense - left) / gain for layer, left in found.items()}
+    lost = {layer: (dense - left) / gain for layer, left in metrics.items()}
     least = max(max(lost.values()) / 100, 1e-9)
     sizes = bench.sizes()
-    weights = {layer: (max(one, least) / sizes[layer]) ** 0.5 for layer, one in lost.items()}
-    known = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:12]
-    bench.by_layer[known] = lambda p: {
+    weights = {layer: (max(loss, least) / sizes[layer]) ** 0.5 for layer, loss in lost.items()}
+    digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
+    family = Dropping("rates", digest[:12])
+    bench.by_layer[family] = lambda p: {
         layer: 1 - density for layer, density in spread(weights, sizes, 1 - p).items()
     }
     retained = _bisected(
-        bench, metric, tolerance, steps, lambda p: [(known, p, seed) for seed in range(seeds)]
+        bench, metric, tolerance, steps, lambda p: [family.key(p, seed) for seed in range(seeds)]
     )
     p = _held(retained, tolerance)
-    layers = bench.by_layer[known](p)
+    layers = bench.by_layer[family](p)
     by_tensor = {name: layers[layer_of(name)] for name in bench.names}
-    told = bench.setup(metric=metric, tolerance=tolerance, seeds=seeds, steps=steps, at=at)
-    return FoundRate(p=p, retained=retained, by_layer=layers, by_tensor={**by_tensor, "*": 0.0}, setup=told)
+    full_setup = bench.setup(metric=metric, tolerance=tolerance, seeds=seeds, steps=steps, at=at)
+    return FoundRate(
+        p=p, retained=retained, by_layer=layers, by_tensor={**by_tensor, "*": 0.0}, setup=full_setup
+    )
 
 
 def sensitivity(
@@ -167,10 +200,11 @@ def sensitivity(
     """
     check_drop_rate(p)
     bench = _Bench(model, base, evaluate, Path(out) / "sensitivity.jsonl", setup)
-    layers = list(bench.sizes())
-    keys = [(layer, p, seed) for layer in layers for seed in range(seeds)]
-    bench.measure(keys, progress)
-    return {layer: bench.mean([(layer, p, seed) for seed in range(seeds)], metric) for layer in layers}
+    keys = {
+        layer: [Dropping("layer", layer).key(p, seed) for seed in range(seeds)] for layer in bench.sizes()
+    }
+    bench.measure([key for keys_of_layer in keys.values() for key in keys_of_layer], progress)
+    return {layer: bench.mean(keys_of_layer, metric) for layer, keys_of_layer in keys.items()}
 
 
 def spread(weights: Mapping[str, float], sizes: Mapping[str, int], density: float) -> dict[str, float]:
@@ -205,7 +239,8 @@ def _bisected(
     """By drop rate, the share of the gain that is left there."""
     dense, gain = bench.gain(metric)
     retained: dict[float, float] = {}
-    low, high = 0.0, SPARSEST
+    low = 0.0
+    high = SPARSEST
     for _ in range(steps):
         middle = (low + high) / 2
         p = min(round((1 - 2.0**-middle) * DRAW_RANGE), DRAW_RANGE - 1) / DRAW_RANGE
@@ -229,17 +264,19 @@ class _Bench:
         journal: Path,
         setup: Mapping[str, Any] | None,
     ) -> None:
-        self._base, self._seat, self._evaluate = open_weights(base), Seat(model), evaluate
+        self._base = open_weights(base)
+        self._swapped = SwappedModel(model)
+        self._evaluate = evaluate
         base_print = weights_fingerprint(self._base)
-        self._journal = Journal(journal, base_print, self._seat.print, setup)
-        self._setup = {"base": base_print, "tuned": self._seat.print, **(setup or {})}
+        self._journal = Journal(journal, base_print, self._swapped.fingerprint, setup)
+        self._setup = {"base": base_print, "tuned": self._swapped.fingerprint, **(setup or {})}
         self.names = [
             name
-            for name in without_delta(self._base, self._seat.own).tensors
-            if name in self._seat.own.tensors
+            for name in base_weights_only(self._base, self._swapped.own_weights).tensors
+            if name in self._swapped.own_weights.tensors
         ]
-        self.by_layer: dict[str, Callable[[float], Mapping[str, float]]] = {}
-        """By what keys call it: rates of all layers at an overall rate."""
+        self.by_layer: dict[Dropping, Callable[[float], Mapping[str, float]]] = {}
+        """Rates of all layers at an overall rate."""
 
     def setup(self, **options: Any) -> dict[str, Any]:
         """What a report says of a search."""
@@ -247,14 +284,16 @@ class _Bench:
 
     def sizes(self) -> dict[str, int]:
         """Elements of each layer's delta."""
-        found: dict[str, int] = {}
+        elements: dict[str, int] = {}
         for name in self.names:
-            found[layer_of(name)] = found.get(layer_of(name), 0) + self._seat.own.tensors[name].numel
-        return found
+            elements[layer_of(name)] = (
+                elements.get(layer_of(name), 0) + self._swapped.own_weights.tensors[name].numel
+            )
+        return elements
 
     def measure(self, keys: Sequence[Key], progress: Progress | None = None) -> tuple[Point, ...]:
         return measured(
-            self._seat, keys, lambda key: (self._weights(key), {}), self._evaluate, self._journal, progress
+            self._swapped, keys, lambda key: (self._weights(key), {}), self._evaluate, self._journal, progress
         )
 
     def mean(self, keys: Sequence[Key], metric: str | None) -> float:
@@ -266,7 +305,7 @@ class _Bench:
 
     def gain(self, metric: str | None) -> tuple[float, float]:
         """The metric of the fine-tuned model, and how much of it is the delta's."""
-        dense, without = (self.mean([key], metric) for key in (("dense", 0.0, 0), ("base", 1.0, 0)))
+        dense, without = (self.mean([key], metric) for key in (_DENSE.key(0.0, 0), _BASE.key(1.0, 0)))
         if dense == without:
             raise ConfigError(
                 "evaluate",
@@ -276,22 +315,21 @@ class _Bench:
         return dense, dense - without
 
     def _weights(self, key: Key) -> Weights:
-        name, p, seed = key
-        if name == "dense":
-            return self._seat.own
-        if name == "base":
-            return without_delta(self._base, self._seat.own)
-        if name in self.by_layer:
-            return self._dropped(self._cases(self.by_layer[name](p)), seed)
+        variant, p, seed = key
+        dropping = Dropping.of(variant)
+        if dropping == _DENSE:
+            return self._swapped.own_weights
+        if dropping == _BASE:
+            return base_weights_only(self._base, self._swapped.own_weights)
+        if dropping.kind == "rates":
+            return self._dropped(self._cases(self.by_layer[dropping](p)), seed)
         everywhere = self._dropped(p, seed)
-        return (
-            everywhere
-            if name == "dare"
-            else only(everywhere, [one for one in self.names if layer_of(one) == name])
-        )
+        if dropping == _DARE:
+            return everywhere
+        return only(everywhere, [name for name in self.names if layer_of(name) == dropping.name])
 
     def _dropped(self, p: float | tuple[Case, ...], seed: int) -> Weights:
-        return dropped(self._base, self._seat.own, VARIANTS["dare"], p=p, seed=seed)
+        return dropped_weights(self._base, self._swapped.own_weights, DROP_VARIANTS["dare"], p=p, seed=seed)
 
     def _cases(self, rates: Mapping[str, float]) -> tuple[Case, ...]:
         """A rate for each tensor: longer names first, since a case holds for whatever contains its name."""

@@ -10,7 +10,7 @@ Bernoulli(1 - p).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from statistics import fmean
@@ -24,16 +24,17 @@ from transformers.pytorch_utils import Conv1D
 from ..config import check_drop_rate
 from ..dtypes import to_float
 from ..errors import ConfigError
-from ..evaluation.linear_layers import Batch, evaluating, linear_layers, watch_inputs
+from ..evaluation.linear_layers import Batch, linear_layers, watch_inputs
 from ..evaluation.measurements import Progress
-from ..evaluation.swapped_model import Seat
+from ..evaluation.swapped_model import SwappedModel
 from ..merging.methods.dropping import DropRate
 from ..weights.alignment import align, cast_to
 from ..weights.fingerprint import weights_fingerprint
 from ..weights.opening import WeightsLike, open_weights
 from ..weights.protocol import Weights
 from .diagnosis import Diagnosis, diagnose
-from .variants import VARIANTS, dropped
+from .hidden_states import cosines_of, enough_of, hidden_states
+from .variants import DROP_VARIANTS, dropped_weights
 
 Floats = NDArray[np.float32]
 
@@ -55,7 +56,7 @@ class LayerErrors:
 
     def ratio(self, p: float) -> float:
         """The mean square that was measured, over the one that was calculated."""
-        return fmean(one**2 for one in self.measured[p]) / self.calculated[p] ** 2
+        return fmean(error**2 for error in self.measured[p]) / self.calculated[p] ** 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,22 +83,22 @@ class Inside:
     def as_json(self) -> dict[str, Any]:
         layers = [
             {
-                "name": one.name,
-                "calculated": _keys(one.calculated),
-                "measured": _keys(one.measured),
-                "without_data": _keys(one.without_data),
+                "name": layer.name,
+                "calculated": _keys(layer.calculated),
+                "measured": _keys(layer.measured),
+                "without_data": _keys(layer.without_data),
             }
-            for one in self.layers
+            for layer in self.layers
         ]
         return {
             "base": self.base,
             "tuned": self.tuned,
             "similarity": {name: _keys(by_rate) for name, by_rate in self.similarity.items()},
             "layers": layers,
-            "mean_error": {name: _keys(found) for name, found in self.mean_error.items()},
+            "mean_error": {name: _keys(by_count) for name, by_count in self.mean_error.items()},
             "expected_mean_error": _keys(self.expected_mean_error),
             "mean_p": self.mean_p,
-            "magnitudes": {one.name: list(one.magnitudes.summary()) for one in self.diagnosis.layers},
+            "magnitudes": {layer.name: list(layer.magnitudes.summary()) for layer in self.diagnosis.layers},
         }
 
 
@@ -141,23 +142,30 @@ def inside(
             expected="rates above 0, and at least 1 of each",
             found=f"{p}, {seeds}, {masks}, {tokens}",
         )
-    kept, seat = open_weights(base), Seat(model)
-    looked_at = _enough(batches, tokens)
+    base_weights = open_weights(base)
+    swapped = SwappedModel(model)
+    looked_at = enough_of(batches, tokens)
     numbers = [first_seed + n for n in range(seeds)]
-    diagnosis = diagnose(kept, seat.own, cast_base=True)
+    diagnosis = diagnose(base_weights, swapped.own_weights, cast_base=True)
     steps = _Steps(len(SIMILAR) * len(rates) * seeds + len(diagnosis.layers), progress)
-    aligned = cast_to(align(kept, seat.own.tensors.keys(), model=seat.own.label)[0], seat.own.tensors)
+    aligned = cast_to(
+        align(base_weights, swapped.own_weights.tensors.keys(), model=swapped.own_weights.label)[0],
+        swapped.own_weights.tensors,
+    )
     chosen = _Chosen(
         rates=rates,
         seeds=numbers,
         mean_p=rates[max(len(rates) - 2, 0)],
         masks=range(first_seed, first_seed + masks),
     )
-    similarity = _similarity(seat, kept, looked_at, chosen, steps)
-    layers, means = _layer_errors(model, aligned, seat.own, looked_at, tokens, diagnosis, chosen, steps)
+    similarity = _similarity(swapped, base_weights, looked_at, chosen, steps)
+    layers, means = _layer_errors(
+        model, aligned, swapped.own_weights, looked_at, tokens, diagnosis, chosen, steps
+    )
     expected = {n: means.single / sqrt(n) for n in means.counts}
     return Inside(
-        base=weights_fingerprint(kept), tuned=seat.print, similarity=similarity, layers=tuple(layers),
+        base=weights_fingerprint(base_weights), tuned=swapped.fingerprint,
+        similarity=similarity, layers=tuple(layers),
         mean_error={name: means.of(name) for name in SIMILAR}, mean_p=chosen.mean_p,
         expected_mean_error=expected, diagnosis=diagnosis,
         setup={**(setup or {}), "p": rates, "seeds": numbers, "masks": masks, "tokens": tokens},
@@ -174,7 +182,9 @@ class _Chosen:
 
 class _Steps:
     def __init__(self, total: int, progress: Progress | None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
+        self._done = 0
+        self._total = total
+        self._progress = progress
 
     def step(self) -> None:
         self._done += 1
@@ -186,79 +196,27 @@ def _keys(by: Mapping[Any, Any]) -> dict[str, Any]:
     return {f"{key:g}": value for key, value in by.items()}
 
 
-def _enough(batches: Iterable[Batch], tokens: int) -> list[Batch]:
-    """The first batches that hold so many tokens."""
-    found: list[Batch] = []
-    count = 0
-    for batch in batches:
-        found.append({name: value for name, value in batch.items() if name != "labels"})
-        count += int(_places(batch).sum())
-        if count >= tokens:
-            break
-    if not found:
-        raise ConfigError("batches", expected="at least one", found="none")
-    return found
-
-
-def _places(batch: Batch) -> torch.Tensor:
-    """bool [batch, seq]: the tokens that count."""
-    mask = batch.get("attention_mask")
-    if isinstance(mask, torch.Tensor):
-        return mask.bool()
-    ids = next(
-        (value for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() >= 2), None
-    )
-    if ids is None:
-        raise ConfigError("batches", expected="tensors [batch, seq]", found=f"{sorted(batch)}")
-    return torch.ones(ids.shape[:2], dtype=torch.bool)
-
-
 # Embeddings.
 
 
 def _similarity(
-    seat: Seat, base: Weights, batches: Sequence[Batch], chosen: _Chosen, steps: _Steps
+    swapped: SwappedModel, base: Weights, batches: Sequence[Batch], chosen: _Chosen, steps: _Steps
 ) -> dict[str, dict[float, tuple[tuple[float, ...], ...]]]:
-    dense = _hidden(seat.model, batches)
-    found: dict[str, dict[float, tuple[tuple[float, ...], ...]]] = {}
-    with seat:
+    dense = hidden_states(swapped.model, batches)
+    cosines: dict[str, dict[float, tuple[tuple[float, ...], ...]]] = {}
+    with swapped:
         for name in SIMILAR:
-            found[name] = {}
+            cosines[name] = {}
             for p in chosen.rates:
                 each = []
                 for seed in chosen.seeds:
-                    seat.give(dropped(base, seat.own, VARIANTS[name], p=p, seed=seed))
-                    each.append(tuple(_cosines(dense, _hidden(seat.model, batches))))
+                    swapped.swap_in(
+                        dropped_weights(base, swapped.own_weights, DROP_VARIANTS[name], p=p, seed=seed)
+                    )
+                    each.append(tuple(cosines_of(dense, hidden_states(swapped.model, batches))))
                     steps.step()
-                found[name][p] = tuple(each)
-    return found
-
-
-@torch.no_grad()
-def _hidden(model: torch.nn.Module, batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """Embeddings [tokens, hidden] before the first layer and after each."""
-    device, parts = next(model.parameters()).device, list[list[torch.Tensor]]()
-    with evaluating(model):
-        for batch in batches:
-            inputs = {
-                name: value.to(device) if isinstance(value, torch.Tensor) else value
-                for name, value in batch.items()
-            }
-            states = getattr(model(**inputs, output_hidden_states=True), "hidden_states", None)
-            if states is None:
-                raise ConfigError(
-                    "model",
-                    expected="one that tells hidden_states, as those of transformers do",
-                    found=type(model).__name__,
-                )
-            places = _places(batch).to(device)
-            parts.append([state[places].float() for state in states])
-    return [torch.cat(states) for states in zip(*parts, strict=True)]
-
-
-def _cosines(dense: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Iterator[float]:
-    for one, two in zip(dense, other, strict=True):
-        yield float(torch.nn.functional.cosine_similarity(one.double(), two.double(), dim=-1).mean())
+                cosines[name][p] = tuple(each)
+    return cosines
 
 
 # Outputs of layers.
@@ -348,22 +306,23 @@ class _Layer:
 
 
 def _layer_errors(
-    model: torch.nn.Module, base: Weights, own: Weights, batches: Sequence[Batch], tokens: int,
+    model: torch.nn.Module, base: Weights, tuned: Weights, batches: Sequence[Batch], tokens: int,
     diagnosis: Diagnosis, chosen: _Chosen,
     steps: _Steps,
 ) -> tuple[list[LayerErrors], _Means]:  # fmt: skip
-    known = {one.name: one for one in diagnosis.layers}
+    known = {layer_diagnosis.name: layer_diagnosis for layer_diagnosis in diagnosis.layers}
     places = [(name, layer) for name, layer in linear_layers(model) if name in known]
     if not places:
         raise ConfigError("model", expected="linear layers that fine-tuning changed", found="none")
     inputs = _inputs(model, batches, places, tokens)
-    found, means = [], _Means(len(chosen.masks))
+    errors = []
+    means = _Means(len(chosen.masks))
     for name, module in places:
-        layer = _layer(name, isinstance(module, Conv1D), base, own, inputs.pop(name))
-        found.append(layer.errors(chosen, {p: known[name].error(p) for p in chosen.rates}))
+        layer = _layer(name, isinstance(module, Conv1D), base, tuned, inputs.pop(name))
+        errors.append(layer.errors(chosen, {p: known[name].error(p) for p in chosen.rates}))
         means.add(layer, chosen)
         steps.step()
-    return found, means
+    return errors, means
 
 
 def _inputs(
@@ -381,13 +340,16 @@ def _inputs(
     return {name: torch.cat(rows).numpy() for name, rows in parts.items() if rows}
 
 
-def _layer(name: str, transposed: bool, base: Weights, own: Weights, inputs: Floats) -> _Layer:
-    info = own.tensors[name]
+def _layer(
+    name: str, transposed: bool, base_weights: Weights, tuned_weights: Weights, inputs: Floats
+) -> _Layer:
+    info = tuned_weights.tensors[name]
     tuned, start = (
         to_float(weights.read(name, 0, info.numel), info.dtype).astype(np.float32).reshape(info.shape)
-        for weights in (own, base)
+        for weights in (tuned_weights, base_weights)
     )
     if transposed:
-        tuned, start = np.ascontiguousarray(tuned.T), np.ascontiguousarray(start.T)
+        tuned = np.ascontiguousarray(tuned.T)
+        start = np.ascontiguousarray(start.T)
     norm = float(np.square(inputs @ tuned.T, dtype=np.float64).sum())
     return _Layer(name=name, delta=tuned - start, inputs=inputs, norm=norm, transposed=transposed)

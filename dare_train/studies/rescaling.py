@@ -93,7 +93,7 @@ def _measured(
 ) -> FoundQ:
     wanted = _outputs(model, batches)
     complete = _Completed(open_weights(base), LiveWeights(model))
-    size = sum(float(one.square().sum()) for one in wanted)
+    size = sum(float(output.square().sum()) for output in wanted)
     changes = {}
     with tempfile.TemporaryDirectory(prefix="dare-q-") as folder:
         back = extract(model, complete, Path(folder) / "back", p=0.0)
@@ -101,9 +101,10 @@ def _measured(
         with applied(model, back):
             for q in values:
                 with applied(model, dropped, weights=[1 / q]):
-                    found = _outputs(model, batches)
+                    outputs = _outputs(model, batches)
                 moved = sum(
-                    float((one - other).square().sum()) for one, other in zip(found, wanted, strict=True)
+                    float((output - before).square().sum())
+                    for output, before in zip(outputs, wanted, strict=True)
                 )
                 changes[q] = moved / size if size else moved
     return FoundQ(q=min(changes, key=lambda q: changes[q]), changes=changes)
@@ -129,7 +130,7 @@ def _first(outputs: Any) -> torch.Tensor:
             else ()
         ),
     ]
-    found = next(
+    tensor = next(
         (
             value
             for value in values
@@ -137,11 +138,11 @@ def _first(outputs: Any) -> torch.Tensor:
         ),
         None,
     )
-    if found is None:
+    if tensor is None:
         raise ConfigError(
             "model", expected="outputs that hold logits or another tensor", found=type(outputs).__name__
         )
-    return found
+    return tensor
 
 
 class _Completed:
@@ -149,7 +150,8 @@ class _Completed:
 
     def __init__(self, base: Weights, model: Weights) -> None:
         self._base, _ = align(base, model.tensors.keys(), model=model.label)
-        self._model, self.label = model, base.label
+        self._model = model
+        self.label = base.label
         self.tensors: Mapping[str, TensorInfo] = model.tensors
         self._own = {name for name, info in model.tensors.items() if self._base.tensors.get(name) != info}
 

@@ -17,19 +17,19 @@ from ..config import check_drop_rate
 from ..errors import ConfigError
 from ..evaluation.linear_layers import batch_size
 from ..evaluation.measurements import Evaluate, Journal, Key, Point, Progress, measured, samples
-from ..evaluation.swapped_model import Seat
+from ..evaluation.swapped_model import SwappedModel
 from ..merging.statistics.fisher_and_gram import collect_gram
 from ..merging.statistics.statistics_file import save_statistics
 from ..weights.fingerprint import weights_fingerprint
 from ..weights.opening import WeightsLike, open_weights
 from ..weights.protocol import Weights
 from .diagnosis import diagnose
-from .variants import VARIANTS, dropped, without_delta
+from .variants import DROP_VARIANTS, base_weights_only, dropped_weights
 
 if TYPE_CHECKING:
     import torch
 
-RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+SWEEP_RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 TOLERANCE = 0.05
 """Share of what fine-tuning gained that may be lost where a drop rate is said to hold."""
 
@@ -61,8 +61,8 @@ class Sweep:
 
     @property
     def variants(self) -> list[str]:
-        """Those measured, in the order of `VARIANTS`."""
-        return [name for name in VARIANTS if any(point.variant == name for point in self.points)]
+        """Those measured, in the order of `DROP_VARIANTS`."""
+        return [name for name in DROP_VARIANTS if any(point.variant == name for point in self.points)]
 
     def dense(self, metric: str) -> float:
         """Of the fine-tuned model as it is."""
@@ -113,7 +113,7 @@ def sweep(
     evaluate: Evaluate,
     *,
     out: str | os.PathLike[str],
-    p: Sequence[float] = RATES,
+    p: Sequence[float] = SWEEP_RATES,
     seeds: int = 5,
     first_seed: int = 0,
     variants: Sequence[str] = ("dare", "drop_only", "magnitude", "weights"),
@@ -137,7 +137,7 @@ def sweep(
             again; another model's are refused.
         p: drop rates, in [0, 1).
         seeds: masks at each rate, of seeds `first_seed` onwards, for variants that draw them.
-        variants: names in `VARIANTS`.
+        variants: names in `DROP_VARIANTS`.
         tuned: the same weights on disk, so that they need not be copied.
         batches: keyword arguments of the model, from whose layers' inputs the variant `q` works out its
             factors.
@@ -152,32 +152,34 @@ def sweep(
             holds; and as `merge`.
     """
     wanted = planned(p, seeds, first_seed, variants)
-    kept, seat = open_weights(base), Seat(model, tuned)
-    journal = Journal(Path(out) / "sweep.jsonl", weights_fingerprint(kept), seat.print, setup)
+    base_weights = open_weights(base)
+    base_fingerprint = weights_fingerprint(base_weights)
+    swapped = SwappedModel(model, tuned)
+    journal = Journal(Path(out) / "sweep.jsonl", base_fingerprint, swapped.fingerprint, setup)
     with TemporaryDirectory(prefix="dare-sweep-") as folder:
         gram = (
             _gram(model, batches, Path(folder))
-            if any(VARIANTS[name].needs_gram for name in variants)
+            if any(DROP_VARIANTS[name].needs_gram for name in variants)
             else None
         )
         points = measured(
-            seat,
+            swapped,
             wanted,
-            lambda key: (_weights_at(kept, seat.own, key, gram), {}),
+            lambda key: (_weights_at(base_weights, swapped.own_weights, key, gram), {}),
             evaluate,
             journal,
             progress,
         )
-    diagnosis = diagnose(kept, seat.own, cast_base=True)
-    told = {
+    diagnosis = diagnose(base_weights, swapped.own_weights, cast_base=True)
+    full_setup = {
         **(setup or {}),
         "p": sorted({*p}),
         "seeds": [first_seed + n for n in range(seeds)],
         "variants": list(dict.fromkeys(variants)),
     }
     return Sweep(
-        base=weights_fingerprint(kept), tuned=seat.print, points=points, predicted=diagnosis.safe_drop_rate(),
-        delta=diagnosis.magnitudes.summary(), setup=told,
+        base=base_fingerprint, tuned=swapped.fingerprint, points=points,
+        predicted=diagnosis.safe_drop_rate(), delta=diagnosis.magnitudes.summary(), setup=full_setup,
     )  # fmt: skip
 
 
@@ -190,8 +192,8 @@ def planned(p: Sequence[float], seeds: int, first_seed: int, variants: Sequence[
     if seeds < 1:
         raise ConfigError("seeds", expected="at least 1", found=repr(seeds))
     for name in variants:
-        if name not in VARIANTS:
-            raise ConfigError("variants", expected=f"one of {', '.join(VARIANTS)}", found=repr(name))
+        if name not in DROP_VARIANTS:
+            raise ConfigError("variants", expected=f"one of {', '.join(DROP_VARIANTS)}", found=repr(name))
     rates = sorted({check_drop_rate(rate) for rate in p})
     if not rates or not variants:
         raise ConfigError("p" if not rates else "variants", expected="at least one", found="none")
@@ -202,7 +204,7 @@ def planned(p: Sequence[float], seeds: int, first_seed: int, variants: Sequence[
             (name, rate, first_seed + n)
             for name in dict.fromkeys(variants)
             for rate in rates
-            for n in range(seeds if VARIANTS[name].seeded else 1)
+            for n in range(seeds if DROP_VARIANTS[name].seeded else 1)
             if rate > 0
         ),
     ]
@@ -213,8 +215,8 @@ def _weights_at(base: Weights, tuned: Weights, key: Key, gram: Path | None) -> W
     if name == "dense":
         return tuned
     if name == "base":
-        return without_delta(base, tuned)
-    return dropped(base, tuned, VARIANTS[name], p=p, seed=seed, gram=gram)
+        return base_weights_only(base, tuned)
+    return dropped_weights(base, tuned, DROP_VARIANTS[name], p=p, seed=seed, gram=gram)
 
 
 def _gram(model: torch.nn.Module, batches: Iterable[Mapping[str, Any]] | None, folder: Path) -> Path:

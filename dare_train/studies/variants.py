@@ -33,7 +33,7 @@ class Variant:
     """Whether it asks for Gram matrices of the layers' inputs."""
 
 
-VARIANTS: Mapping[str, Variant] = {
+DROP_VARIANTS: Mapping[str, Variant] = {
     "dare": Variant(label="DARE", settings={"method": "dare_linear"}),
     "drop_only": Variant(label="drop only", settings={"method": "drop_only"}),
     "magnitude": Variant(label="magnitude pruning", settings={"method": "magnitude"}, seeded=False),
@@ -48,7 +48,7 @@ deltas (§4.5); mergekit's rescale rule; and DAREx-q (arXiv 2410.09344), each la
 its inputs."""
 
 
-def dropped(
+def dropped_weights(
     base: WeightsLike,
     tuned: WeightsLike,
     variant: Variant,
@@ -73,7 +73,7 @@ def dropped(
     return merged_weights(task_of(start, [tuned], seed=seed, cast_base=True, **settings)).merged_only()
 
 
-def without_delta(base: WeightsLike, tuned: WeightsLike) -> Weights:
+def base_weights_only(base: WeightsLike, tuned: WeightsLike) -> Weights:
     """The base's weights under the fine-tuned model's names, as far as the base has them."""
     merged = merged_weights(task_of(base, [tuned], method="task_arithmetic", weights=[0.0], cast_base=True))
     return merged.merged_only()
@@ -83,7 +83,8 @@ class _Zeros:
     """A base of zeros: what is dropped then is the weights themselves."""
 
     def __init__(self, like: Weights) -> None:
-        self.label, self.tensors = f"zeros like {like.label}", like.tensors
+        self.label = f"zeros like {like.label}"
+        self.tensors = like.tensors
 
     def read(self, name: str, start: int, count: int) -> Words:
         return np.zeros(count, self.tensors[name].dtype.word)

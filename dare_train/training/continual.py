@@ -1,12 +1,5 @@
 """Task after task on one model: what is learnt, what is forgotten, and a package for each task, so that every
 state can be had again.
-
-    R[i][j]: the metric of task j after task i has been learnt; R[-1] of the base, before any.
-    ACC = mean_j R[T-1][j]        BWT = mean_{j<T-1} R[T-1][j] - R[j][j]        FWT = mean_{j>0} R[j-1][j] -
-    R[-1][j]
-
-Lopez-Paz and Ranzato, "Gradient Episodic Memory", https://arxiv.org/abs/1706.08840, §3; forgetting as there,
-or from the best that ever was (Chaudhry et al., https://arxiv.org/abs/1801.10112, §4).
 """
 
 from __future__ import annotations
@@ -19,7 +12,6 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -31,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..applying.in_place import applied, apply_
 from ..config import check_drop_rate
 from ..errors import ConfigError
-from ..evaluation.measurements import Evaluate, Record, numbers
+from ..evaluation.measurements import Evaluate, MeasurementRecord, numbers
 from ..evaluation.model_loading import load_model
 from ..extracting.extract import extract
 from ..kernels import philox
@@ -41,6 +33,8 @@ from ..package.masks import MASK_DOMAIN, generator_of, key_of
 from ..package.reader import DeltaPackage
 from ..weights.fingerprint import weights_fingerprint
 from ..weights.live import LiveWeights
+from .continual_result import Continual
+from .elastic_weights import ElasticWeights
 from .sparse_tuning import SparseTuningCallback
 
 Strategy = Literal["sequential", "dare", "merge", "disjoint", "replay", "ewc"]
@@ -73,71 +67,6 @@ class ContinualTask:
     setup: Mapping[str, Any] = field(default_factory=dict)
     """What training and evaluation depend on, such as a learning rate: a folder with results of another setup
     is refused."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Continual:
-    """What was learnt and forgotten."""
-
-    strategy: str
-    tasks: tuple[str, ...]
-    metric: str
-    before: tuple[float, ...]
-    """R[-1]: of each task, before any was learnt."""
-    after: tuple[tuple[float, ...], ...]
-    """R: a row after each task."""
-    own: tuple[float, ...]
-    """Of each task, with the packages up to its own, at the end of it all."""
-    bytes: tuple[int, ...]
-    """Of each task's package."""
-    states: tuple[str, ...]
-    """Fingerprints of the model after each task."""
-    seconds: tuple[float, ...] = ()
-    """To switch a model in memory from the base to the state after each task."""
-    joint: tuple[float, ...] = ()
-    """Of each task, by a model that learnt all at once (`ContinualRun.joint`): a mark, where it was
-    measured."""
-    setup: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def accuracy(self) -> float:
-        """ACC."""
-        return fmean(self.after[-1])
-
-    @property
-    def backward_transfer(self) -> float:
-        """BWT; 0 for one task. Forgetting, as a difference to what was right after a task, is its
-        negative.
-        """
-        return fmean([self.after[-1][j] - self.after[j][j] for j in range(len(self.tasks) - 1)] or [0.0])
-
-    @property
-    def forward_transfer(self) -> float:
-        """FWT, against the base; 0 for one task."""
-        return fmean([self.after[j - 1][j] - self.before[j] for j in range(1, len(self.tasks))] or [0.0])
-
-    @property
-    def forgetting(self) -> float:
-        """From the best that ever was, in the mean over all tasks but the last (arXiv 1801.10112)."""
-        last = self.after[-1]
-        return fmean(
-            [max(row[j] for row in self.after[:-1]) - last[j] for j in range(len(self.tasks) - 1)] or [0.0]
-        )
-
-    @property
-    def own_forgetting(self) -> float:
-        """What is lost of each task when its own packages are applied, against right after it: 0 where states
-        come back exactly.
-        """
-        return fmean(self.after[j][j] - self.own[j] for j in range(len(self.tasks)))
-
-    def as_json(self) -> dict[str, Any]:
-        measures = {
-            name: getattr(self, name)
-            for name in ("accuracy", "backward_transfer", "forward_transfer", "forgetting", "own_forgetting")
-        }
-        names = ("strategy", "tasks", "metric", "before", "after", "own", "bytes", "states", "joint")
-        return {**{name: getattr(self, name) for name in names}, **measures}
 
 
 class ContinualRun:
@@ -205,22 +134,31 @@ class ContinualRun:
                 expected="positive numbers",
                 found=f"{replay}, {examples}, {strength}",
             )
-        self.base, self.tasks, self.out, self.strategy = base, tuple(tasks), Path(out), strategy
-        self._p, self._seed, self._load = check_drop_rate(p), seed, load
-        self._method, self._settings = method, dict(settings or {})
+        self.base = base
+        self.tasks = tuple(tasks)
+        self.out = Path(out)
+        self.strategy = strategy
+        self._p = check_drop_rate(p)
+        self._seed = seed
+        self._load = load
+        self._method = method
+        self._settings = dict(settings or {})
         self._weights = dict(weights) if weights is not None else None
-        self._replay, self._strength, self._examples = replay, strength, examples
+        self._replay = replay
+        self._strength = strength
+        self._examples = examples
 
     def run(self) -> Continual:
         """Learn what is not learnt yet, and measure every task after each."""
         record = self._record
         before = self._row(record, "base", [], self.tasks)
-        after, states = [], []
+        after = []
+        states = []
         for number, task in enumerate(self.tasks):
             self._learn(number)
             after.append(self._row(record, task.name, self.at(number), self.tasks))
             states.append(self.state(number))
-        own = [
+        with_own = [
             self._row(record, f"{task.name}, own", self.at(number), [task])[0]
             for number, task in enumerate(self.tasks)
         ]
@@ -230,7 +168,7 @@ class ContinualRun:
             metric=_first(record),
             before=before,
             after=tuple(after),
-            own=tuple(own),
+            own=tuple(with_own),
             states=tuple(states),
             bytes=tuple(
                 DeltaPackage.open(self.package(number)).stats["bytes"] for number in range(len(self.tasks))
@@ -249,13 +187,16 @@ class ContinualRun:
         record = self._record
         package = self.out / "packages" / "joint"
         if not (package / "dare_config.json").exists():
-            model, folder = self._made([]), self.out / "training" / "joint"
-            every = [task.trainer(model, folder, []) for task in self.tasks]
-            trainer = every[0]
-            trainer.train_dataset = torch.utils.data.ConcatDataset([_dataset(one, "joint") for one in every])
+            model = self._made([])
+            folder = self.out / "training" / "joint"
+            trainers = [task.trainer(model, folder, []) for task in self.tasks]
+            trainer = trainers[0]
+            trainer.train_dataset = torch.utils.data.ConcatDataset(
+                [_dataset(trainer, "joint") for trainer in trainers]
+            )
             if trainer.args.max_steps > 0:
                 trainer.args = copy(trainer.args)  # tasks may share theirs
-                trainer.args.max_steps = sum(one.args.max_steps for one in every)
+                trainer.args.max_steps = sum(each.args.max_steps for each in trainers)
             train_on(trainer, folder)
             model.train(False)
             extract(self._made([]), model, package, base_model=self.base, p=0.0, values="exact")
@@ -308,7 +249,7 @@ class ContinualRun:
 
     @property
     def _setup(self) -> dict[str, Any]:
-        told = {
+        identity = {
             "strategy": self.strategy,
             "base_model": self.base,
             "tasks": [task.name for task in self.tasks],
@@ -317,7 +258,7 @@ class ContinualRun:
         options = {"p": self._p, "seed": self._seed, **merging, "replay": self._replay}
         training = {task.name: dict(task.setup) for task in self.tasks}
         return {
-            **told,
+            **identity,
             **options,
             "strength": self._strength,
             "examples": self._examples,
@@ -325,15 +266,15 @@ class ContinualRun:
         }
 
     @property
-    def _record(self) -> Record:
-        return Record(self.out / "continual.json", self._setup)
+    def _record(self) -> MeasurementRecord:
+        return MeasurementRecord(self.out / "continual.json", self._setup)
 
     def _row(
-        self, record: Record, name: str, packages: Sequence[Path], tasks: Sequence[ContinualTask]
+        self, record: MeasurementRecord, name: str, packages: Sequence[Path], tasks: Sequence[ContinualTask]
     ) -> tuple[float, ...]:
         """The metric of some tasks in one state, unless it was measured before."""
-        found = record.measured(name, lambda: self._measured(packages, tasks))
-        return tuple(found[task.name][_first(record)] for task in tasks)
+        metrics = record.measured(name, lambda: self._measured(packages, tasks))
+        return tuple(metrics[task.name][_first(record)] for task in tasks)
 
     def _measured(
         self, packages: Sequence[Path], tasks: Sequence[ContinualTask]
@@ -370,7 +311,8 @@ class ContinualRun:
         if self.strategy in ("dare", "merge"):
             options |= {"p": self._p, "seed": self._seed + number}
         if self.strategy == "disjoint":
-            options["masks"], earlier = self._share(number), []
+            options["masks"] = self._share(number)
+            earlier = []
         model.train(False)
         extract(self._made(earlier), model, self.package(number), base_model=self.base, **options)
 
@@ -382,19 +324,19 @@ class ContinualRun:
                 )
             ]
         if self.strategy == "ewc" and number:
-            return [_Anchored(self._importance(number), self._strength)]
+            return [ElasticWeights(self._importance(number), self._strength)]
         return []
 
     def _share(self, number: int) -> dict[str, NDArray[np.bool_]]:
         """A task's own share of every tensor that can be trained: where draws lie in its part of their
         range.
         """
-        found = {}
+        masks = {}
         for name, info in LiveWeights(self._instance).tensors.items():
             if info.dtype.can_be_delta:
                 draws = philox.draws(key_of(self._seed, name), 0, info.numel, MASK_DOMAIN).astype(np.int64)
-                found[name] = (draws * len(self.tasks) // _DRAWS == number).reshape(info.shape)
-        return found
+                masks[name] = (draws * len(self.tasks) // _DRAWS == number).reshape(info.shape)
+        return masks
 
     def _seen_again(self, number: int) -> torch.utils.data.Dataset[Any]:
         """A few examples of an earlier task, the same every time."""
@@ -422,7 +364,9 @@ class ContinualRun:
         if not (folder / "dare_config.json").exists():
             packages = [str(self.package(number)) for number in range(task + 1)]
             given = (
-                None if self._weights is None else [self._weights[one.name] for one in self.tasks[: task + 1]]
+                None
+                if self._weights is None
+                else [self._weights[learnt.name] for learnt in self.tasks[: task + 1]]
             )
             merge(
                 self.base,
@@ -436,7 +380,7 @@ class ContinualRun:
         return folder
 
 
-def _first(record: Record) -> str:
+def _first(record: MeasurementRecord) -> str:
     """The metric that was measured first."""
     state = next(iter(record.all.values()))
     return str(next(iter(next(iter(state.values())))))
@@ -452,19 +396,3 @@ def _dataset(trainer: Trainer, what_for: str) -> Any:
     if rows is None or not hasattr(rows, "__len__"):
         raise ConfigError(what_for, expected="training data with a length", found=type(rows).__name__)
     return rows
-
-
-class _Anchored(TrainerCallback):  # type: ignore[misc]
-    """Adds the gradient of λ/2 · Σ F (θ - θ*)² before each step."""
-
-    def __init__(self, importance: Mapping[str, tuple[torch.Tensor, torch.Tensor]], strength: float) -> None:
-        self._importance, self._strength = importance, strength
-
-    @torch.no_grad()
-    def on_pre_optimizer_step(self, *_: Any, model: Any = None, **__: Any) -> None:
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None and name in self._importance:
-                fisher, anchor = (one.to(parameter.device) for one in self._importance[name])
-                parameter.grad.add_(
-                    (fisher * (parameter - anchor)).to(parameter.grad.dtype), alpha=self._strength
-                )

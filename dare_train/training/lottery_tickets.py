@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from ..applying.in_place import apply_
 from ..config import DRAW_RANGE
 from ..errors import ConfigError
-from ..evaluation.measurements import Record, numbers
+from ..evaluation.measurements import MeasurementRecord, numbers
 from ..evaluation.model_loading import load_model
 from ..extracting.extract import extract
 from ..package.masks import generator_of
@@ -41,7 +41,7 @@ DARE's masks of that density. `shuffled`: as many in each tensor as the ticket h
 tensor (1803.03635, §2: what if the initial weights are not the ticket's own?). `transferred`: the elements of
 another task's ticket.
 """
-ABLATIONS: tuple[Kind, ...] = ("random", "shuffled", "reinitialised")
+TICKET_ABLATIONS: tuple[Kind, ...] = ("random", "shuffled", "reinitialised")
 """Of a ticket, by itself."""
 
 
@@ -124,36 +124,45 @@ class TicketSearch:
         load: Callable[[str], torch.nn.Module] = load_model,
     ) -> None:
         if levels < 1 or not 0 < share < 1 or rewind < 0 or (every is not None and every < 1):
-            expected, given = (
-                "positive numbers, and a share in (0, 1)",
-                f"{levels}, {share}, {rewind}, {every}",
-            )
+            expected = "positive numbers, and a share in (0, 1)"
+            given = f"{levels}, {share}, {rewind}, {every}"
             raise ConfigError("levels, share, rewind and every", expected=expected, found=given)
         if (1 - share) ** levels * DRAW_RANGE < 1:
             raise ConfigError(
                 "levels", expected="a density of at least 2⁻¹⁶ in the end", found=f"{levels} of share {share}"
             )
-        if not {*beside} <= {*ABLATIONS}:
-            raise ConfigError("beside", expected=f"some of {', '.join(ABLATIONS)}", found=str(list(beside)))
-        self.base, self.task, self.out = base, task, Path(out)
-        self._levels, self._share, self._rewind, self._scope = levels, share, rewind, scope
+        if not {*beside} <= {*TICKET_ABLATIONS}:
+            raise ConfigError(
+                "beside", expected=f"some of {', '.join(TICKET_ABLATIONS)}", found=str(list(beside))
+            )
+        self.base = base
+        self.task = task
+        self.out = Path(out)
+        self._levels = levels
+        self._share = share
+        self._rewind = rewind
+        self._scope = scope
         self._beside: tuple[Kind, ...] = (
             *dict.fromkeys(beside),
             *(("transferred",) if transfer is not None else ()),
         )
-        self._transfer, self._every, self._seed, self._load = transfer, every, seed, load
+        self._transfer = transfer
+        self._every = every
+        self._seed = seed
+        self._load = load
 
     def run(self) -> Tickets:
         """Train what is not trained yet."""
-        found, masks = [self._level("ticket", 0, None)], None
+        levels = [self._level("ticket", 0, None)]
+        masks = None
         for number in range(1, self._levels + 1):
             masks = self._pruned(number, masks)
-            found += [
+            levels += [
                 self._level(kind, number, self._trained(kind, number, masks))
                 for kind in ("ticket", *self._beside)
             ]
-        other = {"transferred_from": self._transfer.task.name} if self._transfer is not None else {}
-        return Tickets(levels=tuple(found), setup={**self._setup, "levels": self._levels, **other})
+        source = {"transferred_from": self._transfer.task.name} if self._transfer is not None else {}
+        return Tickets(levels=tuple(levels), setup={**self._setup, "levels": self._levels, **source})
 
     def masks(self, number: int) -> Masks:
         """What a level of the ticket trained."""
@@ -200,13 +209,13 @@ class TicketSearch:
                 "curve": curve,
             }
 
-        told = Record(self.out / "search.json", self._setup).measured(package.name, measure)
-        steps = {int(step): metrics for step, metrics in told["curve"].items()}
+        measured = MeasurementRecord(self.out / "search.json", self._setup).measured(package.name, measure)
+        steps = {int(step): metrics for step, metrics in measured["curve"].items()}
         return Level(
             kind=kind,
             number=number,
-            density=told["density"],
-            metrics=told["metrics"],
+            density=measured["density"],
+            metrics=measured["metrics"],
             curve=steps,
             package=str(package),
         )
@@ -227,7 +236,8 @@ class TicketSearch:
         self, kind: Kind, number: int, masks: Masks | None, package: Path
     ) -> dict[int, dict[str, float]]:
         """Train a level into its package; what was measured meanwhile."""
-        folder, model = self.out / "training" / package.name, self._load(self.base)
+        folder = self.out / "training" / package.name
+        model = self._load(self.base)
         watch = _Curve(model, self.task, self._every)
         callbacks: list[TrainerCallback] = [watch]
         if masks is not None:
@@ -254,16 +264,18 @@ class TicketSearch:
             overwrite=True,
             **kept,
         )
-        return watch.found
+        return watch.by_step
 
     def _rewound(self, model: torch.nn.Module, masks: Masks) -> None:
         """Kept elements as they were at that step of the first training, the others as in the base."""
         if not self._rewind:
             return
         early = self._made(self.out / "training" / "level-0" / "rewind" / f"step-{self._rewind}")
-        live, then = LiveWeights(model), LiveWeights(early)
+        live = LiveWeights(model)
+        then = LiveWeights(early)
         for name, mask in masks.items():
-            info, kept = live.tensors[name], mask.reshape(-1)
+            info = live.tensors[name]
+            kept = mask.reshape(-1)
             live.overwrite(
                 name, 0, np.where(kept, then.read(name, 0, info.numel), live.read(name, 0, info.numel))
             )
@@ -272,20 +284,23 @@ class TicketSearch:
         """Kept elements with each other's values."""
         live = LiveWeights(model)
         for name, mask in masks.items():
-            own, kept = np.array(live.read(name, 0, live.tensors[name].numel)), mask.reshape(-1)
-            own[kept] = generator_of(self._seed, name).permutation(own[kept])
-            live.overwrite(name, 0, own)
+            words = np.array(live.read(name, 0, live.tensors[name].numel))
+            kept = mask.reshape(-1)
+            words[kept] = generator_of(self._seed, name).permutation(words[kept])
+            live.overwrite(name, 0, words)
 
 
 class _Curve(TrainerCallback):  # type: ignore[misc]
     """Measures the task each so many steps."""
 
     def __init__(self, model: torch.nn.Module, task: ContinualTask, every: int | None) -> None:
-        self._model, self._task, self._every = model, task, every
-        self.found: dict[int, dict[str, float]] = {}
+        self._model = model
+        self._task = task
+        self._every = every
+        self.by_step: dict[int, dict[str, float]] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._every is not None and state.global_step % self._every == 0:
             training = self._model.training
-            self.found[state.global_step] = numbers(self._task.evaluate(self._model.train(False)))
+            self.by_step[state.global_step] = numbers(self._task.evaluate(self._model.train(False)))
             self._model.train(training)

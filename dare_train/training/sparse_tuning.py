@@ -79,12 +79,13 @@ class SparseTuning:
         self._short = _shortened(targets, live, kept)
         if not self._short and not any(kept.whole(name) for name in live.tensors):
             raise ConfigError("optimizer", expected="parameters of this model", found="none of them")
-        shortened = sum(one.tensor.numel() - one.places.numel() for one in self._short)
-        self.elements = sum(one.numel() for one in targets)
+        shortened = sum(short.tensor.numel() - short.places.numel() for short in self._short)
+        self.elements = sum(target.numel() for target in targets)
         self.trained = self.elements - shortened
-        for one in (one for one in self._short if one.tensor in self._optimizer.state):
-            self._optimizer.state[one.tensor] = {
-                name: one.own(value) for name, value in self._optimizer.state[one.tensor].items()
+        for short in (short for short in self._short if short.tensor in self._optimizer.state):
+            state = self._optimizer.state[short.tensor]
+            self._optimizer.state[short.tensor] = {
+                name: short.of_kept(value) for name, value in state.items()
             }
         self._undo = [
             *(hook.remove for hook in _masked_gradients(model, live, kept)),
@@ -97,40 +98,43 @@ class SparseTuning:
         """The optimizer trains whole tensors again, and begins anew with those that were trained in part."""
         for undo in self._undo:
             undo()
-        for one in self._short:
-            self._optimizer.state.pop(one.tensor, None)
-        self._short, self._undo = [], []
+        for short in self._short:
+            self._optimizer.state.pop(short.tensor, None)
+        self._short = []
+        self._undo = []
         _at_work.pop(self._optimizer, None)
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         """For the length of a step the optimizer has kept elements in place of tensors."""
-        if any(one is not None for one in (*args[1:], named.get("closure"))):
+        if any(closure is not None for closure in (*args[1:], named.get("closure"))):
             raise ConfigError(
                 "optimizer",
                 expected="steps without a closure",
                 found="a closure",
                 remedy="use another optimizer",
             )
-        for one in self._short:
-            gradient = one.tensor.grad
-            one.values.copy_(one.tensor.take(one.places))
-            one.values.grad = None if gradient is None else gradient.take(one.places)
-        self._exchange({id(one.tensor): (one.tensor, one.values) for one in self._short})
+        for short in self._short:
+            gradient = short.tensor.grad
+            short.values.copy_(short.tensor.take(short.places))
+            short.values.grad = None if gradient is None else gradient.take(short.places)
+        self._exchange({id(short.tensor): (short.tensor, short.values) for short in self._short})
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
-        self._exchange({id(one.values): (one.values, one.tensor) for one in self._short})
-        for one in self._short:
-            if one.values.grad is not None:
-                one.tensor.put_(one.places, one.values)
-                one.values.grad = None
+        self._exchange({id(short.values): (short.values, short.tensor) for short in self._short})
+        for short in self._short:
+            if short.values.grad is not None:
+                short.tensor.put_(short.places, short.values)
+                short.values.grad = None
 
     def _exchange(self, pairs: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """In the optimizer's groups and in its state, the second of each pair comes for the first."""
         state = self._optimizer.state
         for group in self._optimizer.param_groups:
-            group["params"] = [pairs[id(one)][1] if id(one) in pairs else one for one in group["params"]]
+            group["params"] = [
+                pairs[id(tensor)][1] if id(tensor) in pairs else tensor for tensor in group["params"]
+            ]
         for old, new in pairs.values():
             if old in state:
                 state[new] = state.pop(old)
@@ -170,7 +174,8 @@ class SparseTuningCallback(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         self._tuning = SparseTuning(model, optimizer, **self._options)
-        self.trained, self.elements = self._tuning.trained, self._tuning.elements
+        self.trained = self._tuning.trained
+        self.elements = self._tuning.elements
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         if self._tuning is not None:
@@ -231,10 +236,11 @@ class _Short:
     """A tensor that the optimizer worked on, and what it works on instead."""
 
     def __init__(self, tensor: torch.Tensor, places: torch.Tensor) -> None:
-        self.tensor, self.places = tensor, places
+        self.tensor = tensor
+        self.places = places
         self.values = torch.nn.Parameter(tensor.detach().take(places))
 
-    def own(self, value: Any) -> Any:
+    def of_kept(self, value: Any) -> Any:
         """Of a state of the whole tensor, that of the kept elements."""
         return (
             value.take(self.places)
@@ -257,25 +263,25 @@ def _innermost(optimizer: Any) -> tuple[torch.optim.Optimizer, list[torch.Tensor
         raise ConfigError(
             "optimizer", expected="one of torch.optim, or one that wraps it", found=type(optimizer).__name__
         )
-    return optimizer, by_turns or [one for group in optimizer.param_groups for one in group["params"]]
+    return optimizer, by_turns or [tensor for group in optimizer.param_groups for tensor in group["params"]]
 
 
 def _shortened(targets: list[torch.Tensor], live: LiveWeights, kept: _Kept) -> list[_Short]:
     """What the optimizer is to work on in place of those of its tensors that are trained in part."""
-    found: dict[int, list[NDArray[np.int64]]] = {id(target): [] for target in targets}
-    whole = dict.fromkeys(found, True)
+    places: dict[int, list[NDArray[np.int64]]] = {id(target): [] for target in targets}
+    whole = dict.fromkeys(places, True)
     for name in live.tensors:
         held = live.holding(name)
         for piece in held.pieces if held.masters is None else held.masters:
-            target = next((one for one in targets if _lies_in(piece, one)), None)
+            target = next((candidate for candidate in targets if _lies_in(piece, candidate)), None)
             if target is not None:
                 begin = int(piece.tensor.storage_offset() + piece.offset - target.storage_offset())
-                found[id(target)].append(begin + kept.positions(name, piece.start, piece.length))
+                places[id(target)].append(begin + kept.positions(name, piece.start, piece.length))
                 whole[id(target)] &= kept.whole(name)
     return [
-        _Short(target, torch.from_numpy(np.sort(np.concatenate(found[id(target)]))).to(target.device))
+        _Short(target, torch.from_numpy(np.sort(np.concatenate(places[id(target)]))).to(target.device))
         for target in targets
-        if found[id(target)] and not whole[id(target)]
+        if places[id(target)] and not whole[id(target)]
     ]
 
 
@@ -310,8 +316,8 @@ def _masked_gradients(model: torch.nn.Module, live: LiveWeights, kept: _Kept) ->
                     piece.offset + kept.positions(name, piece.start, piece.length)
                 )
     for key, tensor in tensors.items():
-        own: Any = tensor
-        yield own.register_hook(
+        hooked: Any = tensor
+        yield hooked.register_hook(
             _only(torch.from_numpy(np.sort(np.concatenate(places[key]))).to(tensor.device))
         )
 

@@ -54,13 +54,13 @@ class Masks(Mapping[str, Bits]):
             PackageError: it is damaged.
         """
         opened = DeltaPackage.open(package)
-        found = {}
+        masks = {}
         for record in (record for record in opened.manifest.tensors if record.kind == "delta"):
             flat = np.zeros(record.info.numel, np.bool_)
             for segment, frame in opened.frames(record.name, 0, record.info.numel):
                 flat[segment.start + Opened.of(opened.manifest, record, segment, frame).positions()] = True
-            found[record.name] = flat.reshape(record.info.shape)
-        return cls(found)
+            masks[record.name] = flat.reshape(record.info.shape)
+        return cls(masks)
 
     def __getitem__(self, name: str) -> Bits:
         return self._masks[name]
@@ -79,7 +79,7 @@ class Masks(Mapping[str, Bits]):
 
     def __sub__(self, other: Masks) -> Masks:
         """What is kept here and not there."""
-        return self._with(other, lambda one, two: one & ~two)
+        return self._with(other, lambda here, there: here & ~there)
 
     @property
     def density(self) -> float:
@@ -93,10 +93,10 @@ class Masks(Mapping[str, Bits]):
 
         Densities of a mask of the whole model (`scope="model"`) say which layers carry the delta.
         """
-        found: dict[str, dict[str, Bits]] = {}
+        layers: dict[str, dict[str, Bits]] = {}
         for name in sorted(self._masks, key=natural):
-            found.setdefault(layer_of(name), {})[within_layer(name)] = self._masks[name]
-        return {layer: Masks(masks) for layer, masks in found.items()}
+            layers.setdefault(layer_of(name), {})[within_layer(name)] = self._masks[name]
+        return {layer: Masks(masks) for layer, masks in layers.items()}
 
     def overlap(self, other: Masks) -> Overlap:
         """How much two masks have in common, over all and by tensor."""
@@ -128,13 +128,16 @@ class Overlap:
     @property
     def iou(self) -> float:
         """|A ∩ B| / |A ∪ B| over all tensors; 1 where both keep nothing."""
-        both, one, two = self._total
-        return both / (one + two - both) if one + two else 1.0
+        both, first, second = self._total
+        return both / (first + second - both) if first + second else 1.0
 
     @property
     def chance(self) -> float:
         """What it would be on average if each tensor's kept elements lay anywhere in it, in both masks."""
-        both = sum(one * two / size if size else 0.0 for _, one, two, size in self.counts.values())
+        both = sum(
+            kept_here * kept_there / size if size else 0.0
+            for _, kept_here, kept_there, size in self.counts.values()
+        )
         _, first, second = self._total
         return both / (first + second - both) if first + second else 1.0
 
@@ -152,16 +155,16 @@ class Overlap:
 
     @property
     def _total(self) -> tuple[int, int, int]:
-        both, one, two, _ = (
+        both, first, second, _ = (
             (sum(column) for column in zip(*self.counts.values(), strict=True))
             if self.counts
             else (0, 0, 0, 0)
         )
-        return both, one, two
+        return both, first, second
 
 
-def _counts(one: Bits, two: Bits) -> tuple[int, int, int, int]:
-    return int((one & two).sum()), int(one.sum()), int(two.sum()), one.size
+def _counts(first: Bits, second: Bits) -> tuple[int, int, int, int]:
+    return int((first & second).sum()), int(first.sum()), int(second.sum()), first.size
 
 
 def by_size(base: WeightsLike, tuned: WeightsLike, *, density: float, scope: Scope = "tensor") -> Masks:
@@ -177,7 +180,7 @@ def by_size(base: WeightsLike, tuned: WeightsLike, *, density: float, scope: Sco
         ConfigError: density is out of range.
         CheckpointError, TensorMismatch: the weights cannot be read, or have nothing in common.
     """
-    return _by_score(base, tuned, density, scope, lambda own, delta: np.abs(delta))
+    return _by_score(base, tuned, density, scope, lambda weight, delta: np.abs(delta))
 
 
 def by_movement(base: WeightsLike, tuned: WeightsLike, *, density: float, scope: Scope = "tensor") -> Masks:
@@ -188,13 +191,13 @@ def by_movement(base: WeightsLike, tuned: WeightsLike, *, density: float, scope:
 
     Args, raises: see `by_size`.
     """
-    return _by_score(base, tuned, density, scope, lambda own, delta: own * delta)
+    return _by_score(base, tuned, density, scope, lambda weight, delta: weight * delta)
 
 
 def at_random(like: WeightsLike, *, density: float, seed: int = 0) -> Masks:
     """DARE's masks: those of a package of p = 1 - density and this seed."""
     rate = check_drop_rate(1 - density, name="1 - density")
-    found = {}
+    masks = {}
     for name, info in open_weights(like).tensors.items():
         if info.dtype.can_be_delta:
             flat = np.zeros(info.numel, np.bool_)
@@ -203,8 +206,8 @@ def at_random(like: WeightsLike, *, density: float, seed: int = 0) -> Masks:
                     0, info.numel
                 )
             ] = True
-            found[name] = flat.reshape(info.shape)
-    return Masks(found)
+            masks[name] = flat.reshape(info.shape)
+    return Masks(masks)
 
 
 def shuffled(masks: Masks, *, seed: int = 0) -> Masks:
@@ -230,14 +233,17 @@ def _by_score(
             expected="a share in (0, 1], and tensor or model",
             found=f"{density!r}, {scope!r}",
         )
-    own = open_weights(tuned)
-    start = cast_to(align(open_weights(base), own.tensors.keys(), model=own.label)[0], own.tensors)
+    tuned_weights = open_weights(tuned)
+    base_weights = cast_to(
+        align(open_weights(base), tuned_weights.tensors.keys(), model=tuned_weights.label)[0],
+        tuned_weights.tensors,
+    )
     names = [
         name
-        for name, info in own.tensors.items()
-        if start.tensors.get(name) == info and info.dtype.can_be_delta
+        for name, info in tuned_weights.tensors.items()
+        if base_weights.tensors.get(name) == info and info.dtype.can_be_delta
     ]
-    scores = {name: _score(start, own, name, score) for name in names}
+    scores = {name: _score(base_weights, tuned_weights, name, score) for name in names}
     if scope == "tensor":
         kept = {name: largest(values, density) for name, values in scores.items()}
     else:
@@ -245,15 +251,15 @@ def _by_score(
         kept = dict(
             zip(names, np.split(together, np.cumsum([scores[name].size for name in names])[:-1]), strict=True)
         )
-    return Masks({name: mask.reshape(own.tensors[name].shape) for name, mask in kept.items()})
+    return Masks({name: mask.reshape(tuned_weights.tensors[name].shape) for name, mask in kept.items()})
 
 
 def _score(
     base: Weights, tuned: Weights, name: str, score: Callable[[FloatArray, FloatArray], FloatArray]
 ) -> NDArray[np.float32]:
     info = tuned.tensors[name]
-    own, start = (
+    tuned_values, base_values = (
         to_float(weights.read(name, 0, info.numel), info.dtype).astype(info.dtype.compute)
         for weights in (tuned, base)
     )
-    return score(own, own - start).astype(np.float32)
+    return score(tuned_values, tuned_values - base_values).astype(np.float32)

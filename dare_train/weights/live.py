@@ -62,7 +62,7 @@ class LiveWeights:
         label: what messages call it.
         source: see `Source`.
         ranks: the processes that hold the model together; they build their `LiveWeights` at the same time.
-        kernels: those that work on it, "reference", "cpu" or "cuda"; by default what DARE_TRAIN_KERNELS
+        kernels: those that work on it, "torch", "cpu" or "cuda"; by default what DARE_TRAIN_KERNELS
             names, or those of the devices that tensors lie on.
 
     Attributes:

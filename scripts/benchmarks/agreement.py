@@ -29,7 +29,7 @@ NOTES = [
     "arbitrary, so trims are compared in float32",
 ]
 _EVERY = {"weight": 0.4}
-METHODS: dict[str, dict[str, Any]] = {
+MERGE_METHODS: dict[str, dict[str, Any]] = {
     "linear": {"models": {"weight": 1.0}},
     "task_arithmetic": {"models": _EVERY},
     "ties": {"models": {"weight": 0.5, "density": 0.3}},
@@ -48,7 +48,7 @@ def rows(peers: Path) -> Iterator[Row]:
     """Two rows for each method."""
     with scratch() as folder:
         for kind, base, models in (_float32(folder / "float32"), _bfloat16()):
-            for method in METHODS:
+            for method in MERGE_METHODS:
                 if kind == "bf16" and method in _TRIMS:
                     continue
                 far, any_ = _compared(peers, folder, method, base, models)
@@ -92,7 +92,7 @@ def _float32(folder: Path) -> tuple[str, Path, list[Path]]:
 
 def _compared(peers: Path, folder: Path, method: str, base: Path, models: list[Path]) -> tuple[int, float]:
     """Elements more than one step apart, and the share of all that differ."""
-    asked = METHODS[method]
+    asked = MERGE_METHODS[method]
     config: dict[str, Any] = {
         "merge_method": method,
         "models": [

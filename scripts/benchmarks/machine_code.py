@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from dare_train.kernels import cuda
 from dare_train.kernels.cuda_blocks import THREADS, at_address, place
+from dare_train.kernels.cuda_fingerprints import print_of_whole
 from dare_train.kernels.launch_tables import BLOCK
 
 from .report import Report, Row
@@ -37,7 +38,7 @@ _WORD = tl.constexpr(tl.int16)
 @triton.jit
 def _fingerprint(table, row_of_block, factors, lanes):
     row, block, _, words, low, high = place(table, row_of_block, _WORD, True)
-    first, second = cuda._print_of_whole(words, block, factors, 2)
+    first, second = print_of_whole(words, block, factors, 2)
     tl.atomic_add(lanes + 2 * row, first.to(tl.int64, bitcast=True) + (high - low), sem="relaxed")
     tl.atomic_add(lanes + 2 * row + 1, second.to(tl.int64, bitcast=True) + (high - low), sem="relaxed")
 

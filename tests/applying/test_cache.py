@@ -20,7 +20,7 @@ from dare_train.errors import BaseMismatch, ConfigError, DeviceMemoryError, Resu
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True, params=["reference", "cuda"])
+@pytest.fixture(autouse=True, params=["torch", "cuda"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Torch's kernels in place of a device's, and Triton's, in its interpreter where there is no GPU."""
     monkeypatch.setenv("DARE_TRAIN_KERNELS", request.param)
@@ -222,6 +222,6 @@ def test_a_model_that_no_kernels_work_on_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("DARE_TRAIN_KERNELS")
     with pytest.raises(ConfigError, match="move the model to a GPU whole"):
         PackageCache({"a": torch.zeros(4)})
-    assert PackageCache({"a": torch.zeros(4)}, kernels="reference").packages == []
+    assert PackageCache({"a": torch.zeros(4)}, kernels="torch").packages == []
     with pytest.raises(ConfigError, match="memory: expected a number of bytes above 0, found 0"):
         PackageCache({"a": torch.zeros(4)}, memory=0)

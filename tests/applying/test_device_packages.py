@@ -34,7 +34,7 @@ pytestmark = pytest.mark.gpu
 ENCODINGS = ["exact", "rounded", "int8", "int4", "sign"]
 
 
-@pytest.fixture(params=["reference", "cuda"])
+@pytest.fixture(params=["torch", "cuda"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Torch's kernels in place of a device's, and Triton's, in its interpreter where there is no GPU."""
     monkeypatch.setenv("DARE_TRAIN_KERNELS", request.param)
@@ -175,7 +175,7 @@ def test_segments_that_did_not_change_are_not_there(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With torch's kernels: a million elements are too many for the interpreter."""
-    monkeypatch.setenv("DARE_TRAIN_KERNELS", "reference")
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "torch")
     base = {"a": random_tensor(3 * SEGMENT + 5)}
     tuned = {"a": base["a"].clone()}
     tuned["a"][:99] += 1
@@ -372,7 +372,7 @@ def test_files_are_checked_beside_decoding_and_before_a_weight_changes(
     use: Callable[..., object], device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever else is wrong: damage to a file is what is said."""
-    monkeypatch.setenv("DARE_TRAIN_KERNELS", "reference")
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "torch")
     package = extract(base_state(), tuned_state(1), tmp_path / "package", p=0.5)
     begun, honest, sums = threading.Event(), on_devices.residents, packages.sha256_of
 

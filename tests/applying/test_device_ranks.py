@@ -98,7 +98,7 @@ def made(tmp_path: Path) -> tuple[list[Path], Path]:
     return [first, second], tmp_path / "out/model.safetensors"
 
 
-@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("kernels", ["torch", "cpu"])
 def test_segments_on_one_rank_are_applied_where_they_lie(kernels: str, made: tuple[list[Path], Path]) -> None:
     """What goes over the CPU is what a border between the ranks cuts, and without a device's kernels all."""
     packages, expected = made
@@ -106,11 +106,11 @@ def test_segments_on_one_rank_are_applied_where_they_lie(kernels: str, made: tup
     cut, alone = [("cut", 0), ("long", 0)], {"large": [0, WHOLE], "one": [0], "long": [WHOLE]}
     everywhere = [(name, start) for name, starts in alone.items() for start in starts]
     found = sorted({tuple(one) for rank in ranks for one in rank["put"]})
-    assert found == sorted(cut if kernels == "reference" else [*cut, *everywhere])
+    assert found == sorted(cut if kernels == "torch" else [*cut, *everywhere])
 
 
 def test_a_rank_without_memory_leaves_the_model_of_all_as_it_was(made: tuple[list[Path], Path]) -> None:
     packages, expected = made
-    ranks = run_ranks(on_shards, 2, "reference", packages, expected, 1)
+    ranks = run_ranks(on_shards, 2, "torch", packages, expected, 1)
     assert ranks[1]["error"] == "DeviceMemoryError: rank 1: expected 2 MB, found none"
     assert ranks[0]["error"].startswith("RankError: rank 1 failed: rank 1: expected 2 MB")

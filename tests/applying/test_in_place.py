@@ -32,7 +32,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 everywhere = pytest.mark.parametrize(
-    "kernels", ["cpu", "reference", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+    "kernels", ["cpu", "torch", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
 )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import dare_train
 from dare_train.merging.config.recipe import RESCALES
-from dare_train.merging.methods.registry import METHODS
+from dare_train.merging.methods.registry import MERGE_METHODS
 
 TEXT = (Path(__file__).parents[2] / "docs/merging.md").read_text()
 ROWS = {
@@ -23,14 +23,14 @@ EVERYWHERE = {"weight", "p", "q", "lambda"}
 
 
 def test_every_method_has_a_row_and_no_row_is_without_a_method() -> None:
-    assert ROWS.keys() == METHODS.keys()
+    assert ROWS.keys() == MERGE_METHODS.keys()
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(MERGE_METHODS))
 def test_the_row_names_the_parameters_with_their_defaults(name: str) -> None:
     row = ROWS[name].split("|")[3]
     told = dict(re.findall(r"`(\w+)`(?: \(([^)]*)\))?", row))
-    for parameter in METHODS[name].parameters:
+    for parameter in MERGE_METHODS[name].parameters:
         if parameter.name in EVERYWHERE and (parameter.name != "p" or not parameter.default):
             continue
         if name == "consensus_ta" or parameter.name in ("of",):
@@ -58,7 +58,7 @@ def test_the_method_of_ones_own_runs(tmp_path: Path) -> None:
         models = [{"w": np.full(9, value, np.float32)} for value in (1, 2, 6)]
         dare_train.merge(base, models, tmp_path / "out", method="median")
     finally:
-        METHODS.pop("median", None)
+        MERGE_METHODS.pop("median", None)
     from safetensors.numpy import load_file
 
     assert (load_file(tmp_path / "out/model.safetensors")["w"] == 2).all()

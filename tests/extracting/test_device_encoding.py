@@ -90,7 +90,7 @@ def test_magnitudes(dtype: DType, kept: list[int], seed: int, device: torch.devi
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernels", ["reference", "cuda"])
+@pytest.mark.parametrize("kernels", ["torch", "cuda"])
 @pytest.mark.parametrize("at_once", [1, 5000])
 def test_runs_that_are_encoded_a_few_at_a_time(
     kernels: str, at_once: int, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -32,7 +32,7 @@ from dare_train.weights.live import LiveWeights
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=["reference", "cuda"])
+@pytest.fixture(params=["torch", "cuda"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Torch's kernels in place of a device's, and Triton's, in its interpreter where there is no GPU."""
     monkeypatch.setenv("DARE_TRAIN_KERNELS", request.param)
@@ -130,7 +130,7 @@ def test_a_callback_is_told_which_kernels(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(plain, "take", lambda *arguments: (launched.append(1), honest(*arguments)))
     both = [
         DareCallback(p=0.5, when="end", name=name, kernels=kernels)
-        for name, kernels in (("told", "reference"), ("not", None))
+        for name, kernels in (("told", "torch"), ("not", None))
     ]
     train(classifier(base, dtype=torch.bfloat16), tmp_path / "out", *both)
     assert len(launched) == 1
@@ -216,7 +216,7 @@ def test_batches_of_runs_make_the_same_package(
 
 def test_a_device_works_ahead_of_what_is_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No run of the first batch is encoded before the second is asked for."""
-    monkeypatch.setenv("DARE_TRAIN_KERNELS", "reference")
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "torch")
     extraction, asked, ahead = sys.modules["dare_train.extracting.extract"], threading.Event(), list[bool]()
     monkeypatch.setattr(extraction, "_AT_ONCE", 1000)
     honest = device_encoding.gathered_pairs

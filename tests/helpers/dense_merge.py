@@ -22,7 +22,7 @@ from dare_train.merging.methods import dropping as drops
 from dare_train.merging.methods import elementwise as elements
 from dare_train.merging.methods.combinations import karcher, model_stock, nuslerp, slerp
 from dare_train.merging.methods.matrices import regmean
-from dare_train.merging.methods.registry import METHODS, Method
+from dare_train.merging.methods.registry import MERGE_METHODS, Method
 from dare_train.package.masks import Mask, key_of
 
 RUN = 640
@@ -311,12 +311,17 @@ def expected(
     seed: int,
     statistics: Sequence[Any],
 ) -> dict[str, Words]:
-    every = {"p": 0.0, **{one.name: one.default for one in METHODS[method].parameters}, **told, "seed": seed}
+    every = {
+        "p": 0.0,
+        **{one.name: one.default for one in MERGE_METHODS[method].parameters},
+        **told,
+        "seed": seed,
+    }
     return {
         name: Dense(
             name, words_of(tensor), tuple(tensor.shape), DTYPES[name.split(".")[0]],
             [words_of(one[name]) for one in models], every,
-            METHODS[method], statistics,
+            MERGE_METHODS[method], statistics,
         ).result()
         for name, tensor in base.items()
     }  # fmt: skip

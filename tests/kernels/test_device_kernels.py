@@ -338,12 +338,21 @@ def test_tensors_of_the_cpu_are_numbas(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.kernels_for(torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize(("asked", "expected"), [("cpu", None), ("reference", plain), ("cuda", cuda)])
+@pytest.mark.parametrize(
+    ("asked", "expected"), [("cpu", None), ("torch", plain), ("reference", plain), ("cuda", cuda)]
+)
 def test_the_user_decides(
     asked: str, expected: ModuleType | None, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     monkeypatch.setenv(choice.VARIABLE, asked)
     assert choice.kernels_for(device) is expected
+    monkeypatch.delenv(choice.VARIABLE)
+    assert choice.kernels_for(device, asked) is expected
+
+
+def test_an_older_name_means_the_same() -> None:
+    """`reference` chose torch's operations, never kernels/reference.py."""
+    assert choice.checked("reference", "kernels") == choice.checked("torch", "kernels") == "torch"
 
 
 @pytest.fixture
@@ -377,7 +386,7 @@ def test_triton_that_is_missing_gets_torchs_too(
     ("asked", "text"),
     [
         ("cuda", "kernels: expected Triton for tensors on cpu, found Triton has no kernels for cpu"),
-        ("numba", "DARE_TRAIN_KERNELS: expected one of reference, cpu, cuda, found 'numba'"),
+        ("numba", "DARE_TRAIN_KERNELS: expected one of torch, cpu, cuda, found 'numba'"),
     ],
 )
 def test_kernels_that_cannot_run_are_refused(asked: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,6 +405,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from dare_train.kernels import cuda
+from dare_train.kernels.cuda_fingerprints import fingerprint_kernel
 
 def ptx(kernel, signature, constants, capability):
     pointers = [place for place, kind in enumerate(signature.values()) if kind.startswith("*")]
@@ -410,7 +420,8 @@ def ptx(kernel, signature, constants, capability):
 table = {"table": "*i64", "row_of_block": "*i32"}
 masked = {**table, "masks": "*i64", "numbers": "*i16"}
 moves = {**masked, "offsets": "*i64", "values": "*i16"}
-pairs = {**masked, "addresses": "*i64", "offsets": "*i64", "own": "*i16", "new": "*i16", "strange": "*i32"}
+outputs = {"base_out": "*i16", "tuned_out": "*i16", "strange": "*i32"}
+pairs = {**masked, "addresses": "*i64", "offsets": "*i64", **outputs}
 prints = {**table, "factors": "*i32", "lanes": "*i64"}
 units = {"WORD": tl.int16, "WIDTH": 2, "UNSIGNED": tl.uint16}
 common = {"STORED": False, "ALIGNED": True, "WORD": tl.int16}
@@ -422,7 +433,7 @@ for capability in (80, 90):
     added = ptx(cuda._add, signature, constants, capability)
     if capability == 90:
         moved += [
-            ptx(cuda._fingerprint, prints, {**units, "ALIGNED": True}, capability),
+            ptx(fingerprint_kernel, prints, {**units, "ALIGNED": True}, capability),
             ptx(cuda._move, moves, {**common, "PUT": False}, capability),
             ptx(cuda._take_both, pairs, {**common, "EXPONENT": 0x7F80}, capability),
         ]

@@ -14,7 +14,7 @@ from torch_words import as_tensor, words_of
 from dare_train.dtypes import DTYPES, FloatArray, Words
 from dare_train.kernels import cpu, sums
 from dare_train.merging.methods import elementwise as elements
-from dare_train.merging.methods.registry import METHODS
+from dare_train.merging.methods.registry import MERGE_METHODS
 
 BF16, F32 = DTYPES["BF16"], DTYPES["F32"]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -315,4 +315,4 @@ def test_compiled_ties_is_ties_of_one_value(normalize: bool, value: float) -> No
 
 def test_only_functions_of_the_table_have_compiled_twins() -> None:
     assert {elements.ties: sums.ties} == elements.COMPILED
-    assert elements.ties in {method.function for method in METHODS.values()}
+    assert elements.ties in {method.function for method in MERGE_METHODS.values()}

@@ -22,7 +22,7 @@ from dare_train import DeltaPackage, extract, merge
 from dare_train.dtypes import DType
 from dare_train.errors import ConfigError, DeviceMemoryError
 from dare_train.merging import tensor_on_device as on_device
-from dare_train.merging.methods.registry import METHODS
+from dare_train.merging.methods.registry import MERGE_METHODS
 from dare_train.weights.protocol import SEGMENT
 
 pytestmark = pytest.mark.gpu
@@ -40,7 +40,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Torch's kernels in place of a device's; of a test's own choice Triton's, in its interpreter where there
     is no GPU.
     """
-    chosen = getattr(request, "param", "reference")
+    chosen = getattr(request, "param", "torch")
     monkeypatch.setenv("DARE_TRAIN_KERNELS", chosen)
     with np.errstate(all="ignore"):
         yield chosen
@@ -114,12 +114,12 @@ def compare(
 def test_these_are_the_methods_that_devices_know() -> None:
     known = {
         name
-        for name, one in METHODS.items()
+        for name, one in MERGE_METHODS.items()
         if one.function in on_device.elements.ANYWHERE and one.drops != "magprune"
     }
     sums = {
         name
-        for name, one in METHODS.items()
+        for name, one in MERGE_METHODS.items()
         if one.reach == "coefficients" and not one.needs_gram and one.drops != "magprune"
     }
     assert known | sums == THERE
@@ -137,7 +137,9 @@ def test_every_method_of_every_kind_of_model(
 ) -> None:  # fmt: skip
     if method == "average" and any(isinstance(inputs[name], DeltaPackage) for name in models):
         models = ["one", "everything", "other"]
-    density = {"density": 0.3} if any(one.name == "density" for one in METHODS[method].parameters) else {}
+    density = (
+        {"density": 0.3} if any(one.name == "density" for one in MERGE_METHODS[method].parameters) else {}
+    )
     p = {"p": 0.5} if method in ("dare_linear", "dare_ties", "drop_only") else {}
     compare(
         tmp_path,
@@ -294,7 +296,7 @@ def test_tensors_of_many_runs(
     """Ranks among all elements, equal ones told apart over borders. With torch's kernels: too many elements
     for the interpreter.
     """
-    monkeypatch.setenv("DARE_TRAIN_KERNELS", "reference")
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "torch")
     monkeypatch.setattr(on_device, "_AT_ONCE", 2 * SEGMENT)
     base = {"a": random_tensor(3 * SEGMENT + 77)}
     steps = torch.randint(-3, 4, base["a"].shape, generator=torch.Generator().manual_seed(1)) * 0.25
@@ -307,7 +309,7 @@ def test_tensors_of_many_runs(
 def test_segments_that_runs_would_cut_are_the_cpus(
     there: list[str], device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DARE_TRAIN_KERNELS", "reference")
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "torch")
     monkeypatch.setattr(on_device, "_AT_ONCE", SEGMENT // 2)
     base = {"a": random_tensor(SEGMENT + 77), "b": random_tensor(100)}
     package = extract(
@@ -326,7 +328,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return save(base_state(), tmp_path / "base"), save(tuned_state(1), tmp_path / "tuned")
 
 
-@pytest.mark.parametrize("kernels", ["reference", "cuda"], indirect=True)
+@pytest.mark.parametrize("kernels", ["torch", "cuda"], indirect=True)
 def test_files_go_where_the_user_says(
     kernels: str, there: list[str], files: tuple[Path, Path], device: torch.device, tmp_path: Path
 ) -> None:
@@ -372,7 +374,7 @@ def test_too_little_memory(
             "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 1 MiB free. Process 1 has 3 GiB"
         )
 
-    monkeypatch.setenv("DARE_TRAIN_KERNELS", "reference")
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "torch")
     monkeypatch.setattr(on_device, "combined", full)
     with pytest.raises(DeviceMemoryError) as caught:
         merge(files[0], [files[1]], tmp_path / "out", device=device)

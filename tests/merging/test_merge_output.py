@@ -247,6 +247,38 @@ def same_loaded(folder: Path) -> bool:
     return all(torch.equal(loaded[name], tensor) for name, tensor in state_of(folder).items())
 
 
+STRAY = {
+    "modeling_evil.py": "raise SystemExit",
+    "chat_template.jinja": "{{ evil }}",
+    "generation_config.json": '{"evil": 1}',
+    "special_tokens_map.json": '{"eos_token": "evil"}',
+    "LICENSE": "evil",
+    "dare_merge.yml": "evil",
+}
+
+
+def test_of_a_package_only_the_files_that_it_lists_count(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """Others may lie in its folder, and nobody compares their bytes: when it brings the head, when it
+    brings tokens, and when it says whether its head is tied.
+    """
+    bare = save(AutoModelForCausalLM.from_pretrained(folders[0]).model, tmp_path / "bare", tokenizer=True)
+    edit_config(bare, tie_word_embeddings=None)
+    for base, model in ((bare, folders[1]), (folders[0], folders[2]), (folders[0], folders[1])):
+        place = tmp_path / f"{model.name} on {base.name}"
+        package = extract(base, model, place / "package", p=0).path
+        listed = files_of(package)
+        merge(base, [package], place / "clean")
+        for name, text in {**STRAY, "tokenizer.json": "evil", "config.json": "evil"}.items():
+            if name not in listed:
+                (package / name).write_text(text)
+        assert len(files_of(package)) > len(listed) + 5
+        merge(base, [package], place / "out")
+        assert same_files(place / "out", place / "clean")
+        assert not any(b"evil" in content for content in files_of(place / "out").values())
+
+
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_the_configuration_says_the_results_dtype(
     folders: tuple[Path, Path, Path], tmp_path: Path, key: str

@@ -22,7 +22,7 @@ def joined() -> Ranks:
     return Ranks.joined()
 
 
-METHODS: dict[str, dict[str, Any]] = {
+MERGE_METHODS: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"weights": [0.5, 1.0, 0.25]},
     "ties": {"p": 0.4},
     "karcher": {},
@@ -35,7 +35,7 @@ def merge_all(ranks: Ranks | None, base: Path, models: list[Path], out: Path) ->
     """Into checkpoints and into a package; the fingerprints."""
     return [
         merge(base, models, out / method, method=method, ranks=ranks, **options).fingerprint
-        for method, options in METHODS.items()
+        for method, options in MERGE_METHODS.items()
     ]
 
 
@@ -54,5 +54,5 @@ def test_two_processes_give_the_files_of_one(tmp_path: Path, monkeypatch: pytest
     given = tmp_path / "base", [tmp_path / "first", tmp_path / "second", package]
     alone = merge_all(None, *given, tmp_path / "one")
     assert run_ranks(merge_on_ranks, 2, *given, tmp_path / "two") == [alone, alone]
-    for method in METHODS:
+    for method in MERGE_METHODS:
         check_same(tmp_path / "one" / method, tmp_path / "two" / method)

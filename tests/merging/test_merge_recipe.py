@@ -12,7 +12,9 @@ import pytest
 
 from dare_train.errors import ConfigError
 from dare_train.merging.config import mergekit
-from dare_train.merging.config.recipe import LayerRange, Model, Recipe, layer_counts, layer_of
+from dare_train.merging.config.recipe import Recipe
+from dare_train.merging.config.recipe_parts import LayerRange, Model
+from dare_train.merging.config.setting_resolver import layer_counts, layer_of
 from dare_train.merging.methods.parameters import Case, Gradient, Parameter
 
 WEIGHT = Parameter(name="weight", default=1.0, per_model=True)

@@ -22,7 +22,7 @@ from dare_train.dtypes import DTYPES, FloatArray, cast, from_float, to_float
 from dare_train.errors import CheckpointError, ConfigError
 from dare_train.merging.methods.combinations import model_stock, nuslerp
 from dare_train.merging.methods.dropping import rescale_q
-from dare_train.merging.methods.registry import METHODS
+from dare_train.merging.methods.registry import MERGE_METHODS
 from dare_train.package.arithmetic import Term, combine
 from dare_train.package.masks import Mask, key_of
 
@@ -258,10 +258,10 @@ def test_drop_only_knows_no_rule(tmp_path: Path) -> None:
 @pytest.fixture
 def own() -> Iterator[None]:
     """Registers for one test."""
-    before = dict(METHODS)
+    before = dict(MERGE_METHODS)
     yield
-    METHODS.clear()
-    METHODS.update(before)
+    MERGE_METHODS.clear()
+    MERGE_METHODS.update(before)
 
 
 def strongest(deltas: FloatArray, weights: FloatArray, *, limit: float, flip: bool) -> FloatArray:
@@ -360,10 +360,10 @@ def test_a_result_of_another_shape_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_registered(name: str, options: dict[str, Any], text: str) -> None:
-    before = dict(METHODS)
+    before = dict(MERGE_METHODS)
     with pytest.raises(ConfigError, match=text):
         register_merge_method(name, strongest, **options)
-    assert before == METHODS
+    assert before == MERGE_METHODS
 
 
 @pytest.mark.usefixtures("own")
@@ -429,19 +429,21 @@ def test_a_result_of_another_dtype_is_rounded_once(method: str, code: str, tmp_p
 
 
 @pytest.mark.parametrize("code", ["BF16", "F32"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MERGE_METHODS)
 def test_a_nan_in_a_model_is_one_in_the_result(method: str, code: str, tmp_path: Path) -> None:
     """Whatever the method drops: a model that diverged must not look as if it had not."""
     names = [f"{code}.weight", f"{code}.bias"]
     base = {name: BASE[name] for name in names}
-    models = [{name: one[name].clone() for name in names} for one in MODELS[: METHODS[method].models[1] or 3]]
+    models = [
+        {name: one[name].clone() for name in names} for one in MODELS[: MERGE_METHODS[method].models[1] or 3]
+    ]
     for name in names:
         models[1][name].view(-1)[700] = torch.nan
     options: dict[str, Any] = (
-        {} if not any(one.name == "p" for one in METHODS[method].parameters) else {"p": 0.0}
+        {} if not any(one.name == "p" for one in MERGE_METHODS[method].parameters) else {"p": 0.0}
     )
     if method in ("fisher", "regmean"):
-        kind: Any = METHODS[method].needs
+        kind: Any = MERGE_METHODS[method].needs
         ones = {
             name: np.ones(tuple(base[name].shape), np.float32)
             if kind == "fisher"
@@ -449,7 +451,7 @@ def test_a_nan_in_a_model_is_one_in_the_result(method: str, code: str, tmp_path:
             for name in names[:1]
         }
         options[kind] = [save_statistics(tmp_path / str(n), kind, ones, examples=1) for n in range(3)]
-    if METHODS[method].drops == "magprune":
+    if MERGE_METHODS[method].drops == "magprune":
         options |= {"density": 0.6, "epsilon": 0.3, "seed": kept_seed(names)}
     found, _ = result(base, models, tmp_path / "out", method=method, **options)
     for name in names:
@@ -488,7 +490,7 @@ def test_words_that_no_model_moved_stay(method: str, code: str, tmp_path: Path) 
 def with_infinity(method: str, out: Path, **options: Any) -> torch.Tensor:
     base, tuned = (
         {"w": BASE["F32.bias"]},
-        [{"w": one["F32.bias"].clone()} for one in MODELS[: METHODS[method].models[1] or 3]],
+        [{"w": one["F32.bias"].clone()} for one in MODELS[: MERGE_METHODS[method].models[1] or 3]],
     )
     tuned[0]["w"][9] = torch.inf
     return result(base, tuned, out, method=method, **options)[0]["w"]
@@ -510,14 +512,14 @@ def test_where_a_whole_tensor_counts_infinity_in_a_model_shows(method: str, tmp_
 # Into a package.
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MERGE_METHODS)
 def test_a_merged_package_applied_is_the_merged_checkpoint(method: str, tmp_path: Path) -> None:
     names = ["BF16.weight", "F32.bias", "F32.scalar"]
     start = on_disk({name: BASE[name] for name in names}, tmp_path / "base")
-    models = [{name: one[name] for name in names} for one in MODELS[: METHODS[method].models[1] or 3]]
+    models = [{name: one[name] for name in names} for one in MODELS[: MERGE_METHODS[method].models[1] or 3]]
     options: dict[str, Any] = {"method": method, "seed": 3}
     if method in ("fisher", "regmean"):
-        kind: Any = METHODS[method].needs
+        kind: Any = MERGE_METHODS[method].needs
         one = {names[0]: np.ones((29, 60), np.float32) if kind == "fisher" else np.eye(60, dtype=np.float32)}
         options[kind] = [
             save_statistics(tmp_path / str(n), kind, one, examples=1) for n in range(len(models))
@@ -538,7 +540,7 @@ def test_a_merged_package_applied_is_the_merged_checkpoint(method: str, tmp_path
 def test_a_tensor_that_one_model_has_is_that_models(
     method: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    known = {one.name for one in METHODS[method].parameters}
+    known = {one.name for one in MERGE_METHODS[method].parameters}
     if not options.keys() <= known:
         return
     base = {name: BASE[name] for name in ("BF16.weight", "F32.bias")}
@@ -684,7 +686,7 @@ def test_a_tensor_without_everyones_statistics_is_averaged(
         {"w": torch.ones(2, 3), "v": torch.ones(3, 3)},
         {"w": 2 * torch.ones(2, 3), "v": 3 * torch.ones(3, 3)},
     ]
-    kind, shape = METHODS[method].needs, (3, 3)
+    kind, shape = MERGE_METHODS[method].needs, (3, 3)
     files = [
         {"w": (2, 3) if kind == "fisher" else shape, **({"v": shape} if n in holders else {})}
         for n in range(2)

@@ -33,7 +33,7 @@ from transformers import (
 from dare_train.errors import CheckpointError, ConfigError, StorageError
 from dare_train.evaluation import linear_layers as layers
 from dare_train.merging.statistics.fisher_and_gram import collect_fisher, collect_gram
-from dare_train.merging.statistics.statistics_file import StatisticsFile, beside, save_statistics
+from dare_train.merging.statistics.statistics_file import StatisticsFile, save_statistics, statistics_path
 from dare_train.weights.sharding import Held
 
 LENGTHS = [8, 3, 5, 8, 1, 6, 7, 4]
@@ -608,9 +608,9 @@ def test_a_missing_file_and_an_unknown_kind(tmp_path: Path) -> None:
 
 
 def test_statistics_lie_beside_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert beside("out/dare/final/", "fisher") == Path("out/dare/final.fisher.safetensors")
-    assert beside(Path("v1.5"), "gram") == Path("v1.5.gram.safetensors")
+    assert statistics_path("out/dare/final/", "fisher") == Path("out/dare/final.fisher.safetensors")
+    assert statistics_path(Path("v1.5"), "gram") == Path("v1.5.gram.safetensors")
     monkeypatch.chdir(tmp_path)
-    assert beside(".", "gram") == tmp_path.parent / f"{tmp_path.name}.gram.safetensors"
+    assert statistics_path(".", "gram") == tmp_path.parent / f"{tmp_path.name}.gram.safetensors"
     with pytest.raises(ConfigError, match="kind"):
-        beside("x", "other")  # type: ignore[arg-type]
+        statistics_path("x", "other")  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from dare_train.dtypes import Words
 from dare_train.merging.config.task import task_of
 from dare_train.merging.merge import merged_weights
 from dare_train.merging.merged_weights import Merged
-from dare_train.merging.methods.registry import METHODS
+from dare_train.merging.methods.registry import MERGE_METHODS
 from dare_train.parallel.threads import ordered_map
 
 
@@ -73,7 +73,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
 
 
 def test_every_method_is_tested_here() -> None:
-    assert CASES.keys() == METHODS.keys()
+    assert CASES.keys() == MERGE_METHODS.keys()
 
 
 BASE = base_state()
@@ -94,7 +94,7 @@ def statistics_of(method: str, base: State) -> list[dict[str, NDArray[np.float32
 def given_to(method: str, told: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list[Any]]:
     """Arguments of `merge`, and the statistics in them."""
     options = {{"weight": "weights", "lambda": "lambda_"}.get(key, key): value for key, value in told.items()}
-    kind = METHODS[method].needs
+    kind = MERGE_METHODS[method].needs
     if kind not in ("fisher", "gram"):
         return {"method": method, **options}, []
     statistics = statistics_of(method, BASE)
@@ -106,7 +106,7 @@ def given_to(method: str, told: Mapping[str, Any], folder: Path) -> tuple[dict[s
 
 
 def models_for(method: str) -> list[State]:
-    return MODELS[: METHODS[method].models[1] or len(MODELS)]
+    return MODELS[: MERGE_METHODS[method].models[1] or len(MODELS)]
 
 
 SUMS = {"slerp", "nuslerp", "model_stock", "karcher", "sce"}
@@ -149,7 +149,7 @@ def first_case(method: str, folder: Path) -> dict[str, Any]:
 
 
 def small_models(method: str) -> list[State]:
-    return TUNED[: METHODS[method].models[1] or len(TUNED)]
+    return TUNED[: MERGE_METHODS[method].models[1] or len(TUNED)]
 
 
 def test_readers_of_one_run_wait_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_readers_of_one_run_wait_for_the_first(monkeypatch: pytest.MonkeyPatch) 
     assert sum(one.size for one in merged._last.values()) <= 4 * RUN
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MERGE_METHODS)
 def test_any_number_of_threads_gives_the_same_files(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,7 +220,7 @@ def test_packages_have_segments_of_several_lengths(packages: list[Path]) -> None
     assert counts == [1, 9, 2]
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - LOST))
+@pytest.mark.parametrize("method", sorted(MERGE_METHODS.keys() - LOST))
 def test_packages_give_what_their_checkpoints_give(method: str, packages: list[Path], tmp_path: Path) -> None:
     """The same p and seeds; but `drop_only` finds packages that have rescaled already."""
     options, models = first_case(method, tmp_path), small_models(method)
@@ -231,7 +231,7 @@ def test_packages_give_what_their_checkpoints_give(method: str, packages: list[P
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MERGE_METHODS)
 def test_packages_of_all_elements_give_what_their_checkpoints_give(
     method: str, complete: list[Path], tmp_path: Path
 ) -> None:

@@ -5,7 +5,6 @@ have them.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from tiny import refusal
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dare_train import extract
 from dare_train.errors import CheckpointError, ConfigError, DareError, TensorMismatch
-from dare_train.merging.models.vocabulary import Vocabulary, read_tokens, unite, write_tokenizer
+from dare_train.merging.models.merged_tokenizer import write_tokenizer
+from dare_train.merging.models.tokenizer_files import read_tokens
+from dare_train.merging.models.vocabulary import Vocabulary, unite
 
 BASE = {"[UNK]": 0, "[PAD]": 1, "a": 2, "b": 3, "ab": 4}
 PIECES = [("[UNK]", 0.0), ("[PAD]", 0.0), ("▁a", -1.0), ("▁b", -2.0), ("▁", -3.0), ("a", -4.0), ("b", -4.0)]
@@ -211,13 +214,28 @@ def test_tokens_that_only_the_configuration_lists(tmp_path: Path) -> None:
 
 
 def test_a_package_is_completed_by_its_base(tmp_path: Path) -> None:
-    base, package = old_bert(tmp_path / "base"), tmp_path / "package"
-    package.mkdir()
-    (package / "added_tokens.json").write_text('{"new": 8}')
-    assert read_tokens(package, base) is None
-    (package / "dare_config.json").write_text("{}")
+    base, model = old_bert(tmp_path / "base"), tmp_path / "model"
+    model.mkdir()
+    (model / "added_tokens.json").write_text('{"new": 8}')
+    assert read_tokens(model, base) is None
+    package = packed(base, model, tmp_path / "package")
     assert read_tokens(package, base) == {**tokens_of(base), "new": 8}
     assert read_tokens(package) is None
+
+
+def test_what_a_package_does_not_list_counts_for_nothing(tmp_path: Path) -> None:
+    base, model = old_bert(tmp_path / "base"), tmp_path / "model"
+    model.mkdir()
+    package = packed(base, model, tmp_path / "package")
+    (package / "added_tokens.json").write_text('{"new": 8}')
+    assert read_tokens(package, base) == tokens_of(base)
+
+
+def packed(base: Path, model: Path, out: Path) -> Path:
+    """A package that carries the files of a model's folder in which it differs from the base's."""
+    for folder in (base, model):
+        save_file({"w": np.ones(3, np.float32)}, folder / "model.safetensors")
+    return extract(base, model, out, p=0).path
 
 
 DAMAGED = {
@@ -608,11 +626,10 @@ def test_a_token_with_a_role_is_special(tmp_path: Path) -> None:
 
 
 def test_packages_and_their_base_give_the_tokenizer(tmp_path: Path) -> None:
-    base, staging, package = saved(tmp_path / "base"), staged(tmp_path), tmp_path / "package"
-    package.mkdir()
-    (package / "dare_config.json").write_text("{}")
-    assert united(base, [package]).added == ()
-    shutil.copy(saved(tmp_path / "one", "x") / "tokenizer.json", package)
+    base, staging = saved(tmp_path / "base"), staged(tmp_path)
+    same = packed(base, saved(tmp_path / "same"), tmp_path / "nothing carried")
+    assert united(base, [same]).added == ()
+    package = packed(base, saved(tmp_path / "one", "x"), tmp_path / "package")
     vocabulary = united(base, [package])
     assert write_tokenizer(vocabulary, base, [package], staging) == [
         "tokenizer.json",
@@ -694,7 +711,7 @@ def test_tokens_that_no_folder_describes(tmp_path: Path) -> None:
 
 def test_neither_tokenizers_nor_frameworks_are_loaded() -> None:
     code = (
-        "import sys, dare_train.merging.models.vocabulary; print({'torch', 'transformers', "
+        "import sys, dare_train.merging.models.merged_tokenizer; print({'torch', 'transformers', "
         "'tokenizers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

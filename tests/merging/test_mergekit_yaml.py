@@ -10,7 +10,8 @@ import pytest
 
 from dare_train.errors import ConfigError
 from dare_train.merging.config.mergekit import METHODS, read
-from dare_train.merging.config.recipe import LayerRange, Model, Recipe
+from dare_train.merging.config.recipe import Recipe
+from dare_train.merging.config.recipe_parts import LayerRange, Model
 from dare_train.merging.methods.parameters import Case, Gradient, Parameter
 
 WEIGHT = Parameter(name="weight", default=1.0, per_model=True)

@@ -20,8 +20,9 @@ from transformers import BertForSequenceClassification, T5Config, T5ForCondition
 
 from dare_train import DareCallback, DeltaPackage
 from dare_train.errors import ConfigError
-from dare_train.merging.statistics.fisher_and_gram import StatisticsCallback, collect_fisher, collect_gram
-from dare_train.merging.statistics.statistics_file import StatisticsFile, beside
+from dare_train.merging.statistics.fisher_and_gram import collect_fisher, collect_gram
+from dare_train.merging.statistics.statistics_callback import StatisticsCallback
+from dare_train.merging.statistics.statistics_file import StatisticsFile, statistics_path
 
 ALL = 48
 """Rows of training data. Statistics of all of them do not depend on how they were shuffled and shared."""
@@ -41,7 +42,7 @@ def check_files(out: Path, model: Any, *, count: int = ALL) -> None:
     """The files say what the model's statistics over all rows are."""
     for kind, collect in (("fisher", collect_fisher), ("gram", collect_gram)):
         path = out / f"final.{kind}.safetensors"
-        assert path == beside(out / "final", kind)  # type: ignore[arg-type]
+        assert path == statistics_path(out / "final", kind)  # type: ignore[arg-type]
         assert StatisticsFile.open(path, kind).examples == count  # type: ignore[arg-type]
         assert_same(load_file(path), collect(model, rows()), 2e-5)
 

@@ -20,7 +20,7 @@ from wandb_files import history, offline_run
 from dare_train.reports.document import Chart, Curve, Study, Table
 from dare_train.reports.drawing import png
 from dare_train.reports.page import html
-from dare_train.reports.writing import publish
+from dare_train.reports.writing import write_study
 from dare_train.wandb_run import studying
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -95,7 +95,7 @@ def test_charts_of_every_kind_are_drawn(change: dict[str, object]) -> None:
 
 
 def test_the_page_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
-    page = publish(study(), tmp_path / "out")
+    page = write_study(study(), tmp_path / "out")
     assert sorted(path.name for path in page.parent.iterdir()) == [
         "trial-accuracy.png",
         "trial.html",
@@ -152,7 +152,7 @@ def shown(page: Path, folder: Path) -> tuple[np.ndarray, str]:
 
 
 def test_a_browser_shows_the_page_from_disk(tmp_path: Path) -> None:
-    pixels, complaints = shown(publish(study(), tmp_path / "out"), tmp_path)
+    pixels, complaints = shown(write_study(study(), tmp_path / "out"), tmp_path)
     assert complaints == ""
     for colour in (FIRST, SECOND):
         assert (np.abs(pixels - colour).sum(-1) < 30).sum() > 100, "the picture of the chart is not there"
@@ -163,7 +163,7 @@ def test_a_browser_shows_the_page_from_disk(tmp_path: Path) -> None:
 
 
 def test_the_browser_refuses_what_the_page_does_not_hold(tmp_path: Path) -> None:
-    page = publish(study(), tmp_path / "out")
+    page = write_study(study(), tmp_path / "out")
     page.write_text(
         page.read_text().replace(
             "</body>", "<script>document.title = 'run'</script><img src='http://example.com/a.png'></body>"
@@ -175,7 +175,7 @@ def test_the_browser_refuses_what_the_page_does_not_hold(tmp_path: Path) -> None
 
 def test_wandb_gets_curves_tables_pictures_and_the_page(tmp_path: Path, quiet: Path) -> None:
     with studying("trials"):
-        publish(study(), tmp_path / "out")
+        write_study(study(), tmp_path / "out")
     records = offline_run(quiet)
     (row,) = history(records)
     assert row["trial/trial-accuracy/picture/_type"] == "image-file"
@@ -192,5 +192,5 @@ def test_wandb_gets_curves_tables_pictures_and_the_page(tmp_path: Path, quiet: P
 
 def test_nothing_is_told_without_a_run(tmp_path: Path, quiet: Path) -> None:
     with studying(None):
-        publish(study(), tmp_path / "out")
+        write_study(study(), tmp_path / "out")
     assert list(quiet.rglob("*.wandb")) == []

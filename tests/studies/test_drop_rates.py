@@ -14,10 +14,13 @@ from training import save_base, weights_print
 
 from dare_train import DeltaPackage, extract, write_report
 from dare_train.errors import ConfigError
+from dare_train.evaluation.measurements import Journal, Point
 from dare_train.reports.document import Chart
 from dare_train.reports.rates_report import rates_study
 from dare_train.studies.drop_rates import largest_rate, largest_rates, sensitivity, spread
+from dare_train.weights.fingerprint import weights_fingerprint
 from dare_train.weights.layer_names import layer_of
+from dare_train.weights.live import LiveWeights
 
 KEY = "bert.encoder.layer.0.attention.self.key.weight"
 
@@ -77,6 +80,77 @@ def test_sensitivity_drops_one_layer_at_a_time(base: Path, tmp_path: Path) -> No
     assert set(found) == {"embeddings", "0", "1", "pooler"}
     assert seen == [{layer} for layer in found for _ in range(2)]
     assert list(found.values()) == [1.5, 3.5, 5.5, 7.5]
+
+
+NAMES = ("dense", "base", "dare", "layer", "3fa9c1d20b77")
+
+
+class NamedLikeVariants(torch.nn.Module):
+    """Modules whose names are also those of variants, or look like a digest."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name in NAMES:
+            layer = torch.nn.Linear(8, 8, bias=False)
+            layer.weight.data = torch.randn(8, 8, generator=generator)
+            layer.weight.data += by * torch.randn(8, 8, generator=generator)
+            self.add_module(name, layer)
+
+
+class Changed:
+    """An evaluation that tells which tensors are not those of the fine-tuned model."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._tuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.seen: list[set[str]] = []
+
+    def __call__(self, model: torch.nn.Module) -> float:
+        state = model.state_dict()
+        self.seen.append(
+            {layer_of(name) for name in state if not torch.equal(state[name], self._tuned[name])}
+        )
+        return float(len(self.seen))
+
+
+def test_layers_may_be_called_like_variants(tmp_path: Path) -> None:
+    model, start = NamedLikeVariants(by=0.1), NamedLikeVariants(by=0.0)
+    changed = Changed(model)
+    found = sensitivity(model, start, changed, out=tmp_path, p=0.5, seeds=2)
+    assert {*found} == {*NAMES}
+    assert changed.seen == [{layer} for layer in found for _ in range(2)]
+
+
+def test_rates_of_layers_called_like_variants(tmp_path: Path) -> None:
+    model, start = NamedLikeVariants(by=0.1), NamedLikeVariants(by=0.0)
+    lost = dict(zip(NAMES, (10.0, 1.0, 1.0, 1.0, 1.0), strict=True))
+    tuned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def evaluate(model: torch.nn.Module) -> float:
+        state = model.state_dict()
+        moved = {name: float((state[name] - tuned[name]).square().mean()) for name in tuned}
+        return 1.0 - sum(lost[layer_of(name)] * square for name, square in moved.items())
+
+    found = largest_rates(model, start, evaluate, out=tmp_path, seeds=2, steps=7, tolerance=0.5)
+    assert found.by_layer.keys() == {*NAMES}
+    assert found.by_layer["dense"] < min(found.by_layer[name] for name in NAMES[1:]) - 0.1
+
+
+def test_what_an_older_version_measured_of_layers_is_not_misread(tmp_path: Path) -> None:
+    """A layer's name alone, where now it has a tag."""
+    model, start = NamedLikeVariants(by=0.1), NamedLikeVariants(by=0.0)
+    journal = Journal(
+        tmp_path / "sensitivity.jsonl",
+        weights_fingerprint(LiveWeights(start)),
+        weights_fingerprint(LiveWeights(model)),
+        None,
+    )
+    journal.read()
+    for layer in NAMES:
+        for seed in range(2):
+            journal.add(Point(variant=layer, p=0.5, seed=seed, metrics={"metric": -100.0}))
+    found = sensitivity(model, start, Changed(model), out=tmp_path, p=0.5, seeds=2)
+    assert list(found.values()) == [1.5, 3.5, 5.5, 7.5, 9.5]
 
 
 def test_a_layer_that_matters_keeps_more(base: Path, tmp_path: Path) -> None:

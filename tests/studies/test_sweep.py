@@ -26,9 +26,9 @@ from dare_train.evaluation.measurements import Point
 from dare_train.merging.statistics.fisher_and_gram import collect_gram
 from dare_train.merging.statistics.statistics_file import save_statistics
 from dare_train.reports.document import interval
-from dare_train.reports.sweep_report import several_study, sweep_study, verdict
+from dare_train.reports.sweep_report import sweep_study, sweeps_study, verdict
 from dare_train.studies.sweep import Sweep
-from dare_train.studies.variants import VARIANTS, dropped
+from dare_train.studies.variants import DROP_VARIANTS, dropped_weights
 
 State = dict[str, torch.Tensor]
 HEAD = "classifier.weight"
@@ -265,7 +265,7 @@ def test_q_has_each_layers_own_factor(base: Path, tmp_path: Path) -> None:
     batches = [{"input_ids": torch.tensor([row["input_ids"] for row in examples()])}]
     sweep(model, base, seen, out=tmp_path / "out", p=[0.9], seeds=1, variants=["q", "dare"], batches=batches)
     gram = save_statistics(tmp_path / "gram.safetensors", "gram", collect_gram(model, batches), examples=48)
-    expected = dropped(base, model, VARIANTS["q"], p=0.9, seed=0, gram=gram)
+    expected = dropped_weights(base, model, DROP_VARIANTS["q"], p=0.9, seed=0, gram=gram)
     q, dare, start = (
         state[KEY].numpy().reshape(-1)
         for state in (seen.states[2], seen.states[3], state_of(classifier(base)))
@@ -338,7 +338,7 @@ def test_predictions_are_judged(predicted: float | None, held: float | None, exp
 def test_several_models_are_counted() -> None:
     good = swept(0.9, accuracy={**ENDS, ("dare", 0.5): [0.9], ("dare", 0.9): [0.88]})
     bad = swept(0.9, accuracy={**ENDS, ("dare", 0.5): [0.9], ("dare", 0.9): [0.2]})
-    study = several_study({"good": good, "bad": bad})
+    study = sweeps_study({"good": good, "bad": bad})
     assert study.findings == ("diagnose was right 1 times of 2, too bold 1 and too careful 0 times.",)
     assert [row[0] for row in study.tables[0].rows] == ["good", "bad"]
     assert study.charts[0].curves[1].y == pytest.approx((1.0, 1.0, 0.125))

@@ -21,7 +21,8 @@ from dare_train import ContinualRun, DeltaPackage, applied, apply, merge, write_
 from dare_train.errors import CheckpointError, ConfigError
 from dare_train.evaluation.model_loading import load_model
 from dare_train.reports.continual_report import continual_study
-from dare_train.training.continual import Continual, Strategy
+from dare_train.training.continual import Strategy
+from dare_train.training.continual_result import Continual
 
 STRATEGIES: tuple[Strategy, ...] = ("sequential", "dare", "merge", "disjoint", "replay", "ewc")
 

@@ -9,10 +9,10 @@ from ...errors import ConfigError
 
 
 def instances_of(name: str, given: object, kind: type) -> tuple[Any, ...]:
-    found = sequence_of(name, given)
-    if not all(isinstance(each, kind) for each in found):
+    instances = sequence_of(name, given)
+    if not all(isinstance(each, kind) for each in instances):
         raise ConfigError(name, expected=f"{kind.__name__} objects", found=repr(given))
-    return found
+    return instances
 
 
 def sequence_of(name: str, given: object) -> tuple[Any, ...]:

@@ -89,11 +89,14 @@ def _translated(top: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
             found=repr(name),
             remedy="choose one of these",
         )
-    method, listed = METHODS[name], inputs_of(top)
-    base, base_model = _base(top, method, listed), top.get("base_model")
+    method = METHODS[name]
+    listed = inputs_of(top)
+    base = _base(top, method, listed)
+    base_model = top.get("base_model")
     _check_names(base_model, [each.model for each in listed.models])
     shared = dict(settings_of(top.get("parameters", {}), "parameters"))
-    rescale, seed = _only(top, shared, "rescale"), _only(top, shared, "seed")
+    rescale = _only(top, shared, "rescale")
+    seed = _only(top, shared, "seed")
     order = _order(name, listed, base_model, shared)
     inputs = listed.arranged(order, base)
     given = {parameter for settings in (shared, *inputs.settings()) for parameter in settings}
@@ -228,16 +231,16 @@ def _only(top: Mapping[str, Any], shared: dict[str, Setting], name: str) -> Any:
     """A value that the whole merge has once: taken from the top or from the parameters."""
     if name not in shared:
         return top.get(name)
-    found = shared.pop(name)
+    setting = shared.pop(name)
     if name in top:
         raise ConfigError(
             name, expected="one", found="one at the top and one among the parameters", remedy="take one out"
         )
-    if isinstance(found, (Gradient, tuple)):
+    if isinstance(setting, (Gradient, tuple)):
         raise ConfigError(
             name, expected="one value for the merge", found="a gradient or cases", remedy="choose one value"
         )
-    return found
+    return setting
 
 
 def _rescale(given: object, method: str) -> str:
@@ -295,8 +298,8 @@ def _out_dtype(top: Mapping[str, Any]) -> str | None:
                 found=repr(top[key]),
                 remedy="without it the base's is kept",
             )
-    found = top.get("out_dtype", top.get("dtype"))
-    return None if found is None else codes[found.removeprefix("torch.")]
+    dtype = top.get("out_dtype", top.get("dtype"))
+    return None if dtype is None else codes[dtype.removeprefix("torch.")]
 
 
 def _tokenizer(top: Mapping[str, Any], base: str) -> Tokenizer | None:

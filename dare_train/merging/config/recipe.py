@@ -1,17 +1,10 @@
-"""A merge as data: the method, the models, every setting, and the rules for which setting counts where.
-
-The rules are those of mergekit 0.1.5. The first of these that says something counts:
-
-    a model's settings for a range of layers  >  the model's  >  the range's  >  the recipe's  >  the
-    parameter's default
-"""
+"""A merge as data: the method, the models, every setting; `setting_resolver` tells which counts where."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -20,12 +13,10 @@ from ..methods.parameters import (
     Case,
     Gradient,
     Parameter,
-    Scalar,
     Setting,
     Settings,
     checked_settings,
     scalars,
-    value_at,
 )
 from .checks import (
     check_choice,
@@ -33,10 +24,11 @@ from .checks import (
     instances_of,
     is_integer,
     patterns_of,
-    sequence_of,
     texts_by_text,
     texts_of,
 )
+from .recipe_parts import LayerRange, Model
+from .setting_resolver import SettingResolver
 
 Tokenizer = Literal["base", "union"]
 
@@ -51,52 +43,7 @@ CHOICES = ("exclude", "take", "rename", "cast_base", "fisher", "gram")
 """Fields of a recipe that mergekit has no word for, and that a configuration has by the same names, where it
 has them."""
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.([0-9]{1,6})(?=\.|$)")
-_BEFORE_LAYERS = re.compile(r"emb(?!ed_out)|wte|wpe|(?:^|\.)shared\.")
 _OF_THE_RECIPE = ("rescale", "seed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """One model of a merge."""
-
-    model: str
-    """Its folder, its id on the Hub, or a label."""
-    parameters: Settings = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_text("model", self.model)
-        object.__setattr__(self, "parameters", checked_settings(self.parameters, f" of {self.model!r}"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRange:
-    """Settings for the layers `first` up to but without `last`, of every model. Gradients run from one end of
-    it to the other.
-    """
-
-    first: int
-    last: int
-    parameters: Settings = field(default_factory=dict)
-    """For all models."""
-    models: tuple[Settings, ...]
-    """For each model, in the recipe's order."""
-
-    def __post_init__(self) -> None:
-        if not (is_integer(self.first) and is_integer(self.last) and 0 <= self.first < self.last):
-            raise ConfigError(
-                "layers", expected="first < last, both at least 0", found=f"{self.first!r} and {self.last!r}"
-            )
-        object.__setattr__(self, "parameters", checked_settings(self.parameters, f" in {self.label}"))
-        own = (
-            checked_settings(each, f" of model {place} in {self.label}")
-            for place, each in enumerate(sequence_of("models", self.models))
-        )
-        object.__setattr__(self, "models", tuple(own))
-
-    @property
-    def label(self) -> str:
-        return f"layers {self.first} to {self.last - 1}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,14 +132,19 @@ class Recipe:
                 remedy="leave the ranges out",
             )
         if self.layers and self.layers[-1].last != counts[0]:
-            found = f"ranges that end before layer {self.layers[-1].last}"
             raise ConfigError(
                 "layers",
                 expected=f"the model's {counts[0]} layers",
-                found=found,
+                found=f"ranges that end before layer {self.layers[-1].last}",
                 remedy="a merge keeps every layer",
             )
-        return SettingResolver(recipe=self, layers=layers)
+        return SettingResolver(
+            method=self.method,
+            models=self.models,
+            ranges=self.layers,
+            parameters=self.parameters,
+            layers=layers,
+        )
 
     def unknown_parameters(self, known: Collection[str]) -> list[str]:
         """Names that settings are given for and that are not among `known`, sorted."""
@@ -271,9 +223,9 @@ class Recipe:
             {
                 "model": model.model,
                 "layer_range": [layers.first, layers.last],
-                **_plain_parameters(_folded(own, model.parameters)),
+                **_plain_parameters(_folded(settings, model.parameters)),
             }
-            for model, own in zip(self.models, layers.models, strict=True)
+            for model, settings in zip(self.models, layers.models, strict=True)
         ]
         return {"sources": sources, **_plain_parameters(layers.parameters)}
 
@@ -283,8 +235,10 @@ class Recipe:
             yield _Level(settings=model.parameters, where=f" of {model.model!r}", per_model=True)
         for layers in self.layers:
             yield _Level(settings=layers.parameters, where=f" in {layers.label}", per_model=False)
-            for model, own in zip(self.models, layers.models, strict=True):
-                yield _Level(settings=own, where=f" of {model.model!r} in {layers.label}", per_model=True)
+            for model, settings in zip(self.models, layers.models, strict=True):
+                yield _Level(
+                    settings=settings, where=f" of {model.model!r} in {layers.label}", per_model=True
+                )
 
     def _check_models_of_choices(self) -> None:
         names = [each.model for each in self.models]
@@ -336,77 +290,6 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SettingResolver:
-    """What a recipe says about each parameter, for each tensor and model."""
-
-    recipe: Recipe
-    layers: int | Mapping[str, int]
-    """The number of layers, of every stack or by stack."""
-
-    def value(self, parameter: Parameter, tensor: str, model: int | None = None) -> Scalar:
-        """The value of `parameter`, of its kind.
-
-        Args:
-            tensor: its name in the checkpoint.
-            model: the place of a model in the recipe, for a parameter that each model has for itself.
-
-        Raises:
-            ConfigError: nothing is said about a required parameter, or a value is not of its kind.
-        """
-        own = model if parameter.per_model else None
-        where = (
-            f"{parameter.name} for {tensor}"
-            if own is None
-            else f"{parameter.name} of {self.recipe.models[own].model!r} for {tensor}"
-        )
-        layers, t = self._place(tensor)
-        for settings in self._levels(layers, own):
-            if parameter.name in settings:
-                found = value_at(parameter, settings[parameter.name], tensor=tensor, t=t, where=where)
-                if found is not None:
-                    return found
-        if parameter.default is None:
-            raise ConfigError(
-                where,
-                expected=f"a value: {self.recipe.method} needs one",
-                found="none",
-                remedy="add it to the parameters",
-            )
-        return parameter.convert(parameter.default, where)
-
-    def _levels(self, layers: LayerRange | None, model: int | None) -> Iterator[Settings]:
-        """From the first that counts to the last."""
-        if model is not None:
-            if layers is not None:
-                yield layers.models[model]
-            yield self.recipe.models[model].parameters
-        if layers is not None:
-            yield layers.parameters
-        yield self.recipe.parameters
-
-    def _place(self, tensor: str) -> tuple[LayerRange | None, float]:
-        """The range that a tensor belongs to, and where in it, or in the model, it lies: from 0 to 1."""
-        ranges = self.recipe.layers
-        found = layer_of(tensor)
-        if found is None:
-            before = _BEFORE_LAYERS.search(tensor) is not None
-            return (ranges[0 if before else -1] if ranges else None), 0.0
-        stack, index = found
-        count = self.layers if isinstance(self.layers, int) else self.layers.get(stack, 0)
-        if index >= count:
-            raise ConfigError(
-                tensor,
-                expected=f"a layer below {count}",
-                found=f"layer {index}",
-                remedy="count the layers of this model",
-            )
-        for each in ranges:
-            if each.first <= index < each.last:
-                return each, _share(index - each.first, each.last - each.first)
-        return None, _share(index, count)
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Level:
     """Settings, and the words that tell where in a recipe they stand."""
 
@@ -415,37 +298,14 @@ class _Level:
     per_model: bool
 
 
-def layer_of(tensor: str) -> tuple[str, int] | None:
-    """The stack that a tensor's layer belongs to, such as `model.layers`, and its place there; None outside
-    layers.
-
-    The first number after `layers`, `layer`, `h`, `block`, `blocks` or `resblocks` counts: experts have
-    numbers too.
-    """
-    found = _LAYER.search(tensor)
-    return (tensor[: found.start(1) - 1], int(found[1])) if found else None
-
-
-def layer_counts(tensors: Iterable[str]) -> dict[str, int]:
-    """How many layers each stack has, from the names of a checkpoint's tensors."""
-    counts: dict[str, int] = {}
-    for stack, index in filter(None, map(layer_of, tensors)):
-        counts[stack] = max(counts.get(stack, 0), index + 1)
-    return counts
-
-
-def _share(place: int, count: int) -> float:
-    return place / (count - 1) if count > 1 else 1.0
-
-
 def _folded(first: Settings, then: Settings) -> Settings:
     """Settings that say what `first` says, and what `then` says where that says nothing."""
-    both = {
+    joined = {
         name: _cases(setting) + _cases(then[name])
         for name, setting in first.items()
         if isinstance(setting, tuple) and name in then
     }
-    return {**then, **first, **both}
+    return {**then, **first, **joined}
 
 
 def _cases(setting: Setting) -> tuple[Case, ...]:

@@ -12,7 +12,8 @@ from ...errors import ConfigError
 from ...weights.opening import WeightsLike
 from ..methods.registry import Method, method_of
 from ..models.naming import ModelLike
-from .recipe import Model, Recipe
+from .recipe import Recipe
+from .recipe_parts import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class MergeTask:
     @classmethod
     def of(cls, recipe: Recipe) -> MergeTask:
         """Of folders and Hub ids, which a recipe names."""
-        return cls(recipe=recipe, base=recipe.base, models=tuple(one.model for one in recipe.models))
+        return cls(recipe=recipe, base=recipe.base, models=tuple(model.model for model in recipe.models))
 
 
 def task_of(
@@ -64,12 +65,12 @@ def task_of(
     if isinstance(models, (str, os.PathLike)) or not isinstance(models, Sequence):
         raise ConfigError("models", expected="a list of models", found=repr(models))
     labels = _labels(models)
-    shared, own = _settings(given, method_of(method), len(models))
+    shared, by_model = _settings(given, method_of(method), len(models))
     recipe = Recipe(
         method=method,
         base=label_of(base),
         models=tuple(
-            Model(model=label, parameters=settings) for label, settings in zip(labels, own, strict=True)
+            Model(model=label, parameters=settings) for label, settings in zip(labels, by_model, strict=True)
         ),
         parameters=shared,
         exclude=exclude,  # type: ignore[arg-type]
@@ -88,7 +89,7 @@ def _settings(
     """Settings for all models, and those of each."""
     each = {parameter.name for parameter in method.parameters if parameter.per_model}
     shared: dict[str, Any] = {}
-    own: list[dict[str, Any]] = [{} for _ in range(count)]
+    by_model: list[dict[str, Any]] = [{} for _ in range(count)]
     for name, value in given.items():
         if name in each and isinstance(value, Sequence) and not isinstance(value, (str, tuple)):
             if len(value) != count:
@@ -97,11 +98,11 @@ def _settings(
                     expected=f"one for each of {count} models",
                     found=str(len(value)),
                 )
-            for settings, one in zip(own, value, strict=True):
-                settings[name] = one
+            for settings, model_value in zip(by_model, value, strict=True):
+                settings[name] = model_value
         elif value is not None:
             shared[name] = value
-    return shared, own
+    return shared, by_model
 
 
 def _labels(models: Sequence[ModelLike]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..methods.parameters import Case, Gradient, Scalar, Setting, Settings
-from .recipe import LayerRange, Model
+from .recipe_parts import LayerRange, Model
 
 _WHOLE_MODELS = (
     "merge whole models; mergekit's passthrough can move, repeat or leave out layers before or after"
@@ -56,7 +56,8 @@ class Inputs:
             [{}, *(each.parameters for each in self.models)]
         ]
         return all(
-            says(shared, parameter) or all(says(each, parameter) for each in own) for shared, *own in ranges
+            says(shared, parameter) or all(says(each, parameter) for each in of_models)
+            for shared, *of_models in ranges
         )
 
 
@@ -73,7 +74,8 @@ def parsed(path_or_text: str | Path) -> object:
         return yaml.safe_load(text)
     # Dates and numbers that YAML's grammar takes for such raise ValueError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None)
         where = f"line {mark.line + 1}" if mark is not None else "the configuration"
         raise ConfigError(where, expected="YAML", found=problem or f"{error}") from error
 
@@ -94,9 +96,11 @@ def inputs_of(top: Mapping[str, Any]) -> Inputs:
         ConfigError: both, neither, or slices that move layers.
     """
     if ("models" in top) == ("slices" in top):
-        found = "both" if "models" in top else "neither"
         raise ConfigError(
-            "models", expected="either models or slices", found=found, remedy="list what is to be merged"
+            "models",
+            expected="either models or slices",
+            found="both" if "models" in top else "neither",
+            remedy="list what is to be merged",
         )
     return _sliced(top["slices"]) if "slices" in top else Inputs(models=tuple(_models(top["models"])))
 
@@ -118,17 +122,20 @@ def _sliced(value: object) -> Inputs:
         where = f"slices[{place}]"
         fields = fields_of(each, ("sources", "parameters"), where)
         sources = _sources(fields.get("sources"), f"{where}.sources", layers[-1].last if layers else 0)
-        found = [source.model for source in sources]
-        names = names or found
-        if found != names:
+        models = [source.model for source in sources]
+        names = names or models
+        if models != names:
             raise ConfigError(
-                f"{where}.sources", expected=f"the models {names}", found=f"{found}", remedy=_WHOLE_MODELS
+                f"{where}.sources", expected=f"the models {names}", found=f"{models}", remedy=_WHOLE_MODELS
             )
-        shared, own = (
-            settings_of(fields.get("parameters", {}), f"{where}.parameters"),
-            tuple(source.parameters for source in sources),
+        layers.append(
+            LayerRange(
+                first=sources[0].first,
+                last=sources[0].last,
+                parameters=settings_of(fields.get("parameters", {}), f"{where}.parameters"),
+                models=tuple(source.parameters for source in sources),
+            )
         )
-        layers.append(LayerRange(first=sources[0].first, last=sources[0].last, parameters=shared, models=own))
     return Inputs(models=tuple(Model(model=name) for name in names), layers=tuple(layers))
 
 
@@ -149,25 +156,27 @@ def _sources(value: object, where: str, first: int) -> list[_Source]:
                 f"[{first}, {sources[0].last if sources[0].first == first else '...'}], "
                 "the layers' place in the result"
             )
-            found = f"[{each.first}, {each.last}]"
             raise ConfigError(
-                f"{where}[{place}].layer_range", expected=expected, found=found, remedy=_WHOLE_MODELS
+                f"{where}[{place}].layer_range",
+                expected=expected,
+                found=f"[{each.first}, {each.last}]",
+                remedy=_WHOLE_MODELS,
             )
     return sources
 
 
 def _source(value: object, where: str) -> _Source:
     fields = fields_of(value, ("model", "layer_range", "parameters"), where)
-    found = fields.get("layer_range")
+    ends = fields.get("layer_range")
     if (
-        not isinstance(found, list)
-        or len(found) != 2
-        or not all(type(end) is int for end in found)
-        or not 0 <= found[0] < found[1]
+        not isinstance(ends, list)
+        or len(ends) != 2
+        or not all(type(end) is int for end in ends)
+        or not 0 <= ends[0] < ends[1]
     ):
-        raise ConfigError(f"{where}.layer_range", expected="[first, last + 1]", found=repr(found))
+        raise ConfigError(f"{where}.layer_range", expected="[first, last + 1]", found=repr(ends))
     settings = settings_of(fields.get("parameters", {}), f"{where}.parameters")
-    return _Source(model=text_of(fields, "model", where), first=found[0], last=found[1], parameters=settings)
+    return _Source(model=text_of(fields, "model", where), first=ends[0], last=ends[1], parameters=settings)
 
 
 def settings_of(value: object, where: str) -> Settings:
@@ -234,14 +243,14 @@ def _list(value: object, where: str) -> list[object]:
 
 def text_of(fields: Mapping[str, Any], key: str, where: str = "") -> str:
     """A name that must be there."""
-    found = fields.get(key)
-    if not isinstance(found, str) or not found:
+    text = fields.get(key)
+    if not isinstance(text, str) or not text:
         raise ConfigError(
             f"{where}.{key}" if where else key,
             expected="a name",
-            found="none" if found is None else repr(found),
+            found="none" if text is None else repr(text),
         )
-    return found
+    return text
 
 
 def _arranged(layers: LayerRange, order: Sequence[int | None]) -> LayerRange:

@@ -129,7 +129,8 @@ def outlier_ranks(numel: int, density: float, gamma: float) -> tuple[int, int]:
     Davari and Belilovsky, https://arxiv.org/abs/2312.06795, §3: the largest γ and the smallest are dropped, a
     share `density` remains. Where the two leave too little, fewer of the largest are dropped.
     """
-    target, top = int(density * numel), int(gamma * numel)
+    target = int(density * numel)
+    top = int(gamma * numel)
     smallest = max(0, numel - target - top)
     return numel - smallest, numel - smallest - target
 

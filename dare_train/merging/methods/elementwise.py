@@ -92,11 +92,13 @@ def sce(
 
 def _consensus(merged: FloatArray, undropped: FloatArray, mask_threshold: float, agree: int) -> FloatArray:
     library = _library(merged)
-    one, zero = library.ones_like(merged), library.zeros_like(merged)
+    ones = library.ones_like(merged)
+    zeros = library.zeros_like(merged)
     needing = summed(
-        library.where(abs(own) >= float(mask_threshold) * abs(merged - own), one, zero) for own in undropped
+        library.where(abs(delta) >= float(mask_threshold) * abs(merged - delta), ones, zeros)
+        for delta in undropped
     )
-    agreed: FloatArray = library.where((needing >= agree) | library.isnan(merged), merged, zero)
+    agreed: FloatArray = library.where((needing >= agree) | library.isnan(merged), merged, zeros)
     return agreed
 
 

@@ -55,12 +55,12 @@ def regmean(
     numerator = np.zeros(deltas.shape[:0:-1] if not transposed else deltas.shape[1:])
     denominator = np.zeros((size, size))
     for delta, weight, gram in zip(deltas, weights, grams, strict=True):
-        own = gram.astype(np.float64) * scale
-        own[np.diag_indices(size)] += ridge * _positive(float(np.trace(own)) / size)
-        own *= float(weight)
+        shrunk = gram.astype(np.float64) * scale
+        shrunk[np.diag_indices(size)] += ridge * _positive(float(np.trace(shrunk)) / size)
+        shrunk *= float(weight)
         matrix = delta.astype(np.float64)
-        numerator += own @ (matrix if transposed else matrix.T)
-        denominator += own
+        numerator += shrunk @ (matrix if transposed else matrix.T)
+        denominator += shrunk
     try:
         merged = np.linalg.solve(denominator, numerator)
     except np.linalg.LinAlgError as error:

@@ -49,19 +49,19 @@ class Parameter:
         Raises:
             ConfigError: it cannot be, or means nothing; the message begins with `where`.
         """
-        found = {bool: _as_bool, int: _as_int, float: _as_float, str: _as_text}[self.kind](value)
-        if found is not None and self.choices and found not in self.choices:
+        converted = {bool: _as_bool, int: _as_int, float: _as_float, str: _as_text}[self.kind](value)
+        if converted is not None and self.choices and converted not in self.choices:
             raise ConfigError(where, expected=" or ".join(map(str, self.choices)), found=repr(value))
-        if found is None:
+        if converted is None:
             expected = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}[
                 self.kind
             ]
             raise ConfigError(where, expected=expected, found=repr(value))
-        if self.between is not None and not self.between[0] <= float(found) <= self.between[1]:
+        if self.between is not None and not self.between[0] <= float(converted) <= self.between[1]:
             least, most = self.between
             expected = f"at least {least:g}" if most == inf else f"a number in [{least:g}, {most:g}]"
             raise ConfigError(where, expected=expected, found=repr(value))
-        return found
+        return converted
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ def _along(parameter: Parameter, gradient: Gradient, t: float, where: str) -> Sc
     values = [parameter.convert(value, where) for value in gradient.values]
     place = t * (len(values) - 1)
     left = int(place)
-    start, end = values[left], values[min(left + 1, len(values) - 1)]
+    start = values[left]
+    end = values[min(left + 1, len(values) - 1)]
     # Choices have nothing between them.
     if isinstance(start, (bool, str)) or isinstance(end, (bool, str)):
         return start

@@ -102,7 +102,8 @@ _EPSILON = Parameter(
     per_model=True,
     meaning="drop rates go from p + ε to p - ε as magnitudes grow",
 )
-_LARGEST, _PRUNED = _default(DENSITY, 0.2), _default(DENSITY, 0.3)
+_LARGEST = _default(DENSITY, 0.2)
+_PRUNED = _default(DENSITY, 0.3)
 _TALL = (
     Parameter(
         name="mask_threshold",
@@ -281,7 +282,7 @@ _BUILT_IN = [
     ),
 ]
 
-METHODS: dict[str, Method] = {method.name: method for method in _BUILT_IN}
+MERGE_METHODS: dict[str, Method] = {method.name: method for method in _BUILT_IN}
 """Methods by name."""
 
 
@@ -309,7 +310,7 @@ def register_merge_method(
     Raises:
         ConfigError: the name is taken, or a choice does not exist.
     """
-    if name in METHODS:
+    if name in MERGE_METHODS:
         raise ConfigError("name", expected="one that is not taken", found=repr(name))
     if reach not in ("elements", "tensor"):
         raise ConfigError("reach", expected="elements or tensor", found=repr(reach))
@@ -319,14 +320,14 @@ def register_merge_method(
     }  # fmt: skip
     if drops not in extra:
         raise ConfigError("drops", expected=f"one of {', '.join(extra)}", found=repr(drops))
-    own = tuple(
+    further = tuple(
         Parameter(name=key, kind=type(value), default=value) for key, value in (parameters or {}).items()
     )
     common = (WEIGHT, _default(P, 0.9) if drops == "random" else P, Q)
     rule: Dropping = "none" if drops == "random" else drops
-    METHODS[name] = Method(
+    MERGE_METHODS[name] = Method(
         name=name, function=function, reach=reach, drops=rule,
-        parameters=(*common, LAMBDA, *extra[drops], *own), arguments=tuple(parameters or {}),
+        parameters=(*common, LAMBDA, *extra[drops], *further), arguments=tuple(parameters or {}),
     )  # fmt: skip
 
 
@@ -336,6 +337,6 @@ def method_of(name: str) -> Method:
     Raises:
         ConfigError: there is none.
     """
-    if name not in METHODS:
-        raise ConfigError("method", expected=f"one of {', '.join(sorted(METHODS))}", found=repr(name))
-    return METHODS[name]
+    if name not in MERGE_METHODS:
+        raise ConfigError("method", expected=f"one of {', '.join(sorted(MERGE_METHODS))}", found=repr(name))
+    return MERGE_METHODS[name]

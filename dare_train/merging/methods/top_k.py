@@ -59,7 +59,8 @@ class Largest:
         bits = sizes.view(np.uint32)
         keep = bits > self.bound
         equals = np.flatnonzero(bits == self.bound)
-        (begin, end), (before, _) = self.chosen, self.equals.get(start, (0, 0))
+        begin, end = self.chosen
+        before, _ = self.equals.get(start, (0, 0))
         keep[equals[max(begin - before, 0) : max(end - before, 0)]] = True
         return keep
 
@@ -67,7 +68,8 @@ class Largest:
         """From which bits on the elements of a run belong; None where of those equal to the bound some do and
         some do not.
         """
-        (begin, end), (before, count) = self.chosen, self.equals.get(start, (0, 0))
+        begin, end = self.chosen
+        before, count = self.equals.get(start, (0, 0))
         inside = min(before + count, end) - max(before, begin)
         if count and 0 < inside < count:
             return None
@@ -91,8 +93,8 @@ def _counted(sizes: Sizes) -> NDArray[np.int64]:
 def _within(sizes: Sizes, border: int) -> Bits:
     """Those whose leading bits are `border`."""
     bits: Bits = sizes.view(np.uint32)
-    found: Bits = bits[bits >> np.uint32(16) == border]
-    return found
+    on_border: Bits = bits[bits >> np.uint32(16) == border]
+    return on_border
 
 
 def largest(
@@ -122,15 +124,15 @@ def largest(
     if above[0] + counts[0] <= k:
         return EVERY
     border = int(np.argmax(above < k))
-    found: list[tuple[int, Bits]] = list(each_run(lambda start, sizes: (start, within(sizes, border))))  # type: ignore[arg-type]
+    on_border: list[tuple[int, Bits]] = list(each_run(lambda start, sizes: (start, within(sizes, border))))  # type: ignore[arg-type]
     trailing = np.zeros(1 << 16, np.int64)
-    for _, part in found:
+    for _, part in on_border:
         trailing += np.bincount(part & _TRAILING, minlength=1 << 16)
     rest = k - int(above[border])
     over = trailing.sum() - np.cumsum(trailing)
     last_bits = int(np.argmax(over < rest))
     bound = np.uint32(border << 16 | last_bits)
-    equals = [(start, int(np.count_nonzero(part == bound))) for start, part in found]
+    equals = [(start, int(np.count_nonzero(part == bound))) for start, part in on_border]
     places = np.cumsum([0, *(count for _, count in equals)])
     return Largest(
         bound=bound,

@@ -37,31 +37,35 @@ class AddedRows:
         """Write those that meet a run of the result into its words: a model's own, or the weighted mean of
         several models'; the base's where no model has one."""
         width = info.numel // info.shape[0]
-        first, last = start // width, -(-(start + words.size) // width)
+        first = start // width
+        last = -(-(start + words.size) // width)
         for place in range(int(np.searchsorted(self.rows, first)), int(np.searchsorted(self.rows, last))):
             row = int(self.rows[place])
-            begin, end = max(start, row * width), min(start + words.size, (row + 1) * width)
-            own = [
-                (one, weight, int(source) * width + begin - row * width)
-                for one, weight, source in zip(inputs, weights, self.sources[:, place], strict=True)
+            begin = max(start, row * width)
+            end = min(start + words.size, (row + 1) * width)
+            shares = [
+                (model, weight, int(source) * width + begin - row * width)
+                for model, weight, source in zip(inputs, weights, self.sources[:, place], strict=True)
                 if source >= 0
             ]
-            if own:
-                words[begin - start : end - start] = _mean(name, own, end - begin, info.dtype)
+            if shares:
+                words[begin - start : end - start] = _mean(name, shares, end - begin, info.dtype)
             else:
                 words[begin - start : end - start] = cast(
                     base.read(name, begin, end - begin), base.tensors[name].dtype, info.dtype
                 )
 
 
-def _mean(name: str, own: Sequence[tuple[Input, float, int]], count: int, out: DType) -> Words:
-    if len(own) == 1:
-        ((one, _, start),) = own
-        return cast(one.words(name, start, count), one.tensors[name].dtype, out)
-    everything = sum(weight for _, weight, _ in own)
+def _mean(name: str, shares: Sequence[tuple[Input, float, int]], count: int, out: DType) -> Words:
+    """Of some elements of models, each with its weight and where the elements begin there."""
+    if len(shares) == 1:
+        ((model, _, start),) = shares
+        return cast(model.words(name, start, count), model.tensors[name].dtype, out)
+    everything = sum(weight for _, weight, _ in shares)
     weighted = abs(everything) >= 1e-8  # otherwise there is no weighted mean: the plain one
     total = np.zeros(count, out.compute)
-    for one, weight, start in own:
+    for model, weight, start in shares:
         factor = total.dtype.type(weight if weighted else 1)
-        total += factor * to_float(one.words(name, start, count), one.tensors[name].dtype).astype(total.dtype)
-    return from_float(total / total.dtype.type(everything if weighted else len(own)), out)
+        row = to_float(model.words(name, start, count), model.tensors[name].dtype)
+        total += factor * row.astype(total.dtype)
+    return from_float(total / total.dtype.type(everything if weighted else len(shares)), out)

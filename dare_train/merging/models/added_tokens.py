@@ -16,8 +16,10 @@ from ...weights.protocol import Weights
 from .added_rows import AddedRows
 from .inputs import Input
 from .matching import Read, equal
+from .model_files import files_in, own_files
 from .naming import EMBEDDINGS, HEADS
-from .vocabulary import TOKENIZER, Vocabulary, read_tokens, unite
+from .tokenizer_files import TOKENIZER, read_tokens
+from .vocabulary import Vocabulary, unite
 
 Tokenizer = Literal["base", "union"]
 _BIASES = (*(f"{head.removesuffix('.weight')}.bias" for head in HEADS), ".predictions.bias")
@@ -42,7 +44,9 @@ class Growth:
     def __init__(
         self, base: Weights, base_folder: Path | None, inputs: Sequence[Input], tokenizer: Tokenizer | None
     ) -> None:
-        self._base, self._inputs, self._tokenizer = base, inputs, tokenizer
+        self._base = base
+        self._inputs = inputs
+        self._tokenizer = tokenizer
         self.vocabulary = None if tokenizer == "base" else self._united(base_folder)
 
     def rows(self, name: str, larger: Sequence[int]) -> AddedRows | None:
@@ -61,11 +65,11 @@ class Growth:
             return self._of_tokens(self.vocabulary, name)
         return self._in_place(name, larger) if larger else _NONE
 
-    def _refuse(self, name: str, one: Input) -> NoReturn:
+    def _refuse(self, name: str, model: Input) -> NoReturn:
         raise TensorMismatch(
             name,
             expected=f"shape {list(self._base.tensors[name].shape)}, as in the base",
-            found=f"{list(one.tensors[name].shape)} in {one.label}",
+            found=f"{list(model.tensors[name].shape)} in {model.label}",
             remedy=f"exclude={name!r} (--exclude) leaves the base's, take={{{name!r}: model}} "
             "(--take) takes a model's",
         )
@@ -75,18 +79,20 @@ class Growth:
     def _united(self, folder: Path | None) -> Vocabulary | None:
         grown = [
             number
-            for number, one in enumerate(self._inputs)
-            if any(self._grew(one, name) for name in one.tensors)
+            for number, model in enumerate(self._inputs)
+            if any(self._grew(model, name) for name in model.tensors)
         ]
         if (
             not grown
             and self._tokenizer is None
-            and not any(_other_tokenizer(one.folder, folder) for one in self._inputs)
+            and not any(_other_tokenizer(model.folder, folder) for model in self._inputs)
         ):
             return None
         base = read_tokens(folder) if folder is not None else None
-        own = [read_tokens(one.folder, folder) if one.folder is not None else None for one in self._inputs]
-        missing = [self._inputs[number].label for number in grown if own[number] is None]
+        tokens = [
+            read_tokens(model.folder, folder) if model.folder is not None else None for model in self._inputs
+        ]
+        missing = [self._inputs[number].label for number in grown if tokens[number] is None]
         if base is None or missing:
             if self._tokenizer == "union":
                 lacking = ", ".join(missing) or self._base.label
@@ -98,19 +104,24 @@ class Growth:
             return None
         heights = [
             max(
-                (one.tensors[name].shape[0] for name in self._axis if name in one.tensors),
+                (model.tensors[name].shape[0] for name in self._axis if name in model.tensors),
                 default=self._height,
             )
-            for one in self._inputs
+            for model in self._inputs
         ]
         return unite(
-            base, own, labels=[one.label for one in self._inputs], base_rows=self._height, input_rows=heights
+            base,
+            tokens,
+            labels=[model.label for model in self._inputs],
+            base_rows=self._height,
+            input_rows=heights,
         )
 
     @cached_property
     def _axis(self) -> set[str]:
         """Embeddings, heads and their biases in the base: tensors with a row for each token."""
-        tensors, known = self._base.tensors, (*EMBEDDINGS, *HEADS, *_BIASES)
+        tensors = self._base.tensors
+        known = (*EMBEDDINGS, *HEADS, *_BIASES)
         embeddings = {tensors[name].shape[0] for name in tensors if name.endswith(EMBEDDINGS)}
         return {
             name
@@ -126,29 +137,34 @@ class Growth:
         """Whether the tensor has a row for each token: embeddings, heads, and what grew as they did."""
         shape = self._base.tensors[name].shape
         return name in self._axis or (
-            bool(shape) and shape[0] == self._height and any(self._grew(one, name) for one in self._inputs)
+            bool(shape)
+            and shape[0] == self._height
+            and any(self._grew(model, name) for model in self._inputs)
         )
 
-    def _grew(self, one: Input, name: str) -> bool:
-        own, info = one.tensors.get(name), self._base.tensors.get(name)
+    def _grew(self, model: Input, name: str) -> bool:
+        info = model.tensors.get(name)
+        base_info = self._base.tensors.get(name)
         return (
-            own is not None
-            and info is not None
-            and bool(info.shape)
-            and own.shape != info.shape
-            and own.shape[0] > info.shape[0]
+            info is not None
+            and base_info is not None
+            and bool(base_info.shape)
+            and info.shape != base_info.shape
+            and info.shape[0] > base_info.shape[0]
         )
 
     def _of_tokens(self, vocabulary: Vocabulary, name: str) -> AddedRows:
-        renamed = [np.flatnonzero(own[: self._height] != np.arange(self._height)) for own in vocabulary.rows]
+        renamed = [
+            np.flatnonzero(rows[: self._height] != np.arange(self._height)) for rows in vocabulary.rows
+        ]
         rows = np.unique(
             np.concatenate([[vocabulary.tokens[token] for token in vocabulary.added], *renamed]).astype(
                 np.int64
             )
         )
-        sources = np.stack([own[rows] for own in vocabulary.rows])
-        for number, one in enumerate(self._inputs):
-            height = one.tensors[name].shape[0] if name in one.tensors else 0
+        sources = np.stack([rows_of_model[rows] for rows_of_model in vocabulary.rows])
+        for number, model in enumerate(self._inputs):
+            height = model.tensors[name].shape[0] if name in model.tensors else 0
             sources[number, sources[number] >= height] = -1
         lacking = rows[(rows >= self._base.tensors[name].shape[0]) & (sources < 0).all(axis=0)]
         if lacking.size:
@@ -166,15 +182,16 @@ class Growth:
 
     def _in_place(self, name: str, larger: Sequence[int]) -> AddedRows:
         first, *others = larger
-        height, info = self._base.tensors[name].shape[0], self._inputs[first].tensors[name]
+        height = self._base.tensors[name].shape[0]
+        info = self._inputs[first].tensors[name]
         for number in others:
-            other = self._inputs[number]
-            if other.tensors[name] != info or not self._same_rows(name, first, number):
+            model = self._inputs[number]
+            if model.tensors[name] != info or not self._same_rows(name, first, number):
                 raise TensorMismatch(
                     name,
                     expected=f"at most one model that adds rows to the base's {height}",
                     found=f"{info.shape[0]} in {self._inputs[first].label}, "
-                    f"{other.tensors[name].shape[0]} in {other.label}",
+                    f"{model.tensors[name].shape[0]} in {model.label}",
                     remedy="put each model's tokenizer into its folder, so that rows are told "
                     "by their tokens; "
                     "or tokenizer='base' (--tokenizer base) leaves them out",
@@ -184,22 +201,20 @@ class Growth:
         sources[first] = rows
         return AddedRows(rows=rows, sources=sources)
 
-    def _same_rows(self, name: str, one: int, other: int) -> bool:
+    def _same_rows(self, name: str, left: int, right: int) -> bool:
         skipped = self._base.tensors[name].numel
 
         def beyond(model: Input) -> Read:
             return lambda name, start, count: model.words(name, skipped + start, count)
 
-        rest = self._inputs[one].tensors[name].numel - skipped
-        return equal(name, rest, beyond(self._inputs[one]), beyond(self._inputs[other]))
+        rest = self._inputs[left].tensors[name].numel - skipped
+        return equal(name, rest, beyond(self._inputs[left]), beyond(self._inputs[right]))
 
 
 def _other_tokenizer(folder: Path | None, base: Path | None) -> bool:
     """Whether a folder has a tokenizer of its own that differs from the base's."""
-    own = folder / TOKENIZER if folder is not None else None
-    if own is None or base is None or not own.is_file() or not (base / TOKENIZER).is_file():
+    file = own_files(folder).get(TOKENIZER)
+    base_file = files_in(base).get(TOKENIZER)
+    if file is None or base_file is None:
         return False
-    return (
-        own.stat().st_size != (base / TOKENIZER).stat().st_size
-        or own.read_bytes() != (base / TOKENIZER).read_bytes()
-    )
+    return file.stat().st_size != base_file.stat().st_size or file.read_bytes() != base_file.read_bytes()

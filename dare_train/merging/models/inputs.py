@@ -59,8 +59,12 @@ class CheckpointInput:
     def __init__(
         self, weights: Weights, base: Weights, names: Mapping[str, str], *, folder: Path | None
     ) -> None:
-        self.weights, self._base, self.names = under(weights, names), base, names
-        self.label, self.folder, self.tensors = weights.label, folder, self.weights.tensors
+        self.weights = under(weights, names)
+        self.label = weights.label
+        self.folder = folder
+        self.names = names
+        self.tensors = self.weights.tensors
+        self._base = base
 
     def dropped(self, name: str) -> bool:
         return False
@@ -75,12 +79,13 @@ class CheckpointInput:
         return name not in self._base.tensors
 
     def terms(self, name: str, start: int, words: Words) -> list[Term]:
-        own, base = self.tensors[name].dtype, self._base.tensors[name].dtype
+        dtype = self.tensors[name].dtype
+        base_dtype = self._base.tensors[name].dtype
         tuned = self.weights.read(name, start, words.size)
-        if own == base:
+        if dtype == base_dtype:
             return [Term(positions=None, factor=1.0, tuned=tuned)]
         with np.errstate(over="ignore", invalid="ignore"):
-            delta = to_float(tuned, own).astype(base.compute) - to_float(words, base)
+            delta = to_float(tuned, dtype).astype(base_dtype.compute) - to_float(words, base_dtype)
         return [Term(positions=None, factor=1.0, delta=delta)]
 
     def words(self, name: str, start: int, count: int) -> Words:
@@ -101,10 +106,12 @@ class PackageInput:
     def __init__(
         self, package: DeltaPackage, base: Weights, names: Mapping[str, str], *, cast_base: bool
     ) -> None:
-        self.label, self.folder, self.package = package.name, package.path, package
+        self.label = package.name
+        self.folder = package.path
+        self.package = package
         self._resolver = Resolver(base, [Link(packages=(package,), weights=(1.0,))], cast_base=cast_base)
         self.names = names
-        self.tensors = {name: package.records[own].info for name, own in names.items()}
+        self.tensors = {name: package.records[packed].info for name, packed in names.items()}
 
     def dropped(self, name: str) -> bool:
         record = self.package.records[self.names[name]]
@@ -121,38 +128,31 @@ class PackageInput:
         return self.package.records[self.names[name]].kind == "whole"
 
     def terms(self, name: str, start: int, words: Words) -> list[Term]:
-        own_name = self.names[name]
-        record, terms = self.package.records[own_name], []
-        for segment, frame in self.package.frames(own_name, start, start + words.size):
+        packed_name = self.names[name]
+        record = self.package.records[packed_name]
+        terms = []
+        for segment, frame in self.package.frames(packed_name, start, start + words.size):
             if segment.start < record.base_info.numel:
                 inside = start <= segment.start and segment.stop <= start + words.size
                 first = segment.start - start
-                own = (
+                base_words = (
                     words[first : first + segment.length]
                     if inside
-                    else self._base_words(own_name, segment.start, segment.length)
+                    else self._resolver.base_run(packed_name, segment.start, segment.length)
                 )
-                terms.append(
-                    clip(
-                        decode_delta(self.package.manifest, record, segment, frame, own, 1.0),
-                        segment,
-                        start,
-                        words.size,
-                    )
-                )
+                term = decode_delta(self.package.manifest, record, segment, frame, base_words, 1.0)
+                terms.append(clip(term, segment, start, words.size))
         return terms
 
-    def _base_words(self, own_name: str, start: int, count: int) -> Words:
-        return self._resolver.base_run(own_name, start, count)
-
     def words(self, name: str, start: int, count: int) -> Words:
-        own_name = self.names[name]
-        record = self.package.records[own_name]
+        packed_name = self.names[name]
+        record = self.package.records[packed_name]
         if record.kind != "whole":
-            return self._resolver.resolve(own_name, start, count)
+            return self._resolver.resolve(packed_name, start, count)
         words = np.empty(count, record.info.dtype.word)
-        for segment, frame in self.package.frames(own_name, start, start + count):
+        for segment, frame in self.package.frames(packed_name, start, start + count):
             content = decode_whole(record, segment, frame)
-            first, last = max(start, segment.start), min(start + count, segment.stop)
+            first = max(start, segment.start)
+            last = min(start + count, segment.stop)
             words[first - start : last - start] = content[first - segment.start : last - segment.start]
         return words

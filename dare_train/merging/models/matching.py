@@ -60,20 +60,20 @@ def fates(
         DtypeMismatch: a model has integers where the base has floating-point numbers.
         ConfigError: `take` names a model that has no such tensor.
     """
-    names = sorted(set(base.tensors).union(*(one.tensors for one in inputs)))
-    found = [fate for name in names if (fate := _fate(name, base, inputs, choices, grown)) is not None]
-    _check_heights(found, base)
-    return [_in_dtype(fate, out) for fate in found]
+    names = sorted(set(base.tensors).union(*(model.tensors for model in inputs)))
+    settled = [fate for name in names if (fate := _fate(name, base, inputs, choices, grown)) is not None]
+    _check_heights(settled, base)
+    return [_in_dtype(fate, out) for fate in settled]
 
 
-def _check_heights(found: Sequence[Fate], base: Weights) -> None:
+def _check_heights(settled: Sequence[Fate], base: Weights) -> None:
     """Embeddings and heads that have as many rows in the base have as many in the result: others could not be
     loaded.
     """
     tallest: dict[int, Fate] = {}
     shared = [
         fate
-        for fate in found
+        for fate in settled
         if fate.name.endswith((*EMBEDDINGS, *HEADS)) and fate.name in base.tensors and fate.info.shape
     ]
     for fate in sorted(shared, key=lambda fate: -fate.info.shape[0]):
@@ -97,10 +97,8 @@ def _in_dtype(fate: Fate, out: DType | None) -> Fate:
 def _fate(
     name: str, base: Weights, inputs: Sequence[Input], choices: Choices, grown: GrownRows
 ) -> Fate | None:
-    info, holders = (
-        base.tensors.get(name),
-        [number for number, one in enumerate(inputs) if name in one.tensors],
-    )
+    info = base.tensors.get(name)
+    holders = [number for number, model in enumerate(inputs) if name in model.tensors]
     taken = choices.taken(name)
     if matches(name, choices.exclude):
         return Fate(name=name, info=info, how="copied", note="excluded") if info is not None else None
@@ -139,7 +137,7 @@ def _merged(
     larger = [number for number in holders if inputs[number].tensors[name].shape != info.shape]
     for number in larger:
         _check_grown(name, info, inputs[number])
-    absent = [one.label for number, one in enumerate(inputs) if number not in holders]
+    absent = [model.label for number, model in enumerate(inputs) if number not in holders]
     note = f"not in {', '.join(absent)}" if absent else ""
     added = grown(name, larger)
     if larger and added is None:
@@ -149,8 +147,8 @@ def _merged(
     return Fate(name=name, info=info, how="merged", models=tuple(holders), note=note, added=added)
 
 
-def _check_float(name: str, one: Input) -> None:
-    dtype = one.tensors[name].dtype
+def _check_float(name: str, model: Input) -> None:
+    dtype = model.tensors[name].dtype
     if not dtype.can_be_delta:
         remedy = (
             f"give the model in full precision; exclude={name!r} (--exclude) leaves the "
@@ -159,18 +157,18 @@ def _check_float(name: str, one: Input) -> None:
         raise DtypeMismatch(
             name,
             expected="floating-point numbers of 16 bits or more",
-            found=f"{dtype.code} in {one.label}",
+            found=f"{dtype.code} in {model.label}",
             remedy=remedy,
         )
 
 
-def _check_grown(name: str, info: TensorInfo, one: Input) -> None:
-    shape = one.tensors[name].shape
+def _check_grown(name: str, info: TensorInfo, model: Input) -> None:
+    shape = model.tensors[name].shape
     if not info.shape or shape[1:] != info.shape[1:] or shape[0] < info.shape[0]:
         raise TensorMismatch(
             name,
             expected=f"shape {list(info.shape)}, as in the base",
-            found=f"{list(shape)} in {one.label}",
+            found=f"{list(shape)} in {model.label}",
             remedy=f"is it a model of this base? exclude={name!r} (--exclude) leaves the "
             f"base's, take={{{name!r}: model}} takes a model's",
         )
@@ -179,17 +177,17 @@ def _check_grown(name: str, info: TensorInfo, one: Input) -> None:
 def _not_float(
     name: str, info: TensorInfo, holders: list[int], base: Weights, inputs: Sequence[Input]
 ) -> Fate:
-    other = [number for number in holders if not _as_base(name, inputs[number], base)]
-    if not other:
+    changed = [number for number in holders if not _as_base(name, inputs[number], base)]
+    if not changed:
         return Fate(name=name, info=info, how="copied", note="not floating point, equal in all")
-    return _carried(name, other, inputs)
+    return _carried(name, changed, inputs)
 
 
-def _as_base(name: str, one: Input, base: Weights) -> bool:
+def _as_base(name: str, model: Input, base: Weights) -> bool:
     """Whether a model's tensor is the base's to the bit."""
     info = base.tensors[name]
-    return not one.moves(name) or (
-        one.tensors[name] == info and equal(name, info.numel, base.read, one.words)
+    return not model.moves(name) or (
+        model.tensors[name] == info and equal(name, info.numel, base.read, model.words)
     )
 
 
@@ -214,19 +212,16 @@ def _carried(name: str, holders: list[int], inputs: Sequence[Input]) -> Fate:
 Read = Callable[[str, int, int], "np.ndarray"]
 
 
-def equal(name: str, numel: int, one: Read, other: Read) -> bool:
+def equal(name: str, numel: int, left: Read, right: Read) -> bool:
     """Whether two models have the same words in the first `numel` elements."""
     return all(
-        np.array_equal(one(name, start, count), other(name, start, count))
+        np.array_equal(left(name, start, count), right(name, start, count))
         for start, count in runs(numel, SEGMENT)
     )
 
 
-def carried_words(one: Input, name: str, start: int, count: int, out: DType) -> np.ndarray:
+def carried_words(model: Input, name: str, start: int, count: int, out: DType) -> np.ndarray:
     """A run of what a model carries, in the result's dtype."""
-    own = one.tensors[name].dtype
-    return (
-        cast(one.words(name, start, count), own, out)
-        if own != out and own.is_float
-        else one.words(name, start, count)
-    )
+    dtype = model.tensors[name].dtype
+    words = model.words(name, start, count)
+    return cast(words, dtype, out) if dtype != out and dtype.is_float else words

@@ -4,15 +4,13 @@ to embeddings.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Union
 
 from ...applying.chain import open_chain
 from ...errors import ChainError, CheckpointError, ConfigError
-from ...package.manifest import MANIFEST
 from ...package.reader import DeltaPackage
 from ...weights.alignment import align, cast_to, with_prefix, without_prefix
 from ...weights.checkpoint import Checkpoint, locate
@@ -20,6 +18,7 @@ from ...weights.lora_checkpoint import AdapterWeights, merge_adapter
 from ...weights.opening import WeightsLike, open_weights
 from ...weights.protocol import TensorInfo, Weights, under
 from .inputs import CheckpointInput, Input, PackageInput
+from .model_files import config_of, files_in, is_package, own_files
 
 ModelLike = Union[WeightsLike, DeltaPackage]
 """A package, or weights: a folder, file or Hub id of either, a module, a state dict, arrays by name."""
@@ -54,8 +53,8 @@ class Opened:
                 )
             self.weights = None
             self.folder: Path | None = self.package.path
-            self.label, own = self.package.name, list(self.package.records)
-            self.names = {name: name for name in own}
+            self.label = self.package.name
+            self.names = {name: name for name in self.package.records}
             self.prefix = self.package.manifest.prefix
         else:
             self.weights = merge_adapter(open_weights(given), base)  # type: ignore[arg-type]
@@ -67,7 +66,7 @@ class Opened:
             _, self.prefix = align(base, self.names, model=self.label)
         self.plain = {name: _name_in_base(name, self.prefix, base.tensors) for name in self.names}
         """The base's name of each, or what it would be there."""
-        self.says_tied = _says_tied(given, self.folder)
+        self.says_tied = _says_tied(given, own_files(self.folder))
 
     def names_in(self, base: Weights, prefix: str, apart: Collection[str]) -> dict[str, str]:
         """The model's own name of each of the result's tensors, which are the base's after `prefix`.
@@ -75,16 +74,16 @@ class Opened:
         `apart`: names that models with this prefix have, and that it does not stand before, such as a head's.
         """
         names: dict[str, str] = {}
-        for renamed, own in self.names.items():
+        for renamed, name_in_model in self.names.items():
             plain = self.plain[renamed]
             as_it_is = plain not in base.tensors and (self.prefix == prefix or renamed in apart)
-            _put(names, renamed if as_it_is else f"{prefix}{plain}", own)
+            _put(names, renamed if as_it_is else f"{prefix}{plain}", name_in_model)
         return names
 
     def tied_heads(
         self,
         names: Mapping[str, str],
-        own_heads: Collection[str],
+        base_heads: Collection[str],
         aliases: Collection[str],
         *,
         base_is_tied: bool,
@@ -92,32 +91,33 @@ class Opened:
         """The model's own name of each head that it lacks since it is tied.
 
         Args:
-            own_heads, aliases: heads that the base has, and those that it has since its embedding stands for
+            base_heads, aliases: heads that the base has, and those that it has since its embedding stands for
                 them.
 
         Raises:
             CheckpointError: such a model is a package, and the base has another tensor there.
         """
-        found = tied(
-            names, [*own_heads, *aliases], base_is_tied if self.says_tied is None else self.says_tied
-        )
+        is_tied = base_is_tied if self.says_tied is None else self.says_tied
+        heads = tied(names, [*base_heads, *aliases], is_tied)
         if self.package is not None:
-            for head in found.keys() & own_heads if self.says_tied else ():
+            for head in heads.keys() & base_heads if self.says_tied else ():
                 raise CheckpointError(
                     self.label,
                     expected=f"{head}, which the base has apart from its embedding",
                     found="a head that is tied to its embedding",
                     remedy="merge the model that dare-train apply makes of base and package",
                 )
-            found = {head: embedding for head, embedding in found.items() if head in aliases}
-        return {head: names[embedding] for head, embedding in found.items()}
+            heads = {head: embedding for head, embedding in heads.items() if head in aliases}
+        return {head: names[embedding] for head, embedding in heads.items()}
 
     def bases(self, names: Mapping[str, str]) -> dict[str, TensorInfo]:
         """What the base's tensors are where it has the model's dtypes."""
         if self.package is not None:
-            return {name: self.package.records[own].base_info for name, own in names.items()}
+            records = self.package.records
+            return {name: records[packed_name].base_info for name, packed_name in names.items()}
         assert self.weights is not None
-        return {name: self.weights.tensors[own] for name, own in names.items()}
+        tensors = self.weights.tensors
+        return {name: tensors[name_in_model] for name, name_in_model in names.items()}
 
     def as_input(
         self, names: Mapping[str, str], named_base: Weights, base: Weights, *, cast_base: bool
@@ -142,34 +142,39 @@ def open_models(
         is not of this base.
     """
     opened = [Opened(model, base, rename) for model in models]
-    prefixes = {one.prefix for one in opened if one.prefix and not one.prefix.startswith("-")}
+    prefixes = {model.prefix for model in opened if model.prefix and not model.prefix.startswith("-")}
     prefix = prefixes.pop() if len(prefixes) == 1 else ""
     apart = {
         name
-        for one in opened
-        if one.prefix == prefix
-        for name in one.names
-        if one.plain[name] not in base.tensors
+        for model in opened
+        if model.prefix == prefix
+        for name in model.names
+        if model.plain[name] not in base.tensors
     }
-    names = [one.names_in(base, prefix, apart) for one in opened]
+    names = [model.names_in(base, prefix, apart) for model in opened]
     named = with_prefix(base, prefix)
-    own_heads = [name for name in named.tensors if name.endswith(HEADS)]
-    base_is_tied = _says_tied(base, base.folder if isinstance(base, Checkpoint) else None) is not False
-    aliases = tied(named.tensors, {name for own in names for name in own}, base_is_tied)
+    base_heads = [name for name in named.tensors if name.endswith(HEADS)]
+    base_is_tied = (
+        _says_tied(base, files_in(base.folder if isinstance(base, Checkpoint) else None)) is not False
+    )
+    aliases = tied(named.tensors, {name for names_of_model in names for name in names_of_model}, base_is_tied)
     if aliases:
         named = under(named, {**{name: name for name in named.tensors}, **aliases})
     names = [
-        {**own, **one.tied_heads(own, own_heads, aliases, base_is_tied=base_is_tied)}
-        for one, own in zip(opened, names, strict=True)
+        {
+            **names_of_model,
+            **model.tied_heads(names_of_model, base_heads, aliases, base_is_tied=base_is_tied),
+        }
+        for model, names_of_model in zip(opened, names, strict=True)
     ]
     if cast_base:
-        wanted = [one.bases(own) for one, own in zip(opened, names, strict=True)]
+        wanted = [model.bases(names_of_model) for model, names_of_model in zip(opened, names, strict=True)]
         named = cast_to(named, {name: info for infos in reversed(wanted) for name, info in infos.items()})
-    return (
-        named,
-        [one.as_input(own, named, base, cast_base=cast_base) for one, own in zip(opened, names, strict=True)],
-        prefix,
-    )
+    inputs = [
+        model.as_input(names_of_model, named, base, cast_base=cast_base)
+        for model, names_of_model in zip(opened, names, strict=True)
+    ]
+    return named, inputs, prefix
 
 
 def tied(names: Collection[str], wanted: Iterable[str], is_tied: bool) -> dict[str, str]:
@@ -184,27 +189,11 @@ def tied(names: Collection[str], wanted: Iterable[str], is_tied: bool) -> dict[s
     }
 
 
-def _says_tied(given: object, folder: Path | None) -> bool | None:
+def _says_tied(given: object, files: Mapping[str, Path]) -> bool | None:
     """Whether a model's head is its embedding, as its configuration says; None where that says nothing."""
-    said = config_of(folder).get("tie_word_embeddings") if folder is not None else None
+    said = config_of(files).get("tie_word_embeddings")
     live = getattr(getattr(given, "config", None), "tie_word_embeddings", None)
-    return next((bool(one) for one in (said, live) if one is not None), None)
-
-
-def config_of(folder: Path | None) -> dict[str, Any]:
-    """A model's config.json; nothing where there is none.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    path = folder / "config.json" if folder is not None else None
-    if path is None or not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(str(path), expected="a JSON object", found=str(error)) from error
-    return content if isinstance(content, dict) else {}
+    return next((bool(answer) for answer in (said, live) if answer is not None), None)
 
 
 def _package(given: object) -> DeltaPackage | None:
@@ -213,26 +202,28 @@ def _package(given: object) -> DeltaPackage | None:
     if not isinstance(given, (str, os.PathLike)):
         return None
     path = locate(given)
-    return DeltaPackage.open(given) if path.is_dir() and (path / MANIFEST).is_file() else None
+    return DeltaPackage.open(given) if is_package(path) else None
 
 
 def _renamed(names: Iterable[str], rename: Mapping[str, str]) -> dict[str, str]:
     """The model's names after `rename`, each with the name it had."""
     result: dict[str, str] = {}
-    for own in names:
-        name = own
+    for name_in_model in names:
+        name = name_in_model
         for old, new in rename.items():
             name = name.replace(old, new)
-        _put(result, name, own)
+        _put(result, name, name_in_model)
     return result
 
 
-def _put(names: dict[str, str], name: str, own: str) -> None:
+def _put(names: dict[str, str], name: str, name_in_model: str) -> None:
     if name in names:
         raise ConfigError(
-            "rename", expected="different names for all tensors", found=f"{names[name]} and {own} as {name}"
+            "rename",
+            expected="different names for all tensors",
+            found=f"{names[name]} and {name_in_model} as {name}",
         )
-    names[name] = own
+    names[name] = name_in_model
 
 
 def _name_in_base(name: str, prefix: str, base: Collection[str]) -> str:
@@ -243,5 +234,5 @@ def _name_in_base(name: str, prefix: str, base: Collection[str]) -> str:
     if prefix.startswith("-") and name in base and plain not in base:
         plain = name
     ending = f".{plain.rpartition('.')[2]}"
-    other = plain.removesuffix(ending) + _ENDINGS.get(ending, ending)
-    return other if plain not in base and other in base else plain
+    respelt = plain.removesuffix(ending) + _ENDINGS.get(ending, ending)
+    return respelt if plain not in base and respelt in base else plain

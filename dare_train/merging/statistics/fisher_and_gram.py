@@ -7,14 +7,11 @@ as they were, and no random number is drawn.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import ConfigError
@@ -24,17 +21,14 @@ from ...evaluation.linear_layers import (
     batch_size,
     evaluating,
     examples_of,
-    has_two_sequences,
     linear_layers,
     named_places,
     watch_inputs,
     width_of,
 )
 from ...parallel.ranks import Ranks
-from ...wandb_run import active_run
 from ...weights.checkpoint_names import unwrapped
 from ...weights.sharding import Held
-from .statistics_file import Kind, beside, save_statistics
 
 Labels = Literal["data", "model"]
 """Whose labels y a log-likelihood log p(y|x) is about: those of the data, or all that the model may give, by
@@ -75,8 +69,8 @@ def collect_fisher(
             there is no loss, it is not finite, or with "model" there are no classes.
         RankError: it failed on another rank.
     """
-    _check(examples, labels)
-    return _fisher(model, batches, examples, labels, Ranks.joined())[0]
+    check_options(examples, labels)
+    return fisher_and_count(model, batches, examples, labels, Ranks.joined())[0]
 
 
 class Grams(Tensors):
@@ -111,108 +105,16 @@ def collect_gram(model: torch.nn.Module, batches: Iterable[Batch], *, examples: 
             cannot be taken apart, or is a padded one for a model with encoder and decoder.
         RankError: it failed on another rank.
     """
-    _check(examples, "data")
-    return _gram(model, batches, examples, Ranks.joined())[0]
+    check_options(examples, "data")
+    return gram_and_count(model, batches, examples, Ranks.joined())[0]
 
 
-class StatisticsCallback(TrainerCallback):  # type: ignore[misc]
-    """Writes the statistics of the trained model when training ends, beside the package that a `DareCallback`
-    writes then.
-
-        Trainer(..., callbacks=[DareCallback(p=0.9), StatisticsCallback()])
-
-    The files are `{output_dir}/{name}/final.fisher.safetensors` and `final.gram.safetensors`.
-
-    Args:
-        kinds: which statistics; see `collect_fisher` and `collect_gram`.
-        examples: how many examples of the Trainer's training data they are taken from, on all ranks together;
-            rounded up to the same number on each.
-        labels: see `collect_fisher`.
-        name: of the folder; that of the `DareCallback`.
-
-    Attributes:
-        files: what this run wrote, by kind.
-        seconds: for which collecting and writing took place.
+def check_options(examples: int | None, labels: str) -> None:
+    """Refuses what `collect_fisher` does not take.
 
     Raises:
-        ConfigError: at construction, for values that are wrong; at train begin, for a model that statistics
-            cannot be taken of.
+        ConfigError: naming the one that is wrong.
     """
-
-    def __init__(
-        self,
-        kinds: Kind | Sequence[Kind] = ("fisher", "gram"),
-        examples: int = 256,
-        *,
-        labels: Labels = "data",
-        name: str = "dare",
-    ) -> None:
-        self.kinds: tuple[Kind, ...] = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-        if not self.kinds or len({*self.kinds}) < len(self.kinds) or not {*self.kinds} <= {*get_args(Kind)}:
-            raise ConfigError("kinds", expected=f"some of {', '.join(get_args(Kind))}", found=repr(kinds))
-        _check(examples or 0, labels)
-        if not name or Path(name).name != name:
-            raise ConfigError("name", expected="the name of a folder", found=repr(name))
-        self.examples, self.labels, self.name = examples, labels, name
-        self.files: dict[Kind, Path] = {}
-        self.seconds = 0.0
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
-    ) -> None:
-        named_places(unwrapped(model), adapters="fisher" not in self.kinds)
-        if "gram" in self.kinds and has_two_sequences(model):
-            remedy = 'kinds="fisher"; or collect_gram on batches without padding'
-            raise ConfigError(
-                "kinds",
-                expected="no gram for a model with encoder and decoder",
-                found=repr(self.kinds),
-                remedy=remedy,
-            )
-
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        train_dataloader: Any = None,
-        **_: Any,
-    ) -> None:
-        begin, ranks = time.perf_counter(), Ranks.joined()
-        share = -(-self.examples // ranks.world)
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # a data loader's iterator draws from torch's generator, which is the user's
-            batches: list[Batch] = ranks.each(lambda: list(examples_of(model, train_dataloader, share)))
-        count = [
-            self._write(kind, model, batches, Path(args.output_dir) / self.name / "final", ranks)
-            for kind in self.kinds
-        ][-1]
-        self.seconds = time.perf_counter() - begin
-        run = active_run()
-        if run is not None and ranks.first:
-            figures = {"dare/statistics_examples": count, "dare/statistics_seconds": self.seconds}
-            run.log({**figures, "train/global_step": state.global_step})
-
-    def _write(self, kind: Kind, model: Any, batches: list[Batch], package: Path, ranks: Ranks) -> int:
-        """Collect and write statistics of one kind; how many examples counted."""
-        found, count = (
-            _fisher(model, batches, None, self.labels, ranks)
-            if kind == "fisher"
-            else _gram(model, batches, None, ranks)
-        )
-        self.files[kind] = path = beside(package, kind)
-        ranks.together(lambda: str(save_statistics(path, kind, found, examples=count)) if ranks.first else "")
-        return count
-
-
-def _check(examples: int | None, labels: str) -> None:
     if examples is not None and (not isinstance(examples, int) or isinstance(examples, bool) or examples < 1):
         raise ConfigError("examples", expected="a positive number of examples, or None", found=repr(examples))
     if labels not in get_args(Labels):
@@ -222,7 +124,7 @@ def _check(examples: int | None, labels: str) -> None:
 # Fisher information.
 
 
-def _fisher(
+def fisher_and_count(
     model: torch.nn.Module, batches: Iterable[Batch], examples: int | None, labels: Labels, ranks: Ranks
 ) -> tuple[Tensors, int]:
     """`collect_fisher`, and how many examples counted on all ranks."""
@@ -230,8 +132,8 @@ def _fisher(
     places = named_places(model, adapters=False)
     trained = {
         id(piece.tensor): piece.tensor
-        for one in places.values()
-        for piece in one.pieces
+        for held in places.values()
+        for piece in held.pieces
         if piece.tensor.requires_grad
     }
     if not trained:
@@ -245,14 +147,18 @@ def _fisher(
         key: torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False)
         for key, tensor in trained.items()
     }
-    singles = (one for batch in examples_of(model, batches, examples) for one in _singles(model, batch))
+    singles = (
+        example for batch in examples_of(model, batches, examples) for example in _singles(model, batch)
+    )
     if labels == "data":
-        singles = (one for one in singles if not _is_without_labels(one))
+        singles = (example for example in singles if not _is_without_labels(example))
     counted = ranks.each(lambda: _add_squares(model, singles, labels, [*trained.values()], [*sums.values()]))
     count = _total(ranks, sums.values(), [counted])[0]
     means = {key: total.div_(count).cpu() for key, total in sums.items()}
-    found = {name: one for name, one in places.items() if one.pieces and id(one.pieces[0].tensor) in means}
-    return {name: _as_cut(one, means[id(one.pieces[0].tensor)]) for name, one in found.items()}, count
+    with_mean = {
+        name: held for name, held in places.items() if held.pieces and id(held.pieces[0].tensor) in means
+    }
+    return {name: _as_cut(held, means[id(held.pieces[0].tensor)]) for name, held in with_mean.items()}, count
 
 
 def _add_squares(
@@ -308,9 +214,12 @@ def _log_likelihoods(
 def _loss(output: Any) -> torch.Tensor:
     loss = getattr(output, "loss", None)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        found = "none" if loss is None else f"{loss!r}"
-        remedy = 'pass batches with labels; or labels="model" for a classifier'
-        raise ConfigError("batches", expected="an output with a loss, one number", found=found, remedy=remedy)
+        raise ConfigError(
+            "batches",
+            expected="an output with a loss, one number",
+            found="none" if loss is None else f"{loss!r}",
+            remedy='pass batches with labels; or labels="model" for a classifier',
+        )
     return loss
 
 
@@ -319,11 +228,10 @@ def _check_classes(model: Any, logits: Any) -> None:
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else None
     exclusive = kind not in ("regression", "multi_label_classification")
     if shape is None or len(shape) != 2 or shape[0] != 1 or shape[1] < 2 or not exclusive:
-        found = f"shape {shape}" if exclusive else f"those of {kind}"
         raise ConfigError(
             'labels="model"',
             expected="logits [1, classes] of an example",
-            found=found,
+            found=f"shape {shape}" if exclusive else f"those of {kind}",
             remedy='use labels="data"',
         )
 
@@ -351,7 +259,7 @@ class _Inputs:
         self.tokens[name] += rows.shape[0]
 
 
-def _gram(
+def gram_and_count(
     model: torch.nn.Module, batches: Iterable[Batch], examples: int | None, ranks: Ranks
 ) -> tuple[Grams, int]:
     """`collect_gram`, and how many examples counted on all ranks."""
@@ -366,22 +274,21 @@ def _gram(
         lambda: watch_inputs(model, examples_of(model, batches, examples), layers, inputs.see)
     )
     count, *tokens = _total(ranks, inputs.sums.values(), [counted, *inputs.tokens.values()])
-    found = {
+    means = {
         name: inputs.sums[name].div_(seen).cpu()
         for name, seen in zip(inputs.tokens, tokens, strict=True)
         if seen
     }
-    return Grams(
-        found, transposed=[name for name, layer in layers if isinstance(layer, Conv1D) and name in found]
-    ), count
+    transposed = [name for name, layer in layers if isinstance(layer, Conv1D) and name in means]
+    return Grams(means, transposed=transposed), count
 
 
 # What both need.
 
 
-def _as_cut(one: Held, values: torch.Tensor) -> torch.Tensor:
+def _as_cut(held: Held, values: torch.Tensor) -> torch.Tensor:
     """Of values shaped as a parameter, those of a tensor of the files that lies in it."""
-    return replace(one.pieces[0], tensor=values).flat().reshape(one.shape)
+    return replace(held.pieces[0], tensor=values).flat().reshape(held.shape)
 
 
 def _singles(model: torch.nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:

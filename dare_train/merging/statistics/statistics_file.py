@@ -22,7 +22,7 @@ from ...parallel.staged_folder import partial_name, storage_errors
 from ...weights.checkpoint import SafetensorsFile
 from ...weights.protocol import TensorInfo
 
-Kind = Literal["fisher", "gram"]
+StatisticsKind = Literal["fisher", "gram"]
 """`fisher`: diagonal of the Fisher information, shaped as the tensors. `gram`: mean of x xᵀ of a linear
 layer's inputs, [in, in]."""
 
@@ -32,7 +32,7 @@ FORMAT = "dare_train statistics"
 _FLOAT32 = ("float32", "torch.float32")
 
 
-def beside(model_folder: str | os.PathLike[str], kind: Kind) -> Path:
+def statistics_path(model_folder: str | os.PathLike[str], kind: StatisticsKind) -> Path:
     """Where the statistics of a package or checkpoint lie unless the user says otherwise: beside its folder.
 
     Raises:
@@ -45,14 +45,14 @@ def beside(model_folder: str | os.PathLike[str], kind: Kind) -> Path:
 
 
 def save_statistics(
-    path: str | os.PathLike[str], kind: Kind, tensors: Mapping[str, Any], *, examples: int
+    path: str | os.PathLike[str], kind: StatisticsKind, tensors: Mapping[str, Any], *, examples: int
 ) -> Path:
     """Write statistics as one file, which appears complete or not at all, in place of an older one. Returns
     its path.
 
     Args:
         path: of the file; folders above it are made.
-        kind: see `Kind`.
+        kind: see `StatisticsKind`.
         tensors: float32 numpy arrays or torch tensors by checkpoint name; one at a time is copied, if at all.
             Its attribute `transposed`, if it has one, is kept: names of tensors that hold a layer as [in,
             out].
@@ -68,7 +68,8 @@ def save_statistics(
     for name, tensor in tensors.items():
         if str(tensor.dtype) not in _FLOAT32:
             raise ConfigError(name, expected="float32", found=str(tensor.dtype), remedy="convert it first")
-    path, metadata = Path(path), {"format": FORMAT, "kind": kind, "examples": str(examples)}
+    path = Path(path)
+    metadata = {"format": FORMAT, "kind": kind, "examples": str(examples)}
     if transposed := sorted(getattr(tensors, "transposed", ())):
         metadata["transposed"] = json.dumps(transposed)
     partial = partial_name(path)
@@ -88,7 +89,8 @@ def save_statistics(
 
 def _write(file: BinaryIO, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     header: dict[str, object] = {"__metadata__": metadata}
-    offset, names = 0, sorted(tensors)
+    names = sorted(tensors)
+    offset = 0
     for name in names:
         shape = [int(size) for size in tensors[name].shape]
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + 4 * prod(shape)]}
@@ -123,18 +125,21 @@ class StatisticsFile:
 
     Attributes:
         path: of the file.
-        kind: see `Kind`.
+        kind: see `StatisticsKind`.
         examples: how many examples the tensors are means over.
         tensors: float32 and shape by checkpoint name.
     """
 
-    def __init__(self, file: SafetensorsFile, kind: Kind, examples: int) -> None:
-        self._file, self.path, self.kind, self.examples = file, file.path, kind, examples
+    def __init__(self, file: SafetensorsFile, kind: StatisticsKind, examples: int) -> None:
+        self._file = file
+        self.path = file.path
+        self.kind = kind
+        self.examples = examples
         self.tensors: Mapping[str, TensorInfo] = file.tensors
         self._transposed = _transposed(file)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], kind: Kind) -> StatisticsFile:
+    def open(cls, path: str | os.PathLike[str], kind: StatisticsKind) -> StatisticsFile:
         """Open a file of that kind.
 
         Raises:
@@ -144,11 +149,11 @@ class StatisticsFile:
         """
         _check_kind(kind)
         file = SafetensorsFile(Path(path))
-        found = file.metadata
-        if found.get("format") != FORMAT or found.get("kind") != kind:
+        metadata = file.metadata
+        if metadata.get("format") != FORMAT or metadata.get("kind") != kind:
             what = (
-                f"{found.get('kind')} statistics"
-                if found.get("format") == FORMAT
+                f"{metadata.get('kind')} statistics"
+                if metadata.get("format") == FORMAT
                 else "a safetensors file of something else"
             )
             raise CheckpointError(
@@ -173,11 +178,11 @@ class StatisticsFile:
 
 
 def _check_kind(kind: object) -> None:
-    if kind not in get_args(Kind):
-        raise ConfigError("kind", expected=f"one of {', '.join(get_args(Kind))}", found=repr(kind))
+    if kind not in get_args(StatisticsKind):
+        raise ConfigError("kind", expected=f"one of {', '.join(get_args(StatisticsKind))}", found=repr(kind))
 
 
-def _check_tensor(label: str, info: TensorInfo, kind: Kind) -> None:
+def _check_tensor(label: str, info: TensorInfo, kind: StatisticsKind) -> None:
     if info.dtype.code != "F32":
         raise CheckpointError(label, expected="F32", found=info.dtype.code)
     if kind == "gram" and (len(info.shape) != 2 or info.shape[0] != info.shape[1]):

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import pytest
 import torch
 from engines import ENVIRONMENT
+from recipe_runs import ROOT, means, measured, stranger, told, tried
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dare_train import DeltaPackage
 
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 LAUNCHERS = {1: (sys.executable,), 2: TORCHRUN}
 
@@ -28,7 +25,7 @@ LAUNCHERS = {1: (sys.executable,), 2: TORCHRUN}
 def started(world: int, recipe: str, out: Path, *options: str) -> list[str]:
     """The lines that a recipe prints which say what it made: on one process only."""
     command = [*LAUNCHERS[world], f"recipes/{recipe}", "--out", str(out), *options]
-    environment = {**os.environ, **ENVIRONMENT}
+    environment = {**stranger(), **ENVIRONMENT}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -93,77 +90,7 @@ def test_zero3_with_a_configuration_file(tmp_path: Path) -> None:
     )
 
 
-# Recipes on real texts, as small as they are by default.
-
-
-def tried(recipe: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """A recipe that needs shared/data. By default each is done in under two minutes; a busy machine may take
-    longer.
-    """
-    assert SHARED.is_dir(), f"this test needs {SHARED}"
-    command, environment = (
-        [sys.executable, f"recipes/{recipe}", *options],
-        {**os.environ, "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"},
-    )
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-def told(recipe: str, *options: str) -> str:
-    """What it prints."""
-    done = tried(recipe, *options)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def measured(folder: Path, name: str) -> dict[str, Any]:
-    """The figures of a study; its page and its pictures are there, too."""
-    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
-    assert (folder / f"{name}.html").stat().st_size > 20_000
-    assert list(folder.glob(f"{name}-*.png"))
-    return found
-
-
-def means(found: dict[str, Any], metric: str) -> dict[tuple[str, float], float]:
-    """By variant and drop rate."""
-    groups: dict[tuple[str, float], list[float]] = {}
-    for point in found["points"]:
-        groups.setdefault((point["variant"], point["p"]), []).append(point["metrics"][metric])
-    return {key: fmean(values) for key, values in groups.items()}
-
-
-def test_three_tasks_are_merged_with_dare_and_without(tmp_path: Path) -> None:
-    told("merge_tasks.py", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "rows.json"))
-    names = [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]]
-    assert names[-4:] == ["average", "average + DARE", "ties", "ties + DARE"]
-
-
-def test_the_encoder_study(tmp_path: Path) -> None:
-    text = told("encoder.py", "--out", str(tmp_path))
-    assert "accuracy at p = 0.9" in text
-    folder = tmp_path / "subjectivity"
-    accuracy = means(measured(folder, "sweep"), "accuracy")
-    assert accuracy["dense", 0.0] > 0.85 > 0.7 > accuracy["base", 1.0]
-    assert accuracy["dare", 0.9] > accuracy["dense", 0.0] - 0.05
-    assert accuracy["drop_only", 0.9] < accuracy["dense", 0.0] - 0.1
-    assert len(measured(folder, "inside")["layers"]) == 6 * 6 + 1
-    bits = means(measured(folder, "compare"), "bits")
-    assert bits["dare_sign", 0.9] < bits["dare", 0.9] < bits["one_bit", 1.0] < bits["dense", 0.0]
-    assert measured(tmp_path, "encoder")["models"].keys() == {"subjectivity"}
-
-
-def test_the_decoder_study(tmp_path: Path) -> None:
-    told("decoder.py", "--out", str(tmp_path))
-    loss = means(measured(tmp_path / "stories260K-instructions", "sweep"), "loss")
-    assert (
-        loss["base", 1.0]
-        > loss["drop_only", 0.9]
-        > loss["magnitude", 0.9]
-        > loss["dare", 0.9]
-        > loss["dense", 0.0]
-    )
-    assert measured(tmp_path, "decoder")["models"].keys() == {"stories260K-instructions"}
+# Recipes with no data but what is on every machine, as small as they are by default.
 
 
 def test_a_decoder_is_pretrained_and_loads(tmp_path: Path) -> None:
@@ -173,10 +100,41 @@ def test_a_decoder_is_pretrained_and_loads(tmp_path: Path) -> None:
         kind.from_pretrained(tmp_path / "model") for kind in (AutoModelForCausalLM, AutoTokenizer)
     )
     assert model.dtype == torch.bfloat16
-    assert loss < math.log(len(tokenizer)) - 0.5, "it learnt something"
+    assert loss < math.log(len(tokenizer)) - 1.5, "it learnt little"
     assert (
         tokenizer.decode(tokenizer("def main(): pass  # naïve")["input_ids"]) == "def main(): pass  # naïve"
     )
+
+
+def test_three_tasks_are_merged_with_dare_and_without(tmp_path: Path) -> None:
+    told("merge_tasks.py", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "rows.json"))
+    rows = {row["name"]: row["accuracy"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert [*rows][-4:] == ["average", "average + DARE", "ties", "ties + DARE"]
+    assert [*rows["base"]] == ["code_or_prose", "packages", "exceptions"]
+    assert rows["single"]["code_or_prose"] > 0.8 > rows["base"]["code_or_prose"]
+    assert rows["single + DARE"]["code_or_prose"] > rows["single"]["code_or_prose"] - 0.1
+
+
+def test_the_encoder_study(tmp_path: Path) -> None:
+    text = told("encoder.py", "--out", str(tmp_path))
+    assert "accuracy at p = 0.9" in text
+    folder = tmp_path / "code_or_prose"
+    accuracy = means(measured(folder, "sweep"), "accuracy")
+    assert accuracy["dense", 0.0] > 0.85 > 0.7 > accuracy["base", 1.0]
+    assert accuracy["dare", 0.9] > accuracy["dense", 0.0] - 0.05
+    assert accuracy["drop_only", 0.9] < accuracy["dense", 0.0] - 0.1
+    assert len(measured(folder, "inside")["layers"]) == 6 * 6 + 1
+    bits = means(measured(folder, "compare"), "bits")
+    assert bits["dare_sign", 0.9] < bits["dare", 0.9] < bits["one_bit", 1.0] < bits["dense", 0.0]
+    assert measured(tmp_path, "encoder")["models"].keys() == {"code_or_prose"}
+
+
+def test_the_decoder_study(tmp_path: Path) -> None:
+    told("decoder.py", "--out", str(tmp_path))
+    loss = means(measured(tmp_path / "tiny-decoder-describe", "sweep"), "loss")
+    assert loss["base", 1.0] > loss["drop_only", 0.9] > loss["magnitude", 0.9] > loss["dare", 0.9]
+    assert loss["dare", 0.9] == pytest.approx(loss["dense", 0.0], rel=0.02)
+    assert measured(tmp_path, "decoder")["models"].keys() == {"tiny-decoder-describe"}
 
 
 def test_what_breaks_is_foreseen(tmp_path: Path) -> None:
@@ -184,31 +142,29 @@ def test_what_breaks_is_foreseen(tmp_path: Path) -> None:
     assert "diagnose was right" in text
     models = measured(tmp_path, "when_it_breaks")["models"]
     assert [*models] == [
-        "instructions, rate 0.0003", "instructions, rate 0.003", "continued pretraining on Shakespeare",
-        "instructions, rate 0.0003, wrong base",
+        "describe, rate 0.0003", "describe, rate 0.003", "continued pretraining on tables",
+        "describe, rate 0.0003, wrong base",
     ]  # fmt: skip
-    assert models["instructions, rate 0.0003"]["predicted"] >= 0.5
+    assert models["describe, rate 0.0003"]["predicted"] >= 0.5
     assert [models[name]["predicted"] for name in [*models][1:]] == [None, None, None]
 
 
 def test_tuning_what_is_kept(tmp_path: Path) -> None:
-    told("efficient_tuning.py", "--out", str(tmp_path), "--steps", "16", "--examples", "60")
-    found = measured(tmp_path / "subjectivity", "efficient_tuning")
-    dense, tenth, hundredth, lora, smaller = found["lines"]
-    assert [tenth["state"] / dense["state"], hundredth["state"] / dense["state"]] == pytest.approx(
-        [0.1, 0.01], rel=0.05
-    )
+    told("efficient_tuning.py", "--out", str(tmp_path))
+    figures = measured(tmp_path / "code_or_prose", "efficient_tuning")
+    dense, tenth, hundredth, lora, smaller = figures["lines"]
+    shares = [tenth["state"] / dense["state"], hundredth["state"] / dense["state"]]
+    assert shares == pytest.approx([0.1, 0.01], rel=0.05)
     assert lora["trained"] == pytest.approx(hundredth["trained"], rel=0.15)
     assert smaller["shipped"] == pytest.approx(hundredth["shipped"], rel=0.2)
     assert dense["shipped"] > 3 * tenth["shipped"] > 6 * hundredth["shipped"]
-    assert dense["metrics"]["accuracy"] > 0.75
-    for curve in found["retraining"].values():
+    for curve in figures["retraining"].values():
         assert [*curve] == ["0", "5"]
         assert all(metrics.keys() == {"accuracy", "loss"} for metrics in curve.values())
 
 
 def test_tasks_one_after_another(tmp_path: Path) -> None:
-    text = told("continual_tasks.py", "--out", str(tmp_path), "--steps", "20", "--examples", "30")
+    text = told("continual_tasks.py", "--out", str(tmp_path))
     assert "joint 0." in text
     runs = measured(tmp_path / "styles", "continual")["runs"]
     assert [*runs] == ["sequential", "disjoint"]
@@ -218,35 +174,25 @@ def test_tasks_one_after_another(tmp_path: Path) -> None:
 
 
 def test_a_lottery_ticket_is_found(tmp_path: Path) -> None:
-    told("lottery_ticket.py", "--out", str(tmp_path), "--steps", "20", "--examples", "40")
-    levels = measured(tmp_path / "instructions", "tickets")["searches"][0]["levels"]
+    told("lottery_ticket.py", "--out", str(tmp_path))
+    levels = measured(tmp_path / "describe", "tickets")["searches"][0]["levels"]
     assert [(level["kind"], level["number"]) for level in levels][-2:] == [("ticket", 3), ("random", 3)]
     assert [level["density"] for level in levels[1::2]] == pytest.approx([0.5, 0.25, 0.125], rel=0.01)
-    assert all(level["metrics"]["accuracy"] > 0.25 for level in levels)
+    assert levels[0]["metrics"]["accuracy"] > 0.1
 
 
 def test_where_deltas_lie(tmp_path: Path) -> None:
-    text = told(
-        "subnetworks.py",
-        "--out",
-        str(tmp_path),
-        "--steps",
-        "12",
-        "--examples",
-        "40",
-        "--learning-rate",
-        "1e-3",
-    )
+    text = told("subnetworks.py", "--out", str(tmp_path), "--learning-rate", "1e-3")
     assert "times chance" in text
     (pair,) = measured(tmp_path, "masks")["pairs"]
-    assert pair["masks"] == ["subjectivity 0", "subjectivity 1"]
+    assert pair["masks"] == ["code_or_prose 0", "code_or_prose 1"]
     assert pair["iou"] > 1.01 * pair["chance"], "two trainings for one task change the same elements"
-    found = measured(tmp_path, "rates")
-    assert [*found["rates"]] == ["subjectivity, one rate", "subjectivity, a rate for each layer"]
-    dense, one, each = found["judged"]
+    figures = measured(tmp_path, "rates")
+    assert [*figures["rates"]] == ["code_or_prose, one rate", "code_or_prose, a rate for each layer"]
+    dense, one, each = figures["judged"]
     assert dense["bytes"] > 3 * max(one["bytes"], each["bytes"])
     assert [row["p of all elements"] for row in (one, each)] == [
-        rates["p"] for rates in found["rates"].values()
+        rates["p"] for rates in figures["rates"].values()
     ]
 
 
@@ -278,10 +224,24 @@ def test_a_file_of_ones_own_is_a_task_as_well(tmp_path: Path) -> None:
 def test_recipes_are_all_here() -> None:
     found = {path.name for path in (ROOT / "recipes").iterdir() if path.is_file()}
     assert found == {
-        "quickstart.py", "counting.py", "merge_tasks.py", "accelerate_loop.py", "deepspeed_zero3.py",
+        "quickstart.py",
+        "counting.py",
+        "merge_tasks.py",
+        "accelerate_loop.py",
+        "deepspeed_zero3.py",
         "deepspeed_zero3.json",
-        "encoder.py", "decoder.py", "pretrain_decoder.py", "when_it_breaks.py", "efficient_tuning.py",
+        "encoder.py",
+        "decoder.py",
+        "pretrain_decoder.py",
+        "when_it_breaks.py",
+        "efficient_tuning.py",
         "continual_tasks.py",
-        "lottery_ticket.py", "subnetworks.py",
-        "inputs.py", "tuning.py", "studies.py",
-    }  # fmt: skip
+        "lottery_ticket.py",
+        "subnetworks.py",
+        "inputs.py",
+        "standard_library.py",
+        "public_data.py",
+        "tuning.py",
+        "studies.py",
+        "results.py",
+    }

@@ -1,0 +1,52 @@
+"""What a recipe lists: models, and ranges of layers, each with settings of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ...errors import ConfigError
+from ..methods.parameters import Settings, checked_settings
+from .checks import check_text, is_integer, sequence_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """One model of a merge."""
+
+    model: str
+    """Its folder, its id on the Hub, or a label."""
+    parameters: Settings = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_text("model", self.model)
+        object.__setattr__(self, "parameters", checked_settings(self.parameters, f" of {self.model!r}"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRange:
+    """Settings for the layers `first` up to but without `last`, of every model. Gradients run from one end of
+    it to the other.
+    """
+
+    first: int
+    last: int
+    parameters: Settings = field(default_factory=dict)
+    """For all models."""
+    models: tuple[Settings, ...]
+    """For each model, in the recipe's order."""
+
+    def __post_init__(self) -> None:
+        if not (is_integer(self.first) and is_integer(self.last) and 0 <= self.first < self.last):
+            raise ConfigError(
+                "layers", expected="first < last, both at least 0", found=f"{self.first!r} and {self.last!r}"
+            )
+        object.__setattr__(self, "parameters", checked_settings(self.parameters, f" in {self.label}"))
+        settings = (
+            checked_settings(each, f" of model {place} in {self.label}")
+            for place, each in enumerate(sequence_of("models", self.models))
+        )
+        object.__setattr__(self, "models", tuple(settings))
+
+    @property
+    def label(self) -> str:
+        return f"layers {self.first} to {self.last - 1}"

@@ -1,0 +1,118 @@
+"""Which of a recipe's settings counts for a tensor and a model.
+
+The rules are those of mergekit 0.1.5. The first of these that says something counts:
+
+    a model's settings for a range of layers  >  the model's  >  the range's  >  the recipe's  >  the
+    parameter's default
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ...errors import ConfigError
+from ..methods.parameters import Parameter, Scalar, Settings, value_at
+from .recipe_parts import LayerRange, Model
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.([0-9]{1,6})(?=\.|$)")
+_BEFORE_LAYERS = re.compile(r"emb(?!ed_out)|wte|wpe|(?:^|\.)shared\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingResolver:
+    """What a recipe says about each parameter, for each tensor and model."""
+
+    method: str
+    models: tuple[Model, ...]
+    ranges: tuple[LayerRange, ...]
+    parameters: Settings
+    """As in the recipe."""
+    layers: int | Mapping[str, int]
+    """The number of layers, of every stack or by stack."""
+
+    def value(self, parameter: Parameter, tensor: str, model: int | None = None) -> Scalar:
+        """The value of `parameter`, of its kind.
+
+        Args:
+            tensor: its name in the checkpoint.
+            model: the place of a model in the recipe, for a parameter that each model has for itself.
+
+        Raises:
+            ConfigError: nothing is said about a required parameter, or a value is not of its kind.
+        """
+        if not parameter.per_model:
+            model = None
+        where = (
+            f"{parameter.name} for {tensor}"
+            if model is None
+            else f"{parameter.name} of {self.models[model].model!r} for {tensor}"
+        )
+        layers, t = self._place(tensor)
+        for settings in self._levels(layers, model):
+            if parameter.name in settings:
+                value = value_at(parameter, settings[parameter.name], tensor=tensor, t=t, where=where)
+                if value is not None:
+                    return value
+        if parameter.default is None:
+            raise ConfigError(
+                where,
+                expected=f"a value: {self.method} needs one",
+                found="none",
+                remedy="add it to the parameters",
+            )
+        return parameter.convert(parameter.default, where)
+
+    def _levels(self, layers: LayerRange | None, model: int | None) -> Iterator[Settings]:
+        """From the first that counts to the last."""
+        if model is not None:
+            if layers is not None:
+                yield layers.models[model]
+            yield self.models[model].parameters
+        if layers is not None:
+            yield layers.parameters
+        yield self.parameters
+
+    def _place(self, tensor: str) -> tuple[LayerRange | None, float]:
+        """The range that a tensor belongs to, and where in it, or in the model, it lies: from 0 to 1."""
+        place = layer_of(tensor)
+        if place is None:
+            before = _BEFORE_LAYERS.search(tensor) is not None
+            return (self.ranges[0 if before else -1] if self.ranges else None), 0.0
+        stack, index = place
+        count = self.layers if isinstance(self.layers, int) else self.layers.get(stack, 0)
+        if index >= count:
+            raise ConfigError(
+                tensor,
+                expected=f"a layer below {count}",
+                found=f"layer {index}",
+                remedy="count the layers of this model",
+            )
+        for each in self.ranges:
+            if each.first <= index < each.last:
+                return each, _share(index - each.first, each.last - each.first)
+        return None, _share(index, count)
+
+
+def layer_of(tensor: str) -> tuple[str, int] | None:
+    """The stack that a tensor's layer belongs to, such as `model.layers`, and its place there; None outside
+    layers.
+
+    The first number after `layers`, `layer`, `h`, `block`, `blocks` or `resblocks` counts: experts have
+    numbers too.
+    """
+    number = _LAYER.search(tensor)
+    return (tensor[: number.start(1) - 1], int(number[1])) if number else None
+
+
+def layer_counts(tensors: Iterable[str]) -> dict[str, int]:
+    """How many layers each stack has, from the names of a checkpoint's tensors."""
+    counts: dict[str, int] = {}
+    for stack, index in filter(None, map(layer_of, tensors)):
+        counts[stack] = max(counts.get(stack, 0), index + 1)
+    return counts
+
+
+def _share(place: int, count: int) -> float:
+    return place / (count - 1) if count > 1 else 1.0

@@ -1,0 +1,154 @@
+"""A merge before the first of its arithmetic: models are opened, fates settled, statistics found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+from ..dtypes import DTYPES
+from ..errors import CheckpointError, ConfigError
+from ..parallel.ranks import Ranks
+from ..parallel.threads import thread_share
+from ..weights.checkpoint import Checkpoint
+from ..weights.opening import open_weights
+from ..weights.protocol import Weights
+from .config.recipe import Recipe
+from .config.setting_resolver import layer_counts
+from .config.task import MergeTask
+from .merged_weights import Merged, Statistics
+from .methods.registry import Method, method_of
+from .models.added_tokens import Growth
+from .models.inputs import Input
+from .models.matching import Choices, fates
+from .models.naming import open_models
+from .statistics.statistics_file import StatisticsFile, StatisticsKind, statistics_path
+
+if TYPE_CHECKING:
+    import torch
+
+    from .devices import Devices
+
+DeviceLike = Union[str, "torch.device"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedMerge:
+    """A merge before the first of its arithmetic."""
+
+    merged: Merged
+    base: Weights
+    base_folder: Path | None
+    prefix: str
+    growth: Growth
+
+    @property
+    def folders(self) -> list[Path]:
+        return [
+            folder
+            for folder in (self.base_folder, *(model.folder for model in self.merged.inputs))
+            if folder is not None
+        ]
+
+
+def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> PreparedMerge:
+    """Open what a task is about, and check it.
+
+    Raises:
+        As `merge`.
+    """
+    recipe = task.recipe
+    method = method_of(recipe.method)
+    _check(recipe, method)
+    base = open_weights(task.base)
+    folder = base.folder if isinstance(base, Checkpoint) else None
+    named, inputs, prefix = open_models(base, task.models, rename=recipe.rename, cast_base=recipe.cast_base)
+    growth = Growth(named, folder, inputs, recipe.tokenizer)
+    places = {model.model: number for number, model in enumerate(recipe.models)}
+    choices = Choices(
+        exclude=recipe.exclude, take={pattern: places[model] for pattern, model in recipe.take.items()}
+    )
+    out_dtype = DTYPES[recipe.out_dtype] if recipe.out_dtype else None
+    merged = Merged(
+        recipe,
+        method,
+        named,
+        inputs,
+        fates(named, inputs, choices, growth.rows, out_dtype),
+        values=recipe.resolver(layer_counts(named.tensors)),
+        fisher=_statistics("fisher", recipe.fisher, inputs, needed=method.needs == "fisher"),
+        gram=_statistics(
+            "gram",
+            recipe.gram,
+            inputs,
+            needed=method.needs == "gram" or (recipe.rescale == "q" and not gives_q(recipe)),
+        ),
+        threads=thread_share(ranks),
+        devices=_devices(device, named),
+    )
+    return PreparedMerge(merged=merged, base=base, base_folder=folder, prefix=prefix, growth=growth)
+
+
+def _devices(given: DeviceLike | None, base: Weights) -> Devices | None:
+    """None where nothing is known of devices: weights in files need no torch."""
+    if given is None and not hasattr(base, "lying"):
+        return None
+    try:
+        from .devices import Devices
+    except ImportError as error:
+        remedy = 'pip install "dare_train[train]", or leave it out'
+        raise ConfigError(
+            "device", expected="torch, which works there", found="not installed", remedy=remedy
+        ) from error
+    return Devices(given, base)
+
+
+def _check(recipe: Recipe, method: Method) -> None:
+    recipe.check_parameters(method.parameters)
+    least, most = method.models
+    if len(recipe.models) < least or (most is not None and len(recipe.models) > most):
+        wanted = (
+            f"{least} to {most}"
+            if most not in (None, least)
+            else f"exactly {least}"
+            if most
+            else f"at least {least}"
+        )
+        raise ConfigError("models", expected=f"{wanted} for {method.name}", found=str(len(recipe.models)))
+
+
+def gives_q(recipe: Recipe) -> bool:
+    """Whether the recipe says what q is, so that no Gram matrices are asked for it."""
+    return "q" in recipe.parameters or all("q" in model.parameters for model in recipe.models)
+
+
+def _statistics(
+    kind: StatisticsKind, given: Sequence[str], inputs: Sequence[Input], *, needed: bool
+) -> list[Statistics]:
+    return (
+        [_statistics_of(kind, model, given[number] if given else None) for number, model in enumerate(inputs)]
+        if needed
+        else []
+    )
+
+
+def _statistics_of(kind: StatisticsKind, model: Input, given: str | None) -> Statistics:
+    if given is None and model.folder is None:
+        raise ConfigError(
+            kind, expected=f"a file of {model.label}'s statistics", found="none", remedy=f"pass {kind}=[...]"
+        )
+    path = Path(given) if given is not None else statistics_path(model.folder or "", kind)
+    if not path.is_file():
+        remedy = (
+            f"collect_{kind} gathers them and save_statistics writes them, or "
+            "StatisticsCallback does both after training"
+        )
+        raise CheckpointError(
+            str(path), expected=f"{kind} statistics of {model.label}", found="no such file", remedy=remedy
+        )
+    file = StatisticsFile.open(path, kind)
+    names = {
+        name: name_in_model for name, name_in_model in model.names.items() if name_in_model in file.tensors
+    }
+    return Statistics(file=file, names=names)
