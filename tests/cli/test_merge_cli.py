@@ -5,8 +5,6 @@ refuses.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import Done, dare_train
 from merging import config_of, files_of, llama, save, state_of, sum_of, tuned, write_state
 from wandb_files import history, offline_run
 
@@ -57,9 +56,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(place: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dare_train", "merge", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=place)
+def run(place: Path, *arguments: object) -> Done:
+    done = dare_train("merge", *arguments, cwd=place)
     done.stderr = "".join(
         line for line in done.stderr.splitlines(keepends=True) if "compiling CPU kernels, once" not in line
     )

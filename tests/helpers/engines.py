@@ -42,18 +42,18 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 Result = TypeVar("Result")
 
 PRELOADED = (
-    *(
-        "deepspeed",
-        "peft",
-        "trl",
-        "pytest",
-        "torch.distributed.checkpoint.state_dict",
-        "transformers.models.bert.modeling_bert",
-    ),
-    *(
-        "deepspeed.runtime.zero.muon.muon_optimizer",
-        __name__,
-    ),  # ZeRO imports the former to compare the optimizer with
+    "deepspeed",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # ZeRO imports it to compare the optimizer with
+    "llvmlite.binding",
+    "peft",
+    "trl",
+    "pytest",
+    "torch.distributed.algorithms.ddp_comm_hooks",
+    "torch.distributed.checkpoint.state_dict",
+    "transformers.models.bert.modeling_bert",
+    __name__,
+    "worked_out_once",
 )
 """What the server imports. What is not installed makes only those ranks slower that need it."""
 

@@ -16,6 +16,7 @@ from bit_patterns import FLOATS, random_words, special_words, tuned_from
 from numpy.typing import NDArray
 
 from dare_train.dtypes import DTYPES, DType, Words
+from dare_train.errors import DareError
 from dare_train.kernels import backends as choice
 from dare_train.kernels import cpu, cuda
 from dare_train.kernels import cuda_in_torch as plain
@@ -37,7 +38,8 @@ SHAPES = [
 ]
 """(flat start, elements): empty, odd, a block, across blocks, where Philox's counter needs its second
 word."""
-EVERY = [DTYPES[code] for code in ("F64", "F32", "F16", "BF16", "F8_E4M3", "I64", "BOOL")]
+BY_WIDTH = [DTYPES[code] for code in ("F64", "F32", "BF16", "F8_E4M3")]
+"""One dtype for each width of a word: kernels that only move or fingerprint words know nothing else of it."""
 both = pytest.mark.parametrize("kernels", [cuda, plain], ids=["triton", "torch"])
 
 
@@ -111,17 +113,23 @@ def stored(device: torch.device, masks: Masks, shapes: list[tuple[int, int]], ev
     )
 
 
+def test_each_width_has_its_dtype() -> None:
+    assert sorted(dtype.itemsize for dtype in BY_WIDTH) == sorted(INTEGERS)
+    assert {dtype.itemsize for dtype in DTYPES.values()} == set(INTEGERS)
+
+
 @both
-@by_code(EVERY)
-@pytest.mark.parametrize("offset", [0, 1])
-def test_fingerprints(kernels: ModuleType, dtype: DType, offset: int, device: torch.device) -> None:
-    rows, words = made(device, dtype, SHAPES, offset)
+@by_code(BY_WIDTH)
+def test_fingerprints(kernels: ModuleType, dtype: DType, device: torch.device) -> None:
+    """Rows that begin anywhere: the second lies one element after the first."""
+    rows, words = made(device, dtype, SHAPES)
+    assert not rows.aligned
     found = back(kernels.fingerprint(rows)).tolist()
     assert found == [list(cpu.fingerprint(one, start)) for one, (start, _) in zip(words, SHAPES, strict=True)]
 
 
 @both
-@by_code(EVERY)
+@by_code(BY_WIDTH)
 def test_fingerprints_of_blocks_that_are_read_as_units(
     kernels: ModuleType, dtype: DType, device: torch.device
 ) -> None:
@@ -156,14 +164,17 @@ def test_counts_of_planes(kernels: ModuleType, with_bitmaps: bool, device: torch
 
 
 @both
-@by_code(FLOATS)
-@pytest.mark.parametrize(("offset", "with_bitmaps"), [(0, False), (3, False), (0, True)])
+@by_code(BY_WIDTH[:3])
+@pytest.mark.parametrize(("offset", "with_bitmaps"), [(0, False), (3, True)])
 def test_what_is_taken_comes_back(
     kernels: ModuleType, dtype: DType, offset: int, with_bitmaps: bool, device: torch.device
 ) -> None:
-    """`take` gathers kept words in order, `put` replaces them and nothing else."""
-    shapes = [*SHAPES, (16, 2 * BLOCK)]
+    """`take` gathers kept words in order, `put` replaces them and nothing else; rows begin anywhere. Whole
+    blocks and parts of them are drawn, or in every second row have bitmaps.
+    """
+    shapes = [(0, BLOCK), (2**33 + 17, 2 * BLOCK + 3), (5, 0), (2**35 - 5, 77), (BLOCK - 1, 2), (0, 1)]
     rows, words = made(device, dtype, shapes, offset)
+    assert not rows.aligned
     masks = seeded(len(shapes), 58982, 30000, 0)
     masks = stored(device, masks, shapes) if with_bitmaps else masks
     offsets = offsets_of(kernels.counts(rows, masks))
@@ -344,37 +355,33 @@ def test_an_older_name_means_the_same() -> None:
     assert choice.checked("reference", "kernels") == choice.checked("torch", "kernels") == "torch"
 
 
-def chosen(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {
-        name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
-    } | environment
-    prelude = (
-        "import sys, torch; from dare_train.kernels.backends import kernels_for; from "
-        "dare_train.errors import DareError\n"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", prelude + code], capture_output=True, text=True, env=variables, check=False
-    )
+@pytest.fixture
+def without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a user's process that has said nothing yet."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    choice._say.cache_clear()
 
 
-def test_a_device_without_kernels_gets_torchs_with_one_notice() -> None:
-    twice = "print(kernels_for(torch.device('meta')).__name__, kernels_for(torch.device('meta')).__name__)"
-    done = chosen(twice)
-    assert done.stdout.split() == ["dare_train.kernels.cuda_in_torch"] * 2
-    assert (
-        done.stderr == "dare_train: Triton has no kernels for meta: torch's own operations are used on "
-        "meta, which is slower\n"
-    )
+@pytest.mark.usefixtures("without_interpreter")
+def test_a_device_without_kernels_gets_torchs_with_one_notice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [choice.kernels_for(torch.device("meta")) for _ in range(2)] == [plain, plain]
+    notice = "Triton has no kernels for meta: torch's own operations are used on meta, which is slower"
+    assert capsys.readouterr().err == f"dare_train: {notice}\n"
 
 
-def test_triton_that_is_missing_gets_torchs_too() -> None:
-    done = chosen("sys.modules['triton'] = None\nprint(kernels_for(torch.device('cuda')).__name__)")
-    assert done.stdout.split() == ["dare_train.kernels.cuda_in_torch"]
-    assert done.stderr.startswith(
+@pytest.mark.usefixtures("without_interpreter")
+def test_triton_that_is_missing_gets_torchs_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert choice.kernels_for(torch.device("cuda")) is plain
+    assert capsys.readouterr().err.startswith(
         "dare_train: Triton is not installed: torch's own operations are used on cuda"
     )
 
 
+@pytest.mark.usefixtures("without_interpreter")
 @pytest.mark.parametrize(
     ("asked", "text"),
     [
@@ -382,12 +389,11 @@ def test_triton_that_is_missing_gets_torchs_too() -> None:
         ("numba", "DARE_TRAIN_KERNELS: expected one of torch, cpu, cuda, found 'numba'"),
     ],
 )
-def test_kernels_that_cannot_run_are_refused(asked: str, text: str) -> None:
-    done = chosen(
-        "try: kernels_for(torch.device('cpu'))\nexcept DareError as error: print(error)",
-        DARE_TRAIN_KERNELS=asked,
-    )
-    assert done.stdout.startswith(text)
+def test_kernels_that_cannot_run_are_refused(asked: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(choice.VARIABLE, asked)
+    with pytest.raises(DareError) as caught:
+        choice.kernels_for(torch.device("cpu"))
+    assert str(caught.value).startswith(text)
 
 
 # Machine code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -30,40 +31,55 @@ def use(cache: Path) -> tuple[str, bool, str]:
     return found, imported == "True", done.stderr
 
 
+Used = tuple[str, bool, str]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Used]:
+    """The cache that a first process leaves, and what that found and said."""
+    cache = tmp_path_factory.mktemp("first") / "cache"
+    return cache, use(cache)
+
+
+@pytest.fixture
+def cache(first: tuple[Path, Used], tmp_path: Path) -> Path:
+    """Such a cache, for a test to damage."""
+    return Path(shutil.copytree(first[0], tmp_path / "cache"))
+
+
 def only_file(cache: Path) -> Path:
     [path] = cache.glob("kernels/*/*")
     return path
 
 
-def test_later_processes_load_what_the_first_one_compiled(tmp_path: Path) -> None:
-    first, second = use(tmp_path), use(tmp_path)
-    assert first[1:] == (
+def test_later_processes_load_what_the_first_one_compiled(first: tuple[Path, Used], cache: Path) -> None:
+    found, *compiling = first[1]
+    assert compiling == [
         True,
         "dare_train: compiling CPU kernels, once on this machine (a few seconds) ...\n",
-    )
-    assert second == (first[0], False, "")
+    ]
+    assert use(cache) == (found, False, "")
 
 
 @pytest.mark.parametrize(
     "damage",
     [lambda code: code[:-1], lambda code: code[:40] + bytes([code[40] ^ 1]) + code[41:], lambda _: b""],
 )
-def test_damaged_code_is_compiled_again(tmp_path: Path, damage) -> None:
-    found = use(tmp_path)[0]
-    path = only_file(tmp_path)
+def test_damaged_code_is_compiled_again(first: tuple[Path, Used], cache: Path, damage) -> None:
+    path = only_file(cache)
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
-    assert use(tmp_path)[:2] == (found, True)
+    assert use(cache)[:2] == (first[1][0], True)
     assert path.read_bytes() == whole
 
 
-def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_said(first: tuple[Path, Used], tmp_path: Path) -> None:
     (tmp_path / "kernels").write_text("a file where a folder should be")
     found, imported, said = use(tmp_path)
     assert imported
     assert "cannot keep compiled kernels" in said
     assert "Set DARE_TRAIN_CACHE to a folder that can be written." in said
-    assert found == use(tmp_path / "other")[0]
+    assert found == first[1][0]
 
 
 @inlined
@@ -138,7 +154,7 @@ WIDE = """
 import sys
 import llvmlite.binding as llvm
 from numba import config
-from dare_train.kernels import compiler, fingerprints
+from dare_train.kernels import fingerprints, numba_compile
 
 class Features:
     def flatten(self):
@@ -146,11 +162,11 @@ class Features:
 
 llvm.get_host_cpu_features = Features
 config.CPU_NAME = "sapphirerapids"
-seen, honest = [], compiler._drop_error_paths
-compiler._drop_error_paths = lambda module, machine: (seen.append(str(module)), honest(module, machine))
+seen, honest = [], numba_compile._drop_error_paths
+numba_compile._drop_error_paths = lambda module, machine: (seen.append(str(module)), honest(module, machine))
 llvm.initialize_native_target()
 llvm.initialize_native_asmprinter()
-compiler.object_code(fingerprints._fingerprint, ("pu4", "u8", "pu4", "pu8"), "symbol")
+numba_compile.object_code(fingerprints._fingerprint, ("pu4", "u8", "pu4", "pu8"), "symbol")
 print("<8 x i64>" in seen[0], config.CPU_FEATURES)
 """
 

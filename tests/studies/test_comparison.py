@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from adapting import adapt
+from commands import Done, dare_train
 from safetensors.torch import load_file
 from studying import Words, tuned_model
 from tiny import refusal, save
@@ -206,9 +207,8 @@ def test_the_command_measures_once(base: Path, tmp_path: Path) -> None:
         "--out",
     ]
 
-    def started(*more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "dare_train", "compare", *words, *more]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    def started(*more: str) -> Done:
+        return dare_train("compare", *words, *more, cwd=tmp_path)
 
     def run(out: str) -> str:
         done = started(out)
@@ -220,7 +220,8 @@ def test_the_command_measures_once(base: Path, tmp_path: Path) -> None:
     journal = (tmp_path / "one/compare.jsonl").read_bytes()
     assert run("one") == first
     assert (tmp_path / "one/compare.jsonl").read_bytes() == journal
-    run("two")
+    anew = [sys.executable, "-m", "dare_train", "compare", *words, "two"]  # where sets have another order
+    subprocess.run(anew, check=True, cwd=tmp_path)
     for name in ("compare.json", "compare.html", "compare-accuracy.png", "compare-loss.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     found = json.loads((tmp_path / "one/compare.json").read_text())

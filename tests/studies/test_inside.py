@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commands import dare_train
 from studying import Words, tuned_model
 from tiny import refusal
 from training import examples, save_base, weights_print
@@ -169,12 +168,11 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
         "--out",
         "out",
     ]
-    command = [sys.executable, "-m", "dare_train", "inside", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = dare_train("inside", *words, cwd=tmp_path)
     expected = "dare-train: tuned: expected a tokenizer beside the model, found none that loads; "
     assert (done.returncode, done.stderr.splitlines()[-1].startswith(expected)) == (1, True), done.stderr
     Words.save(tmp_path / "tuned")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = dare_train("inside", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "# What happens inside tuned\n" in done.stdout
     assert (tmp_path / "out/inside.html").exists()
