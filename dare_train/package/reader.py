@@ -16,7 +16,7 @@ from ..errors import CheckpointError, DareError, PackageError
 from ..parallel.threads import once, ordered_map
 from ..weights.checkpoint import SafetensorsFile, locate
 from .codec import FETCH_AGAIN
-from .manifest import MANIFEST, FileRecord, Manifest, TensorRecord, sha256_of
+from .manifest import CARRIED, MANIFEST, FileRecord, Manifest, TensorRecord, sha256_of
 from .manifest_reader import load
 from .segment_table import check_table
 from .segments import COLUMNS, Segment
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from ..weights.protocol import Weights
 
 
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]
+_PATTERNS = ["*.safetensors", "README.md", *(f"*{suffix}" for suffix in sorted(CARRIED))]
+"""Of the files of a package, in a repository of the Hub."""
 """What is fetched of a repository on the Hub."""
 
 
