@@ -63,6 +63,7 @@ def test_tables_show_names_on_any_console(named: tuple[Path, str]) -> None:
 
 
 def test_names_in_pictures_are_no_formulas(named: tuple[Path, str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures are drawn with it")
     from dare_train.reports.package_tables import plot
 
     package, _ = named
