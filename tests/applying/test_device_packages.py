@@ -111,7 +111,7 @@ def test_kernels_that_are_asked_for_go_before_the_environment(
     with applied(base, found, kernels="cpu"):
         assert same(base, on_cpu(found, monkeypatch))
     assert len(seen) == before
-    with pytest.raises(ConfigError, match="kernels: expected one of reference, cpu, cuda, found 'gpu'"):
+    with pytest.raises(ConfigError, match="kernels: expected one of torch, cpu, cuda, found 'gpu'"):
         apply_(base, found, kernels="gpu")
 
 
