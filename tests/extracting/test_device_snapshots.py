@@ -135,7 +135,7 @@ def test_a_callback_is_told_which_kernels(tmp_path: Path, monkeypatch: pytest.Mo
     train(classifier(base, dtype=torch.bfloat16), tmp_path / "out", *both)
     assert len(launched) == 1
     assert same_package(tmp_path / "out/told/final", tmp_path / "out/not/final")
-    with pytest.raises(ConfigError, match="kernels: expected one of reference, cpu, cuda, found 'gpu'"):
+    with pytest.raises(ConfigError, match="kernels: expected one of torch, cpu, cuda, found 'gpu'"):
         DareCallback(kernels="gpu")
 
 
