@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from training import classifier, examples, make_trainer, save_base
+from training import examples, make_trainer
 from transformers import Trainer, TrainerCallback
 
-from dare_train import ContinualRun, ContinualTask
-from dare_train.training.continual import Strategy
+from dare_train import ContinualTask
 
 trained: list[str] = []
 """Tasks that were trained, in the order in which it happened."""
@@ -58,16 +56,3 @@ def task(number: int, *more: TrainerCallback) -> ContinualTask:
         }
 
     return ContinualTask(name=f"task-{number}", trainer=trainer, evaluate=evaluate)
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> str:
-    model = classifier(save_base(tmp_path / "encoder"))
-    model.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
-
-
-def made(base: str, out: Path, strategy: Strategy, tasks: int = 3, **options: Any) -> ContinualRun:
-    return ContinualRun(
-        base, [task(number) for number in range(tasks)], out=out, strategy=strategy, **options
-    )

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from task_sequences import Stopped, made, task, trained
+from task_sequences import Stopped, task, trained
 from tiny import refusal
-from training import weights_print
+from training import classifier, save_base, weights_print
 from transformers import TrainerCallback
 
 from dare_train import ContinualRun, DeltaPackage, applied, apply, merge, write_report
@@ -23,6 +23,20 @@ from dare_train.evaluation.model_loading import load_model
 from dare_train.reports.continual_report import continual_study
 from dare_train.training.continual import Strategy
 from dare_train.training.continual_result import Continual
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    model = classifier(save_base(tmp_path / "encoder"))
+    model.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def made(base: str, out: Path, strategy: Strategy, tasks: int = 3, **options: Any) -> ContinualRun:
+    return ContinualRun(
+        base, [task(number) for number in range(tasks)], out=out, strategy=strategy, **options
+    )
+
 
 STRATEGIES: tuple[Strategy, ...] = ("sequential", "dare", "merge", "disjoint", "replay", "ewc")
 
