@@ -78,7 +78,7 @@ def _rules(table: NDArray[np.int64], manifest: Manifest, nbytes: int) -> Iterato
     yield Rule("elements within its tensor", (start >= 0) & (start <= limits.numel - length))
     whole = limits.whole | (start >= limits.base_numel)
     apart = (start >= limits.base_numel) | (limits.base_numel >= start + length)
-    yield Rule("elements that the base has or of such that it has not", apart)
+    yield Rule("elements on one side of where the base ends", apart)
     counted = (changed >= 0) & (changed <= kept) & (kept <= length)
     yield Rule("no more changed than kept elements, and no more kept ones than it has", counted)
     yield Rule("elements that are all kept and changed", ~whole | ((kept == length) & (changed == length)))

@@ -19,7 +19,7 @@ COUNTS = "no more changed than kept elements, and no more kept ones than it has"
 TENSORS = "one of the manifest's 6 tensors"
 FILE = "bytes within its file's"
 BYTES = "at least one byte"
-BORDER = "elements that the base has or of such that it has not"
+BORDER = "elements on one side of where the base ends"
 
 _IMPOSSIBLE = [
     ("dense", START, -1, INSIDE),
