@@ -94,7 +94,7 @@ def report(snapshots: list[Snapshot], base: str, received: Path) -> None:
         size = f"{stats['bytes']:,} bytes, {stats['bits_per_parameter']:.3f} bits per parameter"
         print(f"{snapshot.package.path}: {size}; training waited {snapshot.waited:.3f} s")
     package = snapshots[-1].package
-    fingerprint = dare_train.apply(base, package, received, cast_base=True, overwrite=True)
+    fingerprint = dare_train.apply(base, package, received, overwrite=True)
     same = "the one on record" if fingerprint == package.manifest.result else "NOT the one on record"
     print(f"applied to {base}: {received}, fingerprint {fingerprint[:12]}, {same}")
 

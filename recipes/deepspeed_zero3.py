@@ -71,7 +71,7 @@ def report(callback: DareCallback, base: str, received: Path) -> None:
         size = f"{stats['bytes']:,} bytes, {stats['bits_per_parameter']:.3f} bits per parameter"
         print(f"{snapshot.package.path}: {size}; training waited {snapshot.waited:.3f} s")
     package = callback.packages[-1].package
-    fingerprint = apply(base, package, received, cast_base=True, overwrite=True)
+    fingerprint = apply(base, package, received, overwrite=True)
     same = "the one on record" if fingerprint == package.manifest.result else "NOT the one on record"
     print(f"applied to {base}: {received}, fingerprint {fingerprint[:12]}, {same}")
 

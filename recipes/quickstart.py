@@ -371,7 +371,6 @@ def prove(package: dare_train.DeltaPackage, expected: float, options: argparse.N
             "apply",
             options.model,
             str(package.path),
-            "--cast-base",
             "--out",
             str(target),
         ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import groupby
@@ -24,6 +26,8 @@ from ..weights.opening import WeightsLike, open_weights
 from .chain import Link, Packages, listed, open_chain
 from .resolver import Resolver
 
+logger = logging.getLogger("dare_train")
+
 Progress = Callable[[int, int], object]
 """Called with the bytes of the result that are done and of all that there are."""
 
@@ -34,7 +38,7 @@ def apply(
     out: str | os.PathLike[str],
     *,
     weights: Sequence[float] | None = None,
-    cast_base: bool = False,
+    cast_base: bool | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
@@ -46,7 +50,9 @@ def apply(
         packages: one package or several: all on this base (their deltas add up), or a chain in order.
         out: folder to create; `from_pretrained` loads it.
         weights: factor w of each package, by default 1; only for packages side by side.
-        cast_base: round the base to the packages' dtypes first.
+        cast_base: round the base to the packages' dtypes first. By default that is done where they differ,
+            and a line of the log says so; the fingerprint shows whether it is the right base then. False
+            refuses.
         overwrite: replace a folder that is already there.
         progress: called with (bytes done, bytes in all) after each tensor: of this rank's share of them.
         ranks: the processes that share the work, such as `Ranks.joined()`; by default this one alone. All of
@@ -82,6 +88,8 @@ def apply(
         created = ranks.each(on_disk(create))
         prints = _checked_prints(resolver, ranks.together(on_disk(write)))
         ranks.each(on_disk(copy_files))
+    if cast_base is None and ranks.first:
+        _say_rounding(resolver)
     return _named(resolver, prints)
 
 
@@ -90,7 +98,7 @@ def _opened(
     packages: Packages | str | os.PathLike[str] | DeltaPackage,
     weights: Sequence[float] | None,
     *,
-    cast_base: bool,
+    cast_base: bool | None,
 ) -> tuple[Checkpoint, Resolver]:
     checkpoint = Checkpoint.open(base)
     return checkpoint, Resolver(checkpoint, open_chain(listed(packages), weights), cast_base=cast_base)
@@ -100,14 +108,14 @@ def verify(
     package: DeltaPackage | str | os.PathLike[str],
     base: WeightsLike | None = None,
     *,
-    cast_base: bool = False,
+    cast_base: bool | None = None,
 ) -> None:
     """Check every byte of a package; with `base`, also that it is the right one and that applying arrives.
 
     Args:
         package: an opened package, its folder or its Hub id.
         base: what the package is for: a folder, a Hub id, a module, a state dict or arrays by name.
-        cast_base: round the base to the package's dtypes first.
+        cast_base: see `apply`.
 
     Raises:
         PackageError: a file is damaged.
@@ -120,7 +128,11 @@ def verify(
 
 
 def rehearse(
-    base: WeightsLike, packages: Packages, *, weights: Sequence[float] | None = None, cast_base: bool = False
+    base: WeightsLike,
+    packages: Packages,
+    *,
+    weights: Sequence[float] | None = None,
+    cast_base: bool | None = None,
 ) -> str:
     """Everything `apply` checks, with nothing written. Returns the result's fingerprint.
 
@@ -128,7 +140,18 @@ def rehearse(
         As `apply`.
     """
     resolver = Resolver(open_weights(base), open_chain(packages, weights), cast_base=cast_base)
-    return _named(resolver, _checked_prints(resolver, [_write_share(resolver, None, Ranks(), None)]))
+    prints = _checked_prints(resolver, [_write_share(resolver, None, Ranks(), None)])
+    if cast_base is None:
+        _say_rounding(resolver)
+    return _named(resolver, prints)
+
+
+def _say_rounding(resolver: Resolver) -> None:
+    """Tell whoever did not ask for it that the base was rounded: once all of it has proved right."""
+    ways = sorted(Counter(resolver.rounded.values()).items())
+    if ways:
+        each = ", ".join(f"{way} ({count} tensor{'s' * (count != 1)})" for way, count in ways)
+        logger.warning("%s: rounded %s, as the package needs it", resolver.base.label, each)
 
 
 def _named(resolver: Resolver, prints: dict[str, Fingerprint]) -> str:

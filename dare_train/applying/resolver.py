@@ -22,24 +22,27 @@ _WRONG_BASE = "this is not the base the package was made from"
 class Resolver:
     """Computes any run of the result from a base that may lie anywhere.
 
-    A `live` base has the result's names already.
+    A `live` base has the result's names already, and is never rounded: a model's dtypes are its own.
 
     Raises:
         TensorMismatch: the base lacks a tensor, has one too many, or has one of another shape.
-        DtypeMismatch: the base has another dtype than the one the packages were made from.
+        DtypeMismatch: the base has another dtype than the one the packages were made from, and is not to be
+            rounded (`cast_base` is false), or cannot be.
     """
 
     def __init__(
-        self, base: Weights, links: Sequence[Link], *, cast_base: bool = False, live: bool = False
+        self, base: Weights, links: Sequence[Link], *, cast_base: bool | None = None, live: bool = False
     ) -> None:
         self.links = links
         self.live = live
         first = links[0].packages[0].manifest
         last_packages = links[-1].packages
-        self.base = base if live else with_prefix(base, first.prefix)
-        if cast_base:
-            self.base = cast_to(self.base, {record.name: record.base_info for record in first.tensors})
         self.source = {record.name: record for record in first.tensors}
+        self.base = base if live else with_prefix(base, first.prefix)
+        self.rounded: dict[str, str] = {}
+        """Of each tensor that was rounded first, from which dtype to which."""
+        if not live and cast_base is not False:
+            self._round_base()
         self.tensors = {
             record.name: record for package in last_packages for record in package.manifest.tensors
         }
@@ -49,6 +52,15 @@ class Resolver:
         alone = all(link.weights == (1.0,) for link in links)
         self.expected = {name: record.result for name, record in self.tensors.items()} if alone else {}
         """Fingerprint of each tensor of the result; empty for a weighted sum, which has none on record."""
+
+    def _round_base(self) -> None:
+        before = self.base.tensors
+        self.base = cast_to(self.base, {name: record.base_info for name, record in self.source.items()})
+        self.rounded = {
+            name: f"from {before[name].dtype.code} to {info.dtype.code}"
+            for name, info in self.base.tensors.items()
+            if info.dtype != before[name].dtype and self.source[name].base is not None
+        }
 
     def _check_base(self, base_only: Iterable[str]) -> None:
         held = self.base.tensors
@@ -96,7 +108,8 @@ class Resolver:
         if record is not None and record.base is not None and record.base != fingerprint:
             where = f"{self.base.label}: {name}"
             expected = f"fingerprint {record.base.hex[:12]}…"
-            found = f"{fingerprint.hex[:12]}…"
+            after = f" after rounding it {self.rounded[name]}" if name in self.rounded else ""
+            found = f"{fingerprint.hex[:12]}…{after}"
             raise BaseMismatch(where, expected=expected, found=found, remedy=_WRONG_BASE)
 
     def check_result_print(self, name: str, fingerprint: Fingerprint) -> None:

@@ -20,6 +20,7 @@ from .terminal import (
     AsJson,
     Base,
     CastBase,
+    CastBaseOrNot,
     Out,
     Overwrite,
     Package,
@@ -133,7 +134,7 @@ def apply(
         Optional[list[float]],
         typer.Option("--weight", help="Factor of each package, in order; 1 by default."),
     ] = None,
-    cast_base: CastBase = False,
+    cast_base: CastBaseOrNot = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the checkpoint that packages make of a base, verified."""
@@ -316,7 +317,7 @@ def verify(
         Optional[str],
         typer.Option("--base", help="Also check that this is the right base, and that applying arrives."),
     ] = None,
-    cast_base: CastBase = False,
+    cast_base: CastBaseOrNot = None,
 ) -> None:
     """Check every byte of a package, and with a base the result too."""
     from ..applying.apply import verify as run

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -25,6 +25,13 @@ Package = Annotated[str, typer.Argument(metavar="PKG", help="Folder or Hub id of
 Out = Annotated[Path, typer.Option("--out", help="Folder to create.")]
 CastBase = Annotated[
     bool, typer.Option("--cast-base", help="Round the base to the dtype of the fine-tuned weights first.")
+]
+CastBaseOrNot = Annotated[
+    Optional[bool],
+    typer.Option(
+        "--cast-base/--no-cast-base",
+        help="Round the base to the package's dtypes first; by default where they differ, saying so.",
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is already there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

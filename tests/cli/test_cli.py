@@ -111,6 +111,26 @@ def test_verify_with_and_without_a_base(pair: tuple[Path, Path], package: Path) 
     assert "and gives" in done.stdout
 
 
+def test_a_base_in_another_dtype_is_rounded_and_one_line_says_so(tmp_path: Path) -> None:
+    narrow = base_state()
+    wide = {name: t.float() if t.is_floating_point() else t for name, t in narrow.items()}
+    base, tuned = save(wide, tmp_path / "base"), save(moved(narrow), tmp_path / "tuned")
+    assert run("extract", base, tuned, "--cast-base", "--out", tmp_path / "package").returncode == 0
+    apply, verify = ("apply", base, tmp_path / "package"), ("verify", tmp_path / "package", "--base", base)
+    line = f"{base}: rounded from F32 to BF16 (2 tensors), as the package needs it\n"
+    for command, options, code, text in (
+        (apply, ("--out", tmp_path / "one"), 0, line),
+        (apply, ("--out", tmp_path / "two", "--cast-base"), 0, ""),
+        (apply, ("--out", tmp_path / "three", "--no-cast-base"), 1, "--cast-base) rounds it first\n"),
+        (verify, (), 0, line),
+        (verify, ("--no-cast-base",), 1, "--cast-base) rounds it first\n"),
+    ):
+        done = run(*command, *options)
+        assert done.returncode == code
+        assert done.stderr.endswith(text)
+        assert done.stderr.count("\n") == (text != "")
+
+
 def test_diagnose_answers_plainly(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert "DARE will not work here" in run("diagnose", *pair).stdout
     slightly = save(

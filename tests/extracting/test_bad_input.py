@@ -57,7 +57,7 @@ def test_no_thread_goes_on_writing_once_the_error_is_out(base: Path, tmp_path: P
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("dare-train")] == []
 
 
-def test_the_same_base_in_another_dtype_is_recognised_and_can_be_rounded(
+def test_the_same_base_in_another_dtype_is_recognised_where_it_is_not_to_be_rounded(
     package: DeltaPackage, tmp_path: Path
 ) -> None:
     wide = save(
@@ -71,7 +71,7 @@ def test_the_same_base_in_another_dtype_is_recognised_and_can_be_rounded(
         "it is the same base in another dtype",
         "cast_base=True (--cast-base)",
     )
-    apply_refused(wide, package, DtypeMismatch, *texts)
+    apply_refused(wide, package, DtypeMismatch, *texts, cast_base=False)
     assert apply(wide, package, tmp_path / "out", cast_base=True) == package.manifest.result
 
 
@@ -89,9 +89,11 @@ def test_another_base_in_another_dtype_is_not_mistaken_for_the_same(
         "rounded to BF16 it differs too",
         "not the base the package was made from",
     )
-    apply_refused(wide, package, DtypeMismatch, *texts)
-    (tmp_path / "results").rmdir()
-    apply_refused(wide, package, BaseMismatch, "a.weight", cast_base=True)
+    apply_refused(wide, package, DtypeMismatch, *texts, cast_base=False)
+    rounded = ("a.weight", "after rounding it from F32 to BF16", "not the base the package was made from")
+    for options in ({}, {"cast_base": True}):
+        (tmp_path / "results").rmdir()
+        apply_refused(wide, package, BaseMismatch, *rounded, **options)
 
 
 def test_a_live_model_in_another_dtype_is_not_advised_an_option_that_apply_in_place_lacks(
