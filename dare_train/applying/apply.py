@@ -48,7 +48,7 @@ def apply(
     Args:
         base: folder, file or Hub id of the base model.
         packages: one package or several: all on this base (their deltas add up), or a chain in order.
-        out: folder to create; `from_pretrained` loads it.
+        out: folder to create, with the base's file names: what loads the base loads it.
         weights: factor w of each package, by default 1; only for packages side by side.
         cast_base: round the base to the packages' dtypes first. By default that is done where they differ,
             and a line of the log says so; the fingerprint shows whether it is the right base then. False

@@ -39,7 +39,7 @@ def companions(folder: Path) -> list[Path]:
 def _is_companion(path: Path) -> bool:
     wanted = path.suffix in _COMPANION_SUFFIXES or path.stem.upper() in _COMPANION_NAMES
     of_something_else = path.name in _OTHER_FILES or path.name.endswith("_results.json")
-    hidden_or_index = path.name.startswith(".") or path.name.endswith(".index.json")
+    hidden_or_index = path.name.startswith(".") or ".index." in path.name
     return wanted and not of_something_else and not hidden_or_index
 
 

@@ -96,7 +96,7 @@ def from_live(live: LiveWeights, folder: Path, companions: Mapping[str, str]) ->
 
     `companions` maps file names to the text of further files, such as the model's configuration.
     """
-    layout = {SINGLE: dict(live.tensors)}
+    layout = Layout(files={SINGLE: dict(live.tensors)})
     ranks = live.ranks
     with shared_staging(folder, ranks) as staging:
         ranks.together(lambda: CheckpointWriter(staging, layout).close() if ranks.first else None)

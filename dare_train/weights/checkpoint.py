@@ -22,6 +22,19 @@ SINGLE = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 """With its configuration, the files of a PEFT adapter."""
+DIFFUSERS = "diffusion_pytorch_model"
+"""What diffusers calls the files of a model, where transformers says `model`."""
+_ENTRIES = (
+    INDEX,
+    SINGLE,
+    ADAPTER_WEIGHTS,
+    "*.safetensors.index.json",
+    f"{DIFFUSERS}.safetensors",
+    "*.safetensors.index.*.json",
+    "*.safetensors",
+)
+"""By which file a folder is read, the first that is there: one with all weights, or an index of several. A
+variant, such as `fp16`, comes after what libraries load when nobody asks for one."""
 _WEIGHT_SUFFIXES = {
     ".safetensors",
     ".bin",
@@ -77,11 +90,26 @@ class SafetensorsFile:
 
 
 class Checkpoint:
-    """A model on disk. Implements `Weights`; `files` maps each tensor's name to the file that holds it."""
+    """A model on disk. Implements `Weights`; `files` maps each tensor's name to the file that holds it.
 
-    def __init__(self, files: Iterable[SafetensorsFile], *, folder: Path, label: str) -> None:
+    Args:
+        index: name of the file that says which tensor lies where, if there is one.
+        single: name of the file that a result of one file gets.
+    """
+
+    def __init__(
+        self,
+        files: Iterable[SafetensorsFile],
+        *,
+        folder: Path,
+        label: str,
+        index: str | None = None,
+        single: str = SINGLE,
+    ) -> None:
         self.folder = folder
         self.label = label
+        self.index = index
+        self.single = single
         self.files: dict[str, SafetensorsFile] = {}
         for file in files:
             for name in file.tensors:
@@ -105,8 +133,12 @@ class Checkpoint:
         if path.is_file():
             if path.suffix != ".safetensors":
                 raise _not_safetensors(path)
-            return cls([SafetensorsFile(path)], folder=path.parent, label=str(where))
-        return cls(_open_folder(path), folder=path, label=str(where))
+            single = path.name if path.name.startswith(DIFFUSERS) else SINGLE
+            return cls([SafetensorsFile(path)], folder=path.parent, label=str(where), single=single)
+        entry = _entry(path)
+        if entry.suffix == ".json":
+            return cls(_open_indexed(entry), folder=path, label=str(where), index=entry.name)
+        return cls([SafetensorsFile(entry)], folder=path, label=str(where), single=entry.name)
 
 
 def locate(
@@ -135,14 +167,23 @@ def locate(
         raise CheckpointError(name, expected=expected, found=found, remedy=remedy) from error
 
 
-def _open_folder(folder: Path) -> list[SafetensorsFile]:
-    index = folder / INDEX
-    if not index.exists():
-        return [SafetensorsFile(_only_file(folder))]
+def _entry(folder: Path) -> Path:
+    """The file with the weights, or the index that says which files there are."""
+    found = next((found for pattern in _ENTRIES if (found := sorted(folder.glob(pattern)))), [])
+    if len(found) > 1 and found[0].suffix == ".json":
+        several = ", ".join(path.name for path in found[:3])
+        remedy = "put the model that is meant into a folder of its own"
+        raise CheckpointError(str(folder), expected="one index", found=several, remedy=remedy)
+    if len(found) != 1:
+        raise _not_safetensors(folder, found)
+    return found[0]
+
+
+def _open_indexed(index: Path) -> list[SafetensorsFile]:
     weight_map, names = _read_index(index)
     for name in names:
         _check_listed(name, index)
-    files = [SafetensorsFile(folder / name) for name in names]
+    files = [SafetensorsFile(index.parent / name) for name in names]
     held = {name: file.path.name for file in files for name in file.tensors}
     wrong = sorted(name for name in weight_map.keys() | held.keys() if weight_map.get(name) != held.get(name))
     if wrong:
@@ -150,15 +191,6 @@ def _open_folder(folder: Path) -> list[SafetensorsFile]:
         found = f"in {held.get(wrong[0])}"
         raise CheckpointError(f"{index}: {wrong[0]}", expected=expected, found=found, remedy=_FETCH_AGAIN)
     return files
-
-
-def _only_file(folder: Path) -> Path:
-    """The file with the weights, where no index says which there are."""
-    named = [folder / name for name in (SINGLE, ADAPTER_WEIGHTS) if (folder / name).exists()]
-    files = named[:1] or sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        raise _not_safetensors(folder, files)
-    return files[0]
 
 
 def _read_index(index: Path) -> tuple[Mapping[str, str], list[str]]:

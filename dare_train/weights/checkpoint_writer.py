@@ -6,32 +6,41 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..dtypes import Words
-from .checkpoint import INDEX, SINGLE, Checkpoint
+from .checkpoint import SINGLE, Checkpoint
 from .protocol import TensorInfo
 
-Layout = Mapping[str, Mapping[str, TensorInfo]]
-"""File name -> tensor name -> what it holds."""
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Which files of a checkpoint hold what."""
+
+    files: Mapping[str, Mapping[str, TensorInfo]]
+    """File name -> tensor name -> what it holds."""
+    index: str | None = None
+    """Name of the index, where one says which file holds which tensor."""
 
 
 def layout_like(
     base: Checkpoint | None, tensors: Mapping[str, TensorInfo], base_name: Callable[[str], str]
 ) -> Layout:
-    """The base's distribution of tensors over files; tensors it does not have go to the last file.
+    """The base's files, by their names; tensors that it does not have go to the last.
 
     Args:
         tensors: of the result.
         base_name: the base's name of a tensor of the result.
     """
-    files = {name: file.path.name for name, file in base.files.items()} if base is not None else {}
-    names = sorted(set(files.values())) if len(set(files.values())) > 1 else [SINGLE]
-    layout: dict[str, dict[str, TensorInfo]] = {name: {} for name in names}
+    if base is None or base.index is None:
+        return Layout(files={base.single if base is not None else SINGLE: tensors})
+    places = {name: file.path.name for name, file in base.files.items()}
+    names = sorted(set(places.values())) or [base.single]
+    files: dict[str, dict[str, TensorInfo]] = {name: {} for name in names}
     for name, info in tensors.items():
-        file = files.get(base_name(name), names[-1])
-        layout[file if file in layout else names[-1]][name] = info
-    return {name: held for name, held in layout.items() if held}
+        files[places.get(base_name(name), names[-1])][name] = info
+    return Layout(files={name: held for name, held in files.items() if held}, index=base.index)
 
 
 class CheckpointWriter:
@@ -45,10 +54,10 @@ class CheckpointWriter:
         # The kernel locks a file that is written to; waiting for that burns a processor.
         self._writing = threading.Lock()
         self._descriptors: list[int] = []
-        for file, tensors in layout.items():
+        for file, tensors in layout.files.items():
             self._create(folder / file, tensors, join)
-        if not join and (len(layout) > 1 or SINGLE not in layout):
-            _write_index(folder / INDEX, layout)
+        if layout.index is not None and not join:
+            _write_index(folder / layout.index, layout)
 
     def _create(self, path: Path, tensors: Mapping[str, TensorInfo], join: bool) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -98,7 +107,7 @@ def _write_all(descriptor: int, data: bytes | memoryview, position: int) -> None
 
 
 def _write_index(path: Path, layout: Layout) -> None:
-    total = sum(info.nbytes for tensors in layout.values() for info in tensors.values())
-    weight_map = {name: file for file, tensors in layout.items() for name in tensors}
+    total = sum(info.nbytes for tensors in layout.files.values() for info in tensors.values())
+    weight_map = {name: file for file, tensors in layout.files.items() for name in tensors}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     path.write_text(json.dumps(index, indent=2) + "\n")
