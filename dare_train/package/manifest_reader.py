@@ -170,7 +170,7 @@ def _companion(get: _Fields) -> FileRecord:
     """A file that is copied into a result already verified: it must not be weights, code, or hidden."""
     record = _file(get)
     path = PurePosixPath(record.file)
-    harmless = path.suffix in CARRIED and not path.name.endswith(".index.json") and path.name != MANIFEST
+    harmless = path.suffix in CARRIED and ".index." not in path.name and path.name != MANIFEST
     if not harmless or any(part.startswith(".") for part in path.parts):
         expected = f"configuration and tokenizer files ({', '.join(sorted(CARRIED))})"
         raise PackageError(get.where, expected=expected, found=repr(record.file), remedy=_SUSPECT)

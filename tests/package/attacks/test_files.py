@@ -55,6 +55,7 @@ def test_a_file_name_that_the_system_does_not_take_is_refused(
     [
         "model.safetensors",
         "model.safetensors.index.json",
+        "diffusion_pytorch_model.safetensors.index.fp16.json",
         "pytorch_model.bin",
         "modeling_evil.py",
         ".git/config",
