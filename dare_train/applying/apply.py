@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..kernels import cpu
-from ..package.companion_files import copy_carried, copy_companions
+from ..package.companion_files import copy_carried, copy_companions, copy_unchanged_modules
 from ..package.reader import DeltaPackage
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging, storage_errors
@@ -22,6 +22,7 @@ from ..weights.alignment import without_prefix
 from ..weights.checkpoint import Checkpoint
 from ..weights.checkpoint_writer import CheckpointWriter, Layout, layout_like
 from ..weights.fingerprint import Fingerprint, model_fingerprint, total
+from ..weights.module_folders import MODULES, module_folders
 from ..weights.opening import WeightsLike, open_weights
 from .chain import Link, Packages, listed, open_chain
 from .resolver import Resolver
@@ -240,7 +241,19 @@ def _checked_prints(resolver: Resolver, shares: Sequence[Mapping[str, _Lanes]]) 
 def _layout(base: Checkpoint, resolver: Resolver) -> Layout:
     prefix = resolver.links[0].packages[0].manifest.prefix
     infos = {name: record.info for name, record in resolver.tensors.items()}
-    return layout_like(base, infos, lambda name: without_prefix(name, prefix))
+    modules = _modules(base.folder, resolver.links)
+    return layout_like(base, infos, lambda name: without_prefix(name, prefix), modules)
+
+
+def _modules(base: Path, links: Sequence[Link]) -> dict[str, str]:
+    """The modules of the result, by the list that comes to lie in its folder."""
+    packages = [package for link in links for package in link.packages]
+    carrying = [
+        package.path
+        for package in packages
+        if any(record.file == MODULES for record in package.manifest.files)
+    ]
+    return module_folders([base, *carrying][-1])
 
 
 def _copy_files(base: Path, links: Sequence[Link], staging: Path) -> None:
@@ -249,3 +262,4 @@ def _copy_files(base: Path, links: Sequence[Link], staging: Path) -> None:
     for link in links:
         for package in link.packages:
             copy_carried(package, staging)
+    copy_unchanged_modules(base, staging)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from ..errors import BaseMismatch, DtypeMismatch, ResultMismatch, TensorMismatch
 from ..package.arithmetic import Term, combine
 from ..package.reader import DeltaPackage
 from ..package.segments import Segment, decode_delta, decode_whole
-from ..weights.alignment import cast_to, with_prefix
+from ..weights.alignment import cast_to, with_prefix, without_prefix
 from ..weights.fingerprint import Fingerprint, fingerprints
 from ..weights.protocol import SEGMENT, Weights, runs
 from .chain import Link
@@ -46,7 +46,7 @@ class Resolver:
         self.tensors = {
             record.name: record for package in last_packages for record in package.manifest.tensors
         }
-        self._check_base(first.base_only)
+        self._check_base({*first.base_only, *self._beside(base, first.prefix)})
         for package in links[0].packages[1:]:
             _check_beside(links[0].packages[0], package)
         alone = all(link.weights == (1.0,) for link in links)
@@ -62,7 +62,12 @@ class Resolver:
             if info.dtype != before[name].dtype and self.source[name].base is not None
         }
 
-    def _check_base(self, base_only: Iterable[str]) -> None:
+    def _beside(self, base: Weights, prefix: str) -> set[str]:
+        """Tensors of the base's later modules, which a package made from the first alone does not know."""
+        beside = getattr(base, "beside", ())
+        return {name for name in self.base.tensors if without_prefix(name, prefix) in beside}
+
+    def _check_base(self, base_only: set[str]) -> None:
         held = self.base.tensors
         needed = {name: record.base_info for name, record in self.source.items() if record.base is not None}
         for name, info in needed.items():
@@ -73,7 +78,7 @@ class Resolver:
                 expected = f"shape {list(info.shape)}"
                 found = f"{list(held[name].shape)} in {self.base.label}"
                 raise TensorMismatch(name, expected=expected, found=found, remedy=_WRONG_BASE)
-        extra = sorted(held.keys() - self.source.keys() - set(base_only))
+        extra = sorted(held.keys() - self.source.keys() - base_only)
         if extra:
             expected = "a tensor that the package knows"
             found = f"extra in {self.base.label}"

@@ -24,6 +24,7 @@ from ..weights.alignment import without_prefix
 from ..weights.checkpoint import Checkpoint
 from ..weights.checkpoint_writer import CheckpointWriter, layout_like
 from ..weights.fingerprint import Fingerprint, fingerprints, model_fingerprint, total
+from ..weights.module_folders import module_folders
 from ..weights.opening import WeightsLike
 from . import output_files
 from .config.task import MergeTask, task_of
@@ -163,6 +164,7 @@ def _write_checkpoint(
         ready.base if isinstance(ready.base, Checkpoint) else None,
         merged.tensors,
         lambda name: without_prefix(name, ready.prefix),
+        output_files.modules_of(merged, ready.base_folder, prefixed=bool(ready.prefix)),
     )
     # What lies in memory may change.
     on_disk_only = all(isinstance(given, (str, os.PathLike)) for given in (task.base, *task.models))
@@ -198,7 +200,8 @@ def _identity(task: MergeTask, ready: PreparedMerge) -> str:
     inside = {
         path
         for folder in ready.folders
-        for path in (folder.iterdir() if folder.is_dir() else [folder])
+        for place in (folder, *(folder / name for name in module_folders(folder)))
+        for path in (place.iterdir() if place.is_dir() else [place])
         if path.is_file()
     }
     files = sorted(inside.union(statistics.file.path for statistics in (*merged.fisher, *merged.gram)))

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..package.companion_files import copy_carried, copy_companions
 from ..weights.checkpoint import MERGE_RECORD
+from ..weights.module_folders import MODULES, module_folders
 from ..weights.protocol import TensorInfo
 from .config.recipe import DTYPE_NAMES
 from .merge_report import MergeReport
@@ -64,6 +65,14 @@ def write(
     elif vocabulary is not None and base_folder is not None:
         write_tokenizer(vocabulary, base_folder, [model.folder for model in merged.inputs], staging)
     _settle_config(merged, staging, described=model is not None)
+
+
+def modules_of(merged: Merged, base_folder: Path | None, *, prefixed: bool) -> dict[str, str]:
+    """The later modules of the result, by the list that `write` puts there; see `module_folders`."""
+    model = _described_by(merged, prefixed=prefixed or base_folder is None)
+    folders = [base_folder, model.folder if model is not None else None]
+    listing = [folder for folder in folders if folder is not None and MODULES in own_files(folder)]
+    return module_folders(listing[-1]) if listing else {}
 
 
 def _described_by(merged: Merged, *, prefixed: bool) -> Input | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PackageError
-from ..weights.checkpoint import ADAPTER_CONFIG, MERGE_RECORD
+from ..weights.checkpoint import ADAPTER_CONFIG, MERGE_RECORD, SINGLE
+from ..weights.module_folders import module_folders
 from .manifest import CARRIED, FileRecord, file_record
 from .reader import DeltaPackage
 
@@ -25,7 +26,7 @@ def companions(folder: Path) -> list[Path]:
     Of subfolders only those count that a sentence-transformers `modules.json` names; others hold other
     things, such as a run's checkpoints.
     """
-    places = [folder, *(folder / name for name in _module_folders(folder / "modules.json"))]
+    places = [folder, *(folder / name for name in module_folders(folder))]
     files = [
         path
         for place in places
@@ -43,20 +44,21 @@ def _is_companion(path: Path) -> bool:
     return wanted and not of_something_else and not hidden_or_index
 
 
-def _module_folders(listing: Path) -> list[str]:
-    """Names of subfolders in a sentence-transformers `modules.json`; none where it cannot be read as one."""
-    try:
-        paths = [module["path"] for module in json.loads(listing.read_text())]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
-    return [path for path in paths if isinstance(path, str) and path and Path(path).name == path]
-
-
 def copy_companions(folder: Path, staging: Path) -> None:
     """Copy what belongs to a model beside its weights."""
     for relative in companions(folder):
         if relative.name not in _NOT_THE_MODELS:
             _copy(folder / relative, staging / relative)
+
+
+def copy_unchanged_modules(folder: Path, staging: Path) -> None:
+    """Copy the weights of those modules of a base of which no tensor was written, since the package was made
+    from the first module alone.
+    """
+    for name in module_folders(folder).keys() & module_folders(staging).keys():
+        weights = Path(name) / SINGLE
+        if (folder / weights).is_file() and not (staging / weights).exists():
+            _copy(folder / weights, staging / weights)
 
 
 def copy_carried(package: DeltaPackage, staging: Path) -> None:

@@ -13,12 +13,15 @@ from safetensors import SafetensorError, safe_open
 
 from ..dtypes import Words, dtype_of
 from ..errors import CheckpointError
+from .module_folders import module_folders
 from .protocol import TensorInfo
 
 MERGE_RECORD = "dare_merge.json"
 """What a merge writes beside its result: the recipe, and what became of each tensor."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+METADATA = "__metadata__"
+"""What no tensor is called: safetensors keeps other things under this name."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 """With its configuration, the files of a PEFT adapter."""
@@ -55,10 +58,14 @@ _FETCH_AGAIN = "fetch the checkpoint again"
 
 
 class SafetensorsFile:
-    """One mapped file. Its header is checked by the safetensors library before this class looks at it."""
+    """One mapped file. Its header is checked by the safetensors library before this class looks at it.
 
-    def __init__(self, path: Path) -> None:
+    `prefix` stands before the names that tensors have in the file.
+    """
+
+    def __init__(self, path: Path, *, prefix: str = "") -> None:
         self.path = path
+        self.prefix = prefix
         try:
             with safe_open(path, framework="numpy"):
                 pass
@@ -70,10 +77,14 @@ class SafetensorsFile:
             header_size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_size))
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        self._offsets = {name: 8 + header_size + entry["data_offsets"][0] for name, entry in header.items()}
+        self.metadata: dict[str, str] = header.pop(METADATA, {})
+        self._offsets = {
+            f"{prefix}{name}": 8 + header_size + entry["data_offsets"][0] for name, entry in header.items()
+        }
         self.tensors = {
-            name: TensorInfo(dtype_of(entry["dtype"], tensor=f"{path.name}: {name}"), tuple(entry["shape"]))
+            f"{prefix}{name}": TensorInfo(
+                dtype_of(entry["dtype"], tensor=f"{path.name}: {name}"), tuple(entry["shape"])
+            )
             for name, entry in header.items()
         }
 
@@ -119,12 +130,19 @@ class Checkpoint:
                 self.files[name] = file
         self.tensors = {name: file.tensors[name] for name, file in self.files.items()}
 
+    @property
+    def beside(self) -> set[str]:
+        """Tensors of modules behind the first: see `module_folders`."""
+        return {name for name, file in self.files.items() if file.prefix}
+
     def read(self, name: str, start: int, count: int) -> Words:
         return self.files[name].read(name, start, count)
 
     @classmethod
     def open(cls, where: str | os.PathLike[str]) -> Checkpoint:
         """Open a folder, a single .safetensors file, or a Hub id (from the cache, or downloaded).
+
+        Of a folder of sentence-transformers that is all modules, of a file that file alone.
 
         Raises:
             CheckpointError: nothing is there, weights are not safetensors, or a file is missing or damaged.
@@ -137,8 +155,10 @@ class Checkpoint:
             return cls([SafetensorsFile(path)], folder=path.parent, label=str(where), single=single)
         entry = _entry(path)
         if entry.suffix == ".json":
-            return cls(_open_indexed(entry), folder=path, label=str(where), index=entry.name)
-        return cls([SafetensorsFile(entry)], folder=path, label=str(where), single=entry.name)
+            files = [*_open_indexed(entry), *_open_modules(path)]
+            return cls(files, folder=path, label=str(where), index=entry.name)
+        files = [SafetensorsFile(entry), *_open_modules(path)]
+        return cls(files, folder=path, label=str(where), single=entry.name)
 
 
 def locate(
@@ -190,6 +210,26 @@ def _open_indexed(index: Path) -> list[SafetensorsFile]:
         expected = f"in {weight_map.get(wrong[0])}"
         found = f"in {held.get(wrong[0])}"
         raise CheckpointError(f"{index}: {wrong[0]}", expected=expected, found=found, remedy=_FETCH_AGAIN)
+    return files
+
+
+def _open_modules(folder: Path) -> list[SafetensorsFile]:
+    """The weights of modules behind the first.
+
+    Raises:
+        CheckpointError: a module has weights in other files than `model.safetensors`.
+    """
+    files = []
+    for place, name in module_folders(folder).items():
+        path = folder / place / SINGLE
+        if path.exists():
+            files.append(SafetensorsFile(path, prefix=f"{name}."))
+            continue
+        others = sorted(file for file in path.parent.rglob("*") if file.suffix in _WEIGHT_SUFFIXES)
+        if others:
+            remedy = "convert it: SentenceTransformer(folder).save_pretrained(new_folder) writes safetensors"
+            found = str(others[0].relative_to(path.parent))
+            raise CheckpointError(str(path.parent), expected=SINGLE, found=found, remedy=remedy)
     return files
 
 

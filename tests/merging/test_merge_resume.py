@@ -327,6 +327,22 @@ def test_other_inputs_begin_anew(
     assert set(state_of(out)) == set(NAMES)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_another_later_module_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: list[str], which: int
+) -> None:
+    base = {name: torch.ones(4) for name in NAMES}
+    folders = [write_state(base, tmp_path / "in/base"), write_state(base, tmp_path / "in/model")]
+    for folder in folders:
+        write_state({"weight": torch.ones(4)}, folder / "1_Dense")
+        (folder / "modules.json").write_text('[{"path": "", "name": "0"}, {"path": "1_Dense", "name": "1"}]')
+    interrupted(folders, tmp_path / "out", monkeypatch, 7, KeyboardInterrupt())
+    os.utime(folders[which] / "1_Dense/model.safetensors", ns=(1, 1))
+    work.clear()
+    merge(folders[0], folders[1:], tmp_path / "out")
+    assert sorted(work) == ["1.weight", *NAMES]
+
+
 def test_what_changed_in_memory_begins_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: list[str]
 ) -> None:
