@@ -15,7 +15,8 @@ from typing import Union
 from ..errors import ConfigError, DeviceMemoryError
 from ..package.reader import DeltaPackage, checking
 from ..weights.fingerprint import Fingerprint
-from ..weights.live import Live, LiveWeights
+from ..weights.live import LiveWeights
+from ..weights.named_tensors import Live
 from . import device_packages as device
 from .chain import Link, open_chain
 from .in_place import check_fits

@@ -16,7 +16,8 @@ from ..package.reader import DeltaPackage, checking
 from ..parallel.ranks import Ranks
 from ..parallel.threads import ordered_map
 from ..weights.fingerprint import Fingerprint, fingerprints, total
-from ..weights.live import Change, Live, LiveWeights, check_same_tensors
+from ..weights.live import Change, LiveWeights, check_same_tensors
+from ..weights.named_tensors import Live
 from ..weights.ownership import Span, Spans
 from ..weights.protocol import TensorInfo
 from . import device_packages as device

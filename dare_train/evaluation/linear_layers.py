@@ -11,10 +11,9 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
-from ..weights import live_lora as lora
 from ..weights import sharding as engines
-from ..weights.checkpoint_names import as_in_files
-from ..weights.live import LiveWeights, checkpoint_tensors
+from ..weights.live import LiveWeights
+from ..weights.named_tensors import NamedTensors
 from ..weights.sharding import Held
 
 Batch = Mapping[str, Any]
@@ -211,9 +210,8 @@ def named_places(model: Any, *, adapters: bool = True) -> dict[str, Held]:
             found=found,
             remedy=remedy,
         )
-    tensors: Mapping[str, torch.Tensor] = dict(checkpoint_tensors(model))
-    if live.adapted:
-        tensors, _ = lora.base_tensors(model, tensors)
+    named = NamedTensors(model)
+    tensors = named.tensors
     held = engines.held(tensors.items(), model)
     ids = {id(tensor) for tensor in tensors.values()}
     if not live.whole or any(
@@ -226,4 +224,5 @@ def named_places(model: Any, *, adapters: bool = True) -> dict[str, Held]:
             found="shards (FSDP, ZeRO-3)",
             remedy=remedy,
         )
-    return as_in_files(model.get_base_model() if live.adapted else model, held)
+    places = named.places(held)
+    return {file: held[name].part(start, shape) for file, (name, start, shape) in places.items()}

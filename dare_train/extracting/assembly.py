@@ -74,6 +74,9 @@ class Provenance:
     config: DareConfig
     continues: Literal["base", "package"] = "base"
     rescale: Literal["paper", "none", "carried"] | None = None
+    run: str = ""
+    note: str = ""
+    """For the model card."""
 
 
 @dataclass
@@ -146,8 +149,9 @@ def write_manifest(
         parts=number_parts(staging, parts),
         files=files,
         written_by=f"dare_train {__version__}",
+        run=source.run,
     )
-    (staging / "README.md").write_text(card.text(manifest))
+    (staging / "README.md").write_text(card.text(manifest, source.note))
     (staging / manifests.MANIFEST).write_bytes(manifests.dump(manifest))
     return magnitudes
 

@@ -92,6 +92,8 @@ class Manifest:
     files: tuple[FileRecord, ...] = ()
     """Configuration and tokenizer files that differ from the base's."""
     written_by: str = ""
+    run: str = ""
+    """The training that wrote it, by a name that no other has; empty where none did."""
 
     @property
     def parent(self) -> str:
@@ -122,6 +124,7 @@ def dump(manifest: Manifest) -> bytes:
         "format": "dare_train",
         "format_version": FORMAT_VERSION,
         "written_by": manifest.written_by,
+        **({"run": manifest.run} if manifest.run else {}),
         "base_model": manifest.base_model,
         "parent": {"continues": manifest.continues, "fingerprint": manifest.parent},
         "result": manifest.result,

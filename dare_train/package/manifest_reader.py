@@ -104,6 +104,7 @@ def _manifest(get: _Fields) -> Manifest:
         parts=tuple(_file(_Fields(item, get.where)) for item in get.list_of("parts", dict)),
         files=tuple(_companion(_Fields(item, get.where)) for item in get.list_of("files", dict)),
         written_by=get("written_by", str),
+        run=get("run", str) if "run" in get.data else "",
     )
     for what, names in (
         ("tensor", [record.name for record in manifest.tensors]),

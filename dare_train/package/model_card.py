@@ -33,11 +33,13 @@ or, on the command line, `dare-train apply {base} path/to/this/folder --out mode
 | seed | {seed} |
 | tensors | {deltas} as deltas, {whole} whole, {base_count} as in the base |
 | result fingerprint | `{result}` |
-"""
+{note}"""
 
 
-def text(manifest: Manifest) -> str:
-    """Markdown with the Hub's metadata block; `base_model` is given there only when it is a Hub id."""
+def text(manifest: Manifest, note: str = "") -> str:
+    """Markdown with the Hub's metadata block; `base_model` is given there only when it is a Hub id. `note` is
+    a paragraph for the end.
+    """
     kinds = [record.kind for record in manifest.tensors]
     rates = sorted({record.p for record in manifest.tensors if record.kind == "delta"})
     base = manifest.base_model
@@ -51,4 +53,5 @@ def text(manifest: Manifest) -> str:
         whole=kinds.count("whole"),
         base_count=kinds.count("base"),
         result=manifest.result,
+        note=note and f"\n{note}\n",
     )

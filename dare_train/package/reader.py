@@ -143,8 +143,9 @@ class DeltaPackage:
         return api.upload_folder(repo_id=repo_id, folder_path=self.path, **options)
 
     def __repr__(self) -> str:
-        size = f"{self.stats['bits_per_parameter']:.3f} bits per parameter"
-        return f"DeltaPackage({self.name!r}, {size}, on {self.manifest.base_model!r})"
+        gone = "" if self.path.is_dir() else ", removed since it was opened"
+        count = len(self.manifest.tensors)
+        return f"DeltaPackage({self.name!r}, {count} tensors, on {self.manifest.base_model!r}{gone})"
 
 
 @contextmanager

@@ -181,6 +181,57 @@ class Ranks:
         return [answer[: int(size)].numpy().tobytes() for answer, size in zip(answers, sizes, strict=True)]
 
 
+class Roll:
+    """Who takes part in something, told without waiting: a rank that does not know of it answers nothing.
+
+    Args:
+        what: by which it is told apart from others; the same on every rank.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._key = f"dare_train/{what}"
+
+    def sign(self) -> None:
+        """Say that this process takes part; nothing where it is alone."""
+        store, rank, _ = _store()
+        if store is not None:
+            store.set(f"{self._key}/{rank}", b"here")
+
+    def check(self, patience: timedelta) -> None:
+        """Wait until all processes have signed.
+
+        Raises:
+            ConfigError: naming those that have not.
+        """
+        store, _, world = _store()
+        if store is None:
+            return
+        keys = {rank: f"{self._key}/{rank}" for rank in range(world)}
+        try:
+            store.wait(list(keys.values()), patience)
+        except RuntimeError as error:
+            missing = [str(rank) for rank, key in keys.items() if not store.check([key])]
+            raise ConfigError(
+                "DareCallback",
+                expected=f"the same callback on all {world} processes",
+                found=f"none on rank {', '.join(missing)}",
+                remedy="give it to every process's Trainer, not to the main one's alone",
+            ) from error
+
+
+def _store() -> tuple[Any, int, int]:
+    """Where processes of `torch.distributed` can leave word for one another, this one's rank, and how many
+    they are; None for the place where it is alone.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None, 0, 1
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store(), dist.get_rank(), dist.get_world_size()
+
+
 def _told(failure: Exception | None) -> tuple[str, int] | None:
     """Message and exit code."""
     if failure is None:

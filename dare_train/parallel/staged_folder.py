@@ -98,7 +98,7 @@ def shared_staging(
     with ExitStack() as stack:
         staged = staged_folder(out, overwrite=overwrite, sync=sync, inputs=inputs, resume=resume)
         ranks.together(lambda: _enter(stack, staged) if ranks.first else None)
-        ranks.together(lambda: _check_visible(partial_name(out)))
+        ranks.together(lambda: check_visible(partial_name(out)))
         yield partial_name(out)
         ranks.together(stack.close)
 
@@ -107,7 +107,11 @@ def _enter(stack: ExitStack, context: AbstractContextManager[Path]) -> None:
     stack.enter_context(context)
 
 
-def _check_visible(staging: Path) -> None:
+def check_visible(staging: Path) -> None:
+    """
+    Raises:
+        RankError: this rank does not see a folder that the first one made.
+    """
     if not staging.is_dir():
         remedy = "put the output folder on a file system that all nodes share"
         raise RankError(

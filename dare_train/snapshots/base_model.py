@@ -4,27 +4,33 @@ it.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from ..errors import BaseMismatch, CheckpointError, TensorMismatch
+from ..errors import BaseMismatch, CheckpointError, ConfigError, TensorMismatch
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging
-from ..parallel.threads import ordered_map
+from ..weights.adapters_on_files import AdaptersOnFiles, check_full_precision
 from ..weights.alignment import align, cast_to
 from ..weights.checkpoint import SINGLE, Checkpoint, locate
-from ..weights.checkpoint_names import unwrapped
 from ..weights.checkpoint_writer import CheckpointWriter, Layout
 from ..weights.fingerprint import Fingerprint, fingerprints, model_fingerprint
 from ..weights.live import LiveWeights
+from ..weights.live_lora import Merged
 from ..weights.protocol import SEGMENT, Weights, runs
+from ..weights.wrapped import inner_model
+from . import comparing
 
-_MAJORITY = 0.5
+_log = logging.getLogger("dare_train")
+_NEAR = 0.5
+"""Relative distance up to which a tensor under an adapter counts as the base's, moved: an initialisation of
+its own is at about 1.4."""
+_ROUNDED = 0.01
+"""Relative distance that rounding to 16 bits and back stays below."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,20 +66,45 @@ def from_disk(live: LiveWeights, where: str | os.PathLike[str], *, compare: bool
     """The origin at a path or Hub id. With `compare`, the live weights are expected to be the base's.
 
     Tensors whose bits differ are `fresh`. Returns None when most of the shared weights differ: then the run
-    began elsewhere.
+    began elsewhere. What is under an adapter may have been moved by how the adapter begins (PiSSA, OLoRA):
+    there the merged weights count, and as fresh only where they are far from the base's.
 
     Raises:
         CheckpointError, TensorMismatch: it cannot be read, or has nothing to do with the model.
+        ConfigError: the model is quantised, and these are not its weights in full precision.
     """
     base = live.ranks.each(lambda: _open(live, where))
+    if live.packed:
+        return _under_packed(live, where, base)
     fresh: set[str] = set()
     if compare:
-        fresh = set().union(*live.ranks.together(lambda: _differing(live, base.weights)))
-        shared = sum(info.numel for name, info in live.tensors.items() if name in base.weights.tensors)
-        differing = sum(live.tensors[name].numel for name in fresh)
-        if differing > _MAJORITY * shared:
+        updates = live.updates()
+        differing = comparing.differing(live, base.weights)
+        adapted = differing & updates.keys()
+        if comparing.most(live, base.weights, differing - adapted, besides=updates.keys()):
             return None
+        distances = comparing.relative_distances(
+            Merged(live, updates, live.tensors), live, base.weights, adapted
+        )
+        fresh = differing - {name for name, distance in distances.items() if distance <= _NEAR}
     fresh |= live.trained_whole
+    return _origin(str(where), base, fresh, live.ranks)
+
+
+def _under_packed(live: LiveWeights, where: str | os.PathLike[str], base: _OpenedBase) -> Origin:
+    """The files that a quantised model's adapters go on: in their own dtypes. What is not packed has to be
+    theirs, but for rounding; what is not counts as fresh.
+    """
+    plain = (live.tensors.keys() & base.weights.tensors.keys()) - live.trained - live.trained_whole
+    distances = comparing.relative_distances(live, live, base.weights, plain)
+    far = {name for name, distance in distances.items() if distance > _ROUNDED}
+    if far and comparing.most(live, base.weights, far, besides=live.tensors.keys() - plain):
+        name = min(far)
+        expected = "the full-precision model that was quantised"
+        found = f"another, whose {name} differs"
+        raise BaseMismatch(f"base {where}", expected=expected, found=found, remedy="pass base=")
+    fresh = far | (live.tensors.keys() - base.weights.tensors.keys()) | live.trained_whole
+    AdaptersOnFiles(live, base.weights, fresh)
     return _origin(str(where), base, fresh, live.ranks)
 
 
@@ -85,10 +116,10 @@ class _OpenedBase(NamedTuple):
     prefix: str = ""
 
 
-def _open(live: Weights, where: str | os.PathLike[str]) -> _OpenedBase:
+def _open(live: LiveWeights, where: str | os.PathLike[str]) -> _OpenedBase:
     checkpoint = Checkpoint.open(locate(where, local_only=True))
     aligned, prefix = align(checkpoint, live.tensors.keys(), model=live.label)
-    return _OpenedBase(checkpoint, cast_to(aligned, live.tensors), prefix)
+    return _OpenedBase(checkpoint, aligned if live.packed else cast_to(aligned, live.tensors), prefix)
 
 
 def from_live(live: LiveWeights, folder: Path, companions: Mapping[str, str]) -> Origin:
@@ -125,52 +156,135 @@ def establish(
     Raises:
         CheckpointError, TensorMismatch: a base was given that cannot be read, or has nothing to do with the
             model.
+        ConfigError: the model is quantised, and its full-precision weights are not at hand.
+    """
+    return at_hand(live, model, folder, base=base) or kept(live, model, folder)
+
+
+def at_hand(
+    live: LiveWeights, model: Any, folder: Path, *, base: str | os.PathLike[str] | None = None
+) -> Origin | None:
+    """The same as `establish` as far as it is on disk already: in `folder`, too, from a run that began with
+    the same weights.
     """
     if base is not None:
-        origin = from_disk(live, base, compare=False)
-        assert origin is not None, "only a comparison can reject a base"
+        return from_disk(live, base, compare=False)
+    origin = find(live, loaded_from(model))
+    if origin is not None or live.packed:
         return origin
-    return find(live, loaded_from(model)) or from_live(live, folder, _configuration(model))
+    kept_before = find(live, str(folder)) if all(live.ranks.gather(folder.is_dir())) else None
+    same = kept_before is not None and kept_before.fresh == live.trained_whole
+    return kept_before if same else None
+
+
+def kept(live: LiveWeights, model: Any, folder: Path) -> Origin:
+    """The live weights as they are, kept in `folder`; one line says so, and why.
+
+    Raises:
+        ConfigError: the model is quantised.
+    """
+    name = loaded_from(model)
+    if live.packed:
+        expected = "the full-precision model that was quantised, since adapters are merged into that"
+        found = f"none at {name}" if name else "none that the model names"
+        raise ConfigError("base", expected=expected, found=found, remedy="pass base= (a folder or a Hub id)")
+    why = "the model does not say where it was loaded from"
+    if name is not None:
+        why = f"{name} has no weights to be read here"
+        if all(live.ranks.gather(_readable(live, name))):
+            why = f"the model's weights are not those of {name}"
+    if live.ranks.first:
+        megabytes = sum(info.nbytes for info in live.tensors.values()) / 1e6
+        _log.warning(
+            "base of the packages: a copy of the model as it is now, %.1f MB in %s, since %s; base= names "
+            "another, and saves the copy",
+            megabytes,
+            folder,
+            why,
+        )
+    return from_live(live, folder, _configuration(model))
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """What a process sees of a model before anything is trained, without asking the others."""
+
+    where: str
+    """Where the model was loaded from."""
+    differing: frozenset[str]
+    """Tensors that are not as they are there, of what lies in this process."""
+
+
+def first_look(model: Any, base: str | os.PathLike[str] | None) -> FirstLook | None:
+    """Where a model's base is, and what it has that its base has not; None where it has none on disk.
+
+    Raises:
+        ConfigError: the model is quantised, and its full-precision weights are not at hand.
+    """
+    live = LiveWeights(model, but_packed=True)
+    where = loaded_from(model) if base is None else os.fspath(base)
+    opened = _opened(live, where) if where else None
+    if live.packed:
+        if opened is None or where is None:
+            kept(live, model, Path())
+        else:
+            check_full_precision(live, opened.weights)
+    if where is None or opened is None or base is not None:
+        return None
+    return FirstLook(where, frozenset(comparing.differing_here(live, opened.weights, live.held)))
+
+
+def begun_at(look: FirstLook, live: LiveWeights) -> Origin:
+    """The origin of a run whose model was seen before its first step. All ranks call it together.
+
+    Raises:
+        CheckpointError: it is gone.
+    """
+    base = live.ranks.each(lambda: _open(live, look.where))
+    apart = set[str]().union(*live.ranks.gather(sorted(look.differing)))
+    fresh = (apart - live.updates().keys()) & live.tensors.keys() | live.trained_whole
+    return _origin(look.where, base, fresh, live.ranks)
 
 
 def loaded_from(model: Any) -> str | None:
     """The path or Hub id that a model was given to `from_pretrained`, if it says so."""
-    model = unwrapped(model)
+    inner: Any = inner_model(model).model
+    config = getattr(inner, "config", None)
+    of_diffusers = config.get("_name_or_path") if isinstance(config, Mapping) else None
     return (
-        getattr(getattr(model, "config", None), "name_or_path", None)
-        or getattr(model, "name_or_path", None)
-        or None
+        of_diffusers or getattr(config, "name_or_path", None) or getattr(inner, "name_or_path", None) or None
     )
 
 
 def _configuration(model: Any) -> dict[str, str]:
-    config = getattr(unwrapped(model), "config", None)
-    return {"config.json": config.to_json_string(use_diff=False)} if config is not None else {}
+    inner: Any = inner_model(model).model
+    config: Any = getattr(inner, "config", None)
+    if hasattr(config, "to_json_string"):
+        return {"config.json": config.to_json_string(use_diff=False)}
+    return {"config.json": inner.to_json_string()} if hasattr(inner, "to_json_string") else {}
 
 
-def recall(record: Mapping[str, Any], live: LiveWeights) -> Origin:
-    """The origin that an earlier part of the run put on record.
+def recall(record: Mapping[str, Any], live: LiveWeights, elsewhere: Sequence[str] = ()) -> Origin:
+    """The origin that an earlier part of the run put on record; or `elsewhere`, where the same weights are.
 
     Raises:
         BaseMismatch: it is gone, or no longer what it was.
     """
     remedy = "put it back where it was, or pass base= to the callback"
-    try:
-        base = live.ranks.each(lambda: _open(live, record["folder"]))
-    except CheckpointError as error:
-        raise BaseMismatch(
-            "base of the resumed run", expected=record["folder"], found=str(error.found), remedy=remedy
-        ) from error
-    origin = _origin(record["name"], base, set(record["fresh"]), live.ranks)
-    if origin.fingerprint != record["fingerprint"]:
-        expected = f"fingerprint {record['fingerprint'][:12]}…, as at the start of the run"
-        raise BaseMismatch(
-            f"base of the resumed run: {record['folder']}",
-            expected=expected,
-            found=f"{origin.fingerprint[:12]}…",
-            remedy=remedy,
-        )
-    return origin
+    found = "nothing there"
+    for where in dict.fromkeys((record["folder"], *elsewhere)):
+        if not all(live.ranks.gather(_readable(live, where))):
+            continue
+        base = live.ranks.each(lambda where=where: _open(live, where))  # type: ignore[misc]
+        moved = where != record["folder"] and record["name"].startswith(("/", ".", "~"))
+        origin = _origin(where if moved else record["name"], base, set(record["fresh"]), live.ranks)
+        if origin.fingerprint == record["fingerprint"]:
+            return origin
+        if where == record["folder"]:
+            found = f"one with fingerprint {origin.fingerprint[:12]}…"
+    expected = f"one with fingerprint {record['fingerprint'][:12]}…, as at the start of the run"
+    name = f"base of the resumed run: {record['folder']}"
+    raise BaseMismatch(name, expected=expected, found=found, remedy=remedy)
 
 
 def _origin(name: str, base: _OpenedBase, fresh: set[str], ranks: Ranks) -> Origin:
@@ -200,25 +314,6 @@ def _shared_fingerprint(weights: Weights, ranks: Ranks) -> str:
     )
 
 
-def _differing(live: LiveWeights, base: Weights) -> list[str]:
-    """Tensors of both whose own part here does not hold the base's bits, up to rows added at the end."""
-
-    def same(name: str) -> bool:
-        info = live.tensors[name]
-        base_info = base.tensors[name]
-        before = base_info.shape
-        after = info.shape
-        grown = bool(after) and after[1:] == before[1:] and after[0] >= before[0]
-        if info.dtype != base_info.dtype or not (after == before or grown):
-            return False
-        spans = [(begin, min(end, base_info.numel)) for begin, end in live.owned[name]]
-        work = [(begin + s, n) for begin, end in spans for s, n in runs(end - begin, SEGMENT)]
-        return all(np.array_equal(live.read(name, s, n), base.read(name, s, n)) for s, n in work)
-
-    shared = [name for name in live.tensors if name in base.tensors]
-    return [name for name, equal in zip(shared, ordered_map(same, shared), strict=True) if not equal]
-
-
 def find(live: LiveWeights, name_or_path: str | None) -> Origin | None:
     """The origin that `from_pretrained` loaded a model from, or None when there is none to be had on this
     machine.
@@ -231,8 +326,11 @@ def find(live: LiveWeights, name_or_path: str | None) -> Origin | None:
 
 
 def _readable(live: LiveWeights, where: str) -> bool:
+    return _opened(live, where) is not None
+
+
+def _opened(live: LiveWeights, where: str) -> _OpenedBase | None:
     try:
-        _open(live, where)
+        return _open(live, where)
     except (CheckpointError, TensorMismatch):
-        return False
-    return True
+        return None

@@ -5,31 +5,41 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
+import uuid
+import weakref
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import DareConfig, Patterns, Rescale, Values
-from ..errors import BaseMismatch, ConfigError
+from ..errors import BaseMismatch, ConfigError, SnapshotError
 from ..kernels.backends import checked
 from ..package.reader import DeltaPackage
-from ..parallel.ranks import Ranks
-from ..parallel.staged_folder import COMPANIONS, sweep_folder
+from ..parallel.ranks import Ranks, Roll
+from ..parallel.staged_folder import check_visible, sweep_folder
 from ..weights.live import LiveWeights, Source
 from ..weights.sharding import SUPPORTED
+from ..weights.wrapped import inner_model
 from . import wandb_snapshots
-from .base_model import Origin, establish, find, loaded_from, recall
-from .callback_options import When, check_options, schedule
-from .received_weights import ReceivedWeights
+from .base_model import FirstLook, Origin, at_hand, begun_at, first_look, kept, loaded_from, recall
+from .callback_options import OnError, When, check_options, schedule
+from .companions import save_companions
+from .guest import as_guest, tell, tell_again
+from .receiver_evaluation import evaluate_received
+from .run_folder import BASE, FINAL, RunFolder
 from .shared_pass import Order, Snapshot, take_together
-from .snapshotter import Snapshotter, step_folders
+from .snapshotter import Snapshotter
 
 _STATE = "dare_train"
+
+_ROLL_PATIENCE = timedelta(seconds=45)
+"""How long a rank waits for others that had not signed when their Trainers were made."""
 
 _ENGINES = {
     "NO",
@@ -54,11 +64,14 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         base: folder or Hub id that deltas are relative to. By default where the model was loaded from, if its
             weights still are the ones on disk when training starts; otherwise the weights at the start, kept
             in `{output_dir}/{name}/base`.
-        keep: how many `step-*` packages stay; older ones are removed. All, by default.
+        keep: how many `step-*` packages stay; older ones of this run are removed. All, by default.
+        keep_best: the package of the best checkpoint by the Trainer's metric stays whatever `keep` says.
         incremental: each package continues the one before. Together they are a chain; its every result has
             the same bits as the package on the base would have given.
-        evaluate: after each evaluation, also evaluate the model as a receiver of the package gets it; metrics
-            are logged with the prefix `eval_{name}`.
+        evaluate: after each evaluation, also evaluate the model as a receiver of the package gets it, on the
+            same data; metrics are logged with the prefix `eval_{name}`.
+        on_error: "warn": what fails after training began is logged as an error, counted in the Trainer's log
+            as `dare/failures`, and told again at the end; training goes on. "raise": it ends.
         source: "weights", or "master": the fp32 values that DeepSpeed ZeRO keeps beside 16-bit weights.
         kernels: which gather kept weights, "cpu", "cuda" or "torch": see `apply_`.
         name: of the folder, the metrics and the wandb artifact; several callbacks in one run need different
@@ -68,12 +81,14 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     Attributes:
         packages: every snapshot of this process, oldest first, as `Snapshot`.
         waited: seconds for which training stood still, one for each snapshot taken.
+        failures: what failed in this training, with `on_error="warn"`.
 
     Raises:
-        ConfigError: at construction, for values that are wrong or conflict; at train begin, for an engine
-            that is not supported.
+        ConfigError: at construction, for values that are wrong or conflict; at `Trainer()` or train begin,
+            for an engine, an adapter or a quantised model that is not supported, or where another process's
+            Trainer has not this callback.
         BaseMismatch: at train begin, when a resumed run's base cannot be established.
-        SnapshotError: a package could not be written; raised in the training process at its next step.
+        SnapshotError: a package could not be written, with `on_error="raise"`; at the next step.
     """
 
     def __init__(
@@ -90,8 +105,10 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         when: When | Sequence[When] = ("save", "end"),
         base: str | os.PathLike[str] | None = None,
         keep: int | None = None,
+        keep_best: bool = False,
         incremental: bool = False,
         evaluate: bool = False,
+        on_error: OnError = "warn",
         source: Source = "weights",
         kernels: str | None = None,
         name: str = "dare",
@@ -108,21 +125,34 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             allow_nonfinite=allow_nonfinite,
         )
         self.events, self.every = schedule(when)
-        check_options(keep, incremental, values, name)
-        if source not in get_args(Source):
-            raise ConfigError("source", expected='"weights" or "master"', found=repr(source))
+        check_options(
+            keep=keep,
+            keep_best=keep_best,
+            incremental=incremental,
+            values=values,
+            name=name,
+            on_error=on_error,
+            source=source,
+        )
         self.base = base
         self.keep = keep
+        self.keep_best = keep_best
         self.incremental = incremental
         self.evaluate = evaluate
         self.source = source
         self.kernels = checked(kernels, "kernels")
         self.name = name
         self.artifact = artifact
+        self.on_error = on_error
+        self.failures: list[Exception] = []
         self.packages: list[Snapshot] = []
         self.waited: list[float] = []
+        self._roll = Roll(f"callback/{name}")
         self._ranks: Ranks | None = None
-        self._at_init: Origin | None = None
+        self._at_init: FirstLook | None = None
+        self._begun: tuple[weakref.ref[Any], Origin] | None = None
+        """The model of the last training, and its base."""
+        self._folder: RunFolder | None = None
         self._snapshotter: Snapshotter | None = None
         self._attached: Trainer | None = None
         self._trainer: Trainer | None = None
@@ -141,7 +171,8 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         """
         self._attached = trainer
 
-    # The events of a run, in the order in which the Trainer sends them.
+    # The events of a run, in the order in which the Trainer sends them. It may be refused up to train begin;
+    # after that, training does not end because of it.
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
@@ -149,8 +180,9 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         """The weights are the base's here even when the run is about to resume: remember which of them are
         not on disk.
         """
-        if model is not None and self.base is None:
-            self._at_init = find(LiveWeights(model, ranks=self._joined()), loaded_from(model))
+        self._roll.sign()
+        if model is not None:
+            self._at_init = first_look(_module(model), self.base)
 
     def on_train_begin(
         self,
@@ -162,86 +194,177 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         _check_engine()
+        self._end_interrupted()
+        self._roll.sign()
+        self._roll.check(_ROLL_PATIENCE)
+        model = _module(model)
         self._trainer = self._attached or _calling_trainer()
+        live = LiveWeights(
+            model, source=self.source, ranks=self._joined(), kernels=self.kernels, but_packed=True
+        )
+        self._check_evaluation(live)
+        path = _output_folder(args, state, self._trainer) / self.name
+        record = _on_record(state, self.name) if state.global_step else None
+        self._folder = RunFolder(path, _name_of_run(record, live.ranks))
+        origin = self._establish(state, live, model, record)
+        self._snapshotter = Snapshotter(
+            origin,
+            self.config,
+            live,
+            incremental=self.incremental,
+            source=self.source,
+            run=self._folder.run,
+        )
+        self._companions = _shared_companions(live.ranks, model, processing_class, path, origin)
+        if self.incremental:
+            self._snapshotter.chain = self._folder.own(up_to=state.global_step)
+        self._remember(state, origin)
+        self.failures = []
+        self._last_taken = -1
+        self._training = True
+        if record is not None:
+            self._make_up(args, state, model)
+
+    @as_guest
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
+    ) -> None:
+        self._collect_finished(args, state)
+        self._snapshot("step", state, model)
+
+    @as_guest
+    def _collect_finished(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self._snapshotter is not None:
+            self._collect(self._snapshotter.finished())
+
+    @as_guest
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        *_: Any,
+        model: Any = None,
+        metrics: Any = None,
+        eval_dataloader: Any = None,
+        **__: Any,
+    ) -> None:
+        if self.evaluate and self._snapshotter is not None and self._folder is not None:
+            assert self._trainer is not None, "train begin refuses evaluate without a Trainer"
+            evaluate_received(
+                self._trainer,
+                _module(model),
+                self._snapshotter,
+                self._folder.path,
+                name=self.name,
+                loader=eval_dataloader,
+                metrics=metrics or {},
+            )
+
+    @as_guest
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
+    ) -> None:
+        self._snapshot("save", state, model)
+
+    @as_guest
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
+    ) -> None:
+        self._snapshot("epoch", state, model)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
+    ) -> None:
+        self._take_last(args, state, model)
+        self._close(args, state)
+        tell_again(self)
+
+    @as_guest
+    def _take_last(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        self._snapshot("end", state, model)
+
+    @as_guest
+    def _close(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Wait for the last package."""
+        self._training = False
+        if self._snapshotter is not None:
+            try:
+                self._collect(self._snapshotter.close())
+            finally:
+                self._forget_companions()
+
+    def _end_interrupted(self) -> None:
+        """A training before this one ended without an event: by Ctrl-C, or for want of memory."""
+        if self._training and self._snapshotter is not None:
+            self._training = False
+            try:
+                self._collect(self._snapshotter.close())
+            except SnapshotError as error:
+                if self.on_error == "raise":
+                    raise
+                tell(self, error)
+            self._forget_companions()
+
+    def _forget_companions(self) -> None:
+        if self._joined().first and self._companions.is_dir():
+            shutil.rmtree(self._companions)
+
+    # Establishing the base.
+
+    def _check_evaluation(self, live: LiveWeights) -> None:
         if self.evaluate and self._trainer is None:
             remedy = "hand it over: callback.attach(trainer)"
             raise ConfigError(
                 "evaluate", expected="a Trainer", found="events of another caller", remedy=remedy
             )
-        folder = self._folder(args)
-        ranks = self._joined()
-        ranks.together(lambda: sweep_folder(folder) if ranks.first else None)
-        live = LiveWeights(model, source=self.source, ranks=ranks, kernels=self.kernels)
-        if self.evaluate and live.adapted:
-            remedy = "apply a package to the base and evaluate that"
+        if self.evaluate and live.packed:
+            remedy = "apply the package to the full-precision base and evaluate that"
             raise ConfigError(
-                "evaluate", expected="a model without adapters", found="a PEFT model", remedy=remedy
+                "evaluate", expected="weights in full precision", found="quantised ones", remedy=remedy
             )
-        origin = (
-            self._resumed_origin(state, live)
-            if state.global_step
-            else establish(live, model, folder / "base", base=self.base)
-        )
-        self._snapshotter = Snapshotter(
-            origin, self.config, live, incremental=self.incremental, source=self.source
-        )
-        folders = ranks.together(
-            lambda: _save_companions(model, processing_class, folder) if ranks.first else ""
-        )
-        self._companions = Path(folders[0])
-        if self.incremental:
-            self._snapshotter.chain = [
-                path
-                for path in step_folders(folder)
-                if state.global_step and _step_of(path) <= state.global_step
-            ]
-        self._remember(state, origin)
-        self._last_taken = -1
-        self._training = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
-    ) -> None:
-        if self._snapshotter is not None:
-            self._collect(self._snapshotter.finished())
-        self._snapshot("step", args, state, model)
+    def _establish(
+        self, state: TrainerState, live: LiveWeights, model: Any, record: Mapping[str, Any] | None
+    ) -> Origin:
+        """What packages are relative to, and a folder that holds this run's alone."""
+        assert self._folder is not None, "the folder is known before the base"
+        kept_base = self._folder.path / BASE
+        origin = self._known_origin(state, live, model, kept_base, record)
+        in_use = origin is not None and origin.checkpoint.folder.resolve() == kept_base.resolve()
+        live.ranks.together(lambda: self._clear(state, in_use) if live.ranks.first else None)
+        if origin is None:
+            origin = kept(live, model, kept_base)
+        self._begun = (weakref.ref(inner_model(model).model), origin)
+        return origin
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
-    ) -> None:
-        if self.evaluate and self._snapshotter is not None:
-            self._evaluate_receiver(args, model)
+    def _clear(self, state: TrainerState, base_in_use: bool) -> None:
+        assert self._folder is not None, "the folder is known before it is cleared"
+        sweep_folder(self._folder.path)
+        self._folder.make_way(from_step=state.global_step, base_in_use=base_in_use)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
-    ) -> None:
-        self._snapshot("save", args, state, model)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
-    ) -> None:
-        self._snapshot("epoch", args, state, model)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
-    ) -> None:
-        assert self._snapshotter is not None, "train end without train begin"
-        self._snapshot("end", args, state, model)
-        self._training = False
-        self._collect(self._snapshotter.close())
-        if self._joined().first:
-            shutil.rmtree(self._companions)
-
-    # Establishing the base.
-
-    def _resumed_origin(self, state: TrainerState, live: LiveWeights) -> Origin:
+    def _known_origin(
+        self,
+        state: TrainerState,
+        live: LiveWeights,
+        model: Any,
+        kept_base: Path,
+        record: Mapping[str, Any] | None,
+    ) -> Origin | None:
+        """The base as far as it is on disk: the one given; that of the same model's training before, in this
+        process; of the run that is resumed; or where the model was loaded from.
+        """
         if self.base is not None:
-            return establish(live, None, Path(), base=self.base)
-        record = state.stateful_callbacks.get(_STATE, {}).get("attributes", {}).get(self.name)
+            return at_hand(live, model, kept_base, base=self.base)
         if record is not None:
-            return recall(record, live)
-        if self._at_init is not None and not _is_checkpoint_of_a_run(self._at_init.checkpoint.folder):
-            return self._at_init
+            name = loaded_from(model)
+            return recall(record, live, [str(kept_base), *([name] if name else [])])
+        if self._begun is not None and self._begun[0]() is inner_model(model).model:
+            return self._begun[1]
+        if not state.global_step:
+            return at_hand(live, model, kept_base)
+        seen = live.ranks.gather(self._at_init is not None and not _is_checkpoint_of_a_run(self._at_init))
+        if self._at_init is not None and all(seen):
+            return begun_at(self._at_init, live)
         found = "a resumed run that did not have this callback, and whose model was not loaded from its base"
         raise BaseMismatch(
             "base",
@@ -251,8 +374,16 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         )
 
     def _remember(self, state: TrainerState, origin: Origin) -> None:
+        assert self._folder is not None, "train begin knows the folder"
         entry = state.stateful_callbacks.setdefault(_STATE, {"args": {}, "attributes": {}})
-        entry["attributes"][self.name] = origin.record()
+        entry["attributes"][self.name] = {**origin.record(), "run": self._folder.run}
+
+    def _make_up(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        """The package of the checkpoint that the run goes on from, should a kill have come before it."""
+        assert self._folder is not None, "train begin knows the folder"
+        missing = not self._folder.of_step(state.global_step).exists()
+        if "save" in self.events and self._joined().gather(missing)[0]:
+            self.on_save(args, state, model=model)
 
     # Taking and collecting snapshots.
 
@@ -262,20 +393,25 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             self._ranks = Ranks.joined()
         return self._ranks
 
-    def _folder(self, args: TrainingArguments) -> Path:
-        return Path(args.output_dir) / self.name
-
-    def _snapshot(self, event: str, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+    def _snapshot(self, event: str, state: TrainerState, model: Any) -> None:
         """At most one package for a step, whichever events meet there; and together with all callbacks that
         the event makes take one.
         """
         due = [callback for callback in self._reading_the_same() if callback._is_due(event, state)]
         if self not in due:
             return
-        orders = [callback._order(event, args, state) for callback in due]
-        for callback, before in zip(due, take_together(orders, model, step=state.global_step), strict=True):
+        for callback in due:
             callback._last_taken = _moment(event, state)
-            callback._collect(before)
+            callback._await_last(None, state)
+        take_together(
+            [callback._order(event, state) for callback in due], _module(model), step=state.global_step
+        )
+
+    @as_guest
+    def _await_last(self, args: TrainingArguments | None, state: TrainerState) -> None:
+        """Wait for the snapshot before, so that its failure is not taken for that of the next one."""
+        if self._snapshotter is not None:
+            self._collect(self._snapshotter.wait())
 
     def _reading_the_same(self) -> list[DareCallback]:
         """The Trainer's callbacks that read the same weights as this one, which is among them, in order."""
@@ -283,19 +419,24 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             return [self]
         callbacks = self._trainer.callback_handler.callbacks
         training = [other for other in callbacks if isinstance(other, DareCallback) and other._training]
-        return [other for other in training if (other.source, other.kernels) == (self.source, self.kernels)]
+        return [other for other in training if other._reading() == self._reading()]
+
+    def _reading(self) -> tuple[object, ...]:
+        return () if self._snapshotter is None else self._snapshotter.reading
 
     def _is_due(self, event: str, state: TrainerState) -> bool:
         """Whether the event makes it take a snapshot that it has not taken yet."""
         at_step = event == "step" and self.every is not None and state.global_step % self.every == 0
         return (event in self.events or at_step) and self._last_taken != _moment(event, state)
 
-    def _order(self, event: str, args: TrainingArguments, state: TrainerState) -> Order:
+    def _order(self, event: str, state: TrainerState) -> Order:
         assert self._snapshotter is not None, "snapshot before train begin"
-        folder = self._folder(args)
-        keep = (self.keep, folder) if self.keep is not None else None
-        out = folder / ("final" if event == "end" else f"step-{state.global_step}")
-        return Order(taker=self._snapshotter, out=out, files=self._companions, keep=keep)
+        assert self._folder is not None, "train begin knows the folder"
+        folder = self._folder
+        out = folder.path / FINAL if event == "end" else folder.of_step(state.global_step)
+        best = folder.of_step(state.best_global_step) if self.keep_best and state.best_global_step else None
+        published = None if self.keep is None else partial(folder.forget_old, self.keep, out, best)
+        return Order(taker=self._snapshotter, out=out, files=self._companions, published=published)
 
     def _collect(self, snapshot: Snapshot | None) -> None:
         if snapshot is not None:
@@ -303,20 +444,6 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             self.waited.append(snapshot.waited)
             if self._joined().first:
                 wandb_snapshots.log(snapshot, name=self.name, artifact=self.artifact)
-
-    def _evaluate_receiver(self, args: TrainingArguments, model: Any) -> None:
-        """Evaluate with the weights that a package taken now would give, then put training's own back."""
-        trainer = self._trainer
-        assert trainer is not None, "train begin refuses evaluate without a Trainer"
-        assert self._snapshotter is not None, "evaluation before train begin"
-        received = ReceivedWeights(LiveWeights(model), self._snapshotter, self._folder(args))
-        # A data loader's iterator draws from torch's generator, which is training's.
-        with torch.random.fork_rng(), received:
-            loader = trainer.get_eval_dataloader()
-            output = trainer.evaluation_loop(
-                loader, description=f"Evaluation ({self.name})", metric_key_prefix=f"eval_{self.name}"
-            )
-        trainer.log(output.metrics)
 
 
 def _check_engine() -> None:
@@ -335,22 +462,49 @@ def _check_engine() -> None:
         )
 
 
-def _is_checkpoint_of_a_run(folder: Path) -> bool:
-    return (folder / "trainer_state.json").exists()
+def _is_checkpoint_of_a_run(look: FirstLook) -> bool:
+    return (Path(look.where) / "trainer_state.json").exists()
 
 
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+def _on_record(state: TrainerState, name: str) -> Mapping[str, Any] | None:
+    """What an earlier part of a resumed run remembered of its base."""
+    record: Mapping[str, Any] | None = (
+        state.stateful_callbacks.get(_STATE, {}).get("attributes", {}).get(name)
+    )
+    return record
 
 
-def _save_companions(model: Any, processing_class: Any, folder: Path) -> str:
-    """The model's configuration and tokenizer as files, in a folder beside the packages to come."""
-    folder.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=COMPANIONS, dir=folder))
-    for part in (getattr(model, "config", None), getattr(model, "generation_config", None), processing_class):
-        if part is not None and hasattr(part, "save_pretrained"):
-            part.save_pretrained(folder)
-    return str(folder)
+def _name_of_run(record: Mapping[str, Any] | None, ranks: Ranks) -> str:
+    """The resumed run's, or one that no other has."""
+    mine = uuid.uuid4().hex if record is None else str(record.get("run", ""))
+    return str(ranks.gather(mine)[0])
+
+
+def _output_folder(args: TrainingArguments, state: TrainerState, trainer: Trainer | None) -> Path:
+    """Where the Trainer puts checkpoints: in a hyperparameter search, each trial has a folder of its own."""
+    if state.is_hyper_param_search and trainer is not None:
+        return Path(trainer._get_output_dir(trainer._trial))
+    return Path(args.output_dir)
+
+
+def _shared_companions(ranks: Ranks, model: Any, processing_class: Any, path: Path, origin: Origin) -> Path:
+    """The folder of files that go along with packages: made by the first rank, seen by all.
+
+    Raises:
+        RankError: a rank does not see it.
+    """
+
+    def make() -> str:
+        return save_companions(model, processing_class, path, origin.checkpoint.folder) if ranks.first else ""
+
+    place = Path(ranks.together(make)[0])
+    ranks.together(lambda: check_visible(place))
+    return place
+
+
+def _module(model: Any) -> Any:
+    """The module of what is in training: setfit's model is none itself, and has one."""
+    return model if isinstance(model, torch.nn.Module) else getattr(model, "model_body", model)
 
 
 def _moment(event: str, state: TrainerState) -> int | str:

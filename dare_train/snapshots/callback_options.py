@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Union
+from typing import Literal, Union, get_args
 
 from ..errors import ConfigError
+from ..weights.live import Source
 
 When = Union[str, int]
+OnError = Literal["warn", "raise"]
 
 
 _EVENTS = ("save", "epoch", "end")
@@ -29,7 +31,23 @@ def schedule(when: When | Sequence[When]) -> tuple[frozenset[str], int | None]:
     return frozenset(events), numbers[0] if numbers else None
 
 
-def check_options(keep: int | None, incremental: bool, values: str, name: str) -> None:
+def check_options(
+    *,
+    keep: int | None,
+    keep_best: bool,
+    incremental: bool,
+    values: str,
+    name: str,
+    on_error: str,
+    source: str,
+) -> None:
+    if on_error not in get_args(OnError):
+        raise ConfigError("on_error", expected='"warn" or "raise"', found=repr(on_error))
+    if source not in get_args(Source):
+        raise ConfigError("source", expected='"weights" or "master"', found=repr(source))
+    if keep_best and keep is None:
+        remedy = "without keep, all packages stay"
+        raise ConfigError("keep_best", expected="False without keep", found=repr(keep_best), remedy=remedy)
     if keep is not None and (not isinstance(keep, int) or keep < 1):
         raise ConfigError("keep", expected="a positive number of packages", found=repr(keep))
     if incremental and keep is not None:

@@ -95,7 +95,28 @@ def take_run(
     return Taken(plan, start, count, cpu.take(words, positions))
 
 
-def merged(base: Weights, run: Taken, updates: list[LowRank]) -> Words:
+class Spread:
+    """A run that was copied, as weights that are zero wherever they were not: enough for a sum that is taken
+    element by element.
+    """
+
+    def __init__(self, run: Taken) -> None:
+        self._start = run.start
+        self._words = run.words
+        if run.plan.kind == "delta" and run.start < run.plan.base_numel:
+            self._words = np.zeros(run.length, run.words.dtype)
+            self._words[run.plan.positions(run.start, run.length)] = run.words
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        words = np.zeros(count, self._words.dtype)
+        first = max(start, self._start)
+        stop = min(start + count, self._start + self._words.size)
+        if first < stop:
+            words[first - start : stop - start] = self._words[first - self._start : stop - self._start]
+        return words
+
+
+def merged(base: Readable, run: Taken, updates: list[LowRank]) -> Words:
     """The words of a run with adapters merged into it: the kept ones of a delta, else all."""
     plan = run.plan
     words = merged_words(base, updates, plan.info, plan.name, run.start, run.length)

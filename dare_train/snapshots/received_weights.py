@@ -3,37 +3,59 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
+from ..dtypes import Words
 from ..weights.live import LiveWeights
+from ..weights.live_lora import silenced
+from ..weights.named_tensors import Live
 from .snapshotter import Snapshotter
 
 
-class ReceivedWeights:
-    """A `with` block in which the model is what a receiver gets. The weights it displaces wait in a file, not
-    in memory.
+@contextmanager
+def received_weights(model: Live, snapshotter: Snapshotter, folder: Path) -> Iterator[None]:
+    """Within the block the model is what a receiver gets; afterwards, and if that fails, it is as before. The
+    weights it displaces wait in a file, not in memory. All ranks enter and leave it together.
     """
+    live = LiveWeights(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        displaced = _Displaced(live, file)
+        try:
+            displaced.put(snapshotter)
+            with silenced(model):
+                yield
+        finally:
+            displaced.put_back()
 
-    def __init__(self, live: LiveWeights, snapshotter: Snapshotter, folder: Path) -> None:
-        self._live, self._snapshotter = live, snapshotter
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
 
-    def __enter__(self) -> None:
-        self._file = tempfile.TemporaryFile(dir=self._folder)
-        self._displaced: list[tuple[str, int, int]] = []
-        for name, start, words in self._snapshotter.preview(self._live):
-            self._file.write(self._live.read(name, start, words.size).tobytes())
-            self._displaced.append((name, start, words.size))
-            self._live.overwrite(name, start, words)
+class _Displaced:
+    """Words of the live model that had to make room."""
+
+    def __init__(self, live: LiveWeights, file: IO[bytes]) -> None:
+        self._live = live
+        self._file = file
+        self._runs: list[tuple[str, int, int]] = []
+
+    def put(self, snapshotter: Snapshotter) -> None:
+        runs = snapshotter.preview(self._live)
+        snapshotter.ranks.each(lambda: self._put(runs))
         self._live.settle()
 
-    def __exit__(self, *_: object) -> None:
+    def _put(self, runs: Iterator[tuple[str, int, Words]]) -> None:
+        for name, start, words in runs:
+            self._file.write(self._live.read(name, start, words.size).tobytes())
+            self._runs.append((name, start, words.size))
+            self._live.overwrite(name, start, words)
+
+    def put_back(self) -> None:
         self._file.seek(0)
-        for name, start, size in self._displaced:
+        for name, start, size in self._runs:
             word = self._live.tensors[name].dtype.word
             self._live.overwrite(name, start, np.frombuffer(self._file.read(size * word.itemsize), word))
         self._live.settle()
-        self._file.close()

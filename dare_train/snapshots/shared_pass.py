@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -19,11 +19,13 @@ from ..package.magnitudes import Magnitudes
 from ..package.reader import DeltaPackage
 from ..parallel.ranks import in_shares
 from ..parallel.threads import ordered_map, thread_count
-from ..weights.live import Live, LiveWeights, Source
+from ..weights.live import LiveWeights, Source
+from ..weights.live_lora import Merged
 from ..weights.low_rank import LowRank
+from ..weights.named_tensors import Live
 from ..weights.ownership import Spans
 from ..weights.protocol import Weights
-from .capture import LastRead, Taken, merged, take_run
+from .capture import LastRead, Spread, Taken, merged, take_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,11 @@ class Taker(Protocol):
     """What this process speaks for."""
     positions: dict[tuple[str, int], NDArray[np.int32]]
     """Kept elements of some runs, by tensor and start, worked out before."""
+    live_bases: frozenset[str]
+    """Tensors under adapters whose base is the one in memory, not that in the files."""
+
+    def seen(self, live: LiveWeights) -> LiveWeights:
+        """The weights as packages are to have them."""
 
     def plans_for(self, live: LiveWeights) -> list[TensorPlan]: ...
 
@@ -66,7 +73,8 @@ class Order:
     taker: Taker
     out: Path
     files: Path | None = None
-    keep: tuple[int, Path] | None = None
+    published: Callable[[], object] | None = None
+    """Called on the first rank when the package is in its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +101,11 @@ class Job:
             raise self.failure
         for run in self.taken:
             updates = self.updates.get(run.plan.name) if run.plan.kind != "base" else None
-            yield run if updates is None else replace(run, words=merged(base, run, updates))
+            if updates is None:
+                yield run
+            else:
+                of = Spread(run) if run.plan.name in self.order.taker.live_bases else base
+                yield replace(run, words=merged(of, run, updates))
 
 
 def take_together(orders: Sequence[Order], model: Live, *, step: int) -> list[Snapshot | None]:
@@ -113,8 +125,9 @@ def take_together(orders: Sequence[Order], model: Live, *, step: int) -> list[Sn
     copied = nothing
     failure: Exception | None = None
     try:
-        live = LiveWeights(model, source=takers[0].source, kernels=takers[0].kernels)
-        copied = _copied(live, takers)
+        first = takers[0]
+        live = LiveWeights(model, source=first.source, kernels=first.kernels, but_packed=True)
+        copied = _copied(first.seen(live), takers)
     except Exception as error:  # noqa: BLE001 - raised on all ranks, when they meet
         failure = error
     waited = (time.perf_counter() - began) / len(orders)
@@ -159,15 +172,19 @@ def _copied(live: LiveWeights, takers: Sequence[Taker]) -> _Pass:
         for work in work_of(plans[number], taker.owned)
     ]
     runs.sort(key=lambda run: (run.work.plan.name, run.work.start))
-    on_device = gathered(live, [run.work for run in runs], updates)
+    at_once = {name for name in takers[0].live_bases if any(update.by_rows for update in updates[name])}
+    later = updates.keys() - takers[0].live_bases
+    on_device = gathered(live, [run.work for run in runs], later | at_once)
+    weights = Merged(live, {name: updates[name] for name in at_once}, live.tensors) if at_once else live
     taken: list[list[Taken]] = [[] for _ in takers]
-    for run, copied in zip(runs, _taken(live, takers, runs, on_device, updates), strict=True):
+    for run, copied in zip(runs, _taken(weights, takers, runs, on_device, later), strict=True):
         taken[run.taker].append(copied)
-    return _Pass(plans=plans, taken=taken, updates=updates)
+    merging = {name: of for name, of in updates.items() if name not in at_once}
+    return _Pass(plans=plans, taken=taken, updates=merging)
 
 
 def _taken(
-    live: LiveWeights,
+    weights: Weights,
     takers: Sequence[Taker],
     runs: Sequence[_Run],
     on_device: Sequence[Words | None],
@@ -176,7 +193,7 @@ def _taken(
     """Each run's words: those gathered on a device, or copied here, on threads."""
 
     def copy(places: list[int]) -> list[Taken]:
-        reader = LastRead(live)
+        reader = LastRead(weights)
         wanted = [runs[place] for place in places]
         return [take_run(reader, run.work, takers[run.taker].positions, later) for run in wanted]
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..dtypes import Words
 from ..errors import SnapshotError
 from ..extracting.assembly import (
     Provenance,
+    Work,
     load_tallies,
     save_tallies,
     summed,
@@ -37,11 +39,21 @@ from ..package.manifest import FileRecord
 from ..package.reader import DeltaPackage
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging
-from ..weights.live import Live, LiveWeights, Source
+from ..weights.adapters_on_files import AdaptersOnFiles
+from ..weights.live import LiveWeights, Source
+from ..weights.live_lora import Merged
+from ..weights.named_tensors import Live
+from ..weights.protocol import Chosen, Weights
 from .base_model import Origin, establish, recall
 from .capture import Taken, cut_groups, encode_link, encode_taken, largest_of, link_plan, received, take_run
+from .comparing import adapted_apart
+from .run_folder import step_folders
 from .shared_pass import Job, Order, Snapshot, take_together
 
+_QUANTISED = (
+    "The adapter was trained on a quantised base; this is its update of the full-precision weights, which it "
+    "did not see. Expect a result a little off what training measured."
+)
 POSITIONS_LIMIT = 128 << 20
 """Bytes that masks worked out ahead may take: four for each kept element."""
 
@@ -59,6 +71,7 @@ class Snapshotter:
         incremental: each package continues the one before: a chain whose every result has the bits that a
             package on the base would have given.
         source: what is read where an engine keeps fp32 masters: see `Source`.
+        run: what packages call the training that writes them.
     """
 
     def __init__(
@@ -69,7 +82,9 @@ class Snapshotter:
         *,
         incremental: bool = False,
         source: Source = "weights",
+        run: str = "",
     ) -> None:
+        self.run = run
         self.origin = origin
         self.config = config
         self.incremental = incremental
@@ -78,13 +93,16 @@ class Snapshotter:
         self.chain: list[Path] = []
         self.ranks = live.ranks
         self._line = self.ranks.another()
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="dare-train-writer")
         self._pending: Future[Snapshot] | None = None
+        self.live_bases = adapted_apart(live, origin.weights)
+        self._packed = bool(live.packed)
+        live = self.seen(live)
         self.positions: dict[tuple[str, int], NDArray[np.int32]] = {}
         self.owned = live.owned
         self._held = live.held
         self._planned_for = live.tensors
         self._plans = plan_tensors(origin.weights, live, config, fresh=origin.fresh)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="dare-train-writer")
         self._prepared = self._writer.submit(self._prepare, on_devices(live))
 
     @classmethod
@@ -119,7 +137,7 @@ class Snapshotter:
             ConfigError: the model is laid out in a way that is not known.
             BaseMismatch: the base on record is gone, or no longer what it was.
         """
-        live = LiveWeights(model, source=source, ranks=Ranks.joined(), kernels=kernels)
+        live = LiveWeights(model, source=source, ranks=Ranks.joined(), kernels=kernels, but_packed=True)
         origin = (
             recall(resumed, live)
             if resumed is not None
@@ -145,6 +163,20 @@ class Snapshotter:
                 # Compiled by now, should this be the first run ever.
                 cpu.take(np.empty(0, run.plan.info.dtype.word), positions[:0])
                 held += positions.nbytes
+
+    @property
+    def reading(self) -> tuple[object, ...]:
+        """Equal for those that one pass over the weights can serve."""
+        files = self.origin.fingerprint if self._packed else None
+        return self.source, self.kernels, self.live_bases, files
+
+    def seen(self, live: LiveWeights) -> LiveWeights:
+        """The weights as packages are to have them: over the base's files, where the base in memory is
+        quantised.
+        """
+        if not live.packed:
+            return live
+        return AdaptersOnFiles(live, self.origin.weights, self.origin.fresh & live.tensors.keys())
 
     def plans_for(self, live: LiveWeights) -> list[TensorPlan]:
         """The plans made at the start, as long as names, dtypes and shapes decide them: whether an integer
@@ -183,7 +215,9 @@ class Snapshotter:
         Raises:
             SnapshotError: the snapshot before this one failed.
         """
-        return take_together([Order(taker=self, out=out, files=files, keep=keep)], model, step=step)[0]
+        published = None if keep is None else partial(_keep_newest, *keep, written=out)
+        order = Order(taker=self, out=out, files=files, published=published)
+        return take_together([order], model, step=step)[0]
 
     def submit(self, job: Job) -> None:
         """Write a package behind training."""
@@ -221,18 +255,31 @@ class Snapshotter:
 
     def preview(self, live: LiveWeights) -> Iterator[tuple[str, int, Words]]:
         """(name, flat start, words) of the runs of deltas as a receiver gets them, as far as this process
-        holds them.
+        holds them. All ranks call it together; what comes out of it is each one's own.
         """
         plans = self.plans_for(live)
-        base = self.origin.weights
+        weights = self._merged(live)
         groups: dict[int, dict[int, float]] = {}
         if not live.whole:
-            every = (take_run(live, run, {}) for run in work_of(plans, live.held))
-            groups = largest_of(self.ranks.together(lambda: cut_groups(base, every)))
-        for run in work_of([plan for plan in plans if plan.kind != "whole"], live.held):
+            every = (take_run(weights, run, {}) for run in work_of(plans, live.held))
+            groups = largest_of(self.ranks.together(lambda: cut_groups(self.origin.weights, every)))
+        return self._previews(weights, work_of([p for p in plans if p.kind != "whole"], live.held), groups)
+
+    def _previews(
+        self, weights: Weights, work: Iterable[Work], groups: Mapping[int, Mapping[int, float]]
+    ) -> Iterator[tuple[str, int, Words]]:
+        for run in work:
             plan = replace(run.plan, cut_groups=groups.get(run.plan.index, {}))
-            taken = replace(take_run(live, run, {}), plan=plan)
-            yield plan.name, run.start, received(base, taken)
+            taken = replace(take_run(weights, run, {}), plan=plan)
+            yield plan.name, run.start, received(self.origin.weights, taken)
+
+    def _merged(self, live: LiveWeights) -> Weights:
+        """The weights with what adapters add, as they are now."""
+        updates = live.updates()
+        if not updates:
+            return live
+        under = Chosen(live, dict.fromkeys(updates.keys() - self.live_bases, self.origin.weights))
+        return Merged(under, updates, live.tensors)
 
     # On the worker thread.
 
@@ -244,8 +291,8 @@ class Snapshotter:
             magnitudes = line.each(lambda: self._complete(staging, job, shares) if line.first else {})
         if self.incremental:
             self.chain.append(job.order.out)
-        if job.order.keep is not None and line.first:
-            _forget_old(*job.order.keep)
+        if job.order.published is not None and line.first:
+            job.order.published()
         waited = max(seconds for seconds, _ in shares)
         package = DeltaPackage.open(job.order.out)
         return Snapshot(package=package, step=job.step, waited=waited, magnitudes=magnitudes)
@@ -292,7 +339,12 @@ class Snapshotter:
     def _provenance(self, plans: list[TensorPlan]) -> Provenance:
         absent = tuple(sorted(self.origin.weights.tensors.keys() - {plan.name for plan in plans}))
         on_base = Provenance(
-            base_model=self.origin.name, prefix=self.origin.prefix, base_only=absent, config=self.config
+            base_model=self.origin.name,
+            prefix=self.origin.prefix,
+            base_only=absent,
+            config=self.config,
+            run=self.run,
+            note=_QUANTISED if self._packed else "",
         )
         if not self._continues:
             return on_base
@@ -312,13 +364,8 @@ def _tallies_of(staging: Path, rank: int) -> Path:
     return staging / f".tallies-{rank}"
 
 
-def _forget_old(count: int, folder: Path) -> None:
+def _keep_newest(count: int, folder: Path, *, written: Path) -> None:
     packages = step_folders(folder)
     for path in packages[: max(0, len(packages) - count)]:
-        shutil.rmtree(path)
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """Packages `step-N` in a folder, by N."""
-    packages = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(packages, key=lambda path: int(path.name.removeprefix("step-")))
+        if path != written:
+            shutil.rmtree(path)

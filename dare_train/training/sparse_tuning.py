@@ -21,9 +21,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..config import DareConfig, threshold_of
 from ..errors import ConfigError
 from ..package.masks import Mask, key_of
-from ..weights.checkpoint_names import unwrapped
-from ..weights.live import LiveWeights, checkpoint_tensors
+from ..weights.live import LiveWeights
+from ..weights.named_tensors import checkpoint_tensors
 from ..weights.sharding import Piece, has_dtensors_or_fsdp1
+from ..weights.wrapped import unwrapped
 
 Masks = Mapping[str, "torch.Tensor | NDArray[np.bool_]"]
 

@@ -25,28 +25,22 @@ Slices = dict[str, tuple[str, int, tuple[int, ...]]]
 _known: WeakKeyDictionary[torch.nn.Module, Slices] = WeakKeyDictionary()
 
 
-def as_in_files(module: torch.nn.Module, held: Mapping[str, Held]) -> dict[str, Held]:
-    """What is held of each tensor that `save_pretrained` would write, given what is held of the module's.
+def places_in_files(model: Any, held: Mapping[str, Held]) -> Slices:
+    """Where each tensor that `save_pretrained` would write lies in the model's own.
+
+    Args:
+        model: out of its wrappers.
+        held: what is held of the model's tensors.
 
     Raises:
         ConfigError: a tensor of the files is no contiguous run of a parameter.
     """
-    model = unwrapped(module)
     if not _converts(model):
-        return dict(held)
+        return {name: (name, 0, tensor.shape) for name, tensor in held.items()}
     slices = _known.get(model)
     if slices is None or {name for name, _, _ in slices.values()} != held.keys():
         slices = _known[model] = _slices(model, held)
-    return {file: held[name].part(start, shape) for file, (name, start, shape) in slices.items()}
-
-
-def unwrapped(module: Any) -> Any:
-    """The model inside DDP, `torch.compile` and the like."""
-    while True:
-        inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
-        if not isinstance(inner, torch.nn.Module):
-            return module
-        module = inner
+    return slices
 
 
 def _converts(model: Any) -> bool:
@@ -70,7 +64,15 @@ def _conversions(model: Any) -> list[Any]:
         known = get_model_conversion_mapping(model, add_legacy=False)
         settled = {_patterns(conversion) for conversion in known}
         conversions = [conversion for conversion in conversions if _patterns(conversion) in settled]
-    return list(conversions)
+    return [conversion for conversion in conversions if not _unpacks(conversion)]
+
+
+def _unpacks(conversion: Any) -> bool:
+    """Whether it made other values of what the files had, for a quantisation library; saving need not undo
+    it.
+    """
+    operations = getattr(conversion, "operations", None) or ()
+    return any(".integrations." in type(operation).__module__ for operation in operations)
 
 
 def _patterns(conversion: Any) -> tuple[str, ...]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Literal, Union
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -17,15 +17,15 @@ from ..kernels.backends import checked
 from ..kernels.launch_tables import INTEGERS
 from ..parallel.ranks import Ranks
 from ..parallel.threads import once
-from . import live_lora as lora
+from . import lora_updates
 from . import sharding as engines
-from .checkpoint_names import as_in_files
+from .live_lora import MERGE
 from .low_rank import LowRank
+from .named_tensors import Live, NamedTensors, tied
 from .ownership import Span, Spans, shares
 from .protocol import TensorInfo
 from .sharding import Held, Piece
 
-Live = Union[torch.nn.Module, Mapping[str, torch.Tensor]]
 Source = Literal["weights", "master"]
 """What is read where an engine trains fp32 masters beside 16-bit weights: the weights, or the masters."""
 
@@ -61,17 +61,21 @@ class LiveWeights:
         ranks: the processes that hold the model together; they build their `LiveWeights` at the same time.
         kernels: those that work on it, "torch", "cpu" or "cuda"; by default what DARE_TRAIN_KERNELS
             names, or those of the devices that tensors lie on.
+        but_packed: leave out what lies quantised in memory, under adapters, instead of refusing it.
 
     Attributes:
         tensors: dtype and whole shape by checkpoint name.
         held: [start, stop) of the elements that lie in this process, by checkpoint name.
-        adapted: whether it is a PEFT model. Then the tensors are those of the model under the adapters, for
-            whose updates see `updates`.
+        adapted: whether it has adapters. Then the tensors are those of the model under them, for whose
+            updates see `updates`.
         trained_whole: names of tensors whose copies an adapter trains (`modules_to_save`): those are read.
+        trained: names of tensors that are parameters in training themselves, not by adapters.
+        packed: names of modules that were left out, and how each is quantised.
 
     Raises:
-        ConfigError: a tensor's layout is not known, or it has no storage anywhere; `source` names what the
-            engine has not; there are no such kernels.
+        ConfigError: a tensor's layout is not known, or it has no storage anywhere, or is quantised; what an
+            adapter does has no tensor of its own in a checkpoint; `source` names what the engine has not;
+            there are no such kernels.
         CheckpointError: a tensor's dtype is not supported.
     """
 
@@ -83,32 +87,41 @@ class LiveWeights:
         source: Source = "weights",
         ranks: Ranks | None = None,
         kernels: str | None = None,
+        but_packed: bool = False,
     ) -> None:
         self.label = label
         self.ranks = ranks or Ranks()
         self.kernels = checked(kernels, "kernels")
         self._module = live if isinstance(live, torch.nn.Module) else None
-        module: Any = self._module
-        if module is not None:
-            engines.reshard(module)
-        self._parameters = dict(checkpoint_tensors(live))
-        self.adapted = lora.is_adapted(live)
-        self.trained_whole = frozenset[str]()
-        if self.adapted:
-            self._parameters, self.trained_whole = lora.base_tensors(live, self._parameters)
-        held = engines.held(self._parameters.items(), module)
-        if module is not None:
-            held = as_in_files(module.get_base_model() if self.adapted else module, held)
+        if self._module is not None:
+            engines.reshard(self._module)
+        named = NamedTensors(live)
+        self.adapted = named.adapted
+        self.packed = dict(named.packed)
+        if self.packed and not (but_packed and self.adapted):
+            _refuse_packed(self.packed)
+        self._parameters = named.tensors
+        held = engines.held(named.tensors.items(), self._module)
+        self._places = named.places(held)
+        held = {file: held[name].part(start, shape) for file, (name, start, shape) in self._places.items()}
         if source == "master":
             _check_masters(held)
             held = {name: _masters(tensor) for name, tensor in held.items()}
         self._held = held
+        self._inner = named.inner
+        self.trained_whole = self._in_files(named.trained_whole)
+        training = {name for name, tensor in named.tensors.items() if tensor.requires_grad}
+        self.trained = self._in_files(training)
         self.tensors = {
             name: TensorInfo(_dtype_of(name, tensor.dtype), tensor.shape) for name, tensor in held.items()
         }
         self.held: Spans = {
             name: tuple((piece.start, piece.stop) for piece in tensor.pieces) for name, tensor in held.items()
         }
+
+    def _in_files(self, names: Collection[str]) -> frozenset[str]:
+        """What checkpoints call tensors that the model calls so."""
+        return frozenset(file for file, (name, _, _) in self._places.items() if name in names)
 
     @once
     def shares(self) -> Mapping[str, tuple[tuple[Span, ...], ...]]:
@@ -149,8 +162,34 @@ class LiveWeights:
         )
 
     def updates(self) -> dict[str, list[LowRank]]:
-        """What adapters do to the base, by tensor, copied. All ranks call it together."""
-        return lora.updates(self._module) if self.adapted else {}
+        """What adapters do to the base, by tensor, copied. All ranks call it together.
+
+        Raises:
+            ConfigError: an adapter is of a kind that merging cannot express, or updates what has no tensor of
+                its own in a checkpoint.
+        """
+        if not self.adapted:
+            return {}
+        in_files = {name: file for file, (name, _, _) in self._places.items()}
+        whole = {name for name, start, shape in self._places.values() if start == 0}
+        by_tensor = {}
+        for name, updates in lora_updates.updates(self._module, self._inner.path).items():
+            if name not in whole and name.rpartition(".")[0] not in self.packed:
+                raise self._no_tensor_for(name)
+            by_tensor[in_files.get(name, name)] = updates
+        return by_tensor
+
+    def _no_tensor_for(self, name: str) -> ConfigError:
+        """Why an adapter's update of a tensor would be lost."""
+        expected = "a tensor of its own, which an adapter updates"
+        source = tied(self._inner.model).get(name)
+        if source is not None:
+            remedy = "load the model with tie_word_embeddings=False, or do not adapt this module"
+            return ConfigError(name, expected=expected, found=f"one tied to {source}", remedy=remedy)
+        if name.endswith(".bias"):
+            remedy = "set lora_bias=False, or leave this module out of target_modules"
+            return ConfigError(name, expected=expected, found="a module without bias", remedy=remedy)
+        return ConfigError(name, expected=expected, found="none in a checkpoint", remedy=MERGE)
 
     def read(self, name: str, start: int, count: int) -> Words:
         pieces = self._within(self._held[name].pieces, start, start + count)
@@ -265,28 +304,13 @@ def _as_tensor(words: Words, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(bits if bits.flags.writeable else bits.copy()).view(dtype)
 
 
-def checkpoint_tensors(live: Live) -> Iterator[tuple[str, torch.Tensor]]:
-    """(checkpoint name, tensor) as `save_pretrained` writes them: tied ones once, persistent buffers too."""
-    if isinstance(live, Mapping):
-        for name, tensor in live.items():
-            if not isinstance(tensor, torch.Tensor):
-                raise CheckpointError(str(name), expected="a tensor", found=f"a {type(tensor).__name__}")
-            yield name, tensor
-        return
-    tied = set(getattr(live, "all_tied_weights_keys", None) or ())
-    seen: set[tuple[object, ...]] = set()
-    for name, tensor in sorted(dict(engines.named_tensors(live)).items(), key=lambda item: item[0] in tied):
-        place = _place(tensor)
-        if place not in seen:
-            seen.add(place)
-            yield name, tensor
-
-
-def _place(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Equal for tensors that share their elements."""
-    if engines.is_dtensor(tensor) or hasattr(tensor, "ds_tensor") or not tensor.numel() or tensor.is_meta:
-        return (id(tensor),)
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+def _refuse_packed(packed: Mapping[str, str]) -> NoReturn:
+    name, how = next(iter(packed.items()))
+    remedy = (
+        "train LoRA adapters on it, and give the full-precision model as base=; or load the model in full "
+        "precision"
+    )
+    raise ConfigError(name, expected="weights in full precision", found=how, remedy=remedy)
 
 
 def _masters(held: Held) -> Held:

@@ -1,68 +1,107 @@
 """LoRA adapters that are being trained, seen as the model that they make of the base they sit on.
 
 PEFT puts a layer with small factors around each adapted module. What a package is about is the base model's
-tensor as it would be after merging; nothing is merged here, and the live model is not touched.
+tensor as it would be after merging; nothing is merged here, and the live model is not touched. It does not
+matter who put the layers there: `get_peft_model`, or the `add_adapter` of a model of transformers or
+diffusers.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import ConfigError
-from .low_rank import LowRank, Matrix, merged_words
+from .low_rank import LowRank, merged_words
 from .protocol import TensorInfo, Weights
-from .sharding import clean, is_dtensor
+from .sharding import clean
+from .wrapped import is_peft_model
 
 MERGE = "merge_and_unload() and save the model, then dare-train extract"
 _FACTORS = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.")
-_SAVED = re.compile(r"\.modules_to_save\.([^.]+)\.")
+_COPY = re.compile(r"(?P<module>.*)\.(original_module|modules_to_save\.(?P<adapter>[^.]+))\.(?P<tensor>.*)")
 
 
 def is_adapted(module: object) -> bool:
-    """Whether it is a PEFT model."""
-    return hasattr(module, "peft_config") and hasattr(module, "base_model")
+    """Whether it is a PEFT model, or has adapters inside."""
+    if not isinstance(module, torch.nn.Module):
+        return False
+    return is_peft_model(module) or any(True for _ in tuner_layers(module))
 
 
-def base_tensors(
-    model: Any, named: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
-    """The tensors of the base that an adapted model goes on from, and the names of those it trains copies of.
+def tuner_layers(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, layer) of the layers that PEFT put around modules."""
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, part in module.named_modules():
+        if isinstance(part, BaseTunerLayer):
+            yield clean(name), part
+
+
+class MergedNames:
+    """Which of an adapted model's tensors are those of the model that merging would give, and what they are
+    called there.
 
     Args:
-        model: a PEFT model.
-        named: its tensors by their cleaned names.
+        module: with adapters.
+        path: what names in it begin with before those of the model.
+
+    Attributes:
+        trained_whole: names of tensors whose copies an adapter trains (`modules_to_save`).
 
     Raises:
         ConfigError: an adapter is not LoRA, or does something to the base that merging cannot express.
     """
-    _check_kinds(model)
-    active = set(model.active_adapters) if hasattr(model, "active_adapters") else {model.active_adapter}
-    tensors: dict[str, torch.Tensor] = {}
-    whole: set[str] = set()
-    for name, tensor in named.items():
-        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        saved = _SAVED.search(plain)
-        if saved is not None and saved[1] in active:
-            plain = _SAVED.sub(".", plain)
-            whole.add(plain)
-        elif saved is not None or ".original_module." in plain or _FACTORS.search(f"{plain}."):
-            continue
-        tensors[plain] = tensor
-    return tensors, frozenset(whole)
+
+    def __init__(self, module: Any, path: str) -> None:
+        _check_engine(module)
+        _check_kinds(module)
+        self._active = dict(_active_copies(module, path))
+        self.trained_whole: set[str] = set()
+
+    def plain(self, name: str) -> str | None:
+        """The name after merging; None for what is not there then, such as a factor."""
+        if _FACTORS.search(f"{name}."):
+            return None
+        name = name.replace(".base_layer.", ".")
+        copy = _COPY.fullmatch(name)
+        if copy is None:
+            return name
+        if copy["adapter"] != self._active.get(copy["module"]):
+            return None
+        merged = f"{copy['module']}.{copy['tensor']}"
+        if copy["adapter"] is not None:
+            self.trained_whole.add(merged)
+        return merged
 
 
-def _check_kinds(model: Any) -> None:
-    if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
+def _active_copies(module: Any, path: str) -> Iterator[tuple[str, str | None]]:
+    """(module, adapter whose copy of it is in use), for each module of `modules_to_save`; None where the
+    original is.
+    """
+    for name, part in module.named_modules():
+        if type(part).__name__ == "ModulesToSaveWrapper":
+            at_work = [] if part.disable_adapters else part.active_adapters
+            copies = [adapter for adapter in at_work if adapter in part.modules_to_save]
+            yield clean(name).removeprefix(path), copies[0] if copies else None
+
+
+def _check_engine(module: Any) -> None:
+    if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
         expected = "FSDP2, DDP, DeepSpeed ZeRO or one process"
         remedy = "FSDP1 lays factors and base out in one flat parameter: use FSDP2"
         raise ConfigError("adapters", expected=expected, found="FSDP1", remedy=remedy)
-    for name, config in model.peft_config.items():
+
+
+def _check_kinds(module: Any) -> None:
+    for name, config in _configurations(module).items():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if kind != "LORA":
             raise ConfigError(f"adapter {name!r}", expected="a LoRA adapter", found=kind, remedy=MERGE)
@@ -71,105 +110,37 @@ def _check_kinds(model: Any) -> None:
             if value:
                 found = repr(value)
                 raise ConfigError(f"adapter {name!r}", expected=f"no {option}", found=found, remedy=MERGE)
+    for name, layer in tuner_layers(module):
+        if not is_lora(layer):
+            raise ConfigError(name, expected="a LoRA layer", found=type(layer).__name__, remedy=MERGE)
 
 
-def updates(model: Any) -> dict[str, list[LowRank]]:
-    """What the active adapters do to each tensor of the base, by checkpoint name.
-
-    All ranks that share the model call it together. Factors are copied, whole, to the host: they are small.
-
-    Raises:
-        ConfigError: a layer is adapted in a way that is not known.
-    """
-    by_tensor: dict[str, list[LowRank]] = {}
-    layers = [(clean(name), layer) for name, layer in model.named_modules() if _is_lora(layer)]
-    with _gathered([factor for _, layer in layers for factor in _factors(layer)]):
-        for name, layer in layers:
-            module = name.removeprefix("base_model.model.")
-            for adapter in layer.active_adapters:
-                if _takes_effect(layer, adapter):
-                    for part, update in _updates_of(module, layer, adapter):
-                        by_tensor.setdefault(f"{module}.{part}", []).append(update)
-    return by_tensor
+def _configurations(module: Any) -> dict[str, Any]:
+    """By adapter: of PEFT's wrapper, and of models that have adapters inside."""
+    found: dict[str, Any] = {}
+    for part in module.modules():
+        given = part.peft_config if is_peft_model(part) else vars(part).get("peft_config")
+        if isinstance(given, Mapping):
+            found.update(given)
+    return found
 
 
-def _takes_effect(layer: Any, adapter: str) -> bool:
-    """Whether an active adapter has factors here, and these are not in the base's weights already."""
-    pending = adapter in layer.scaling and adapter not in layer.merged_adapters
-    return pending and not layer.disable_adapters
-
-
-def _is_lora(layer: Any) -> bool:
+def is_lora(layer: Any) -> bool:
     return hasattr(layer, "lora_A") and hasattr(layer, "scaling") and hasattr(layer, "get_base_layer")
 
 
-def _factors(layer: Any) -> Iterator[torch.Tensor]:
-    matrices = (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B)
-    for holder in (*matrices, layer.lora_magnitude_vector):
-        yield from holder.parameters()
-
-
 @contextmanager
-def _gathered(factors: list[torch.Tensor]) -> Iterator[None]:
-    """Within the block, factors that ZeRO-3 has cut into partitions are whole."""
-    partitioned = [factor for factor in factors if hasattr(factor, "ds_tensor")]
-    if not partitioned:
+def silenced(module: object) -> Iterator[None]:
+    """Within the block, adapters add nothing; copies that `modules_to_save` trains stay in use."""
+    layers = [layer for _, layer in tuner_layers(module)] if isinstance(module, torch.nn.Module) else []
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
         yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(partitioned):
-        yield
-
-
-def _updates_of(module: str, layer: Any, adapter: str) -> Iterator[tuple[str, LowRank]]:
-    """(part of the module, update): of its weight, and of its bias where the adapter has one."""
-    variant = getattr(layer, "lora_variant", {}).get(adapter)
-    dora = adapter in layer.lora_magnitude_vector
-    _check_layer(module, layer, "DoRA" if dora else variant and type(variant).__name__)
-    scaling = float(layer.scaling[adapter])
-    if adapter in layer.lora_embedding_A:
-        a = layer.lora_embedding_A[adapter]
-        b = layer.lora_embedding_B[adapter]
-        yield "weight", LowRank(a=_matrix(a), b=_matrix(b), scaling=scaling, transposed=True)
-        return
-    a = layer.lora_A[adapter]
-    b = layer.lora_B[adapter]
-    magnitude = _matrix(layer.lora_magnitude_vector[adapter].weight).reshape(-1) if dora else None
-    transposed = bool(getattr(layer, "fan_in_fan_out", False))
-    update = LowRank(
-        a=_matrix(a.weight),
-        b=_matrix(b.weight),
-        scaling=scaling,
-        transposed=transposed,
-        magnitude=magnitude,
-    )
-    yield "weight", update
-    if b.bias is not None:
-        yield "bias", LowRank(a=np.ones((1, 1)), b=_matrix(b.bias), scaling=scaling)
-
-
-def _check_layer(module: str, layer: Any, variant: str | None) -> None:
-    base = layer.get_base_layer()
-    kind = type(base).__name__
-    linear = isinstance(base, torch.nn.Linear)
-    other_kinds = (torch.nn.Embedding, torch.nn.modules.conv._ConvNd)
-    known = linear or isinstance(base, other_kinds) or kind == "Conv1D"
-    if not known or getattr(base, "groups", 1) != 1 or not base.weight.dtype.is_floating_point:
-        expected = "a Linear, Embedding, Conv1D or ungrouped convolution"
-        raise ConfigError(module, expected=expected, found=f"a {kind}", remedy=MERGE)
-    if variant is not None and not (variant == "DoRA" and linear):
-        found = f"{variant} on a {kind}"
-        raise ConfigError(module, expected="LoRA, or DoRA on Linear", found=found, remedy=MERGE)
-
-
-def _matrix(factor: torch.Tensor) -> Matrix:
-    """A whole factor as float64 [rows, everything else]."""
-    whole: Any = factor
-    if is_dtensor(factor):
-        whole = whole.full_tensor()
-    matrix: Matrix = whole.detach().double().cpu().numpy().reshape(whole.shape[0], -1)
-    return matrix if matrix.flags.owndata else matrix.copy()
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 class Merged:

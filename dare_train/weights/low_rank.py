@@ -44,6 +44,11 @@ class LowRank:
     magnitude: NDArray[np.float64] | None = None
     """m of DoRA, float64 [out]; None for LoRA. Not together with `transposed`."""
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether what it gives for one element depends on the row that it is in."""
+        return self.magnitude is not None
+
     def added(self, first: int, stop: int) -> Matrix:
         """Rows [first, stop) of s · B A as W lies, float64 [stop - first, columns of W]."""
         left = self.a.T if self.transposed else self.b

@@ -13,7 +13,7 @@ from .checkpoint import Checkpoint
 from .protocol import ArrayWeights, Weights
 
 if TYPE_CHECKING:
-    from .live import Live
+    from .named_tensors import Live
 
 
 WeightsLike = Union[str, "os.PathLike[str]", "Live", Mapping[str, np.ndarray], Weights]
@@ -36,8 +36,8 @@ def open_weights(what: WeightsLike, *, kernels: str | None = None) -> Weights:
     if not isinstance(what, Mapping) and not hasattr(what, "state_dict"):
         expected = "a folder, a Hub id, a module, a state dict or a mapping of arrays"
         raise ConfigError("weights", expected=expected, found=f"a {type(what).__name__}")
-    from ..weights import live_lora as lora
-    from ..weights.live import LiveWeights
+    from .live import LiveWeights
+    from .live_lora import Merged
 
     live = LiveWeights(cast("Live", what), kernels=kernels)
-    return lora.Merged(live, live.updates(), live.tensors) if live.adapted else live
+    return Merged(live, live.updates(), live.tensors) if live.adapted else live

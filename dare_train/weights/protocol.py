@@ -105,6 +105,19 @@ class Mapped:
         return self._weights.read(self._names[name], start, count)
 
 
+class Chosen:
+    """Weights of which some tensors are read elsewhere: `instead` says where, by name."""
+
+    def __init__(self, weights: Weights, instead: Mapping[str, Weights]) -> None:
+        self.label = weights.label
+        self.tensors = weights.tensors
+        self._weights = weights
+        self._instead = instead
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        return self._instead.get(name, self._weights).read(name, start, count)
+
+
 def under(weights: Weights, names: Mapping[str, str]) -> Weights:
     """The same weights under other names, as `Mapped`; where they can say where they lie, they still can."""
     return weights.renamed(names) if isinstance(weights, Renamable) else Mapped(weights, names)

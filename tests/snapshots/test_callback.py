@@ -225,14 +225,14 @@ def test_a_failed_write_is_one_clear_error(
         SnapshotError,
         match=r"snapshot: .*step-2: found No space left on device .* written before it are intact",
     ):
-        train(classifier(base), tmp_path / "out", DareCallback())
+        train(classifier(base), tmp_path / "out", DareCallback(on_error="raise"))
     assert list((tmp_path / "out/dare").glob("step-*")) == []
     BertForSequenceClassification.from_pretrained(tmp_path / "out/checkpoint-2")
 
 
 def test_a_diverged_tensor_is_named(base: Path, tmp_path: Path) -> None:
     model = classifier(base)
-    trainer = make_trainer(model, tmp_path / "out", DareCallback(p=0.0), _Poison())
+    trainer = make_trainer(model, tmp_path / "out", DareCallback(p=0.0, on_error="raise"), _Poison())
     with pytest.raises(SnapshotError, match=r"bert\.pooler\.dense\.weight: .*NaN"):
         trainer.train()
 

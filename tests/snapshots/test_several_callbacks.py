@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import wandb
 from engines import run_ranks, train_on
+from safetensors.torch import load_file, save_file
 from training import classifier, save_base, train
 from transformers import EarlyStoppingCallback
 from wandb_files import history, offline_run
@@ -208,6 +209,18 @@ def test_a_resumed_run_whose_base_is_gone_stops_before_it_trains(
     out = tmp_path / "out"
     assert run_ranks(moved_base, 2, engine, base, out, None) == ["trained", "trained"]
     elsewhere = base.rename(tmp_path / "elsewhere")
+    halved = {name: tensor / 2 for name, tensor in load_file(elsewhere / "model.safetensors").items()}
+    save_file(halved, elsewhere / "model.safetensors", metadata={"format": "pt"})
     for said in run_ranks(moved_base, 2, engine, elsewhere, out, out / "checkpoint-2"):
-        assert said.startswith(f"base of the resumed run: expected {base}, found ")
-        assert said.endswith("put it back where it was, or pass base= to the callback")
+        assert said.startswith(f"base of the resumed run: {base}: expected one with fingerprint ")
+        assert said.endswith("found nothing there; put it back where it was, or pass base= to the callback")
+
+
+def test_a_resumed_run_finds_its_base_by_content_where_the_model_was_loaded_from(
+    base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert run_ranks(moved_base, 2, "ddp", base, out, None) == ["trained", "trained"]
+    elsewhere = base.rename(tmp_path / "elsewhere")
+    assert run_ranks(moved_base, 2, "ddp", elsewhere, out, out / "checkpoint-2") == ["trained", "trained"]
+    assert DeltaPackage.open(out / "dare/final").manifest.base_model == str(elsewhere)

@@ -161,5 +161,3 @@ def test_what_merging_cannot_express_is_refused_when_training_begins(base: Path,
     )
     with pytest.raises(ConfigError, match="adapter 'default': expected no trainable_token_indices"):
         train(tokens, tmp_path / "tokens", DareCallback())
-    with pytest.raises(ConfigError, match="evaluate: expected a model without adapters, found a PEFT model"):
-        train(adapted(base, "lora"), tmp_path / "evaluate", DareCallback(evaluate=True))

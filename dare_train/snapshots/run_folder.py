@@ -1,0 +1,85 @@
+"""The folder that a run writes its packages into, and which of those in it are its own."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+from ..errors import DareError
+from ..package.reader import DeltaPackage
+
+_log = logging.getLogger("dare_train")
+BASE = "base"
+FINAL = "final"
+_STEP = "step-"
+
+
+class RunFolder:
+    """Packages `step-N` and `final`, and `base` where the base had to be kept.
+
+    Args:
+        path: the folder.
+        run: what packages of this run say in their manifests.
+    """
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path = path
+        self.run = run
+
+    def of_step(self, step: int) -> Path:
+        return self.path / f"{_STEP}{step}"
+
+    def own(self, up_to: int) -> list[Path]:
+        """This run's packages of steps up to `up_to`, by step."""
+        return [path for path in step_folders(self.path) if self._is_own(path) and step_of(path) <= up_to]
+
+    def make_way(self, *, from_step: int, base_in_use: bool) -> None:
+        """Move what an earlier run left beside the folder, and what this one wrote after the step that it
+        goes on from: one folder, one run.
+        """
+        foreign = [
+            path for path in step_folders(self.path) if not self._is_own(path) or step_of(path) > from_step
+        ]
+        final = self.path / FINAL
+        if final.exists() and not self._is_own(final):
+            foreign.append(final)
+        base = self.path / BASE
+        if base.exists() and not base_in_use:
+            foreign.append(base)
+        if foreign:
+            aside = self._unused_name()
+            aside.mkdir()
+            for path in foreign:
+                path.rename(aside / path.name)
+            names = ", ".join(path.name for path in foreign)
+            _log.warning("%s: moved to %s, since it is not of this run so far: %s", self.path, aside, names)
+
+    def forget_old(self, count: int, written: Path, best: Path | None) -> None:
+        """Remove all but this run's `count` newest packages; never the one just written, nor the best."""
+        own = self.own(up_to=step_of(written) if written.name.startswith(_STEP) else 1 << 62)
+        for path in own[: max(0, len(own) - count)]:
+            if path not in (written, best):
+                shutil.rmtree(path)
+
+    def _is_own(self, path: Path) -> bool:
+        try:
+            return DeltaPackage.open(path).manifest.run == self.run
+        except DareError:
+            return False
+
+    def _unused_name(self) -> Path:
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}-earlier-{number}")).exists():
+            number += 1
+        return aside
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Packages `step-N` in a folder, by N."""
+    packages = [path for path in folder.glob(f"{_STEP}*") if path.name.removeprefix(_STEP).isdigit()]
+    return sorted(packages, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix(_STEP))

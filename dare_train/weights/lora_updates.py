@@ -1,0 +1,117 @@
+"""What live LoRA layers do to the weights of the modules that they are around."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError
+from .live_lora import MERGE, is_lora, tuner_layers
+from .low_rank import LowRank, Matrix
+from .packed import packing
+from .sharding import is_dtensor
+
+
+def updates(model: Any, path: str) -> dict[str, list[LowRank]]:
+    """What the active adapters do to each tensor of the base, by the model's own name of it.
+
+    All ranks that share the model call it together. Factors are copied, whole, to the host: they are small.
+
+    Args:
+        model: with adapters.
+        path: what names in it begin with before those of the model.
+
+    Raises:
+        ConfigError: a layer is adapted in a way that is not known.
+    """
+    by_tensor: dict[str, list[LowRank]] = {}
+    layers = [(name, layer) for name, layer in tuner_layers(model) if is_lora(layer)]
+    with _gathered([factor for _, layer in layers for factor in _factors(layer)]):
+        for name, layer in layers:
+            module = name.removeprefix(path)
+            for adapter in layer.active_adapters:
+                if _takes_effect(layer, adapter):
+                    for part, update in _updates_of(module, layer, adapter):
+                        by_tensor.setdefault(f"{module}.{part}", []).append(update)
+    return by_tensor
+
+
+def _takes_effect(layer: Any, adapter: str) -> bool:
+    """Whether an active adapter has factors here, and these are not in the base's weights already."""
+    pending = adapter in layer.scaling and adapter not in layer.merged_adapters
+    return pending and not layer.disable_adapters
+
+
+def _factors(layer: Any) -> Iterator[torch.Tensor]:
+    matrices = (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B)
+    for holder in (*matrices, layer.lora_magnitude_vector):
+        yield from holder.parameters()
+
+
+@contextmanager
+def _gathered(factors: list[torch.Tensor]) -> Iterator[None]:
+    """Within the block, factors that ZeRO-3 has cut into partitions are whole."""
+    partitioned = [factor for factor in factors if hasattr(factor, "ds_tensor")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+def _updates_of(module: str, layer: Any, adapter: str) -> Iterator[tuple[str, LowRank]]:
+    """(part of the module, update): of its weight, and of its bias where the adapter has one."""
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    dora = adapter in layer.lora_magnitude_vector
+    _check_layer(module, layer, "DoRA" if dora else variant and type(variant).__name__)
+    scaling = float(layer.scaling[adapter])
+    if adapter in layer.lora_embedding_A:
+        a = layer.lora_embedding_A[adapter]
+        b = layer.lora_embedding_B[adapter]
+        yield "weight", LowRank(a=_matrix(a), b=_matrix(b), scaling=scaling, transposed=True)
+        return
+    a = layer.lora_A[adapter]
+    b = layer.lora_B[adapter]
+    magnitude = _matrix(layer.lora_magnitude_vector[adapter].weight).reshape(-1) if dora else None
+    transposed = bool(getattr(layer, "fan_in_fan_out", False))
+    update = LowRank(
+        a=_matrix(a.weight),
+        b=_matrix(b.weight),
+        scaling=scaling,
+        transposed=transposed,
+        magnitude=magnitude,
+    )
+    yield "weight", update
+    if b.bias is not None:
+        yield "bias", LowRank(a=np.ones((1, 1)), b=_matrix(b.bias), scaling=scaling)
+
+
+def _check_layer(module: str, layer: Any, variant: str | None) -> None:
+    base = layer.get_base_layer()
+    kind = type(base).__name__
+    linear = isinstance(base, torch.nn.Linear)
+    if packing(base) is not None and variant is None:
+        return  # what the factors are added to are the weights in the base's files
+    other_kinds = (torch.nn.Embedding, torch.nn.modules.conv._ConvNd)
+    known = linear or isinstance(base, other_kinds) or kind == "Conv1D"
+    if not known or getattr(base, "groups", 1) != 1:
+        expected = "a Linear, Embedding, Conv1D or ungrouped convolution"
+        raise ConfigError(module, expected=expected, found=f"a {kind}", remedy=MERGE)
+    if variant is not None and not (variant == "DoRA" and linear):
+        found = f"{variant} on a {kind}"
+        raise ConfigError(module, expected="LoRA, or DoRA on Linear", found=found, remedy=MERGE)
+
+
+def _matrix(factor: torch.Tensor) -> Matrix:
+    """A whole factor as float64 [rows, everything else]."""
+    whole: Any = factor
+    if is_dtensor(factor):
+        whole = whole.full_tensor()
+    matrix: Matrix = whole.detach().double().cpu().numpy().reshape(whole.shape[0], -1)
+    return matrix if matrix.flags.owndata else matrix.copy()

@@ -1,0 +1,168 @@
+"""Trainers × adapters × bases: the package is what the live model computes, or training is refused before its
+first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fine_tunes import ADAPTERS, BASES, OF_TIED, QUANTISED, load, logits, lora, make_trainer, save_decoder
+from peft import prepare_model_for_kbit_training
+
+from dare_train import DareCallback, DeltaPackage, apply, extract
+from dare_train.errors import BaseMismatch, ConfigError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning"),
+]
+
+Folders = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Each base once for all tests."""
+    place = tmp_path_factory.mktemp("bases")
+    made: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = BASES[kind](place / kind)
+        return made[kind]
+
+    return folder
+
+
+@pytest.mark.parametrize("base_kind", ["fp32", "bf16", "shards"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_receiver_computes_what_the_live_model_does(
+    base_folder: Folders, tmp_path: Path, adapter: str, base_kind: str
+) -> None:
+    base = base_folder(base_kind)
+    model = ADAPTERS[adapter](load(base))
+    make_trainer(model, tmp_path / "out", DareCallback(p=0.0, values="exact", when="end")).train()
+    package = DeltaPackage.open(tmp_path / "out/dare/final")
+    apply(package.manifest.base_model, package, tmp_path / "received")
+    _same_results(model, load(tmp_path / "received"), load(base))
+
+
+def _same_results(model: Any, received: Any, before: Any) -> None:
+    live = logits(model)
+    moved = float((live - logits(before)).abs().max())
+    off = float((live - logits(received)).abs().max())
+    near = 1e-4 if before.dtype == torch.float32 else 0.1 * moved
+    assert moved > 1e-2, "training moved nothing: equality would prove nothing"
+    assert off <= near
+
+
+@pytest.mark.parametrize("adapter", ["lora", "pissa", "olora", "native", "nested", "two active", "embedding"])
+def test_adapters_go_on_the_base_that_the_model_was_loaded_from(
+    base_folder: Folders, tmp_path: Path, adapter: str
+) -> None:
+    """No copy, and deltas: what is under an adapter counts as the base's, moved by how the adapter begins."""
+    base = base_folder("fp32")
+    make_trainer(ADAPTERS[adapter](load(base)), tmp_path / "out", DareCallback(p=0.9, when="end")).train()
+    package = DeltaPackage.open(tmp_path / "out/dare/final")
+    assert package.manifest.base_model == str(base)
+    assert {record.kind for record in package.manifest.tensors} == {"delta"}
+    assert not (tmp_path / "out/dare/base").exists()
+
+
+@pytest.mark.parametrize("adapter", OF_TIED)
+def test_what_has_no_tensor_of_its_own_is_refused_by_name(
+    base_folder: Folders, tmp_path: Path, adapter: str
+) -> None:
+    """A package of it would lose the update: a checkpoint of this model has one tensor for the two."""
+    model = OF_TIED[adapter](load(base_folder("tied")))
+    trainer = make_trainer(model, tmp_path / "out")
+    trainer.add_callback(DareCallback())
+    if adapter == "embedding":
+        trainer.train()
+        apply(base_folder("tied"), tmp_path / "out/dare/final", tmp_path / "received")
+        return
+    with pytest.raises(ConfigError, match=r"lm_head\.weight: .*tie_word_embeddings=False"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("adapter", ["lora", "rslora", "head too", "native"])
+def test_on_a_quantised_base_the_package_is_that_of_the_saved_adapter(
+    tmp_path: Path, base_folder: Folders, kind: str, adapter: str
+) -> None:
+    base = base_folder("fp32" if adapter == "rslora" else "bf16")
+    quantised = load(base, quantization_config=QUANTISED[kind](), device_map="cpu")
+    model = ADAPTERS[adapter](prepare_model_for_kbit_training(quantised, use_gradient_checkpointing=False))
+    trainer = make_trainer(model, tmp_path / "out", DareCallback(p=0.0, when=("end",)))
+    trainer.train()
+    model.save_pretrained(tmp_path / "adapter")
+    expected = extract(base, tmp_path / "adapter", tmp_path / "extracted", p=0.0)
+    package = DeltaPackage.open(tmp_path / "out/dare/final")
+    assert package.manifest.result == expected.manifest.result
+    assert package.manifest.base_model == str(base)
+    assert "trained on a quantised base" in (package.path / "README.md").read_text()
+
+
+def test_a_quantised_checkpoint_needs_its_full_precision_base(tmp_path: Path, base_folder: Folders) -> None:
+    base = base_folder("bf16")
+    load(base, quantization_config=QUANTISED["nf4"](), device_map="cpu").save_pretrained(
+        tmp_path / "four bit"
+    )
+    model = ADAPTERS["lora"](load(tmp_path / "four bit", device_map="cpu"))
+    with pytest.raises(ConfigError, match=r"expected weights in full precision, found .*U8.*give base="):
+        make_trainer(model, tmp_path / "out", DareCallback())
+    make_trainer(model, tmp_path / "out", DareCallback(p=0.0, base=base)).train()
+    model.save_pretrained(tmp_path / "adapter")
+    expected = extract(base, tmp_path / "adapter", tmp_path / "extracted", p=0.0)
+    assert DeltaPackage.open(tmp_path / "out/dare/final").manifest.result == expected.manifest.result
+
+
+def test_another_model_is_not_taken_for_the_quantised_ones_base(tmp_path: Path, base_folder: Folders) -> None:
+    torch.manual_seed(99)
+    other = load(base_folder("bf16"))
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter)
+    other.save_pretrained(tmp_path / "other")
+    quantised = load(base_folder("bf16"), quantization_config=QUANTISED["nf4"](), device_map="cpu")
+    trainer = make_trainer(
+        ADAPTERS["lora"](quantised), tmp_path / "out", DareCallback(base=tmp_path / "other")
+    )
+    with pytest.raises(
+        BaseMismatch, match="expected the full-precision model that was quantised, found another"
+    ):
+        trainer.train()
+
+
+def test_dora_on_an_embedding_is_refused_before_the_first_step(tmp_path: Path, base_folder: Folders) -> None:
+    model = lora(load(base_folder("fp32")), target_modules=["embed_tokens"], use_dora=True)
+    trainer = make_trainer(model, tmp_path / "out", DareCallback())
+    with pytest.raises(ConfigError, match=r"embed_tokens: expected LoRA, or DoRA on Linear, found DoRA on a"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_bias_that_the_base_has_not_is_refused(tmp_path: Path, base_folder: Folders) -> None:
+    trainer = make_trainer(lora(load(base_folder("fp32")), lora_bias=True), tmp_path / "out", DareCallback())
+    with pytest.raises(
+        ConfigError, match=r"q_proj\.bias: .* found a module without bias; set lora_bias=False"
+    ):
+        trainer.train()
+
+
+def test_a_model_from_nowhere_gets_a_base_and_one_line_about_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(save_decoder(tmp_path / "gone"))
+    model.config.name_or_path = model.name_or_path = ""
+    make_trainer(model, tmp_path / "out", DareCallback(p=0.0)).train()
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "dare_train"]
+    assert line.startswith("base of the packages: a copy of the model as it is now, 0.1 MB in ")
+    assert line.endswith(
+        "since the model does not say where it was loaded from; base= names another, and saves the copy"
+    )
