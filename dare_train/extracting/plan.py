@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..config import DareConfig, TensorRule
 from ..dtypes import Words, to_float
-from ..errors import ConfigError, TensorMismatch
+from ..errors import CheckpointError, ConfigError, TensorMismatch
 from ..package.codec import Encoding, Positions
 from ..package.manifest import Kind
 from ..package.masks import Mask, MaskKind, key_of
@@ -75,6 +75,7 @@ def plan_tensors(
     from the base.
 
     Raises:
+        CheckpointError: a tensor is quantised on one side.
         DtypeMismatch: a tensor has one dtype in the base and another in the tuned weights.
         TensorMismatch: shapes differ by more than added leading rows.
         ConfigError: a mask names no tensor or has the wrong shape.
@@ -110,6 +111,10 @@ def _plan(
     )
     if base_info is None or fresh or rule.whole:
         return whole
+    if base_info.dtype.can_be_delta != info.dtype.can_be_delta:
+        found = f"{info} in {tuned.label}, {base_info} in {base.label}"
+        remedy = "one is quantised: give that model in full precision; of QLoRA, the adapter by itself"
+        raise CheckpointError(name, expected="the same precision in both", found=found, remedy=remedy)
     if base_info.dtype != info.dtype:
         remedy = "cast_base=True (--cast-base) rounds the base first"
         raise dtype_mismatch(name, expected=info, found=base_info, where=base.label, remedy=remedy)

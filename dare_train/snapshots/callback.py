@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
-import uuid
 import weakref
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -13,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import DareConfig, Patterns, Rescale, Values
@@ -22,33 +18,32 @@ from ..errors import BaseMismatch, ConfigError, SnapshotError
 from ..kernels.backends import checked
 from ..package.reader import DeltaPackage
 from ..parallel.ranks import Ranks, Roll
-from ..parallel.staged_folder import check_visible, sweep_folder
+from ..parallel.staged_folder import sweep_folder
 from ..weights.live import LiveWeights, Source
-from ..weights.sharding import SUPPORTED
 from ..weights.wrapped import inner_model
 from . import wandb_snapshots
 from .base_model import FirstLook, Origin, at_hand, begun_at, first_look, kept, loaded_from, recall
 from .callback_options import OnError, When, check_options, schedule
-from .companions import save_companions
 from .guest import as_guest, tell, tell_again
 from .receiver_evaluation import evaluate_received
 from .run_folder import BASE, FINAL, RunFolder
 from .shared_pass import Order, Snapshot, take_together
 from .snapshotter import Snapshotter
-
-_STATE = "dare_train"
+from .trainer_run import (
+    STATE,
+    calling_trainer,
+    check_engine,
+    is_checkpoint_of_a_run,
+    module_of,
+    moment,
+    name_of_run,
+    on_record,
+    output_folder,
+    shared_companions,
+)
 
 _ROLL_PATIENCE = timedelta(seconds=45)
 """How long a rank waits for others that had not signed when their Trainers were made."""
-
-_ENGINES = {
-    "NO",
-    "DEEPSPEED",
-    "FSDP",
-    *(f"MULTI_{kind}" for kind in ("CPU", "GPU", "NPU", "MLU", "SDAA", "MUSA", "XPU", "HPU")),
-}
-"""accelerate's names of what is known. Each process is one rank; the weights of `MULTI_*` are whole on
-each."""
 
 
 class DareCallback(TrainerCallback):  # type: ignore[misc]
@@ -182,7 +177,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         """
         self._roll.sign()
         if model is not None:
-            self._at_init = first_look(_module(model), self.base)
+            self._at_init = first_look(module_of(model), self.base)
 
     def on_train_begin(
         self,
@@ -193,19 +188,19 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         processing_class: Any = None,
         **_: Any,
     ) -> None:
-        _check_engine()
+        check_engine()
         self._end_interrupted()
         self._roll.sign()
         self._roll.check(_ROLL_PATIENCE)
-        model = _module(model)
-        self._trainer = self._attached or _calling_trainer()
+        model = module_of(model)
+        self._trainer = self._attached or calling_trainer()
         live = LiveWeights(
             model, source=self.source, ranks=self._joined(), kernels=self.kernels, but_packed=True
         )
         self._check_evaluation(live)
-        path = _output_folder(args, state, self._trainer) / self.name
-        record = _on_record(state, self.name) if state.global_step else None
-        self._folder = RunFolder(path, _name_of_run(record, live.ranks))
+        path = output_folder(args, state, self._trainer) / self.name
+        record = on_record(state, self.name) if state.global_step else None
+        self._folder = RunFolder(path, name_of_run(record, live.ranks))
         origin = self._establish(state, live, model, record)
         self._snapshotter = Snapshotter(
             origin,
@@ -215,7 +210,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             source=self.source,
             run=self._folder.run,
         )
-        self._companions = _shared_companions(live.ranks, model, processing_class, path, origin)
+        self._companions = shared_companions(live.ranks, model, processing_class, path, origin)
         if self.incremental:
             self._snapshotter.chain = self._folder.own(up_to=state.global_step)
         self._remember(state, origin)
@@ -252,7 +247,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             assert self._trainer is not None, "train begin refuses evaluate without a Trainer"
             evaluate_received(
                 self._trainer,
-                _module(model),
+                module_of(model),
                 self._snapshotter,
                 self._folder.path,
                 name=self.name,
@@ -362,7 +357,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             return self._begun[1]
         if not state.global_step:
             return at_hand(live, model, kept_base)
-        seen = live.ranks.gather(self._at_init is not None and not _is_checkpoint_of_a_run(self._at_init))
+        seen = live.ranks.gather(self._at_init is not None and not is_checkpoint_of_a_run(self._at_init))
         if self._at_init is not None and all(seen):
             return begun_at(self._at_init, live)
         found = "a resumed run that did not have this callback, and whose model was not loaded from its base"
@@ -375,7 +370,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
 
     def _remember(self, state: TrainerState, origin: Origin) -> None:
         assert self._folder is not None, "train begin knows the folder"
-        entry = state.stateful_callbacks.setdefault(_STATE, {"args": {}, "attributes": {}})
+        entry = state.stateful_callbacks.setdefault(STATE, {"args": {}, "attributes": {}})
         entry["attributes"][self.name] = {**origin.record(), "run": self._folder.run}
 
     def _make_up(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
@@ -401,10 +396,10 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         if self not in due:
             return
         for callback in due:
-            callback._last_taken = _moment(event, state)
+            callback._last_taken = moment(event, state)
             callback._await_last(None, state)
         take_together(
-            [callback._order(event, state) for callback in due], _module(model), step=state.global_step
+            [callback._order(event, state) for callback in due], module_of(model), step=state.global_step
         )
 
     @as_guest
@@ -427,7 +422,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     def _is_due(self, event: str, state: TrainerState) -> bool:
         """Whether the event makes it take a snapshot that it has not taken yet."""
         at_step = event == "step" and self.every is not None and state.global_step % self.every == 0
-        return (event in self.events or at_step) and self._last_taken != _moment(event, state)
+        return (event in self.events or at_step) and self._last_taken != moment(event, state)
 
     def _order(self, event: str, state: TrainerState) -> Order:
         assert self._snapshotter is not None, "snapshot before train begin"
@@ -444,82 +439,3 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             self.waited.append(snapshot.waited)
             if self._joined().first:
                 wandb_snapshots.log(snapshot, name=self.name, artifact=self.artifact)
-
-
-def _check_engine() -> None:
-    """Refuse an engine whose layout of weights is not known: its package would be wrong.
-
-    Raises:
-        ConfigError: naming what was found and what is supported.
-    """
-    found = str(AcceleratorState().distributed_type.value)
-    if found not in _ENGINES:
-        raise ConfigError(
-            "DareCallback",
-            expected=SUPPORTED,
-            found=found,
-            remedy="extract from the saved checkpoint instead",
-        )
-
-
-def _is_checkpoint_of_a_run(look: FirstLook) -> bool:
-    return (Path(look.where) / "trainer_state.json").exists()
-
-
-def _on_record(state: TrainerState, name: str) -> Mapping[str, Any] | None:
-    """What an earlier part of a resumed run remembered of its base."""
-    record: Mapping[str, Any] | None = (
-        state.stateful_callbacks.get(_STATE, {}).get("attributes", {}).get(name)
-    )
-    return record
-
-
-def _name_of_run(record: Mapping[str, Any] | None, ranks: Ranks) -> str:
-    """The resumed run's, or one that no other has."""
-    mine = uuid.uuid4().hex if record is None else str(record.get("run", ""))
-    return str(ranks.gather(mine)[0])
-
-
-def _output_folder(args: TrainingArguments, state: TrainerState, trainer: Trainer | None) -> Path:
-    """Where the Trainer puts checkpoints: in a hyperparameter search, each trial has a folder of its own."""
-    if state.is_hyper_param_search and trainer is not None:
-        return Path(trainer._get_output_dir(trainer._trial))
-    return Path(args.output_dir)
-
-
-def _shared_companions(ranks: Ranks, model: Any, processing_class: Any, path: Path, origin: Origin) -> Path:
-    """The folder of files that go along with packages: made by the first rank, seen by all.
-
-    Raises:
-        RankError: a rank does not see it.
-    """
-
-    def make() -> str:
-        return save_companions(model, processing_class, path, origin.checkpoint.folder) if ranks.first else ""
-
-    place = Path(ranks.together(make)[0])
-    ranks.together(lambda: check_visible(place))
-    return place
-
-
-def _module(model: Any) -> Any:
-    """The module of what is in training: setfit's model is none itself, and has one."""
-    return model if isinstance(model, torch.nn.Module) else getattr(model, "model_body", model)
-
-
-def _moment(event: str, state: TrainerState) -> int | str:
-    """The step at which a snapshot is taken, or "end"."""
-    return "end" if event == "end" else int(state.global_step)
-
-
-def _calling_trainer() -> Trainer | None:
-    """The Trainer that sent the current event, if one did. Callbacks are not given it; it stands further up
-    the stack.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer):
-            return caller
-        frame = frame.f_back  # type: ignore[assignment]
-    return None

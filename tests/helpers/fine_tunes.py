@@ -156,14 +156,22 @@ def rows(count: int = 16) -> list[dict[str, Any]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def make_trainer(model: Model, out: Path, *callbacks: TrainerCallback, **options: Any) -> Trainer:
+def make_trainer(
+    model: Model, out: Path, *callbacks: TrainerCallback, eval_dataset: Any = None, **options: Any
+) -> Trainer:
     settings: dict[str, Any] = dict(
         output_dir=str(out), max_steps=2, save_strategy="no", learning_rate=1e-2,
         per_device_train_batch_size=4, report_to=[],
         use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, logging_strategy="no",
     )  # fmt: skip
     arguments = TrainingArguments(**{**settings, **options})
-    return Trainer(model=model, args=arguments, train_dataset=rows(), callbacks=list(callbacks))
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows(),
+        eval_dataset=eval_dataset,
+        callbacks=list(callbacks),
+    )
 
 
 def logits(model: Model) -> torch.Tensor:

@@ -1,0 +1,108 @@
+"""What a Trainer says of the training that it is about to begin, or goes on with."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from transformers import Trainer, TrainerState, TrainingArguments
+
+from ..errors import ConfigError
+from ..parallel.ranks import Ranks
+from ..parallel.staged_folder import check_visible
+from ..weights.sharding import SUPPORTED
+from .base_model import FirstLook, Origin
+from .companions import save_companions
+
+STATE = "dare_train"
+"""Under which the Trainer's state has what callbacks remember."""
+_ENGINES = {
+    "NO",
+    "DEEPSPEED",
+    "FSDP",
+    *(f"MULTI_{kind}" for kind in ("CPU", "GPU", "NPU", "MLU", "SDAA", "MUSA", "XPU", "HPU")),
+}
+"""accelerate's names of what is known. Each process is one rank; the weights of `MULTI_*` are whole on
+each."""
+
+
+def check_engine() -> None:
+    """Refuse an engine whose layout of weights is not known: its package would be wrong.
+
+    Raises:
+        ConfigError: naming what was found and what is supported.
+    """
+    found = str(AcceleratorState().distributed_type.value)
+    if found not in _ENGINES:
+        raise ConfigError(
+            "DareCallback",
+            expected=SUPPORTED,
+            found=found,
+            remedy="extract from the saved checkpoint instead",
+        )
+
+
+def is_checkpoint_of_a_run(look: FirstLook) -> bool:
+    return (Path(look.where) / "trainer_state.json").exists()
+
+
+def on_record(state: TrainerState, name: str) -> Mapping[str, Any] | None:
+    """What an earlier part of a resumed run remembered of its base."""
+    record: Mapping[str, Any] | None = state.stateful_callbacks.get(STATE, {}).get("attributes", {}).get(name)
+    return record
+
+
+def name_of_run(record: Mapping[str, Any] | None, ranks: Ranks) -> str:
+    """The resumed run's, or one that no other has."""
+    mine = uuid.uuid4().hex if record is None else str(record.get("run", ""))
+    return str(ranks.gather(mine)[0])
+
+
+def output_folder(args: TrainingArguments, state: TrainerState, trainer: Trainer | None) -> Path:
+    """Where the Trainer puts checkpoints: in a hyperparameter search, each trial has a folder of its own."""
+    if state.is_hyper_param_search and trainer is not None:
+        return Path(trainer._get_output_dir(trainer._trial))
+    return Path(args.output_dir)
+
+
+def shared_companions(ranks: Ranks, model: Any, processing_class: Any, path: Path, origin: Origin) -> Path:
+    """The folder of files that go along with packages: made by the first rank, seen by all.
+
+    Raises:
+        RankError: a rank does not see it.
+    """
+
+    def make() -> str:
+        return save_companions(model, processing_class, path, origin.checkpoint.folder) if ranks.first else ""
+
+    place = Path(ranks.together(make)[0])
+    ranks.together(lambda: check_visible(place))
+    return place
+
+
+def module_of(model: Any) -> Any:
+    """The module of what is in training: setfit's model is none itself, and has one."""
+    return model if isinstance(model, torch.nn.Module) else getattr(model, "model_body", model)
+
+
+def moment(event: str, state: TrainerState) -> int | str:
+    """The step at which a snapshot is taken, or "end"."""
+    return "end" if event == "end" else int(state.global_step)
+
+
+def calling_trainer() -> Trainer | None:
+    """The Trainer that sent the current event, if one did. Callbacks are not given it; it stands further up
+    the stack.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
