@@ -22,9 +22,13 @@ def received_weights(model: Live, snapshotter: Snapshotter, folder: Path) -> Ite
     """Within the block the model is what a receiver gets; afterwards, and if that fails, it is as before. The
     weights it displaces wait in a file, not in memory. All ranks enter and leave it together.
     """
-    live = LiveWeights(model)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
+
+    def opened() -> tuple[LiveWeights, IO[bytes]]:
+        folder.mkdir(parents=True, exist_ok=True)
+        return LiveWeights(model), tempfile.TemporaryFile(dir=folder)
+
+    live, file = snapshotter.ranks.each(opened)
+    with file:
         displaced = _Displaced(live, file)
         try:
             displaced.put(snapshotter)

@@ -257,7 +257,7 @@ class Snapshotter:
         """(name, flat start, words) of the runs of deltas as a receiver gets them, as far as this process
         holds them. All ranks call it together; what comes out of it is each one's own.
         """
-        plans = self.plans_for(live)
+        plans = self.ranks.each(lambda: self.plans_for(live))
         weights = self._merged(live)
         groups: dict[int, dict[int, float]] = {}
         if not live.whole:

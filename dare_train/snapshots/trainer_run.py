@@ -80,7 +80,7 @@ def shared_companions(ranks: Ranks, model: Any, processing_class: Any, path: Pat
     def make() -> str:
         return save_companions(model, processing_class, path, origin.checkpoint.folder) if ranks.first else ""
 
-    place = Path(ranks.together(make)[0])
+    place = path / Path(ranks.together(make)[0]).name
     ranks.together(lambda: check_visible(place))
     return place
 

@@ -226,6 +226,7 @@ def train_on(
     out: Path,
     *callbacks: TrainerCallback,
     resume: Path | None = None,
+    train_rows: list[dict[str, Any]] | None = None,
     **training_arguments: Any,
 ) -> Trainer:
     """`training.train` on this rank under an engine, which is proven to be at work.
@@ -234,6 +235,7 @@ def train_on(
         engine: one of `ENGINES`.
         model_maker: makes the model once the engine is configured, so that ZeRO-3 gets its `zero.Init`.
         out: the same folder on every rank.
+        train_rows: examples for a model that is no classifier.
         resume: a checkpoint, as in `Trainer.train(resume_from_checkpoint=...)`.
         training_arguments: go before the engine's and the tests' own.
     """
@@ -243,6 +245,7 @@ def train_on(
     )  # a user's script makes them before the model
     trainer = make_trainer(model_maker(), out, *callbacks, **options)
     del script  # which kept DeepSpeed's configuration alive
+    trainer.train_dataset = train_rows or trainer.train_dataset
     trainer.add_callback(EngineAtWork(engine, trainer))
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer
