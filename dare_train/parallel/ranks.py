@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,17 +186,24 @@ class Roll:
     """Who takes part in something, told without waiting: a rank that does not know of it answers nothing.
 
     Args:
-        what: by which it is told apart from others; the same on every rank.
+        what: by which it is told apart from others; the same on every rank. What is called the same happens
+            one after another, in the same order on all ranks.
     """
 
+    _checked: ClassVar[Counter[str]] = Counter()
+    """How often it has happened in this process."""
+
     def __init__(self, what: str) -> None:
-        self._key = f"dare_train/{what}"
+        self._what = what
+
+    def _key(self, rank: int) -> str:
+        return f"dare_train/{self._what}/{self._checked[self._what]}/{rank}"
 
     def sign(self) -> None:
-        """Say that this process takes part; nothing where it is alone."""
+        """Say that this process takes part, the next time; nothing where it is alone."""
         store, rank, _ = _store()
         if store is not None:
-            store.set(f"{self._key}/{rank}", b"here")
+            store.set(self._key(rank), b"here")
 
     def check(self, patience: timedelta) -> None:
         """Wait until all processes have signed.
@@ -206,7 +214,8 @@ class Roll:
         store, _, world = _store()
         if store is None:
             return
-        keys = {rank: f"{self._key}/{rank}" for rank in range(world)}
+        keys = {rank: self._key(rank) for rank in range(world)}
+        self._checked[self._what] += 1
         try:
             store.wait(list(keys.values()), patience)
         except RuntimeError as error:

@@ -9,12 +9,14 @@ import pytest
 import torch
 from datasets import Dataset
 from engines import EngineAtWork, engine_arguments, run_ranks
+from fine_tunes import QUANTISED
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -110,3 +112,70 @@ def test_sft_on_engines(tmp_path: Path, engine: str, lora: bool) -> None:
     package.verify(base)
     theirs = extract(base, tmp_path / "out/checkpoint-4", tmp_path / "again", p=0.5)
     assert theirs.manifest.result == first
+
+
+@pytest.mark.filterwarnings("default")  # TRL's, PEFT's and bitsandbytes' own
+@pytest.mark.parametrize("kind", ["nf4", "nf4 in bf16", "int8"])
+def test_qlora_through_sft_gives_the_package_of_the_saved_adapter(tmp_path: Path, kind: str) -> None:
+    base = save_llama(tmp_path / "base", tied=False)
+    packed = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=QUANTISED[kind](), device_map="cpu"
+    )
+    trainer = sft(packed, tmp_path / "out", DareCallback(p=0.0), lora=True)
+    trainer.save_model(str(tmp_path / "adapter"))
+    expected = extract(base, tmp_path / "adapter", tmp_path / "extracted", p=0.0)
+    package = DeltaPackage.open(tmp_path / "out/dare/final")
+    assert package.manifest.result == expected.manifest.result
+    assert package.manifest.base_model == str(base)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", ["dpo", "reward", "kto"])
+def test_trainers_of_preferences_give_what_the_live_model_computes(tmp_path: Path, kind: str) -> None:
+    import trl
+
+    base = save_llama(tmp_path / "base", torch.float32, tied=False)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    classes: dict[str, tuple[Any, Any]] = {
+        "dpo": (trl.DPOTrainer, trl.DPOConfig),
+        "reward": (trl.RewardTrainer, trl.RewardConfig),
+    }
+    if kind == "kto":
+        if not hasattr(trl, "KTOTrainer"):
+            from trl.experimental.kto import KTOConfig, KTOTrainer
+
+            classes["kto"] = KTOTrainer, KTOConfig
+        else:
+            classes["kto"] = trl.KTOTrainer, trl.KTOConfig
+    trainer_class, config_class = classes[kind]
+    load = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+    model = load.from_pretrained(base, **({"num_labels": 1} if kind == "reward" else {}))
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"w{i} w{i + 1}", "chosen": f" w{i + 2} w{i}", "rejected": f" w{i + 3}"} for i in range(12)
+    ]
+    if kind == "kto":
+        rows = [
+            {"prompt": r["prompt"], "completion": r["chosen"], "label": i % 2 == 0}
+            for i, r in enumerate(rows)
+        ]
+    arguments = config_class(
+        output_dir=str(tmp_path / "out"), max_steps=2, save_strategy="no", learning_rate=0.05, report_to=[],
+        use_cpu=True, disable_tqdm=True, per_device_train_batch_size=4, bf16=False, max_length=16,
+        dataloader_pin_memory=False, gradient_checkpointing=False, logging_strategy="no",
+    )  # fmt: skip
+    trainer = trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[DareCallback(p=0.0)],
+    )
+    trainer.train()
+    package = DeltaPackage.open(tmp_path / "out/dare/final")
+    assert package.manifest.base_model == str(base)
+    apply(base, package, tmp_path / "result")
+    received = load.from_pretrained(tmp_path / "result")
+    ids = torch.arange(4, 12)[None]
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, received(input_ids=ids).logits)
