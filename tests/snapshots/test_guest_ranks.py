@@ -51,6 +51,21 @@ def test_a_callback_on_one_process_alone_is_named_at_once(base: Path, tmp_path: 
     )
 
 
+def only_the_second_time(rank: int, base: Path, out: Path) -> None:
+    import dare_train.snapshots.callback as callbacks
+
+    callbacks._ROLL_PATIENCE = timedelta(seconds=5)
+    train_on("ddp", partial(classifier, base), out, DareCallback(), max_steps=1)
+    given = [DareCallback()] if rank == 1 else []
+    train_on("ddp", partial(classifier, base), out, *given, max_steps=1)
+
+
+def test_a_callback_that_all_had_before_does_not_vouch_for_the_next(base: Path, tmp_path: Path) -> None:
+    ends = outcomes(only_the_second_time, 2, base, tmp_path / "out", timeout=60)
+    assert ends[1].error == "ConfigError"
+    assert "found none on rank 0" in ends[1].message
+
+
 class _Killed(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 2 and args.process_index == 1:
