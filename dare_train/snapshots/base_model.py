@@ -83,9 +83,8 @@ def from_disk(live: LiveWeights, where: str | os.PathLike[str], *, compare: bool
         adapted = differing & updates.keys()
         if comparing.most(live, base.weights, differing - adapted, besides=updates.keys()):
             return None
-        distances = comparing.relative_distances(
-            Merged(live, updates, live.tensors), live, base.weights, adapted
-        )
+        merged = Merged(comparing.Held(live), updates, live.tensors)
+        distances = comparing.relative_distances(merged, live, base.weights, adapted)
         fresh = differing - {name for name, distance in distances.items() if distance <= _NEAR}
     fresh |= live.trained_whole
     return _origin(str(where), base, fresh, live.ranks)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from ..dtypes import to_float
+from ..dtypes import Words, to_float
 from ..errors import ConfigError
 from ..parallel.threads import ordered_map
 from ..weights.live import LiveWeights
@@ -52,6 +52,25 @@ def adapted_apart(live: LiveWeights, base: Weights) -> frozenset[str]:
             expected = "a base as in its files, under DoRA on several ranks"
             raise ConfigError(name, expected=expected, found="another in memory", remedy=MERGE)
     return frozenset(apart)
+
+
+class Held:
+    """Live weights with zeros where this process holds nothing: enough for what is added element by
+    element.
+    """
+
+    def __init__(self, live: LiveWeights) -> None:
+        self.label = live.label
+        self.tensors = live.tensors
+        self._live = live
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        words = np.zeros(count, self.tensors[name].dtype.word)
+        for begin, end in self._live.held[name]:
+            first, stop = max(begin, start), min(end, start + count)
+            if first < stop:
+                words[first - start : stop - start] = self._live.read(name, first, stop - first)
+        return words
 
 
 def relative_distances(

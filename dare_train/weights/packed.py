@@ -6,6 +6,7 @@ GPTQ, AWQ and what else keeps integers or scales where a weight would be.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from .sharding import clean, is_dtensor
 
 _LIBRARIES = ("bitsandbytes", "torchao")
+_BITS = re.compile(r"4bit|8bit|FP4|NF4")
+"""In names of modules: once FSDP has cut their weights, these no longer say what they are."""
 _BESIDE_PACKED = {
     "qweight",
     "qzeros",
@@ -43,12 +46,13 @@ def is_packed_name(name: str) -> bool:
 
 def packing(part: torch.nn.Module) -> str | None:
     """How a module's own weights are quantised, in words; None where they are not."""
+    kind = type(part)
+    if kind.__module__.startswith("bitsandbytes") and _BITS.search(kind.__name__):
+        return f"a {kind.__name__} of bitsandbytes"
     own = {**part._parameters, **part._buffers}
     for name, tensor in own.items():
         if tensor is not None and (name in _BESIDE_PACKED or _is_packed(name, tensor)):
-            kind = _kind(tensor)
-            library = next((of for of in _LIBRARIES if kind.__module__.startswith(of)), "")
-            return f"a {type(part).__name__} with {library and f'{library} '}{kind.__name__}"
+            return f"a {kind.__name__} with {_kind(tensor).__name__} {name}"
     return None
 
 
