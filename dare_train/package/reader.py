@@ -81,7 +81,15 @@ class DeltaPackage:
 
     @property
     def size(self) -> int:
-        """Bytes of all the package's files on disk, the manifest and the card included."""
+        """Bytes of all the package's files on disk, the manifest and the card included.
+
+        Raises:
+            PackageError: it was removed since it was opened.
+        """
+        if not self.path.is_dir():
+            raise PackageError(
+                self.name, expected="a package", found="none: it was removed since it was opened"
+            )
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
 
     @property

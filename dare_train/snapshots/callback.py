@@ -18,7 +18,7 @@ from ..errors import BaseMismatch, ConfigError, SnapshotError
 from ..kernels.backends import checked
 from ..package.reader import DeltaPackage
 from ..parallel.ranks import Ranks, Roll
-from ..parallel.staged_folder import sweep_folder
+from ..parallel.staged_folder import storage_errors, sweep_folder
 from ..weights.live import LiveWeights, Source
 from ..weights.wrapped import inner_model
 from . import wandb_snapshots
@@ -334,8 +334,9 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
 
     def _clear(self, state: TrainerState, base_in_use: bool) -> None:
         assert self._folder is not None, "the folder is known before it is cleared"
-        sweep_folder(self._folder.path)
-        self._folder.make_way(from_step=state.global_step, base_in_use=base_in_use)
+        with storage_errors(self._folder.path):
+            sweep_folder(self._folder.path)
+            self._folder.make_way(from_step=state.global_step, base_in_use=base_in_use)
 
     def _known_origin(
         self,

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from ..errors import ConfigError
 from ..parallel.ranks import Ranks
-from ..parallel.staged_folder import check_visible
+from ..parallel.staged_folder import check_visible, storage_errors
 from ..weights.sharding import SUPPORTED
 from .base_model import FirstLook, Origin
 from .companions import save_companions
@@ -74,11 +74,15 @@ def shared_companions(ranks: Ranks, model: Any, processing_class: Any, path: Pat
     """The folder of files that go along with packages: made by the first rank, seen by all.
 
     Raises:
+        StorageError: it cannot be made.
         RankError: a rank does not see it.
     """
 
     def make() -> str:
-        return save_companions(model, processing_class, path, origin.checkpoint.folder) if ranks.first else ""
+        if not ranks.first:
+            return ""
+        with storage_errors(path):
+            return save_companions(model, processing_class, path, origin.checkpoint.folder)
 
     place = path / Path(ranks.together(make)[0]).name
     ranks.together(lambda: check_visible(place))

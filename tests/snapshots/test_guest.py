@@ -15,7 +15,7 @@ from training import classifier, make_trainer, save_base, train, weights_print
 from transformers import TrainerCallback
 
 from dare_train import DareCallback, DeltaPackage
-from dare_train.errors import ConfigError, SnapshotError
+from dare_train.errors import ConfigError, SnapshotError, StorageError
 
 EVERYTHING: dict[str, Any] = dict(when=("save", "epoch", "end", 1), evaluate=True, keep=1, p=0.5)
 EVALUATED: dict[str, Any] = dict(eval_strategy="steps", eval_steps=2)
@@ -102,6 +102,15 @@ def test_with_raise_a_failure_ends_training_with_its_own_words(base: Path, tmp_p
 def test_an_unknown_way_to_fail_is_refused() -> None:
     with pytest.raises(ConfigError, match='on_error: expected "warn" or "raise", found \'ignore\''):
         DareCallback(on_error="ignore")  # type: ignore[arg-type]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_first_step(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/dare").write_text("a file in the folder's place")
+    trainer = make_trainer(classifier(base), tmp_path / "out", DareCallback())
+    with pytest.raises(StorageError, match=r"out/dare: found File exists; .*check the path and the disk"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_keyboard_interrupts_pass_and_the_next_training_starts_clean(base: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dare_train import DareCallback, DeltaPackage, apply
-from dare_train.errors import ConfigError
+from dare_train.errors import ConfigError, PackageError
 from dare_train.weights.fingerprint import weights_fingerprint
 from dare_train.weights.live import LiveWeights
 
@@ -273,3 +273,7 @@ def test_a_removed_packages_repr_says_so(base: Path, tmp_path: Path) -> None:
     assert repr(first).endswith("removed since it was opened)")
     assert "removed since" not in repr(last)
     assert "removed since" in repr(callback.packages)
+    with pytest.raises(
+        PackageError, match="expected a package, found none: it was removed since it was opened"
+    ):
+        print(first.stats)
