@@ -65,9 +65,10 @@ class Origin:
 def from_disk(live: LiveWeights, where: str | os.PathLike[str], *, compare: bool) -> Origin | None:
     """The origin at a path or Hub id. With `compare`, the live weights are expected to be the base's.
 
-    Tensors whose bits differ are `fresh`. Returns None when most of the shared weights differ: then the run
-    began elsewhere. What is under an adapter may have been moved by how the adapter begins (PiSSA, OLoRA):
-    there the merged weights count, and as fresh only where they are far from the base's.
+    Tensors whose bits differ are `fresh`. Returns None when most of the shared weights differ, or are
+    quantised there: then the run began elsewhere. What is under an adapter may have been moved by how the
+    adapter begins (PiSSA, OLoRA): there the merged weights count, and as fresh only where they are far from
+    the base's.
 
     Raises:
         CheckpointError, TensorMismatch: it cannot be read, or has nothing to do with the model.
@@ -77,6 +78,8 @@ def from_disk(live: LiveWeights, where: str | os.PathLike[str], *, compare: bool
     if live.packed:
         return _under_packed(live, where, base)
     fresh: set[str] = set()
+    if compare and _quantised(base.weights, live):
+        return None
     if compare:
         updates = live.updates()
         differing = comparing.differing(live, base.weights)
@@ -105,6 +108,14 @@ def _under_packed(live: LiveWeights, where: str | os.PathLike[str], base: _Opene
     fresh = far | (live.tensors.keys() - base.weights.tensors.keys()) | live.trained_whole
     AdaptersOnFiles(live, base.weights, fresh)
     return _origin(str(where), base, fresh, live.ranks)
+
+
+def _quantised(base: Weights, live: LiveWeights) -> bool:
+    """Whether files hold packed what was dequantised when it was loaded."""
+    shared = live.tensors.keys() & base.tensors.keys()
+    return any(
+        live.tensors[name].dtype.can_be_delta > base.tensors[name].dtype.can_be_delta for name in shared
+    )
 
 
 class _OpenedBase(NamedTuple):

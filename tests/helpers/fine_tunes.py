@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -72,6 +74,30 @@ def _torchao() -> Any:
     from transformers import TorchAoConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def save_in_fp8(folder: Path, *, block: int = 4) -> Path:
+    """A checkpoint of linear layers in blocks of fp8 with scales, as DeepSeek's and Qwen's are."""
+    save_decoder(folder)
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        tensors[name] = tensor.bfloat16()
+        if name.endswith("_proj.weight"):
+            rows, columns = tensor.shape
+            blocks = tensor.reshape(rows // block, block, columns // block, block)
+            scale = blocks.abs().amax((1, 3)) / 448
+            scaled = (blocks / scale[:, None, :, None]).reshape(rows, columns)
+            tensors[name] = scaled.to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = scale
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "weight_block_size": [block, block],
+        "activation_scheme": "dynamic",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def lora(model: Model, **options: Any) -> Model:

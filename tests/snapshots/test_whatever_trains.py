@@ -10,11 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from fine_tunes import ADAPTERS, BASES, OF_TIED, QUANTISED, load, logits, lora, make_trainer, save_decoder
+from fine_tunes import (
+    ADAPTERS,
+    BASES,
+    OF_TIED,
+    QUANTISED,
+    load,
+    logits,
+    lora,
+    make_trainer,
+    save_decoder,
+    save_in_fp8,
+)
 from peft import prepare_model_for_kbit_training
+from transformers import FineGrainedFP8Config
 
 from dare_train import DareCallback, DeltaPackage, apply, extract
-from dare_train.errors import BaseMismatch, ConfigError
+from dare_train.errors import BaseMismatch, CheckpointError, ConfigError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
@@ -121,6 +133,31 @@ def test_a_quantised_checkpoint_needs_its_full_precision_base(tmp_path: Path, ba
     model.save_pretrained(tmp_path / "adapter")
     expected = extract(base, tmp_path / "adapter", tmp_path / "extracted", p=0.0)
     assert DeltaPackage.open(tmp_path / "out/dare/final").manifest.result == expected.manifest.result
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_a_dequantised_models_base_is_what_was_loaded_and_a_line_says_so(
+    tmp_path: Path, adapter: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = save_in_fp8(tmp_path / "fp8")
+    unpacked = FineGrainedFP8Config(dequantize=True, weight_block_size=(4, 4))
+    model = ADAPTERS[adapter](load(base, quantization_config=unpacked, dtype=torch.bfloat16))
+    make_trainer(model, tmp_path / "out", DareCallback(p=0.0, values="exact")).train()
+    package = DeltaPackage.open(tmp_path / "out/dare/final")
+    kept = tmp_path / "out/dare/base"
+    assert package.manifest.base_model == str(kept)
+    assert f"since the model's weights are not those of {base}" in caplog.text
+    apply(kept, package, tmp_path / "received")
+    _same_results(model, load(tmp_path / "received"), load(kept))
+
+
+def test_a_quantised_base_is_refused_by_name(tmp_path: Path) -> None:
+    base = save_in_fp8(tmp_path / "fp8")
+    unpacked = FineGrainedFP8Config(dequantize=True, weight_block_size=(4, 4))
+    model = load(base, quantization_config=unpacked, dtype=torch.bfloat16)
+    trainer = make_trainer(model, tmp_path / "out", DareCallback(base=base))
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight: .* found BF16 .*F8_E4M3 .* is quantised"):
+        trainer.train()
 
 
 def test_another_model_is_not_taken_for_the_quantised_ones_base(tmp_path: Path, base_folder: Folders) -> None:
