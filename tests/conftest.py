@@ -4,6 +4,7 @@ disk.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -55,6 +56,13 @@ def device() -> torch.device:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def interpreter(request: pytest.FixtureRequest) -> None:
+    """A quicker one for kernels of a device, where there is none."""
+    if request.node.get_closest_marker("gpu") and os.environ.get("TRITON_INTERPRET") == "1":
+        importlib.import_module("interpreting")
 
 
 @pytest.fixture

@@ -36,7 +36,10 @@ ENCODINGS = ["exact", "rounded", "int8", "int4", "sign"]
 
 @pytest.fixture(params=["torch", "cuda"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Torch's kernels in place of a device's, and Triton's, in its interpreter where there is no GPU."""
+    """Torch's kernels in place of a device's, and Triton's, in its interpreter where there is no GPU: there
+    they take most of these tests' time, so those with both have the combinations in which Triton's kernels
+    differ.
+    """
     monkeypatch.setenv("DARE_TRAIN_KERNELS", request.param)
     with np.errstate(all="ignore"):
         yield request.param
@@ -67,14 +70,18 @@ def check(packages: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "kernels"),
     [
-        dict(p=0.9),
-        dict(p=0.0),
-        dict(p={"bf16": 0.9, "*": 0.0}),
-        dict(p=0.5, rescale="none"),
-        dict(p=0.5, exclude="f*"),
+        (dict(p=0.9), "torch"),
+        (dict(p=0.0), "torch"),
+        (dict(p={"bf16": 0.9, "*": 0.0}), "torch"),
+        (dict(p={"bf16": 0.9, "*": 0.0}), "cuda"),
+        (dict(p=0.5, rescale="none"), "torch"),
+        (dict(p=0.5, rescale="none"), "cuda"),
+        (dict(p=0.5, exclude="f*"), "torch"),
+        (dict(p=0.5, exclude="f*"), "cuda"),
     ],
+    indirect=["kernels"],
 )
 def test_one_package(
     options: dict[str, Any],
@@ -115,13 +122,30 @@ def test_kernels_that_are_asked_for_go_before_the_environment(
         apply_(base, found, kernels="gpu")
 
 
-@pytest.mark.parametrize("values", ENCODINGS)
+@pytest.mark.parametrize(
+    ("kernels", "values", "weights"),
+    [
+        *(("torch", values, weights) for values in ENCODINGS for weights in (None, [-0.5])),
+        ("cuda", "exact", None),
+        ("cuda", "exact", [-0.5]),
+        ("cuda", "rounded", [-0.5]),
+        ("cuda", "int8", None),
+        ("cuda", "int4", [-0.5]),
+        ("cuda", "sign", None),
+    ],
+    indirect=["kernels"],
+)
 def test_every_encoding_alone_and_weighted(
-    values: str, kernels: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    values: str,
+    weights: list[float] | None,
+    kernels: str,
+    device: torch.device,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """What encodings become is torch's work; where a package is alone, Triton's kernels get words."""
     package = extract(base_state(), tuned_state(1), tmp_path / "package", p=0.8, values=values)  # type: ignore[arg-type]
-    check(package, device, monkeypatch)
-    check(package, device, monkeypatch, weights=[-0.5])
+    check(package, device, monkeypatch, weights=weights)
 
 
 def test_masks_that_are_stored(

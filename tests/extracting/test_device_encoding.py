@@ -4,7 +4,6 @@ every dtype.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch_words import as_tensor
 
 from dare_train import extract
 from dare_train.dtypes import DType, Words
+from dare_train.extracting import device_encoding
 from dare_train.kernels import pack_in_torch as pack
 from dare_train.kernels.launch_tables import INTEGERS
 from dare_train.package.codec import encode_exact, packed_exact
@@ -95,12 +95,8 @@ def test_magnitudes(dtype: DType, kept: list[int], seed: int, device: torch.devi
 def test_runs_that_are_encoded_a_few_at_a_time(
     kernels: str, at_once: int, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["dare_train.extracting.device_encoding"], "_AT_ONCE", at_once)
-    monkeypatch.setattr(
-        sys.modules["dare_train.extracting.device_encoding"],
-        "_fetched",
-        lambda *_: pytest.fail("kept words crossed"),
-    )
+    monkeypatch.setattr(device_encoding, "_AT_ONCE", at_once)
+    monkeypatch.setattr(device_encoding, "_fetched", lambda *_: pytest.fail("kept words crossed"))
     base, tuned = (
         {name: tensor.to(device) for name, tensor in state.items()}
         for state in (base_state(), tuned_state(1))

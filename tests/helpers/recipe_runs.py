@@ -1,14 +1,18 @@
-"""Recipes, started as their users start them, and what they measured."""
+"""Recipes, run as their users run them, and what they measured."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -27,10 +31,50 @@ def stranger() -> dict[str, str]:
 def tried(
     recipe: str, *options: str, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """By default each is done in seconds; a busy machine may take minutes."""
-    command = [sys.executable, f"recipes/{recipe}", *options]
+    """In a process forked from one that has imported the libraries.
+
+    By default each is done in seconds; a busy machine may take minutes.
+    """
+    server, command = _server(), [f"recipes/{recipe}", *options]
+    with TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        run = {"recipe": command[0], "options": options, "environment": dict(environment or stranger())}
+        assert server.stdin
+        assert server.stdout
+        server.stdin.write(json.dumps({**run, "out": str(out), "err": str(err)}) + "\n")
+        server.stdin.flush()
+        if not select.select([server.stdout], [], [], 300)[0]:
+            os.killpg(server.pid, signal.SIGKILL)
+            _server.cache_clear()
+            raise subprocess.TimeoutExpired(command, 300, out.read_text(), err.read_text())
+        return subprocess.CompletedProcess(
+            command, int(server.stdout.readline()), out.read_text(), err.read_text()
+        )
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """Ends with this process, whose end closes its input."""
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("recipe_server.py"))],
+        cwd=ROOT,
+        env=stranger(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def started(
+    recipe: str,
+    *options: str,
+    launcher: Sequence[str] = (sys.executable,),
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """In a process of its own from the first import on, as users start it."""
     return subprocess.run(
-        command,
+        [*launcher, f"recipes/{recipe}", *options],
         cwd=ROOT,
         env=environment or stranger(),
         capture_output=True,

