@@ -171,25 +171,14 @@ class LiveWeights:
         if not self.adapted:
             return {}
         in_files = {name: file for file, (name, _, _) in self._places.items()}
-        whole = {name for name, start, shape in self._places.values() if start == 0}
+        whole = {name for name, start, _ in self._places.values() if start == 0}
+        found = lora_updates.updates(self._module, self._inner.path)
         by_tensor = {}
-        for name, updates in lora_updates.updates(self._module, self._inner.path).items():
+        for name, updates in lora_updates.once_where_tied(found, tied(self._inner.model)).items():
             if name not in whole and name.rpartition(".")[0] not in self.packed:
-                raise self._no_tensor_for(name)
+                raise _no_tensor_for(name)
             by_tensor[in_files.get(name, name)] = updates
         return by_tensor
-
-    def _no_tensor_for(self, name: str) -> ConfigError:
-        """Why an adapter's update of a tensor would be lost."""
-        expected = "a tensor of its own, which an adapter updates"
-        source = tied(self._inner.model).get(name)
-        if source is not None:
-            remedy = "load the model with tie_word_embeddings=False, or do not adapt this module"
-            return ConfigError(name, expected=expected, found=f"one tied to {source}", remedy=remedy)
-        if name.endswith(".bias"):
-            remedy = "set lora_bias=False, or leave this module out of target_modules"
-            return ConfigError(name, expected=expected, found="a module without bias", remedy=remedy)
-        return ConfigError(name, expected=expected, found="none in a checkpoint", remedy=MERGE)
 
     def read(self, name: str, start: int, count: int) -> Words:
         pieces = self._within(self._held[name].pieces, start, start + count)
@@ -302,6 +291,15 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def _as_tensor(words: Words, dtype: torch.dtype) -> torch.Tensor:
     bits = words.view(f"i{words.itemsize}" if words.itemsize > 1 else "u1")
     return torch.from_numpy(bits if bits.flags.writeable else bits.copy()).view(dtype)
+
+
+def _no_tensor_for(name: str) -> ConfigError:
+    """Why an adapter's update of a tensor would be lost."""
+    expected = "a tensor of its own, which an adapter updates"
+    if name.endswith(".bias"):
+        remedy = "set lora_bias=False, or leave this module out of target_modules"
+        return ConfigError(name, expected=expected, found="a module without bias", remedy=remedy)
+    return ConfigError(name, expected=expected, found="none in a checkpoint", remedy=MERGE)
 
 
 def _refuse_packed(packed: Mapping[str, str]) -> NoReturn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,39 @@ def updates(model: Any, path: str) -> dict[str, list[LowRank]]:
                     for part, update in _updates_of(module, layer, adapter):
                         by_tensor.setdefault(f"{module}.{part}", []).append(update)
     return by_tensor
+
+
+def once_where_tied(
+    found: Mapping[str, list[LowRank]], aliases: Mapping[str, str]
+) -> dict[str, list[LowRank]]:
+    """The same updates without those of tensors that are others' under another name: a checkpoint has one for
+    the two, so they have to be updated alike.
+
+    Args:
+        found: updates by tensor.
+        aliases: names of tensors that are tied, and of those they are tied to.
+
+    Raises:
+        ConfigError: one of the two is updated otherwise than the other.
+    """
+    for name, source in aliases.items():
+        here, there = found.get(name, []), found.get(source, [])
+        if len(here) != len(there) or not all(map(_alike, here, there)):
+            of, other = (name, source) if here else (source, name)
+            expected = f"the same update of {other}, which is tied to it"
+            remedy = (
+                "ensure_weight_tying=True in the LoraConfig adapts both as one; or load the model with "
+                "tie_word_embeddings=False"
+            )
+            raise ConfigError(of, expected=expected, found="one of it alone", remedy=remedy)
+    return {name: updates for name, updates in found.items() if name not in aliases}
+
+
+def _alike(one: LowRank, other: LowRank) -> bool:
+    """Whether two updates are the same, of which one may lie transposed."""
+    a, b = (one.a, one.b) if one.transposed == other.transposed else (one.b.T, one.a.T)
+    factors = np.array_equal(a, other.a) and np.array_equal(b, other.b)
+    return factors and one.scaling == other.scaling and one.magnitude is other.magnitude is None
 
 
 def _takes_effect(layer: Any, adapter: str) -> bool:

@@ -94,13 +94,20 @@ def test_what_has_no_tensor_of_its_own_is_refused_by_name(
     model = OF_TIED[adapter](load(base_folder("tied")))
     trainer = make_trainer(model, tmp_path / "out")
     trainer.add_callback(DareCallback())
-    if adapter == "embedding":
-        trainer.train()
-        apply(base_folder("tied"), tmp_path / "out/dare/final", tmp_path / "received")
-        return
-    with pytest.raises(ConfigError, match=r"lm_head\.weight: .*tie_word_embeddings=False"):
+    with pytest.raises(ConfigError, match=r"(lm_head|embed_tokens)\.weight: .*tie_word_embeddings=False"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("how", ["factors", "copies"])
+def test_what_is_tied_may_be_adapted_as_one(base_folder: Folders, tmp_path: Path, how: str) -> None:
+    base = base_folder("tied")
+    options = {"target_modules": ["embed_tokens", "lm_head"]} if how == "factors" else {}
+    copies = {"modules_to_save": ["embed_tokens"]} if how == "copies" else {}
+    model = lora(load(base), ensure_weight_tying=True, **options, **copies)
+    make_trainer(model, tmp_path / "out", DareCallback(p=0.0)).train()
+    apply(base, tmp_path / "out/dare/final", tmp_path / "received")
+    _same_results(model, load(tmp_path / "received"), load(base))
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
