@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from numbers import Real
@@ -169,14 +169,11 @@ def matches(name: str, patterns: Patterns) -> bool:
 
 
 def _patterns(name: str, given: object) -> tuple[str, ...]:
-    patterns = (
-        (given,)
-        if isinstance(given, str)
-        else tuple(given)
-        if isinstance(given, (list, tuple, set, frozenset))
-        else None
-    )
-    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+    if isinstance(given, str):
+        return (given,)
+    # Hydra's lists are no `list`.
+    patterns = tuple(given) if isinstance(given, (Sequence, Set)) else (None,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(name, expected="a list of name patterns", found=repr(given))
     return patterns
 

@@ -439,4 +439,5 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             self.packages.append(snapshot)
             self.waited.append(snapshot.waited)
             if self._joined().first:
-                wandb_snapshots.log(snapshot, name=self.name, artifact=self.artifact)
+                stays = self.keep is None
+                wandb_snapshots.log(snapshot, name=self.name, artifact=self.artifact, stays=stays)

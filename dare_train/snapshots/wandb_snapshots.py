@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..package.magnitudes import merged
@@ -26,8 +29,9 @@ def figures(snapshot: Snapshot) -> dict[str, float]:
     }
 
 
-def log(snapshot: Snapshot, *, name: str, artifact: bool = True) -> None:
-    """Log a snapshot to the active run; nothing happens without one.
+def log(snapshot: Snapshot, *, name: str, artifact: bool = True, stays: bool = True) -> None:
+    """Log a snapshot to the active run; nothing happens without one. A package that does not stay gets a
+    second place, in the run's folder: an offline run is uploaded later.
 
     Figures carry `train/global_step`, as the Trainer's own do: wandb's step stays the Trainer's.
     """
@@ -42,14 +46,16 @@ def log(snapshot: Snapshot, *, name: str, artifact: bool = True) -> None:
         histograms["dare/delta_histogram"] = _histogram(wandb, merged(parts.values()))
     run.log({**figures(snapshot), **histograms, "train/global_step": snapshot.step})
     if artifact:
-        run.log_artifact(_artifact(wandb, snapshot, name), aliases=["latest", f"step-{snapshot.step}"])
+        folder = snapshot.package.path if stays else _second_place(run, snapshot, name)
+        aliases = ["latest", f"step-{snapshot.step}"]
+        run.log_artifact(_artifact(wandb, snapshot, name, folder), aliases=aliases)
 
 
 def _histogram(wandb: Any, magnitudes: Any) -> Any:
     return wandb.Histogram(np_histogram=magnitudes.histogram())
 
 
-def _artifact(wandb: Any, snapshot: Snapshot, name: str) -> Any:
+def _artifact(wandb: Any, snapshot: Snapshot, name: str, folder: Path) -> Any:
     manifest = snapshot.package.manifest
     metadata = {
         "base_model": manifest.base_model,
@@ -63,5 +69,20 @@ def _artifact(wandb: Any, snapshot: Snapshot, name: str) -> Any:
         "bits_per_parameter": snapshot.package.stats["bits_per_parameter"],
     }
     artifact = wandb.Artifact(name, type="dare-package", metadata=metadata)
-    artifact.add_dir(str(snapshot.package.path), policy="immutable")
+    artifact.add_dir(str(folder), policy="immutable")
     return artifact
+
+
+def _second_place(run: Any, snapshot: Snapshot, name: str) -> Path:
+    """The package's files in the folder of the wandb run, without a copy where the disk can do that."""
+    package = snapshot.package.path
+    place = Path(run.dir).parent / "dare_train" / name / package.name
+    shutil.copytree(package, place, copy_function=_link, dirs_exist_ok=True)
+    return place
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import apply_refused, base_state, extract_refused, moved, random_tensor, refusal, save
 
-from dare_train import DeltaPackage, apply, extract
+from dare_train import DareConfig, DeltaPackage, apply, extract
 from dare_train.errors import (
     BaseMismatch,
     ChainError,
@@ -218,3 +219,16 @@ def test_an_output_that_exists_is_refused_and_kept(package: DeltaPackage, base: 
     apply(base, package, out, overwrite=True)
     assert not (out / "mine").exists()
     assert (out / "model.safetensors").exists()
+
+
+def test_any_sequence_of_strings_is_a_list_of_patterns() -> None:
+    class ListConfig(Sequence[str]):
+        """As Hydra's, which is no `list`."""
+
+        def __getitem__(self, index: Any) -> Any:
+            return ("*norm*", "*.bias")[index]
+
+        def __len__(self) -> int:
+            return 2
+
+    assert DareConfig(exclude=ListConfig()).exclude == ("*norm*", "*.bias")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,15 @@ def test_an_active_run_is_used_though_the_trainer_does_not_report(
 def test_without_a_run_nothing_is_logged(base: Path, tmp_path: Path, quiet: Path) -> None:
     train(classifier(base), tmp_path / "out", DareCallback(when="end"))
     assert list(quiet.rglob("*.wandb")) == []
+
+
+def test_an_offline_runs_artifacts_outlive_packages_that_keep_removes(
+    base: Path, tmp_path: Path, quiet: Path
+) -> None:
+    train(classifier(base), tmp_path / "out", DareCallback(keep=1), report_to=["wandb"])
+    assert not (tmp_path / "out/dare/step-2").exists()
+    wandb.teardown()
+    logged = b"".join(file.read_bytes() for file in quiet.rglob("*.wandb"))
+    places = {Path(place.decode()) for place in re.findall(rb"/[\w./-]+dare_delta\.safetensors", logged)}
+    assert {place.parent.name for place in places} == {"step-2", "step-4", "final"}
+    assert all(place.exists() for place in places)
