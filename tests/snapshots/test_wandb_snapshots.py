@@ -80,7 +80,7 @@ def test_an_offline_runs_artifacts_outlive_packages_that_keep_removes(
 ) -> None:
     train(classifier(base), tmp_path / "out", DareCallback(keep=1), report_to=["wandb"])
     assert not (tmp_path / "out/dare/step-2").exists()
-    wandb.teardown()
+    wandb.finish()
     logged = b"".join(file.read_bytes() for file in quiet.rglob("*.wandb"))
     places = {Path(place.decode()) for place in re.findall(rb"/[\w./-]+dare_delta\.safetensors", logged)}
     assert {place.parent.name for place in places} == {"step-2", "step-4", "final"}
