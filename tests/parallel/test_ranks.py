@@ -92,7 +92,7 @@ def full_disk(rank: int, engine: str, base: Path, out: Path) -> list[str]:
         return honest(*args, **options)
 
     snapshot.write_parts = write_parts  # in this process only
-    callback = DareCallback(p=0.5)
+    callback = DareCallback(p=0.5, on_error="raise")
     try:
         train_on(engine, lambda: classifier(base), out, callback)
     except SnapshotError as error:

@@ -256,7 +256,7 @@ def test_unknown_engines_are_refused_when_training_begins(
 ) -> None:
     trainer = make_trainer(classifier(base), tmp_path / "out")
     monkeypatch.setattr(
-        "dare_train.snapshots.callback.AcceleratorState",
+        "dare_train.snapshots.trainer_run.AcceleratorState",
         lambda: SimpleNamespace(distributed_type=DistributedType.MEGATRON_LM),
     )
     with pytest.raises(
