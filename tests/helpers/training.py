@@ -23,21 +23,21 @@ from dare_train.weights.live import LiveWeights
 LABELS = 3
 
 
-def tiny_config() -> BertConfig:
+def tiny_config(layers: int = 2) -> BertConfig:
     return BertConfig(
         vocab_size=60,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=16,
     )
 
 
-def save_base(folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+def save_base(folder: Path, *, dtype: torch.dtype = torch.float32, layers: int = 2) -> Path:
     """An encoder without a head, as `from_pretrained` finds it on the Hub."""
     set_seed(7)
-    BertModel(tiny_config()).to(dtype).save_pretrained(folder)
+    BertModel(tiny_config(layers)).to(dtype).save_pretrained(folder)
     return folder
 
 

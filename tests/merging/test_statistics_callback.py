@@ -28,9 +28,9 @@ ALL = 48
 """Rows of training data. Statistics of all of them do not depend on how they were shuffled and shared."""
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return save_base(tmp_path / "base")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("statistics") / "base", layers=1)
 
 
 def rows() -> list[dict[str, torch.Tensor]]:

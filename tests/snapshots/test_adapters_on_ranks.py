@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +27,46 @@ def moved(rank: int, engine: str, base: Path, out: Path, adapter: str) -> None:
     train_on(engine, lambda: ADAPTERS[adapter](load(base)), out, DareCallback(p=0.0), **options)
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("ranks") / "base")
+
+
+def applied_state(base: Path, run: Path, out: Path) -> dict[str, torch.Tensor]:
+    package = DeltaPackage.open(run / "dare/final")
+    assert package.manifest.base_model == str(base)
+    apply(base, package, out)
+    return load_file(out / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole_copies(
+    base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, torch.Tensor]]:
+    """The weights from an adapter's package by ranks with whole copies of the model, once for all engines."""
+
+    @cache
+    def of(adapter: str) -> dict[str, torch.Tensor]:
+        folder = tmp_path_factory.mktemp("ddp")
+        run_ranks(moved, 2, "ddp", base, folder / "out", adapter)
+        return applied_state(base, folder / "out", folder / "received")
+
+    return of
+
+
 @pytest.mark.parametrize(
     ("engine", "adapter"),
     [("zero3", "lora"), ("zero3", "pissa"), ("fsdp2", "lora"), ("fsdp2", "pissa"), ("fsdp2", "fresh layer")],
 )
 def test_shards_under_an_adapter_give_the_package_of_whole_copies(
-    tmp_path: Path, engine: str, adapter: str
+    base: Path, whole_copies: Callable[..., Any], tmp_path: Path, engine: str, adapter: str
 ) -> None:
-    base = save_decoder(tmp_path / "base")
-    found = {}
-    for name in ("ddp", engine):
-        run_ranks(moved, 2, name, base, tmp_path / name, adapter)
-        package = DeltaPackage.open(tmp_path / name / "dare/final")
-        assert package.manifest.base_model == str(base)
-        apply(base, package, tmp_path / f"from {name}")
-        found[name] = load_file(tmp_path / f"from {name}/model.safetensors")
+    run_ranks(moved, 2, engine, base, tmp_path / "out", adapter)
+    found = applied_state(base, tmp_path / "out", tmp_path / "received")
     before = load_file(base / "model.safetensors")
-    for name, tensor in found["ddp"].items():
-        assert torch.allclose(tensor, found[engine][name], atol=2e-3), name
-    changed = [name for name, tensor in found[engine].items() if not torch.equal(tensor, before[name])]
+    for name, tensor in whole_copies(adapter).items():
+        assert torch.allclose(tensor, found[name], atol=2e-3), name
+    changed = [name for name, tensor in found.items() if not torch.equal(tensor, before[name])]
     assert any("q_proj" in name for name in changed)
 
 
@@ -67,8 +89,7 @@ def on_packed(rank: int, engine: str, base: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_qlora_on_two_ranks_updates_the_full_precision_files(tmp_path: Path, engine: str) -> None:
-    base = save_decoder(tmp_path / "base")
+def test_qlora_on_two_ranks_updates_the_full_precision_files(base: Path, tmp_path: Path, engine: str) -> None:
     run_ranks(on_packed, 2, engine, base, tmp_path / "out")
     package = DeltaPackage.open(tmp_path / "out/dare/final")
     assert package.manifest.base_model == str(base)

@@ -4,6 +4,8 @@ process writes.
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +34,45 @@ RUNS = [
     ("fsdp2", 3),
     ("fsdp1", 2),
 ]
+OPTIONS: dict[str, Any] = {"p": 0.5, "seed": 3}
 by_run = pytest.mark.parametrize(
     ("engine", "world"), RUNS, ids=[f"{engine}-{world}" for engine, world in RUNS]
 )
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return save_base(tmp_path / "base")
+Told = dict[str, list[tuple[int, str]]]
+"""Step and fingerprint of each package of a run, by the name of its callback."""
 
 
-def trained(
-    rank: int, engine: str, base: Path, out: Path, options: dict[str, Any], **arguments: Any
-) -> list[tuple[int, str]]:
-    """Step and fingerprint of each package of a run."""
-    callback = DareCallback(**options)
-    train_on(engine, lambda: classifier(base), out, callback, **arguments)
-    return [(snapshot.step, snapshot.package.manifest.result) for snapshot in callback.packages]
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("engines") / "base")
 
 
-def trained_for_two(
-    rank: int, engine: str, base: Path, out: Path, options: dict[str, Any]
-) -> dict[str, list[tuple[int, str]]]:
-    """The same for packages of exact and of rounded values, by the name of their callback."""
-    callbacks = [DareCallback(**options, values=values, name=values) for values in ("exact", "int8")]
+def trained(rank: int, engine: str, base: Path, out: Path) -> Told:
+    """Packages of exact and of rounded values from one training."""
+    callbacks = [DareCallback(**OPTIONS, values=values, name=values) for values in ("exact", "int8")]
     train_on(engine, lambda: classifier(base), out, *callbacks)
     return {
         callback.name: [(snapshot.step, snapshot.package.manifest.result) for snapshot in callback.packages]
         for callback in callbacks
     }
+
+
+@pytest.fixture(scope="module")
+def run_of(
+    base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, int], tuple[Path, list[Told]]]:
+    """A training on an engine to its end, once for all tests: its folder, and what each rank tells of it."""
+    made: dict[tuple[str, int], tuple[Path, list[Told]]] = {}
+
+    def run(engine: str, world: int) -> tuple[Path, list[Told]]:
+        if (engine, world) not in made:
+            out = tmp_path_factory.mktemp(f"{engine}-{world}") / "out"
+            made[engine, world] = out, run_ranks(trained, world, engine, base, out)
+        return made[engine, world]
+
+    return run
 
 
 def meaning(package: DeltaPackage) -> list[Any]:
@@ -88,10 +100,9 @@ def saved(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @by_run
 def test_packages_are_those_that_one_process_makes(
-    base: Path, tmp_path: Path, engine: str, world: int
+    base: Path, run_of: Callable[..., Any], tmp_path: Path, engine: str, world: int
 ) -> None:
-    out, options = tmp_path / "out", {"p": 0.5, "seed": 3}
-    found = run_ranks(trained_for_two, world, engine, base, out, options)
+    out, found = run_of(engine, world)
     assert all(rank == found[0] for rank in found)
     states = {step: saved(out / f"checkpoint-{step}") for step in (2, 4)}
     for values in ("exact", "int8"):
@@ -99,14 +110,14 @@ def test_packages_are_those_that_one_process_makes(
         for step, state in states.items():
             ours = DeltaPackage.open(out / f"{values}/step-{step}")
             again = tmp_path / f"{values}-{step}"
-            theirs = extract(base, state, again, cast_base=True, values=values, **options)
+            theirs = extract(base, state, again, cast_base=True, values=values, **OPTIONS)
             assert meaning(ours) == meaning(theirs), (values, step)
             ours.verify(base)
         assert sorted(path.name for path in (out / values).iterdir()) == ["final", "step-2", "step-4"]
 
 
 def resumed(rank: int, engine: str, base: Path, out: Path, checkpoint: Path) -> tuple[str, list[str]]:
-    callback = DareCallback(p=0.5, seed=3)
+    callback = DareCallback(**OPTIONS, values="exact", name="exact")
     train_on(engine, lambda: classifier(base), out, callback, resume=checkpoint)
     assert callback.package is not None
     return callback.package.manifest.parent, [
@@ -115,9 +126,13 @@ def resumed(rank: int, engine: str, base: Path, out: Path, checkpoint: Path) -> 
 
 
 RESUMED = [
-    *((engine, world, world) for engine, world in RUNS if engine != "fsdp1"),
+    ("ddp", 2, 2),
     ("ddp", 2, 3),
     ("ddp", 2, 1),
+    ("zero1", 2, 2),
+    ("zero2", 2, 2),
+    ("zero3", 3, 3),
+    ("fsdp2", 3, 3),
     ("fsdp2", 2, 3),
 ]
 
@@ -126,28 +141,29 @@ RESUMED = [
     ("engine", "world", "then"), RESUMED, ids=[f"{engine}-{world}-{then}" for engine, world, then in RESUMED]
 )
 def test_resumed_runs_keep_the_true_base(
-    base: Path, tmp_path: Path, engine: str, world: int, then: int
+    base: Path, run_of: Callable[..., Any], tmp_path: Path, engine: str, world: int, then: int
 ) -> None:
     """The weights at the beginning of a resumed run are not the base's: a base taken then would go unnoticed
     in a fresh run.
     """
+    whole, [told, *_] = run_of(engine, world)
     out = tmp_path / "out"
-    [_, _, (_, uninterrupted)], *_ = run_ranks(trained, world, engine, base, out, {"p": 0.5, "seed": 3})
-    parent = DeltaPackage.open(out / "dare/step-2").manifest.parent
+    for name in ("checkpoint-2", "exact"):
+        shutil.copytree(whole / name, out / name)
+    parent = DeltaPackage.open(out / "exact/step-2").manifest.parent
     found = run_ranks(resumed, then, engine if then > 1 else "single", base, out, out / "checkpoint-2")
     assert set(map(str, found)) == {str((parent, ["step-4", "final"]))}
-    package = DeltaPackage.open(out / "dare/final")
-    assert meaning(package) == meaning(
-        extract(base, saved(out / "checkpoint-4"), tmp_path / "extracted", p=0.5, seed=3)
-    )
-    if world == then and engine != "fsdp1":
-        assert package.manifest.result == uninterrupted
+    package = DeltaPackage.open(out / "exact/final")
+    theirs = extract(base, saved(out / "checkpoint-4"), tmp_path / "extracted", values="exact", **OPTIONS)
+    assert meaning(package) == meaning(theirs)
+    if world == then:
+        assert package.manifest.result == told["exact"][-1][1]
 
 
 class Apply(TrainerCallback):
     """Applies a package when training begins, and looks at the weights before, with and after it."""
 
-    def __init__(self, package: Path | None, *, revert: bool) -> None:
+    def __init__(self, package: Path, *, revert: bool) -> None:
         self.package, self.revert = package, revert
         self.prints: list[str] = []
         self.masters_follow: bool | None = None
@@ -194,32 +210,49 @@ def from_words(words: np.ndarray, info: TensorInfo) -> torch.Tensor:
 
 
 def applied_and_trained(
-    rank: int, engine: str, base: Path, out: Path, package: Path | None, revert: bool, bf16: bool
+    rank: int, engine: str, base: Path, out: Path, package: Path, bf16: bool
+) -> dict[str, dict[str, Any]]:
+    """Three trainings of a step: with the package taken back at once, with it, and without."""
+    return {
+        name: _applied_and_trained(engine, base, out / name, applying, bf16)
+        for name, applying in (
+            ("reverted", Apply(package, revert=True)),
+            ("kept", Apply(package, revert=False)),
+            ("plain", None),
+        )
+    }
+
+
+def _applied_and_trained(
+    engine: str, base: Path, out: Path, applying: Apply | None, bf16: bool
 ) -> dict[str, Any]:
-    callback, applying = DareCallback(p=0.5, seed=3, when=1), Apply(package, revert=revert)
-    others = [applying] if package else []
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    callback = DareCallback(**OPTIONS, when=1)
     train_on(
         engine,
-        lambda: classifier(base, dtype=dtype),
+        lambda: classifier(base, dtype=torch.bfloat16 if bf16 else torch.float32),
         out,
         callback,
-        *others,
+        *([applying] if applying else []),
         save_strategy="no",
         bf16=bf16,
         max_steps=1,
     )
     assert callback.package is not None
     return {
-        "prints": applying.prints,
-        "masters": applying.masters_follow,
+        "prints": applying.prints if applying else [],
+        "masters": applying.masters_follow if applying else None,
         "trained": callback.package.manifest.result,
     }
 
 
 APPLIED = [
-    *((engine, world, False) for engine, world in RUNS),
-    *((engine, world, True) for engine, world in RUNS if "fsdp" not in engine),
+    ("ddp", 2, True),
+    ("zero1", 2, False),
+    ("zero2", 2, True),
+    ("zero3", 2, True),
+    ("zero3", 3, False),
+    ("fsdp2", 3, False),
+    ("fsdp1", 2, False),
 ]
 """FSDP makes fp32 weights of a bf16 checkpoint."""
 
@@ -239,19 +272,12 @@ def test_applying_to_a_model_in_training_and_back(
         if tensor.is_floating_point()
     }
     package = extract(dict(model.state_dict()), {**model.state_dict(), **tuned}, tmp_path / "package", p=0.5)
-    reverted = run_ranks(
-        applied_and_trained, world, engine, base, tmp_path / "reverted", package.path, True, bf16
-    )
-    kept = run_ranks(applied_and_trained, world, engine, base, tmp_path / "kept", package.path, False, bf16)
-    for rank in reverted:
-        before, during, after = rank["prints"]
-        assert (before, during, after) == (
-            package.manifest.parent,
-            package.manifest.result,
-            package.manifest.parent,
-        )
-    assert all(rank["prints"] == [package.manifest.parent, package.manifest.result] for rank in kept)
-    assert all(rank["masters"] for rank in reverted + kept)
-    assert reverted[0]["trained"] != kept[0]["trained"]
-    plain = run_ranks(applied_and_trained, world, engine, base, tmp_path / "plain", None, True, bf16)
-    assert plain[0]["trained"] == reverted[0]["trained"]
+    ends = run_ranks(applied_and_trained, world, engine, base, tmp_path / "out", package.path, bf16)
+    parent, result = package.manifest.parent, package.manifest.result
+    for rank in ends:
+        assert rank["reverted"]["prints"] == [parent, result, parent]
+        assert rank["kept"]["prints"] == [parent, result]
+        assert rank["reverted"]["masters"]
+        assert rank["kept"]["masters"]
+    assert ends[0]["reverted"]["trained"] != ends[0]["kept"]["trained"]
+    assert ends[0]["reverted"]["trained"] == ends[0]["plain"]["trained"]

@@ -18,18 +18,18 @@ from dare_train import DareCallback, DeltaPackage
 from dare_train.errors import ConfigError, SnapshotError, StorageError
 
 EVERYTHING: dict[str, Any] = dict(when=("save", "epoch", "end", 1), evaluate=True, keep=1, p=0.5)
-EVALUATED: dict[str, Any] = dict(eval_strategy="steps", eval_steps=2)
+SHORT: dict[str, Any] = dict(max_steps=2, eval_strategy="steps", eval_steps=2)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("guest") / "base")
+    return save_base(tmp_path_factory.mktemp("guest") / "base", layers=1)
 
 
 @pytest.fixture(scope="module")
 def trained_alone(base: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Fingerprint of the weights that training without a callback gives."""
-    trainer = train(classifier(base), tmp_path_factory.mktemp("alone"), **EVALUATED)
+    trainer = train(classifier(base), tmp_path_factory.mktemp("alone"), **SHORT)
     return weights_print(trainer.model)
 
 
@@ -50,14 +50,14 @@ def test_no_fault_ends_a_training_or_changes_what_it_trains(
 ) -> None:
     callback = DareCallback(**EVERYTHING)
     plant = _FaultsAfterBegin(place)
-    trainer = make_trainer(classifier(base), tmp_path / "out", callback, plant, **EVALUATED)
+    trainer = make_trainer(classifier(base), tmp_path / "out", callback, plant, **SHORT)
     try:
         with caplog.at_level(logging.ERROR, "dare_train"):
             trainer.train()
     finally:
         plant.fault.__exit__(None, None, None)
     assert plant.calls, "the fault was never met: it proves nothing"
-    assert trainer.state.global_step == 4
+    assert trainer.state.global_step == 2
     assert weights_print(trainer.model) == trained_alone
     assert callback.failures
     counted = [entry["dare/failures"] for entry in trainer.state.log_history if "dare/failures" in entry]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,9 @@ from dare_train.errors import BaseMismatch
 from dare_train.weights import live as shards
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return save_base(tmp_path / "base")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("several") / "base")
 
 
 def callbacks() -> list[DareCallback]:
@@ -129,9 +132,23 @@ LIVES = {
 }
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
-@pytest.mark.parametrize("kind", LIVES)
-def test_lives_of_runs_on_engines(base: Path, tmp_path: Path, engine: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [
+        ("best", "ddp"),
+        ("best", "zero3"),
+        ("best", "fsdp2"),
+        ("early", "zero2"),
+        ("early", "fsdp2"),
+        ("model only", "ddp"),
+        ("model only", "zero3"),
+        ("checkpointing", "zero2"),
+        ("checkpointing", "fsdp2"),
+        ("accumulation", "zero3"),
+        ("accumulation", "ddp"),
+    ],
+)
+def test_lives_of_runs_on_engines(base: Path, tmp_path: Path, kind: str, engine: str) -> None:
     first, second = run_ranks(life, 2, engine, base, tmp_path / "out", dict(LIVES[kind]))
     assert first == second
     by_name = dict(first["results"])
@@ -144,27 +161,52 @@ def test_lives_of_runs_on_engines(base: Path, tmp_path: Path, engine: str, kind:
         assert first["steps"] < 12
 
 
-def chained(
-    rank: int, engine: str, base: Path, out: Path, incremental: bool, resume: Path | None
-) -> list[tuple[str, str]]:
-    callback = DareCallback(p=0.5, seed=3, incremental=incremental)
-    train_on(engine, lambda: classifier(base), out, callback, resume=resume)
+Told = list[tuple[str, str]]
+
+
+def plain_and_chained(rank: int, engine: str, base: Path, out: Path) -> tuple[Told, Told]:
+    callbacks = [
+        DareCallback(p=0.5, seed=3, name=name, incremental=name == "chain") for name in ("plain", "chain")
+    ]
+    train_on(engine, lambda: classifier(base), out, *callbacks)
+    plain, chain = map(results, callbacks)
+    return plain, chain
+
+
+@pytest.fixture(scope="module")
+def run_of(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Told, Told]]:
+    """A training on two ranks of an engine to its end, once for all tests: its folder, what its packages on
+    the base are, and what its chained ones are.
+    """
+    made: dict[str, tuple[Path, Told, Told]] = {}
+
+    def run(engine: str) -> tuple[Path, Told, Told]:
+        if engine not in made:
+            out = tmp_path_factory.mktemp(engine) / "out"
+            made[engine] = out, *run_ranks(plain_and_chained, 2, engine, base, out)[0]
+        return made[engine]
+
+    return run
+
+
+def resumed(rank: int, engine: str, base: Path, out: Path) -> Told:
+    callback = DareCallback(p=0.5, seed=3, name="chain", incremental=True)
+    train_on(engine, lambda: classifier(base), out, callback, resume=out / "checkpoint-2")
     return results(callback)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
-def test_chains_on_engines(base: Path, tmp_path: Path, engine: str) -> None:
+def test_chains_on_engines(base: Path, run_of: Callable[..., Any], tmp_path: Path, engine: str) -> None:
     """Each link's result is that of the package on the base; a resumed run goes on with the chain."""
-    chain, _ = run_ranks(chained, 2, engine, base, tmp_path / "chain", True, None)
-    plain, _ = run_ranks(chained, 2, engine, base, tmp_path / "plain", False, None)
+    whole, plain, chain = run_of(engine)
     assert chain == plain
-    links = [tmp_path / "chain/dare" / name for name, _ in chain]
+    out = tmp_path / "out"
+    for name in ("checkpoint-2", "chain"):
+        shutil.copytree(whole / name, out / name)
+    links = [out / "chain" / name for name, _ in chain]
     assert [DeltaPackage.open(link).manifest.continues for link in links] == ["base", "package", "package"]
     apply(base, links, tmp_path / "result")
-    resumed, _ = run_ranks(
-        chained, 2, engine, base, tmp_path / "chain", True, tmp_path / "chain/checkpoint-2"
-    )
-    assert resumed == plain[1:]
+    assert run_ranks(resumed, 2, engine, base, out)[0] == plain[1:]
     assert apply(base, links, tmp_path / "again") == plain[-1][1]
 
 
@@ -193,34 +235,44 @@ def test_only_the_main_process_logs(base: Path, tmp_path: Path, engine: str, qui
     assert rows[-1]["dare/package_bytes"] == DeltaPackage.open(tmp_path / "out/dare/final").size
 
 
-def moved_base(rank: int, engine: str, base: Path, out: Path, resume: Path | None) -> str:
-    callback = DareCallback(p=0.5)
+def moved_base(rank: int, engine: str, base: Path, out: Path) -> str:
+    callback = DareCallback(p=0.5, name="plain")
     try:
-        train_on(engine, lambda: classifier(base), out, callback, resume=resume)
+        train_on(engine, lambda: classifier(base), out, callback, resume=out / "checkpoint-2")
     except BaseMismatch as error:
         return str(error)
     return "trained"
 
 
+@contextmanager
+def moved(base: Path, elsewhere: Path) -> Iterator[Path]:
+    """Within the block, nothing lies where the base was."""
+    base.rename(elsewhere)
+    try:
+        yield elsewhere
+    finally:
+        elsewhere.rename(base)
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
 def test_a_resumed_run_whose_base_is_gone_stops_before_it_trains(
-    base: Path, tmp_path: Path, engine: str
+    base: Path, run_of: Callable[..., Any], tmp_path: Path, engine: str
 ) -> None:
-    out = tmp_path / "out"
-    assert run_ranks(moved_base, 2, engine, base, out, None) == ["trained", "trained"]
-    elsewhere = base.rename(tmp_path / "elsewhere")
-    halved = {name: tensor / 2 for name, tensor in load_file(elsewhere / "model.safetensors").items()}
-    save_file(halved, elsewhere / "model.safetensors", metadata={"format": "pt"})
-    for said in run_ranks(moved_base, 2, engine, elsewhere, out, out / "checkpoint-2"):
+    out = shutil.copytree(run_of(engine)[0], tmp_path / "out")
+    with moved(base, tmp_path / "elsewhere") as elsewhere:
+        other = shutil.copytree(elsewhere, tmp_path / "other")
+        halved = {name: tensor / 2 for name, tensor in load_file(other / "model.safetensors").items()}
+        save_file(halved, other / "model.safetensors", metadata={"format": "pt"})
+        ends = run_ranks(moved_base, 2, engine, other, out)
+    for said in ends:
         assert said.startswith(f"base of the resumed run: {base}: expected one with fingerprint ")
         assert said.endswith("found nothing there; put it back where it was, or pass base= to the callback")
 
 
 def test_a_resumed_run_finds_its_base_by_content_where_the_model_was_loaded_from(
-    base: Path, tmp_path: Path
+    base: Path, run_of: Callable[..., Any], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    assert run_ranks(moved_base, 2, "ddp", base, out, None) == ["trained", "trained"]
-    elsewhere = base.rename(tmp_path / "elsewhere")
-    assert run_ranks(moved_base, 2, "ddp", elsewhere, out, out / "checkpoint-2") == ["trained", "trained"]
-    assert DeltaPackage.open(out / "dare/final").manifest.base_model == str(elsewhere)
+    out = shutil.copytree(run_of("ddp")[0], tmp_path / "out")
+    with moved(base, tmp_path / "elsewhere") as elsewhere:
+        assert run_ranks(moved_base, 2, "ddp", elsewhere, out) == ["trained", "trained"]
+    assert DeltaPackage.open(out / "plain/final").manifest.base_model == str(elsewhere)

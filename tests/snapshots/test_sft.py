@@ -100,8 +100,11 @@ def on_ranks(rank: int, engine: str, base: Path, out: Path, lora: bool) -> str:
     return callback.package.manifest.result
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("engine", "lora"),
+    [("ddp", True), ("zero2", False), ("zero3", False), ("zero3", True)],
+    ids=["ddp-lora", "zero2-full", "zero3-full", "zero3-lora"],
+)
 def test_sft_on_engines(tmp_path: Path, engine: str, lora: bool) -> None:
     base = save_llama(
         tmp_path / "base", torch.float32, tied=False

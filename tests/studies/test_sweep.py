@@ -37,7 +37,7 @@ KEY = "bert.encoder.layer.0.attention.self.key.weight"
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return save_base(tmp_path / "base")
+    return save_base(tmp_path / "base", layers=1)
 
 
 def state_of(model: torch.nn.Module) -> State:

@@ -4,7 +4,8 @@ formulas say.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,20 @@ from dare_train.reports.continual_report import continual_study
 from dare_train.training.continual import Strategy
 from dare_train.training.continual_result import Continual
 
+STRATEGIES: tuple[Strategy, ...] = ("sequential", "dare", "merge", "disjoint", "replay", "ewc")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dare": {"p": 0.8},
+    "merge": {"method": "ties", "settings": {"density": 0.5}},
+    "replay": {"replay": 10},
+}
+"""What runs of a strategy are given, so that one of them serves several tests."""
 
-@pytest.fixture
-def base(tmp_path: Path) -> str:
-    model = classifier(save_base(tmp_path / "encoder"))
-    model.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("continual")
+    classifier(save_base(folder / "encoder", layers=1)).save_pretrained(folder / "base")
+    return str(folder / "base")
 
 
 def made(base: str, out: Path, strategy: Strategy, tasks: int = 3, **options: Any) -> ContinualRun:
@@ -38,13 +47,50 @@ def made(base: str, out: Path, strategy: Strategy, tasks: int = 3, **options: An
     )
 
 
-STRATEGIES: tuple[Strategy, ...] = ("sequential", "dare", "merge", "disjoint", "replay", "ewc")
+@dataclass(frozen=True)
+class Whole:
+    """A run of three tasks to its end, and the rows that each task saw."""
+
+    run: ContinualRun
+    found: Continual
+    sizes: list[int]
+
+
+Wholes = Callable[[Strategy], Whole]
+
+
+@pytest.fixture(scope="module")
+def whole(base: str, tmp_path_factory: pytest.TempPathFactory) -> Wholes:
+    """One run of each strategy for all tests."""
+    runs: dict[str, Whole] = {}
+
+    def of(strategy: Strategy) -> Whole:
+        if strategy not in runs:
+            sizes: list[int] = []
+            run = ContinualRun(
+                base,
+                [task(number, Counted(sizes)) for number in range(3)],
+                out=tmp_path_factory.mktemp(strategy),
+                strategy=strategy,
+                **OPTIONS.get(strategy, {}),
+            )
+            runs[strategy] = Whole(run, run.run(), sizes)
+        return runs[strategy]
+
+    return of
+
+
+class Counted(TrainerCallback):
+    def __init__(self, sizes: list[int]) -> None:
+        self._sizes = sizes
+
+    def on_train_begin(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
+        self._sizes.append(len(train_dataloader.dataset))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_state_comes_back(base: str, tmp_path: Path, strategy: Strategy) -> None:
-    run = made(base, tmp_path / "out", strategy)
-    found = run.run()
+def test_every_state_comes_back(base: str, whole: Wholes, tmp_path: Path, strategy: Strategy) -> None:
+    run, found = whole(strategy).run, whole(strategy).found
     assert found.tasks == ("task-0", "task-1", "task-2")
     assert len(set(found.states)) == 3
     model = load_model(base)
@@ -68,24 +114,30 @@ def test_every_state_comes_back(base: str, tmp_path: Path, strategy: Strategy) -
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_that_was_killed_ends_with_the_same_packages(
-    base: str, tmp_path: Path, strategy: Strategy
+    base: str, whole: Wholes, tmp_path: Path, strategy: Strategy
 ) -> None:
-    whole = made(base, tmp_path / "whole", strategy, tasks=2).run()
-    killed = ContinualRun(base, [task(0), task(1, Stopped(5))], out=tmp_path / "killed", strategy=strategy)
+    """Two tasks go as the first two of three, where the number of tasks has no part in it."""
+    tasks, options, found = (
+        3 if strategy == "disjoint" else 2,
+        OPTIONS.get(strategy, {}),
+        whole(strategy).found,
+    )
+    stopped = [task(0), task(1, Stopped(5)), task(2)][:tasks]
+    killed = ContinualRun(base, stopped, out=tmp_path / "out", strategy=strategy, **options)
     with pytest.raises(KeyboardInterrupt):
         killed.run()
     trained.clear()
-    again = made(base, tmp_path / "killed", strategy, tasks=2).run()
-    assert trained == ["task 1"]
-    assert (again.states, again.after, again.own) == (whole.states, whole.after, whole.own)
+    again = made(base, tmp_path / "out", strategy, tasks, **options).run()
+    assert trained == ["task 1", "task 2"][: tasks - 1]
+    assert (again.states, again.own) == (found.states[:tasks], found.own[:tasks])
+    assert again.after == tuple(row[:tasks] for row in found.after[:tasks])
     trained.clear()
-    assert made(base, tmp_path / "killed", strategy, tasks=2).run().after == whole.after
+    assert made(base, tmp_path / "out", strategy, tasks, **options).run().after == again.after
     assert trained == []
 
 
-def test_shares_of_the_weights_do_not_touch(base: str, tmp_path: Path) -> None:
-    run = made(base, tmp_path / "out", "disjoint")
-    found = run.run()
+def test_shares_of_the_weights_do_not_touch(base: str, whole: Wholes, tmp_path: Path) -> None:
+    run, found = whole("disjoint").run, whole("disjoint").found
     start = load_file(Path(base) / "model.safetensors")
     moved = []
     for number in range(3):
@@ -120,25 +172,22 @@ def test_all_tasks_at_once_as_a_mark(base: str, tmp_path: Path) -> None:
         killed.joint()
     again = made(base, tmp_path / "killed", "sequential", tasks=2)
     assert again.joint() == joint, "twelve steps: as many as both tasks have"
-    found = replace(run.run(), joint=joint)
+    found = replace(measured([[0.9, 0.3], [0.5, 0.8]], [0.1, 0.1]), joint=joint)
     study = continual_study(found)
     assert study.tables[0].rows[-1][:2] == ("(all at once)", pytest.approx(sum(joint) / 2))
     assert "against learning all at once" in study.findings[-1]
 
 
-def test_dare_between_tasks_drops_what_a_task_changed(base: str, tmp_path: Path) -> None:
-    run = made(base, tmp_path / "out", "dare", tasks=2, p=0.8)
-    run.run()
-    for number in range(2):
-        package = DeltaPackage.open(run.package(number))
+def test_dare_between_tasks_drops_what_a_task_changed(whole: Wholes) -> None:
+    for number in range(3):
+        package = DeltaPackage.open(whole("dare").run.package(number))
         assert {record.p for record in package.manifest.tensors if record.kind == "delta"} == {0.8}
         assert package.stats["density"] == pytest.approx(0.2, abs=0.02)
         assert package.manifest.seed == number
 
 
-def test_merged_states_are_those_of_merge(base: str, tmp_path: Path) -> None:
-    run = made(base, tmp_path / "out", "merge", tasks=2, method="ties", settings={"density": 0.5})
-    found = run.run()
+def test_merged_states_are_those_of_merge(base: str, whole: Wholes, tmp_path: Path) -> None:
+    run, found = whole("merge").run, whole("merge").found
     merge(base, [run.package(0), run.package(1)], tmp_path / "merged", method="ties", density=0.5)
     assert weights_print(load_model(str(tmp_path / "merged"))) == found.states[1]
 
@@ -167,25 +216,11 @@ def test_other_arguments_of_a_task_are_another_run(base: str, tmp_path: Path) ->
     refusal(caught.value, CheckpointError, text)
 
 
-def test_earlier_examples_are_seen_again(base: str, tmp_path: Path) -> None:
-    sizes: list[int] = []
-
-    class Counted(TrainerCallback):
-        def on_train_begin(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
-            sizes.append(len(train_dataloader.dataset))
-
-    run = ContinualRun(
-        base,
-        [task(number, Counted()) for number in range(3)],
-        out=tmp_path / "out",
-        strategy="replay",
-        replay=10,
-    )
-    run.run()
-    assert sizes == [48, 58, 68]
+def test_earlier_examples_are_seen_again(whole: Wholes) -> None:
+    assert whole("replay").sizes == [48, 58, 68]
 
 
-def test_elastic_weights_hold_what_mattered(base: str, tmp_path: Path) -> None:
+def test_elastic_weights_hold_what_mattered(base: str, whole: Wholes, tmp_path: Path) -> None:
     """Stronger anchors keep the model nearer to where it was."""
     distances = []
     for strength in (0.0, 1e6):
@@ -200,8 +235,8 @@ def test_elastic_weights_hold_what_mattered(base: str, tmp_path: Path) -> None:
             )
         )
     assert distances[1] < 0.9 * distances[0]
-    plain = made(base, tmp_path / "plain", "sequential", tasks=2).run()
-    assert made(base, tmp_path / "0.0", "ewc", tasks=2, strength=0.0).run().states == plain.states
+    plain = whole("sequential").found
+    assert made(base, tmp_path / "0.0", "ewc", tasks=2, strength=0.0).run().states == plain.states[:2]
 
 
 def measured(after: list[list[float]], before: list[float]) -> Continual:
@@ -267,18 +302,17 @@ def test_what_means_nothing_is_refused(tmp_path: Path, options: dict[str, Any], 
     refusal(caught.value, ConfigError, text)
 
 
-def test_another_run_in_the_same_folder_is_refused(base: str, tmp_path: Path) -> None:
-    run = made(base, tmp_path / "out", "sequential", tasks=1)
-    run.run()
+def test_another_run_in_the_same_folder_is_refused(base: str, whole: Wholes) -> None:
+    run = whole("sequential").run
     with pytest.raises(CheckpointError) as caught:
-        made(base, tmp_path / "out", "dare", tasks=1).run()
+        made(base, run.out, "dare").run()
     refusal(
         caught.value,
         CheckpointError,
         "continual.json: expected measurements with strategy dare, found some with strategy sequential",
     )
     for options, text in (
-        (dict(task=3), "task: expected 0 to 0, found 3"),
+        (dict(task=3), "task: expected 0 to 2, found 3"),
         (dict(task=0, without=[0]), "without: expected packages side by side"),
     ):
         with pytest.raises(ConfigError) as refused:

@@ -19,7 +19,8 @@ from engines import ENGINES, PRELOADED, EngineAtWork, RanksFailed, outcomes, run
 from training import classifier, make_trainer, save_base
 from transformers import PreTrainedModel
 
-RUNS = [*((engine, 2) for engine in ENGINES if engine != "single"), ("zero3", 3), ("fsdp2", 3)]
+RUNS = [(engine, 3 if engine in ("zero3", "fsdp2") else 2) for engine in ENGINES if engine != "single"]
+"""Shards of three ranks are uneven; on two, these engines train in bf16 below."""
 
 
 @pytest.fixture(scope="module")

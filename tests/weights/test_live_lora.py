@@ -32,9 +32,9 @@ KINDS = {
 }
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return save_base(tmp_path / "base")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("lora") / "base")
 
 
 def adapted(base: Path, kind: str, dtype: torch.dtype = torch.float32) -> PeftModel:
@@ -49,8 +49,20 @@ def merged_state(model: PeftModel) -> dict[str, torch.Tensor]:
     return dict(model.merge_and_unload().state_dict())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("lora", torch.float32),
+        ("lora", torch.bfloat16),
+        ("patterns", torch.bfloat16),
+        ("dora", torch.float32),
+        ("dora", torch.bfloat16),
+        ("embedding", torch.float32),
+        ("bias", torch.bfloat16),
+        ("lora_bias", torch.float32),
+    ],
+    ids=str,
+)
 def test_packages_are_of_the_merged_model(base: Path, tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     model = adapted(base, kind, dtype)
     callback = DareCallback(p=0.0, values="exact")
