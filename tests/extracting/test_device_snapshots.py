@@ -4,6 +4,7 @@ cross.
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -147,7 +148,10 @@ class Never:
 
 
 def same_package(ours: Path, theirs: Path) -> bool:
+    """Whether two packages are the same but for the runs that wrote them."""
     left, right = files_of(ours), files_of(theirs)
+    for files in (left, right):
+        files["dare_config.json"] = re.sub(rb'"(run|digest)": "\w+"', rb'"\1": ""', files["dare_config.json"])
     return [name for name in left.keys() | right.keys() if left.get(name) != right.get(name)] == []
 
 

@@ -404,11 +404,12 @@ def test_frozen_and_unfinished_models(model: Any) -> None:
 
 
 def test_a_layer_that_files_hold_in_parts_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def halves(_: Any, held: dict[str, Held]) -> dict[str, Held]:
-        whole = held.pop("classifier.weight")
-        return {**held, "upper": whole.part(0, (1, 32)), "lower": whole.part(32, (2, 32))}
+    def halves(_: Any, held: dict[str, Held]) -> dict[str, tuple[str, int, tuple[int, ...]]]:
+        parts = {"upper": ("classifier.weight", 0, (1, 32)), "lower": ("classifier.weight", 32, (2, 32))}
+        rest = {name: (name, 0, held[name].shape) for name in held if name != "classifier.weight"}
+        return {**rest, **parts}
 
-    monkeypatch.setattr(layers, "as_in_files", halves)
+    monkeypatch.setattr(layers.NamedTensors, "places", halves)
     with pytest.raises(
         ConfigError,
         match=r"upper: expected shape \(3, 32\), as in the model, found \(1, 32\); use a model whose",
