@@ -86,7 +86,7 @@ def from_disk(live: LiveWeights, where: str | os.PathLike[str], *, compare: bool
         adapted = differing & updates.keys()
         if comparing.most(live, base.weights, differing - adapted, besides=updates.keys()):
             return None
-        merged = Merged(comparing.Held(live), updates, live.tensors)
+        merged = Merged(comparing.ZeroFilled(live), updates, live.tensors)
         distances = comparing.relative_distances(merged, live, base.weights, adapted)
         fresh = differing - {name for name, distance in distances.items() if distance <= _NEAR}
     fresh |= live.trained_whole

@@ -54,7 +54,7 @@ def adapted_apart(live: LiveWeights, base: Weights) -> frozenset[str]:
     return frozenset(apart)
 
 
-class Held:
+class ZeroFilled:
     """Live weights with zeros where this process holds nothing: enough for what is added element by
     element.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -47,7 +46,7 @@ from ..weights.protocol import Chosen, Weights
 from .base_model import Origin, establish, recall
 from .capture import Taken, cut_groups, encode_link, encode_taken, largest_of, link_plan, received, take_run
 from .comparing import adapted_apart
-from .run_folder import step_folders
+from .run_folder import RunFolder
 from .shared_pass import Job, Order, Snapshot, take_together
 
 _QUANTISED = (
@@ -215,7 +214,9 @@ class Snapshotter:
         Raises:
             SnapshotError: the snapshot before this one failed.
         """
-        published = None if keep is None else partial(_keep_newest, *keep, written=out)
+        published = (
+            None if keep is None else partial(RunFolder(keep[1], self.run).forget_old, keep[0], out, None)
+        )
         order = Order(taker=self, out=out, files=files, published=published)
         return take_together([order], model, step=step)[0]
 
@@ -362,10 +363,3 @@ class Snapshotter:
 
 def _tallies_of(staging: Path, rank: int) -> Path:
     return staging / f".tallies-{rank}"
-
-
-def _keep_newest(count: int, folder: Path, *, written: Path) -> None:
-    packages = step_folders(folder)
-    for path in packages[: max(0, len(packages) - count)]:
-        if path != written:
-            shutil.rmtree(path)

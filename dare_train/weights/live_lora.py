@@ -104,7 +104,10 @@ def _check_kinds(module: Any) -> None:
     for name, config in _configurations(module).items():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if kind != "LORA":
-            raise ConfigError(f"adapter {name!r}", expected="a LoRA adapter", found=kind, remedy=MERGE)
+            remedy = MERGE
+            if getattr(config, "is_prompt_learning", False):
+                remedy = "what it trains changes no weights: train LoRA, or leave the callback out"
+            raise ConfigError(f"adapter {name!r}", expected="a LoRA adapter", found=kind, remedy=remedy)
         for option in ("target_parameters", "trainable_token_indices", "layer_replication"):
             value = getattr(config, option, None)
             if value:

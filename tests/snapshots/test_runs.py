@@ -11,7 +11,7 @@ from fine_tunes import ADAPTERS, load, make_trainer, rows, save_decoder
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from dare_train import DareCallback, DeltaPackage, apply
+from dare_train import DareCallback, DareConfig, DeltaPackage, Snapshotter, apply
 from dare_train.errors import ConfigError, PackageError
 from dare_train.weights.fingerprint import weights_fingerprint
 from dare_train.weights.live import LiveWeights
@@ -127,6 +127,15 @@ def test_keep_counts_this_runs_packages(base: Path, tmp_path: Path) -> None:
     for _ in range(2):
         run(base, tmp_path / "out", DareCallback(keep=1), max_steps=6)
     assert names(tmp_path / "out/dare") == ["final", "step-6"]
+
+
+def test_a_loop_of_ones_own_keeps_as_many_as_it_says(base: Path, tmp_path: Path) -> None:
+    model = load(base)
+    snapshotter = Snapshotter.begin(model, tmp_path, DareConfig())
+    for step in (1, 2, 10):
+        snapshotter.take(model, tmp_path / f"step-{step}", step=step, keep=(2, tmp_path))
+    snapshotter.close()
+    assert names(tmp_path) == ["step-10", "step-2"]
 
 
 def test_the_best_checkpoints_package_stays(base: Path, tmp_path: Path) -> None:

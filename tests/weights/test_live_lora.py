@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engines import outcomes, run_ranks, train_on
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from training import classifier, save_base, train
 from transformers import AutoModelForSequenceClassification, BertModel, PreTrainedModel, set_seed
@@ -167,6 +167,9 @@ def test_what_merging_cannot_express_is_refused_when_training_begins(base: Path,
         match=r"adapter 'default': expected a LoRA adapter, found IA3; merge_and_unload\(\) and save",
     ):
         train(ia3, tmp_path / "ia3", DareCallback())
+    prompts = get_peft_model(classifier(base), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
+    with pytest.raises(ConfigError, match="found PROMPT_TUNING; what it trains changes no weights"):
+        train(prompts, tmp_path / "prompts", DareCallback())
     tokens = get_peft_model(
         classifier(base),
         LoraConfig(target_modules=["query"], trainable_token_indices={"word_embeddings": [1]}),
