@@ -13,6 +13,8 @@ from .errors import ConfigError
 
 Rescale = Literal["paper", "none"]
 Values = Literal["auto", "exact", "rounded", "int8", "int4", "sign"]
+Target = Literal["trained", "base"]
+Rounding = Literal["stochastic", "nearest"]
 
 Patterns = Union[str, Collection[str]]
 """A shell-style name pattern, or several."""
@@ -77,6 +79,15 @@ class DareConfig:
     allow_nonfinite: bool = False
     """Accept NaN and infinity in the fine-tuned weights instead of refusing them."""
 
+    dtype: Target = "trained"
+    """Of the result, where weights finer than the base's were trained, as in fp32 or by adapters on a 16-bit
+    base. `trained`: theirs. `base`: the base's, on whose grid elements land after they were rescaled
+    (docs/format.md §5.7)."""
+
+    rounding: Rounding = "stochastic"
+    """Where an element between two numbers of the base's dtype lands. `stochastic`: on either, so that its
+    expectation is right. `nearest`: on the nearer. It counts with `dtype="base"` only."""
+
     _rates: Mapping[str, float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -96,6 +107,17 @@ class DareConfig:
             raise ConfigError("seed", expected="an integer in [0, 2**64)", found=repr(self.seed))
         _check_choice("rescale", self.rescale, get_args(Rescale))
         _check_choice("values", self.values, get_args(Values))
+        _check_choice("dtype", self.dtype, get_args(Target))
+        _check_choice("rounding", self.rounding, get_args(Rounding))
+        if self.lands and self.values not in ("auto", "exact"):
+            expected = '"auto" or "exact" with dtype="base"'
+            remedy = "what lands on the base's grid is stored exactly"
+            raise ConfigError("values", expected=expected, found=repr(self.values), remedy=remedy)
+
+    @property
+    def lands(self) -> bool:
+        """Whether weights finer than the base's land on the base's grid."""
+        return self.dtype == "base"
 
     def rule(self, tensor: str) -> TensorRule:
         """All that this says of one tensor."""

@@ -35,7 +35,7 @@ from .terminal import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..config import Rescale, Values
+    from ..config import Rescale, Rounding, Target, Values
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3  # <malloc.h>
@@ -85,6 +85,13 @@ def extract(
     ] = ["*"],  # noqa: B006
     exclude: Annotated[list[str], typer.Option(help="Name pattern of tensors to leave as in the base.")] = [],  # noqa: B006
     whole: Annotated[list[str], typer.Option(help="Name pattern of tensors to carry as they are.")] = [],  # noqa: B006
+    dtype: Annotated[
+        str,
+        typer.Option(help="Of the result, where TUNED is finer than BASE. trained: TUNED's. base: BASE's."),
+    ] = "trained",
+    rounding: Annotated[
+        str, typer.Option(help="With --dtype base, where elements land: stochastic or nearest.")
+    ] = "stochastic",
     cast_base: CastBase = False,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity.")
@@ -110,6 +117,8 @@ def extract(
                 whole=whole,
                 cast_base=cast_base,
                 allow_nonfinite=allow_nonfinite,
+                dtype=cast("Target", dtype),
+                rounding=cast("Rounding", rounding),
                 overwrite=overwrite,
                 progress=progress,
                 ranks=ranks,

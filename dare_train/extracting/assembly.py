@@ -74,6 +74,8 @@ class Provenance:
     config: DareConfig
     continues: Literal["base", "package"] = "base"
     rescale: Literal["paper", "none", "carried"] | None = None
+    landed: bool = False
+    """Whether elements landed on the base's grid, rescaled already."""
     run: str = ""
     note: str = ""
     """For the model card."""
@@ -140,7 +142,8 @@ def write_manifest(
         prefix=source.prefix,
         base_only=source.base_only,
         seed=source.config.seed,
-        rescale=source.rescale or source.config.rescale,
+        rescale=source.rescale or ("carried" if source.landed else source.config.rescale),
+        landed=(source.config.rounding, source.config.rescale) if source.landed else None,
         tensors=tuple(_record(plan, complete[plan.index]) for plan in plans),
         delta={
             name: float(f"{everything.percentile(q):.4g}")

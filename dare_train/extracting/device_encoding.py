@@ -35,8 +35,8 @@ _ALIGNED = 16
 
 
 class _Batch(NamedTuple):
-    """Runs of one dtype on one device, by their places in a list of work. Their values are `exact`, or those
-    of none are.
+    """Runs of one dtype on one device, by their places in a list of work. All of their values are `exact`
+    and at hand, or none are.
     """
 
     kernels: ModuleType
@@ -146,7 +146,7 @@ def _batches(live: InMemory, work: Sequence[Work], wanted: Callable[[str], bool]
         kernels = kernels_for(row.flat.device, live.kernels) if row is not None else None
         if row is not None and kernels is not None:
             dtype = live.tensors[run.plan.name].dtype
-            exact = run.plan.values == "exact"
+            exact = run.plan.values == "exact" and run.plan.landing is None
             batch = _Batch(kernels, dtype, exact, [], [])
             batch = batches.setdefault((row.flat.device, dtype, exact), batch)
             batch.places.append(place)

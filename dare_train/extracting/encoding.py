@@ -84,17 +84,19 @@ def encode(
         plan: of its tensor.
         start: flat index at which it begins.
         base_words: all words of the base's run; None where the base has none (`TensorPlan.base_words`).
-        tuned_words: of a delta on the base the kept ones, else all; not looked at where the plan is `base`.
+        tuned_words: of a delta on the base the kept ones, else all, in the dtype that the plan has at hand;
+            not looked at where the plan is `base`.
         positions: of the kept ones, where they are known already.
 
     Raises:
-        NonFiniteDelta: a kept element is NaN or infinite, or the delta does not fit float32; unless allowed.
+        NonFiniteDelta: a kept element is NaN or infinite, the delta does not fit float32, or what it is
+            rescaled to does not fit the result's dtype; unless allowed.
     """
     base = Fingerprint.of(base_words, start) if base_words is not None else Fingerprint()
     if plan.kind == "base":
         return Encoded(index=plan.index, base=base, result=base)
     if plan.kind == "whole" or base_words is None:
-        return replace(_encode_whole(plan, start, tuned_words), base=base)
+        return replace(_encode_whole(plan, start, plan.in_result(tuned_words)), base=base)
     if positions is None:
         positions = plan.positions(start, base_words.size)
     return encode_kept(
@@ -136,8 +138,9 @@ def encode_kept(run: KeptRun) -> Encoded:
         NonFiniteDelta: as `encode`.
     """
     plan = run.plan
-    magnitudes, not_finite = Magnitudes.between(run.base_words, run.tuned_words, plan.info.dtype)
+    magnitudes, not_finite = _magnitudes(run)
     _check_finite(plan, not_finite)
+    run = _landed(run)
     values = _encode_values(run)
     unchanged = Encoded(
         index=plan.index,
@@ -183,7 +186,29 @@ def receiver_words(
         tuned_words=tuned_words,
         base=Fingerprint(),
     )
-    return _encode_values(run).term.result(base_words, plan.info.dtype)
+    return _encode_values(_landed(run)).term.result(base_words, plan.info.dtype)
+
+
+def _magnitudes(run: KeptRun) -> tuple[Magnitudes, int]:
+    """Of the deltas before rescaling, and how many are not finite."""
+    dtype, landing = run.plan.info.dtype, run.plan.landing
+    if landing is None:
+        return Magnitudes.between(run.base_words, run.tuned_words, dtype)
+    delta = landing.delta(run.base_words, run.tuned_words, dtype)
+    return Magnitudes.of(delta), delta.size - int(np.count_nonzero(np.isfinite(delta)))
+
+
+def _landed(run: KeptRun) -> KeptRun:
+    """The run with words of the result's dtype, if finer ones are at hand."""
+    plan, dtype = run.plan, run.plan.info.dtype
+    if plan.landing is None:
+        return run
+    words = plan.landing.landed(run.base_words, run.tuned_words, dtype, run.start, run.positions)
+    if not plan.allow_nonfinite and cpu.has_nonfinite(words, dtype.exponent_mask):
+        expected = f"rescaled deltas that fit {dtype.code}"
+        remedy = 'a smaller p, or dtype="trained" (--dtype trained)'
+        raise NonFiniteDelta(plan.name, expected=expected, found="larger ones", remedy=remedy)
+    return replace(run, tuned_words=words)
 
 
 def _encode_whole(plan: TensorPlan, start: int, words: Words) -> Encoded:

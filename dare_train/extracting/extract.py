@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..config import DareConfig, Patterns, Rescale, Values
-from ..errors import NonFiniteDelta
+from ..config import DareConfig, Patterns, Rescale, Rounding, Target, Values
+from ..errors import ConfigError, NonFiniteDelta
 from ..kernels import cpu
 from ..package.companion_files import carry_files
 from ..package.reader import DeltaPackage
@@ -52,6 +52,8 @@ def extract(
     masks: Mapping[str, Any] | None = None,
     cast_base: bool = False,
     allow_nonfinite: bool = False,
+    dtype: Target = "trained",
+    rounding: Rounding = "stochastic",
     base_model: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -63,9 +65,9 @@ def extract(
     Args:
         base, tuned: checkpoint folders or Hub ids (streamed, never loaded), modules, state dicts or numpy
             arrays by name. `tuned` may be a PEFT LoRA adapter's: it is merged into the base while it is read,
-            in float64, rounded once.
+            in float64, rounded once; with `dtype="base"` not before it was rescaled.
         out: folder to create.
-        p, seed, rescale, values, include, exclude, whole, allow_nonfinite: see `DareConfig`.
+        p, seed, rescale, values, include, exclude, whole, allow_nonfinite, dtype, rounding: see `DareConfig`.
         masks: hand-made masks, bool arrays shaped as their tensors (True = kept) by tensor name. They are
             stored in the package; `p` and `rescale` do not count for those tensors.
         cast_base: round the base to the tuned weights' dtypes first. The package is then relative to the
@@ -92,7 +94,12 @@ def extract(
         exclude=exclude,
         whole=whole,
         allow_nonfinite=allow_nonfinite,
+        dtype=dtype,
+        rounding=rounding,
     )
+    if cast_base and config.lands:
+        remedy = "the base is rounded, or the result is"
+        raise ConfigError("cast_base", expected='False with dtype="base"', found="True", remedy=remedy)
     ranks = ranks or Ranks()
     task = ranks.each(
         lambda: _task(
@@ -134,7 +141,7 @@ def _task(
 ) -> _Task:
     tuned_weights = open_weights(tuned, kernels=kernels)
     plain_base = open_weights(base, kernels=kernels)
-    tuned_weights = merge_adapter(tuned_weights, plain_base)
+    tuned_weights = merge_adapter(tuned_weights, plain_base, unrounded=config.lands)
     aligned, prefix = align(plain_base, tuned_weights.tensors.keys(), model=tuned_weights.label)
     if cast_base:
         aligned = cast_to(aligned, tuned_weights.tensors)
@@ -142,7 +149,11 @@ def _task(
     plans = plan_tensors(aligned, tuned_weights, config, fresh=fresh, masks=masks)
     base_only = tuple(sorted(aligned.tensors.keys() - {plan.name for plan in plans}))
     source = Provenance(
-        base_model=base_model or plain_base.label, prefix=prefix, base_only=base_only, config=config
+        base_model=base_model or plain_base.label,
+        prefix=prefix,
+        base_only=base_only,
+        config=config,
+        landed=any(plan.landing is not None for plan in plans),
     )
     return _Task(
         base=aligned, tuned=tuned_weights, plans=plans, source=source,
@@ -230,7 +241,7 @@ def _encode(task: _Task, run: Work) -> Encoded:
     if plan.kind == "base":
         return encode(plan, start, base_words, _NO_WORDS)
     words = task.tuned.read(plan.name, start, count)
-    dtype = plan.info.dtype
+    dtype = plan.at_hand
     if not plan.allow_nonfinite and dtype.is_float and cpu.has_nonfinite(words, dtype.exponent_mask):
         _refuse_nonfinite(plan, start, words)
     if not run.is_delta:
@@ -240,7 +251,7 @@ def _encode(task: _Task, run: Work) -> Encoded:
 
 
 def _refuse_nonfinite(plan: TensorPlan, start: int, words: np.ndarray) -> None:
-    dtype = plan.info.dtype
+    dtype = plan.at_hand
     if dtype.code == "F8_E4M3":  # its largest exponent holds numbers; only all ones is NaN
         bad = (words & np.uint8(0x7F)) == np.uint8(0x7F)
     else:

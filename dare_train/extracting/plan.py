@@ -12,12 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import DareConfig, TensorRule
-from ..dtypes import Words, to_float
+from ..dtypes import DType, Words, to_float
 from ..errors import CheckpointError, ConfigError, TensorMismatch
+from ..kernels.rounding import land
 from ..package.codec import Encoding, Positions
+from ..package.landing import Landing
 from ..package.manifest import Kind
 from ..package.masks import Mask, MaskKind, key_of
 from ..weights.alignment import dtype_mismatch
+from ..weights.low_rank import finest
 from ..weights.protocol import SEGMENT, Shared, TensorInfo, Weights, runs
 
 
@@ -39,9 +42,23 @@ class TensorPlan:
     values: Encoding = "exact"
     factor: float = 1.0
     """The rescale γ."""
+    landing: Landing | None = None
+    """How finer weights than the result's become its; None where its own are at hand."""
     allow_nonfinite: bool = False
     cut_groups: Mapping[int, float] = field(default_factory=dict)
     """Largest |δ| of the scale groups that lie across the border between two ranks, by number."""
+
+    @property
+    def at_hand(self) -> DType:
+        """Of the tuned words, before they land."""
+        return self.info.dtype if self.landing is None else self.landing.source
+
+    def in_result(self, words: Words) -> Words:
+        """Tuned words that are carried whole, rounded to the result's dtype."""
+        if self.at_hand == self.info.dtype:
+            return words
+        with np.errstate(invalid="ignore"):  # NaNs that signal
+            return land(to_float(words, self.at_hand).astype(np.float64), self.info.dtype)
 
     @property
     def base_numel(self) -> int:
@@ -70,15 +87,21 @@ def plan_tensors(
     *,
     fresh: Collection[str] = (),
     masks: Mapping[str, Any] | None = None,
+    merged: Collection[str] = (),
 ) -> list[TensorPlan]:
-    """One plan for each tensor of `tuned`, sorted by name. `fresh` names tensors known to have begun apart
-    from the base.
+    """One plan for each tensor of `tuned`, sorted by name.
+
+    Args:
+        fresh: names of tensors known to have begun apart from the base.
+        masks: see `extract`.
+        merged: names of tensors that adapters will be merged into, without rounding if they are to land.
 
     Raises:
         CheckpointError: a tensor is quantised on one side.
         DtypeMismatch: a tensor has one dtype in the base and another in the tuned weights.
         TensorMismatch: shapes differ by more than added leading rows.
-        ConfigError: a mask names no tensor or has the wrong shape.
+        ConfigError: a mask names no tensor or has the wrong shape; weights are to land that are coarser than
+            the base's.
     """
     if masks is not None and not isinstance(masks, Mapping):
         raise ConfigError("masks", expected="a mapping from tensor names to bool arrays", found=repr(masks))
@@ -87,17 +110,54 @@ def plan_tensors(
         raise ConfigError(
             f"masks[{unknown[0]!r}]", expected="the name of a tensor", found="none of that name"
         )
+    landing = _landings(base, tuned, config, merged)
     return [
-        _plan(index, name, base, tuned, config, name in fresh, (masks or {}).get(name))
+        _plan(index, name, base, tuned, config, name in fresh, (masks or {}).get(name), landing.get(name))
         for index, name in enumerate(sorted(tuned.tensors))
     ]
 
 
+def _landings(
+    base: Weights, tuned: Weights, config: DareConfig, merged: Collection[str]
+) -> dict[str, Landing]:
+    """How tensors of both land on the base's grid: all of them, if one of them is finer than the base's.
+
+    Raises:
+        ConfigError: one of them is coarser.
+    """
+    shared = [name for name in sorted(tuned.tensors) if name in base.tensors] if config.lands else []
+    landings = {}
+    for name in shared:
+        info, base_info = tuned.tensors[name], base.tensors[name]
+        if not (info.dtype.can_be_delta and base_info.dtype.can_be_delta):
+            continue
+        source = finest(base_info).dtype if name in merged else info.dtype
+        if source.mantissa_bits < base_info.dtype.mantissa_bits:
+            expected = "trained weights as fine as the base's"
+            found = f"{source.code} in {tuned.label}, {base_info.dtype.code} in {base.label}"
+            remedy = 'dtype="trained" (--dtype trained), on the base rounded to their dtype'
+            raise ConfigError(f'dtype="base": {name}', expected=expected, found=found, remedy=remedy)
+        landings[name] = Landing(
+            source=source, factor=1.0, rounding=config.rounding, key=key_of(config.seed, name)
+        )
+    finer = any(landing.source != base.tensors[name].dtype for name, landing in landings.items())
+    return landings if finer else {}
+
+
 def _plan(
-    index: int, name: str, base: Weights, tuned: Weights, config: DareConfig, fresh: bool, mask: Any
+    index: int,
+    name: str,
+    base: Weights,
+    tuned: Weights,
+    config: DareConfig,
+    fresh: bool,
+    mask: Any,
+    landing: Landing | None,
 ) -> TensorPlan:
     info = tuned.tensors[name]
     base_info = base.tensors.get(name)
+    if landing is not None and base_info is not None:
+        info = TensorInfo(base_info.dtype, info.shape)
     same_form = base_info == info
     rule = config.rule(name)
     _check_options(rule, info, mask)
@@ -107,6 +167,7 @@ def _plan(
         info=info,
         kind="whole",
         in_base=same_form,
+        landing=landing,
         allow_nonfinite=config.allow_nonfinite,
     )
     if base_info is None or fresh or rule.whole:
@@ -148,12 +209,14 @@ def _dropped(plan: TensorPlan, rule: TensorRule, seed: int) -> TensorPlan:
     """A delta whose mask is drawn."""
     threshold = rule.threshold
     kind: MaskKind = "seeded" if threshold else "all"
+    landing = plan.landing and replace(plan.landing, factor=rule.factor)
     return replace(
         plan,
+        landing=landing,
         p=rule.p,
         mask=Mask(kind=kind, key=key_of(seed, plan.name), threshold=threshold),
         values=_encoding(rule, plan.info, dropping=threshold > 0),
-        factor=rule.factor,
+        factor=rule.factor if landing is None else 1.0,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..config import Rescale, Rounding
 from ..weights.fingerprint import Fingerprint, model_fingerprint
 from ..weights.protocol import TensorInfo
 from .codec import Encoding
@@ -19,6 +20,8 @@ FORMAT_VERSION = 1
 CARRIED = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken"})
 """Endings of the files that a package may bring beside its parts: configuration and tokenizers, no code."""
 BLANK = "0" * 64
+LANDED = ("rounding", "rescale")
+"""What the manifest says of elements that landed on the base's grid."""
 Kind = Literal["base", "delta", "whole"]
 
 
@@ -85,6 +88,9 @@ class Manifest:
     """Tensors of the base that the result does not have."""
     seed: int
     rescale: Literal["paper", "none", "carried"]
+    landed: tuple[Rounding, Rescale] | None = None
+    """How elements landed on the base's grid, and the rescale γ that they had before; None where they did
+    not."""
     tensors: tuple[TensorRecord, ...]
     delta: Mapping[str, float] = field(default_factory=dict)
     """|δ| over all kept elements: p50, p90, p99, max."""
@@ -131,6 +137,7 @@ def dump(manifest: Manifest) -> bytes:
         "prefix": manifest.prefix,
         "seed": manifest.seed,
         "rescale": manifest.rescale,
+        **({"landed": dict(zip(LANDED, manifest.landed, strict=True))} if manifest.landed else {}),
         "delta": dict(manifest.delta),
         "base_only": list(manifest.base_only),
         "files": [vars(record) for record in manifest.files],

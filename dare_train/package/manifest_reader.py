@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, get_args
 
+from ..config import Rescale, Rounding
 from ..dtypes import DTYPES
 from ..errors import PackageError
 from ..weights.fingerprint import Fingerprint
@@ -99,6 +100,7 @@ def _manifest(get: _Fields) -> Manifest:
         base_only=tuple(get.list_of("base_only", str)),
         seed=get.count("seed", below=1 << 64),
         rescale=get.choice("rescale", ("paper", "none", "carried")),
+        landed=_landed(get.fields("landed")) if "landed" in get.data else None,
         tensors=tuple(_tensor(item, get.where) for item in get.list_of("tensors", dict)),
         delta={name: get.fields("delta").number(name) for name in ("p50", "p90", "p99", "max")},
         parts=tuple(_file(_Fields(item, get.where)) for item in get.list_of("parts", dict)),
@@ -118,6 +120,10 @@ def _manifest(get: _Fields) -> Manifest:
     ):
         get.insist(said == derived, f"fingerprint {derived[:12]}…, as its tensors say", f"{said[:12]}…")
     return manifest
+
+
+def _landed(get: _Fields) -> tuple[Rounding, Rescale]:
+    return get.choice("rounding", get_args(Rounding)), get.choice("rescale", get_args(Rescale))
 
 
 def _tensor(data: Mapping[str, Any], where: str) -> TensorRecord:

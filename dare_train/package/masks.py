@@ -18,6 +18,8 @@ MASK_DOMAIN = 0
 """Third Philox counter word of the draws that decide what is kept."""
 DITHER_DOMAIN = 1
 """Third Philox counter word of the draws that round quantized values."""
+LANDING_DOMAINS = (2, 3)
+"""Those of the upper and the lower half of the draws by which elements land on the base's grid."""
 
 
 @functools.lru_cache(1 << 12)

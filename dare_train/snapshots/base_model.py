@@ -43,6 +43,8 @@ class Origin:
     """The files, memory-mapped, under their own names."""
     weights: Weights
     """The same under the run's names, rounded to the run's dtypes."""
+    own: Weights
+    """The same under the run's names, in their own dtypes."""
     prefix: str
     fresh: frozenset[str]
     """Tensors that began apart from the base, such as a random head: they are carried whole."""
@@ -119,17 +121,19 @@ def _quantised(base: Weights, live: LiveWeights) -> bool:
 
 
 class _OpenedBase(NamedTuple):
-    """A base on disk, and the same under a run's names and in its dtypes."""
+    """A base on disk, and the same under a run's names: in the run's dtypes, and in its own."""
 
     checkpoint: Checkpoint
     weights: Weights
+    own: Weights
     prefix: str = ""
 
 
 def _open(live: LiveWeights, where: str | os.PathLike[str]) -> _OpenedBase:
     checkpoint = Checkpoint.open(locate(where, local_only=True))
     aligned, prefix = align(checkpoint, live.tensors.keys(), model=live.label)
-    return _OpenedBase(checkpoint, aligned if live.packed else cast_to(aligned, live.tensors), prefix)
+    rounded = aligned if live.packed else cast_to(aligned, live.tensors)
+    return _OpenedBase(checkpoint, rounded, aligned, prefix)
 
 
 def from_live(live: LiveWeights, folder: Path, companions: Mapping[str, str]) -> Origin:
@@ -145,8 +149,8 @@ def from_live(live: LiveWeights, folder: Path, companions: Mapping[str, str]) ->
         if ranks.first:
             for name, text in companions.items():
                 (staging / name).write_text(text)
-    checkpoint = Checkpoint.open(folder)
-    return _origin(str(folder), _OpenedBase(checkpoint, checkpoint), set(live.trained_whole), ranks)
+    base = Checkpoint.open(folder)
+    return _origin(str(folder), _OpenedBase(base, base, base), set(live.trained_whole), ranks)
 
 
 def _spool(live: LiveWeights, staging: Path, layout: Layout) -> None:
@@ -302,6 +306,7 @@ def _origin(name: str, base: _OpenedBase, fresh: set[str], ranks: Ranks) -> Orig
         name=name,
         checkpoint=base.checkpoint,
         weights=base.weights,
+        own=base.own,
         prefix=base.prefix,
         fresh=frozenset(fresh),
         fingerprint=_shared_fingerprint(base.weights, ranks),

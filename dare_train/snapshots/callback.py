@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..config import DareConfig, Patterns, Rescale, Values
+from ..config import DareConfig, Patterns, Rescale, Rounding, Target, Values
 from ..errors import BaseMismatch, ConfigError, SnapshotError
 from ..kernels.backends import checked
 from ..package.reader import DeltaPackage
@@ -28,7 +28,7 @@ from .guest import as_guest, tell, tell_again
 from .receiver_evaluation import evaluate_received
 from .run_folder import BASE, FINAL, RunFolder
 from .shared_pass import Order, Snapshot, take_together
-from .snapshotter import Snapshotter
+from .snapshotter import Snapshotter, reading_of
 from .trainer_run import (
     STATE,
     calling_trainer,
@@ -54,7 +54,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     Packages appear as `{output_dir}/{name}/step-N`, and the one at the end as `{output_dir}/{name}/final`.
 
     Args:
-        p, seed, rescale, values, include, exclude, whole, allow_nonfinite: see `DareConfig`.
+        p, seed, rescale, values, include, exclude, whole, allow_nonfinite, dtype, rounding: see `DareConfig`.
         when: "save" (with each checkpoint), "epoch", "end", a number N (every N steps), or several of these.
         base: folder or Hub id that deltas are relative to. By default where the model was loaded from, if its
             weights still are the ones on disk when training starts; otherwise the weights at the start, kept
@@ -97,6 +97,8 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         exclude: Patterns = (),
         whole: Patterns = (),
         allow_nonfinite: bool = False,
+        dtype: Target = "trained",
+        rounding: Rounding = "stochastic",
         when: When | Sequence[When] = ("save", "end"),
         base: str | os.PathLike[str] | None = None,
         keep: int | None = None,
@@ -118,6 +120,8 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             exclude=exclude,
             whole=whole,
             allow_nonfinite=allow_nonfinite,
+            dtype=dtype,
+            rounding=rounding,
         )
         self.events, self.every = schedule(when)
         check_options(
@@ -194,9 +198,8 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         self._roll.check(_ROLL_PATIENCE)
         model = module_of(model)
         self._trainer = self._attached or calling_trainer()
-        live = LiveWeights(
-            model, source=self.source, ranks=self._joined(), kernels=self.kernels, but_packed=True
-        )
+        reading = reading_of(self.config, self.source)
+        live = LiveWeights(model, source=reading, ranks=self._joined(), kernels=self.kernels, but_packed=True)
         self._check_evaluation(live)
         path = output_folder(args, state, self._trainer) / self.name
         record = on_record(state, self.name) if state.global_step else None

@@ -18,7 +18,7 @@ from ..kernels import cpu
 from ..package.codec import group_length
 from ..package.masks import Mask
 from ..weights.low_rank import LowRank, Readable, merged_words
-from ..weights.protocol import Weights
+from ..weights.protocol import TensorInfo, Weights
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def take_run(
     before; tensors in `later` have adapters merged into them when they are encoded."""
     plan, start, count = run
     if plan.kind == "base" or plan.name in later:
-        return Taken(plan, start, count, np.empty(0, plan.info.dtype.word))
+        return Taken(plan, start, count, np.empty(0, plan.at_hand.word))
     words = live.read(plan.name, start, count)
     if not run.is_delta:
         return Taken(plan, start, count, words.copy())
@@ -97,10 +97,12 @@ def take_run(
 
 class Spread:
     """A run that was copied, as weights that are zero wherever they were not: enough for a sum that is taken
-    element by element.
+    element by element. `info` is the live tensor's.
     """
 
-    def __init__(self, run: Taken) -> None:
+    def __init__(self, run: Taken, info: TensorInfo) -> None:
+        self.label = run.plan.name
+        self.tensors = {run.plan.name: info}
         self._start = run.start
         self._words = run.words
         if run.plan.kind == "delta" and run.start < run.plan.base_numel:
@@ -116,10 +118,11 @@ class Spread:
         return words
 
 
-def merged(base: Readable, run: Taken, updates: list[LowRank]) -> Words:
+def merged(base: Weights, run: Taken, updates: list[LowRank]) -> Words:
     """The words of a run with adapters merged into it: the kept ones of a delta, else all."""
     plan = run.plan
-    words = merged_words(base, updates, plan.info, plan.name, run.start, run.length)
+    info = TensorInfo(base.tensors[plan.name].dtype, plan.info.shape)
+    words = merged_words(base, updates, info, plan.name, run.start, run.length, into=plan.at_hand)
     return cpu.take(words, plan.positions(run.start, run.length)) if plan.kind == "delta" else words
 
 
@@ -133,7 +136,7 @@ def received(base: Weights, run: Taken) -> Words:
     """All words of a run as a package on the base would give them."""
     plan, start = run.plan, run.start
     if plan.kind == "whole" or start >= plan.base_numel:
-        return run.words
+        return plan.in_result(run.words)
     words = np.array(base.read(plan.name, start, run.length))
     if plan.kind == "delta":
         positions = plan.positions(start, run.length)
@@ -142,10 +145,10 @@ def received(base: Weights, run: Taken) -> Words:
 
 
 def link_plan(plan: TensorPlan) -> TensorPlan:
-    """The plan of the same tensor in a package that continues another: values are exact and rescaled
-    already.
+    """The plan of the same tensor in a package that continues another: values are exact, rescaled and
+    landed already.
     """
-    exact = replace(plan, in_base=True, values="exact", factor=1.0)
+    exact = replace(plan, in_base=True, values="exact", factor=1.0, landing=None)
     if plan.base_rows is None:
         return exact
     # Rows that are dropped and rows that are not: leave it to the bitmap of changes.

@@ -10,11 +10,11 @@ from typing import IO
 
 import numpy as np
 
-from ..dtypes import Words
+from ..dtypes import cast
 from ..weights.live import LiveWeights
 from ..weights.live_lora import silenced
 from ..weights.named_tensors import Live
-from .snapshotter import Snapshotter
+from .snapshotter import Received, Snapshotter
 
 
 @contextmanager
@@ -23,15 +23,16 @@ def received_weights(model: Live, snapshotter: Snapshotter, folder: Path) -> Ite
     weights it displaces wait in a file, not in memory. All ranks enter and leave it together.
     """
 
-    def opened() -> tuple[LiveWeights, IO[bytes]]:
+    def opened() -> tuple[LiveWeights, LiveWeights, IO[bytes]]:
         folder.mkdir(parents=True, exist_ok=True)
-        return LiveWeights(model), tempfile.TemporaryFile(dir=folder)
+        read = LiveWeights(model, source=snapshotter.source)
+        return LiveWeights(model), read, tempfile.TemporaryFile(dir=folder)
 
-    live, file = snapshotter.ranks.each(opened)
+    live, read, file = snapshotter.ranks.each(opened)
     with file:
         displaced = _Displaced(live, file)
         try:
-            displaced.put(snapshotter)
+            displaced.put(snapshotter, read)
             with silenced(model):
                 yield
         finally:
@@ -46,16 +47,17 @@ class _Displaced:
         self._file = file
         self._runs: list[tuple[str, int, int]] = []
 
-    def put(self, snapshotter: Snapshotter) -> None:
-        runs = snapshotter.preview(self._live)
+    def put(self, snapshotter: Snapshotter, read: LiveWeights) -> None:
+        """Put what a package would give, of the weights as they are `read`, in place of the live ones."""
+        runs = snapshotter.preview(read)
         snapshotter.ranks.each(lambda: self._put(runs))
         self._live.settle()
 
-    def _put(self, runs: Iterator[tuple[str, int, Words]]) -> None:
-        for name, start, words in runs:
+    def _put(self, runs: Iterator[Received]) -> None:
+        for name, start, words, dtype in runs:
             self._file.write(self._live.read(name, start, words.size).tobytes())
             self._runs.append((name, start, words.size))
-            self._live.overwrite(name, start, words)
+            self._live.overwrite(name, start, cast(words, dtype, self._live.tensors[name].dtype))
 
     def put_back(self) -> None:
         self._file.seek(0)

@@ -19,12 +19,12 @@ from ..package.magnitudes import Magnitudes
 from ..package.reader import DeltaPackage
 from ..parallel.ranks import in_shares
 from ..parallel.threads import ordered_map, thread_count
-from ..weights.live import LiveWeights, Source
+from ..weights.live import LiveWeights, Reading
 from ..weights.live_lora import Merged
 from ..weights.low_rank import LowRank
 from ..weights.named_tensors import Live
 from ..weights.ownership import Spans
-from ..weights.protocol import Weights
+from ..weights.protocol import TensorInfo, Weights
 from .capture import LastRead, Spread, Taken, merged, take_run
 
 
@@ -45,14 +45,15 @@ class Snapshot:
 class Taker(Protocol):
     """Who takes a snapshot in a pass: what the pass asks of it."""
 
-    source: Source
+    source: Reading
     kernels: str | None
     owned: Spans
     """What this process speaks for."""
     positions: dict[tuple[str, int], NDArray[np.int32]]
     """Kept elements of some runs, by tensor and start, worked out before."""
-    live_bases: frozenset[str]
-    """Tensors under adapters whose base is the one in memory, not that in the files."""
+    live_bases: Mapping[str, TensorInfo]
+    """Tensors under adapters whose base is the one in memory, not that in the files, and what they are
+    there."""
 
     def seen(self, live: LiveWeights) -> LiveWeights:
         """The weights as packages are to have them."""
@@ -104,7 +105,8 @@ class Job:
             if updates is None:
                 yield run
             else:
-                of = Spread(run) if run.plan.name in self.order.taker.live_bases else base
+                live_base = self.order.taker.live_bases.get(run.plan.name)
+                of = base if live_base is None else Spread(run, live_base)
                 yield replace(run, words=merged(of, run, updates))
 
 
@@ -173,14 +175,22 @@ def _copied(live: LiveWeights, takers: Sequence[Taker]) -> _Pass:
     ]
     runs.sort(key=lambda run: (run.work.plan.name, run.work.start))
     at_once = {name for name in takers[0].live_bases if any(update.by_rows for update in updates[name])}
-    later = updates.keys() - takers[0].live_bases
+    later = updates.keys() - takers[0].live_bases.keys()
     on_device = gathered(live, [run.work for run in runs], later | at_once)
-    weights = Merged(live, {name: updates[name] for name in at_once}, live.tensors) if at_once else live
+    weights = Merged(live, {name: updates[name] for name in at_once}, _at_hand(live, plans[0], at_once))
     taken: list[list[Taken]] = [[] for _ in takers]
     for run, copied in zip(runs, _taken(weights, takers, runs, on_device, later), strict=True):
         taken[run.taker].append(copied)
     merging = {name: of for name, of in updates.items() if name not in at_once}
     return _Pass(plans=plans, taken=taken, updates=merging)
+
+
+def _at_hand(
+    live: LiveWeights, plans: Sequence[TensorPlan], merging: Collection[str]
+) -> dict[str, TensorInfo]:
+    """The live tensors, those that are merged at once as the plans want them."""
+    merged = {p.name: TensorInfo(p.at_hand, p.info.shape) for p in plans if p.name in merging}
+    return {**live.tensors, **merged}
 
 
 def _taken(

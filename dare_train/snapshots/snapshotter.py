@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..applying.chain import open_chain
 from ..applying.resolver import Resolver
 from ..config import DareConfig
-from ..dtypes import Words
+from ..dtypes import DType, Words
 from ..errors import SnapshotError
 from ..extracting.assembly import (
     Provenance,
@@ -39,10 +39,10 @@ from ..package.reader import DeltaPackage
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging
 from ..weights.adapters_on_files import AdaptersOnFiles
-from ..weights.live import LiveWeights, Source
+from ..weights.live import LiveWeights, Reading, Source
 from ..weights.live_lora import Merged
 from ..weights.named_tensors import Live
-from ..weights.protocol import Chosen, Weights
+from ..weights.protocol import Chosen, TensorInfo, Weights
 from .base_model import Origin, establish, recall
 from .capture import Taken, cut_groups, encode_link, encode_taken, largest_of, link_plan, received, take_run
 from .comparing import adapted_apart
@@ -55,6 +55,15 @@ _QUANTISED = (
 )
 POSITIONS_LIMIT = 128 << 20
 """Bytes that masks worked out ahead may take: four for each kept element."""
+
+
+class Received(NamedTuple):
+    """A run of a tensor as a receiver gets it."""
+
+    name: str
+    start: int
+    words: Words
+    dtype: DType
 
 
 class Snapshotter:
@@ -87,20 +96,24 @@ class Snapshotter:
         self.origin = origin
         self.config = config
         self.incremental = incremental
-        self.source = source
+        self.source = reading_of(config, source)
+        self.base = origin.own if config.lands else origin.weights
+        """Under the run's names, in the dtypes of the packages."""
         self.kernels = live.kernels
         self.chain: list[Path] = []
         self.ranks = live.ranks
         self._line = self.ranks.another()
         self._pending: Future[Snapshot] | None = None
-        self.live_bases = adapted_apart(live, origin.weights)
+        apart = adapted_apart(live, origin.weights)
+        self.live_bases: Mapping[str, TensorInfo] = {name: live.tensors[name] for name in sorted(apart)}
         self._packed = bool(live.packed)
         live = self.seen(live)
         self.positions: dict[tuple[str, int], NDArray[np.int32]] = {}
         self.owned = live.owned
         self._held = live.held
         self._planned_for = live.tensors
-        self._plans = plan_tensors(origin.weights, live, config, fresh=origin.fresh)
+        self._merged_names = frozenset(live.updates())
+        self._plans = self._plan(live)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="dare-train-writer")
         self._prepared = self._writer.submit(self._prepare, on_devices(live))
 
@@ -136,7 +149,8 @@ class Snapshotter:
             ConfigError: the model is laid out in a way that is not known.
             BaseMismatch: the base on record is gone, or no longer what it was.
         """
-        live = LiveWeights(model, source=source, ranks=Ranks.joined(), kernels=kernels, but_packed=True)
+        reading = reading_of(config, source)
+        live = LiveWeights(model, source=reading, ranks=Ranks.joined(), kernels=kernels, but_packed=True)
         origin = (
             recall(resumed, live)
             if resumed is not None
@@ -167,7 +181,7 @@ class Snapshotter:
     def reading(self) -> tuple[object, ...]:
         """Equal for those that one pass over the weights can serve."""
         files = self.origin.fingerprint if self._packed else None
-        return self.source, self.kernels, self.live_bases, files
+        return self.source, self.kernels, self.live_bases, files, self.config.lands
 
     def seen(self, live: LiveWeights) -> LiveWeights:
         """The weights as packages are to have them: over the base's files, where the base in memory is
@@ -187,7 +201,10 @@ class Snapshotter:
             )
         if all(info.dtype.can_be_delta for info in live.tensors.values()):
             return self._plans
-        return plan_tensors(self.origin.weights, live, self.config, fresh=self.origin.fresh)
+        return self._plan(live)
+
+    def _plan(self, live: LiveWeights) -> list[TensorPlan]:
+        return plan_tensors(self.base, live, self.config, fresh=self.origin.fresh, merged=self._merged_names)
 
     def take(
         self,
@@ -254,33 +271,34 @@ class Snapshotter:
         self._prepared.result()
         return last
 
-    def preview(self, live: LiveWeights) -> Iterator[tuple[str, int, Words]]:
-        """(name, flat start, words) of the runs of deltas as a receiver gets them, as far as this process
-        holds them. All ranks call it together; what comes out of it is each one's own.
+    def preview(self, live: LiveWeights) -> Iterator[Received]:
+        """The runs of deltas as a receiver gets them, as far as this process holds them. All ranks call it
+        together; what comes out of it is each one's own.
         """
         plans = self.ranks.each(lambda: self.plans_for(live))
         weights = self._merged(live)
         groups: dict[int, dict[int, float]] = {}
         if not live.whole:
             every = (take_run(weights, run, {}) for run in work_of(plans, live.held))
-            groups = largest_of(self.ranks.together(lambda: cut_groups(self.origin.weights, every)))
+            groups = largest_of(self.ranks.together(lambda: cut_groups(self.base, every)))
         return self._previews(weights, work_of([p for p in plans if p.kind != "whole"], live.held), groups)
 
     def _previews(
         self, weights: Weights, work: Iterable[Work], groups: Mapping[int, Mapping[int, float]]
-    ) -> Iterator[tuple[str, int, Words]]:
+    ) -> Iterator[Received]:
         for run in work:
             plan = replace(run.plan, cut_groups=groups.get(run.plan.index, {}))
             taken = replace(take_run(weights, run, {}), plan=plan)
-            yield plan.name, run.start, received(self.origin.weights, taken)
+            yield Received(plan.name, run.start, received(self.base, taken), plan.info.dtype)
 
     def _merged(self, live: LiveWeights) -> Weights:
         """The weights with what adapters add, as they are now."""
         updates = live.updates()
         if not updates:
             return live
-        under = Chosen(live, dict.fromkeys(updates.keys() - self.live_bases, self.origin.weights))
-        return Merged(under, updates, live.tensors)
+        under = Chosen(live, dict.fromkeys(updates.keys() - self.live_bases.keys(), self.base))
+        at_hand = {plan.name: TensorInfo(plan.at_hand, plan.info.shape) for plan in self._plans}
+        return Merged(under, updates, {**live.tensors, **at_hand})
 
     # On the worker thread.
 
@@ -302,7 +320,7 @@ class Snapshotter:
         """Scale groups at the borders of what this rank holds; a rank alone has none."""
         if self._line.world == 1:
             return []
-        return cut_groups(self.origin.weights, job.completed(self.origin.weights))
+        return cut_groups(self.base, job.completed(self.base))
 
     def _write_part(
         self, staging: Path, job: Job, groups: Mapping[int, Mapping[int, float]]
@@ -310,7 +328,7 @@ class Snapshotter:
         """What this rank holds of the package. Returns the seconds it waited and records of the files that it
         wrote.
         """
-        base = self.origin.weights
+        base = self.base
         taken = (
             replace(run, plan=replace(run.plan, cut_groups=groups.get(run.plan.index, {})))
             for run in job.completed(base)
@@ -338,13 +356,14 @@ class Snapshotter:
         return self.incremental and bool(self.chain)
 
     def _provenance(self, plans: list[TensorPlan]) -> Provenance:
-        absent = tuple(sorted(self.origin.weights.tensors.keys() - {plan.name for plan in plans}))
+        absent = tuple(sorted(self.base.tensors.keys() - {plan.name for plan in plans}))
         on_base = Provenance(
             base_model=self.origin.name,
             prefix=self.origin.prefix,
             base_only=absent,
             config=self.config,
             run=self.run,
+            landed=any(plan.landing is not None for plan in plans),
             note=_QUANTISED if self._packed else "",
         )
         if not self._continues:
@@ -358,7 +377,12 @@ class Snapshotter:
         resolver = Resolver(self.origin.checkpoint, open_chain(self.chain, None), cast_base=True)
         for run in taken:
             before = resolver.resolve(run.plan.name, run.start, run.length)
-            yield encode_link(link_plan(run.plan), run, before, received(self.origin.weights, run))
+            yield encode_link(link_plan(run.plan), run, before, received(self.base, run))
+
+
+def reading_of(config: DareConfig, source: Source) -> Reading:
+    """What is read of a live model: where elements land on the base's grid, the finest weights at hand."""
+    return "finest" if config.lands else source
 
 
 def _tallies_of(staging: Path, rank: int) -> Path:

@@ -28,6 +28,8 @@ from .sharding import Held, Piece
 
 Source = Literal["weights", "master"]
 """What is read where an engine trains fp32 masters beside 16-bit weights: the weights, or the masters."""
+Reading = Literal["weights", "master", "finest"]
+"""The same; `finest` are masters where there are some."""
 
 _CODES = {
     torch.float64: "F64",
@@ -57,7 +59,7 @@ class LiveWeights:
     Args:
         live: a module, wrapped by whatever trains it, or a state dict.
         label: what messages call it.
-        source: see `Source`.
+        source: see `Reading`.
         ranks: the processes that hold the model together; they build their `LiveWeights` at the same time.
         kernels: those that work on it, "torch", "cpu" or "cuda"; by default what DARE_TRAIN_KERNELS
             names, or those of the devices that tensors lie on.
@@ -84,7 +86,7 @@ class LiveWeights:
         live: Live,
         *,
         label: str = "model in memory",
-        source: Source = "weights",
+        source: Reading = "weights",
         ranks: Ranks | None = None,
         kernels: str | None = None,
         but_packed: bool = False,
@@ -106,6 +108,7 @@ class LiveWeights:
         held = {file: held[name].part(start, shape) for file, (name, start, shape) in self._places.items()}
         if source == "master":
             _check_masters(held)
+        if source != "weights":
             held = {name: _masters(tensor) for name, tensor in held.items()}
         self._held = held
         self._inner = named.inner

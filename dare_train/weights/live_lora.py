@@ -147,7 +147,9 @@ def silenced(module: object) -> Iterator[None]:
 
 
 class Merged:
-    """Weights of a base with updates merged into what is read. Implements `Weights`."""
+    """Weights of a base with updates merged into what is read, in the dtypes that `tensors` says. Implements
+    `Weights`.
+    """
 
     def __init__(
         self, base: Weights, updates: Mapping[str, list[LowRank]], tensors: Mapping[str, TensorInfo]
@@ -160,4 +162,5 @@ class Merged:
     def read(self, name: str, start: int, count: int) -> Any:
         if name not in self._updates:
             return self._base.read(name, start, count)
-        return merged_words(self._base, self._updates[name], self.tensors[name], name, start, count)
+        info, into = self._base.tensors[name], self.tensors[name].dtype
+        return merged_words(self._base, self._updates[name], info, name, start, count, into=into)

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, TensorMismatch
 from .alignment import align
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SINGLE, Checkpoint
 from .lora_config import MERGE, AdapterConfig
-from .low_rank import LowRank, Matrix, merged_words
+from .low_rank import LowRank, Matrix, finest, merged_words
 from .protocol import SEGMENT, TensorInfo, Weights, runs
 
 _FACTOR = re.compile(
@@ -31,8 +31,8 @@ _WRONG_BASE = "is this the base that the adapter was trained on?"
 _SAVE_AGAIN = "fetch the adapter again, or save it again"
 
 
-def merge_adapter(tuned: Weights, base: Weights) -> Weights:
-    """`tuned` itself; or where it is a PEFT adapter, the model that it makes of `base`.
+def merge_adapter(tuned: Weights, base: Weights, *, unrounded: bool = False) -> Weights:
+    """`tuned` itself; or where it is a PEFT adapter, the model that it makes of `base`: see `AdapterWeights`.
 
     Raises:
         CheckpointError: the adapter is of a kind that cannot be merged here, or lies beside a whole model.
@@ -43,7 +43,7 @@ def merge_adapter(tuned: Weights, base: Weights) -> Weights:
     opened = {file.path.name for file in tuned.files.values()}
     described = (tuned.folder / ADAPTER_CONFIG).exists()
     if ADAPTER_WEIGHTS in opened or (described and not opened):
-        return AdapterWeights(base, tuned)
+        return AdapterWeights(base, tuned, unrounded=unrounded)
     if described and not Path(tuned.label).is_file():
         expected = "a model or an adapter"
         remedy = f"give the file that is meant: {tuned.label}/{ADAPTER_WEIGHTS} or {tuned.label}/{SINGLE}"
@@ -52,13 +52,15 @@ def merge_adapter(tuned: Weights, base: Weights) -> Weights:
 
 
 class AdapterWeights:
-    """The model that a LoRA adapter makes of a base. Implements `Weights`, with the base's dtypes.
+    """The model that a LoRA adapter makes of a base. Implements `Weights`, with the base's dtypes; or with
+    `unrounded`, what is merged into 16-bit weights in float64, and what was trained in full as the adapter
+    has it.
 
     Names are the adapter's: where it was trained on a task model and the base is the bare encoder, the
     base's are prefixed.
     """
 
-    def __init__(self, base: Weights, adapter: Checkpoint) -> None:
+    def __init__(self, base: Weights, adapter: Checkpoint, *, unrounded: bool = False) -> None:
         self.folder = adapter.folder
         self.label = adapter.label
         config = AdapterConfig.read(adapter.folder / ADAPTER_CONFIG)
@@ -68,17 +70,20 @@ class AdapterWeights:
             raise CheckpointError(adapter.label, expected=expected, found=f"{len(full)} other tensors")
         aligned, _ = align(base, {*(f"{module}.weight" for module in factors), *full}, model=adapter.label)
         self._adapter = adapter
-        self._plain = _Plain(aligned, adapter, _without_copies(full, aligned, adapter, config))
+        copies = _without_copies(full, aligned, adapter, config)
+        self._plain = _Plain(aligned, adapter, copies, rounded=not unrounded)
         self._updates = dict(_updates(factors, self._plain, adapter, config))
         self._last: tuple[str, LowRank] | None = None
-        self.tensors = self._plain.tensors
+        merging = {name: self._plain.tensors[name] for name in self._updates} if unrounded else {}
+        self.tensors = {**self._plain.tensors, **{name: finest(info) for name, info in merging.items()}}
         self.whole = frozenset(name for name in full if config.adds(name))
         """Tensors of `modules_to_save`, such as a new head: a package carries them as they are."""
 
     def read(self, name: str, start: int, count: int) -> Words:
         if name not in self._updates:
             return self._plain.read(name, start, count)
-        return merged_words(self._plain, [self._low_rank(name)], self.tensors[name], name, start, count)
+        info, into = self._plain.tensors[name], self.tensors[name].dtype
+        return merged_words(self._plain, [self._low_rank(name)], info, name, start, count, into=into)
 
     def _low_rank(self, name: str) -> LowRank:
         """The update of one tensor; the last one is remembered, since tensors are read run by run."""
@@ -91,7 +96,7 @@ class AdapterWeights:
 class _Plain:
     """What the adapter's updates are added to: tensors of the base, or what the adapter has for them."""
 
-    def __init__(self, base: Weights, adapter: Weights, keys: Mapping[str, str]) -> None:
+    def __init__(self, base: Weights, adapter: Weights, keys: Mapping[str, str], *, rounded: bool) -> None:
         self.label = base.label
         self._base = base
         self._adapter = adapter
@@ -100,7 +105,9 @@ class _Plain:
         for name, key in keys.items():
             info = adapter.tensors[key]
             base_info = base.tensors.get(name)
-            if base_info is not None and base_info.dtype.can_be_delta and info.dtype.can_be_delta:
+            if base_info is None or not (base_info.dtype.can_be_delta and info.dtype.can_be_delta):
+                pass
+            elif rounded or info.dtype.mantissa_bits < base_info.dtype.mantissa_bits:
                 info = TensorInfo(base_info.dtype, info.shape)
             self.tensors[name] = info
 

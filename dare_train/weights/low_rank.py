@@ -3,7 +3,7 @@
     W' = W + s · B A                              LoRA (arXiv 2106.09685, eq. 3)
     W' = m / ‖W + s · B A‖ · (W + s · B A)        DoRA (arXiv 2402.09353, eq. 5), one norm for each output
 
-evaluated in float64 and rounded once to the weight's dtype.
+evaluated in float64 and rounded once, to the weight's dtype unless another is asked for.
 """
 
 from __future__ import annotations
@@ -15,14 +15,21 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DType, Words, from_float, to_float
+from ..dtypes import DTYPES, DType, Words, from_float, to_float
 from .protocol import TensorInfo
 
+UNROUNDED = DTYPES["F64"]
+"""What merging is evaluated in."""
 Matrix = NDArray[np.float64]
 
 BLOCK = 1 << 16
 """Elements that are computed together, in whole rows. Blocks begin at the same rows whatever run is asked
 for, since the last bits of a product depend on the shapes that a BLAS is given."""
+
+
+def finest(info: TensorInfo) -> TensorInfo:
+    """Of a weight after merging, where rounding is left to others: float64 where it has 16 bits."""
+    return TensorInfo(UNROUNDED, info.shape) if info.dtype.bits == 16 else info
 
 
 class Readable(Protocol):
@@ -58,7 +65,14 @@ class LowRank:
 
 
 def merged_words(
-    base: Readable, updates: Sequence[LowRank], info: TensorInfo, name: str, start: int, count: int
+    base: Readable,
+    updates: Sequence[LowRank],
+    info: TensorInfo,
+    name: str,
+    start: int,
+    count: int,
+    *,
+    into: DType | None = None,
 ) -> Words:
     """Words of elements [start, start + count) of a weight after merging, the same however it is cut in runs.
 
@@ -66,11 +80,13 @@ def merged_words(
         base: reads the weight's words before merging.
         updates: each fits the weight; they are merged in this order, with no rounding in between.
         info: dtype (floating point, 16 bits or more) and shape of the weight.
+        into: dtype of the result; by default the weight's.
 
     An element that merging leaves equal keeps its bits: -0 stays -0. So does a NaN.
     """
+    into = into or info.dtype
     if not count:
-        return base.read(name, start, 0)
+        return np.empty(0, into.word)
     rows = info.shape[0] if info.shape else 1
     columns = info.numel // rows
     together = max(1, BLOCK // columns)
@@ -80,12 +96,14 @@ def merged_words(
     for row in range(first, stop, together):
         height = min(together, rows - row)
         words = base.read(name, row * columns, height * columns)
-        blocks.append(_merged_block(words, updates, info.dtype, row, height))
+        blocks.append(_merged_block(words, updates, info.dtype, row, height, into))
     skipped = start - first * columns
     return np.concatenate(blocks)[skipped : skipped + count]
 
 
-def _merged_block(words: Words, updates: Sequence[LowRank], dtype: DType, first: int, height: int) -> Words:
+def _merged_block(
+    words: Words, updates: Sequence[LowRank], dtype: DType, first: int, height: int, into: DType
+) -> Words:
     """The words of rows [first, first + height) after merging."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         base = to_float(words, dtype).astype(np.float64).reshape(height, -1)
@@ -96,5 +114,8 @@ def _merged_block(words: Words, updates: Sequence[LowRank], dtype: DType, first:
             if update.magnitude is not None:  # PEFT takes the norm of the base with this update alone
                 norm = np.sqrt(np.square(base + added).sum(axis=1))
                 total = (update.magnitude[first : first + height] / norm)[:, None] * total
+    merged = from_float(total.reshape(-1), into)
+    if into != dtype:
+        return merged
     kept = (total == base) | np.isnan(base)
-    return np.where(kept.reshape(-1), words, from_float(total.reshape(-1), dtype))
+    return np.where(kept.reshape(-1), words, merged)

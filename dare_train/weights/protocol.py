@@ -110,7 +110,8 @@ class Chosen:
 
     def __init__(self, weights: Weights, instead: Mapping[str, Weights]) -> None:
         self.label = weights.label
-        self.tensors = weights.tensors
+        elsewhere = {name: other.tensors[name] for name, other in instead.items()}
+        self.tensors = {**weights.tensors, **elsewhere}
         self._weights = weights
         self._instead = instead
 

@@ -281,3 +281,41 @@ def test_applying_to_a_model_in_training_and_back(
         assert rank["kept"]["masters"]
     assert ends[0]["reverted"]["trained"] != ends[0]["kept"]["trained"]
     assert ends[0]["reverted"]["trained"] == ends[0]["plain"]["trained"]
+
+
+LANDING: dict[str, Any] = {**OPTIONS, "dtype": "base"}
+
+
+def landed(rank: int, engine: str, base: Path, out: Path, options: dict[str, Any]) -> str:
+    callback = DareCallback(**LANDING, when="end", evaluate=True)
+    train_on(engine, lambda: classifier(base), out, callback, eval_strategy="epoch", **options)
+    assert callback.package is not None
+    return callback.package.manifest.result
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2", "fsdp1"])
+def test_elements_land_on_ranks_where_they_would_in_one_process(tmp_path: Path, engine: str) -> None:
+    base = save_base(tmp_path / "base", dtype=torch.bfloat16)
+    run_ranks(landed, 2, engine, base, tmp_path / "out", {})
+    package = DeltaPackage.open(tmp_path / "out/dare/final")
+    theirs = extract(base, saved(tmp_path / "out/checkpoint-4"), tmp_path / "extracted", **LANDING)
+    assert meaning(package) == meaning(theirs)
+    assert package.manifest.landed == ("stochastic", "paper")
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_what_lands_are_the_masters_where_an_engine_has_some(tmp_path: Path, engine: str) -> None:
+    """After rounding to bf16 training has moved little; from fp32 masters more elements land elsewhere."""
+    base = save_base(tmp_path / "base", dtype=torch.bfloat16)
+    slow = {"learning_rate": 2e-5, "bf16": True}
+    run_ranks(landed, 2, engine, base, tmp_path / "out", slow)
+    package = DeltaPackage.open(tmp_path / "out/dare/final")
+    state = {name: tensor.bfloat16() for name, tensor in saved(tmp_path / "out/checkpoint-4").items()}
+    rounded = extract(base, state, tmp_path / "extracted", **OPTIONS)
+    assert package.manifest.landed == ("stochastic", "paper")
+    changed = {record.name: record.changed for record in rounded.manifest.tensors}
+    more = [
+        record.changed > changed[record.name] for record in package.manifest.tensors if record.changed > 50
+    ]
+    assert len(more) > 5
+    assert all(more)
