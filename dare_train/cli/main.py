@@ -193,6 +193,9 @@ def merge(
     out_dtype: Annotated[
         Optional[str], typer.Option(help="BF16, F16, F32 or F64; the base's by default.")
     ] = None,
+    rounding: Annotated[
+        Optional[str], typer.Option(help="To the nearest number of the result's dtype, or stochastic.")
+    ] = None,
     tokenizer: Annotated[
         Optional[str], typer.Option(help="base or union, where models added tokens.")
     ] = None,
@@ -236,7 +239,7 @@ def merge(
     models, axes = arguments.axes(sources, search) if search else (sources, [])
     task, notes = arguments.task_and_notes(
         models, method, settings, weights=weight, p=p[0] if p and len(p) == 1 else p, rescale=rescale,
-        seed=seed, out_dtype=out_dtype,
+        seed=seed, out_dtype=out_dtype, rounding=rounding,
         tokenizer=tokenizer, exclude=exclude, take=arguments.pairs("take", take),
         rename=arguments.pairs("rename", rename), fisher=fisher,
         gram=gram, cast_base=cast_base,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..config import Patterns
+from ..config import Patterns, Rounding
 from ..errors import BaseMismatch, ConfigError
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging, storage_errors
@@ -51,6 +51,7 @@ def merge(
     seed: int = 0,
     rescale: str = "paper",
     out_dtype: str | None = None,
+    rounding: Rounding = "nearest",
     tokenizer: str | None = None,
     exclude: Patterns = (),
     take: Mapping[str, int | str] | None = None,
@@ -84,7 +85,10 @@ def merge(
             1/(1 - pᵢ), element by element). `norm`: what keeps the L1 norm, as mergekit does, for every rule
             of dropping. `q`: DAREx-q, from each layer's Gram matrix, or 1/q for a given parameter `q`.
             `none`: 1. Packages keep the rescale that they were made with.
-        out_dtype: such as "BF16"; by default each tensor keeps the base's.
+        out_dtype: such as "BF16"; by default each tensor keeps the base's, on whose grid what is merged of
+            finer models and of adapters lands.
+        rounding: to the `nearest` number of the result's dtype; or `stochastic`, to either of two neighbours,
+            so that small deltas are right on average instead of vanishing (docs/format.md §5.7).
         tokenizer: whose tokens the result has, where models added some: "base", "union", or None for a union
             if that is safe.
         exclude: name patterns of tensors that stay as in the base.
@@ -109,6 +113,7 @@ def merge(
     """
     task = task_of(
         base, models, method=method, weights=weights, p=p, seed=seed, rescale=rescale, out_dtype=out_dtype,
+        rounding=rounding,
         tokenizer=tokenizer,
         exclude=exclude, take=take, rename=rename, fisher=fisher, gram=gram, cast_base=cast_base,
         **parameters,

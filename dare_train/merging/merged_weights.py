@@ -17,6 +17,7 @@ import numpy as np
 
 from ..dtypes import Words, cast
 from ..errors import CheckpointError
+from ..package.masks import key_of
 from ..weights.protocol import SEGMENT, TensorInfo, Weights, only, runs
 from .config.recipe import Recipe
 from .config.setting_resolver import SettingResolver
@@ -260,7 +261,8 @@ class Merged:
         info = self.base.tensors[name]
         out = self.tensors[name].dtype
         rescale = self.method.rescale or self.recipe.rescale
-        device = self._devices.of(name) if self._devices is not None else None
+        lands = self.recipe.rounding == "stochastic" and out.can_be_delta
+        device = self._devices.of(name) if self._devices is not None and not lands else None
         if device is not None:
             from .tensor_on_device import DeviceTensor, works
 
@@ -269,8 +271,9 @@ class Merged:
                     self.method, self.base, name, out, members, shared, rescale=rescale, device=device
                 )
         return MergedTensor(
-            self.method, self.base, name, out, members, shared, rescale=rescale, threads=self._threads
-        )
+            self.method, self.base, name, out, members, shared, rescale=rescale, threads=self._threads,
+            landing_key=key_of(self.recipe.seed, name) if lands else None,
+        )  # fmt: skip
 
     def _member(self, name: str, number: int) -> Member:
         settings = {

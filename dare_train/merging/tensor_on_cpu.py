@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from ..dtypes import DType, FloatArray, Words, cast, from_float, to_float
 from ..errors import ConfigError
 from ..kernels import cpu, sums
+from ..kernels.rounding import land
 from ..package.arithmetic import Term, combine, unrounded
+from ..package.landing import drawn
 from ..weights.protocol import TensorInfo, Weights
 from .deltas import Member, ModelDelta, ModelStatistics, dense
 from .methods import combinations
@@ -33,6 +35,8 @@ class MergedTensor:
         members: the models that have the tensor, in order.
         settings: values of the parameters of which the merge has one.
         threads: for passes over the whole tensor, where the method needs them: they are made here and now.
+        landing_key: of the draws by which elements land on the result's grid; without it they are rounded to
+            the nearest.
     """
 
     def __init__(
@@ -46,11 +50,13 @@ class MergedTensor:
         *,
         rescale: str,
         threads: int,
+        landing_key: int | None = None,
     ) -> None:
         self.info = base.tensors[name]
         self._method = method
         self._settings = settings
         self._out = out
+        self._landing_key = landing_key
         self._members = members
         self._weights = np.array([member.settings.get("weight", 1.0) for member in members], np.float64)
         self._averaged = lacks(method, members, name) is not None
@@ -82,9 +88,9 @@ class MergedTensor:
         if self._coefficients is not None:
             return self._combined(start, words, self._coefficients)
         if self._method.reach == "coefficients":
-            return self._moved(words, self._by_rows(start, words))
+            return self._moved(start, words, self._by_rows(start, words))
         if self._is_matrix or self._method.reach == "tensor":
-            return self._moved(words, self._of_whole(words))
+            return self._moved(start, words, self._of_whole(words))
         return self._of_elements(start, words)
 
     # Deltas as rows
@@ -153,6 +159,8 @@ class MergedTensor:
         rest = float(coefficients.sum()) - 1
         if self._on_weights and abs(rest) > 1e-12:
             terms.append(Term(positions=None, factor=rest, delta=to_float(words, self.info.dtype)))
+        if self._landing_key is not None:
+            return self._landed(start, words, unrounded(words, terms, self.info.dtype))
         if self._out != self.info.dtype:
             return from_float(unrounded(words, terms, self.info.dtype), self._out)
         if terms:
@@ -177,9 +185,10 @@ class MergedTensor:
     def _of_elements(self, start: int, words: Words) -> Words:
         rows, at = self._filled(start, words)
         if at is None:
-            return self._moved(words, self._called(rows, start, words, slice(None)))
+            return self._moved(start, words, self._called(rows, start, words, slice(None)))
         result = self._as_base(words)
-        cpu.put(result, at, self._moved(cpu.take(words, at), self._called(rows[:, at], start, words, at)))
+        delta = self._called(rows[:, at], start, words, at)
+        cpu.put(result, at, self._moved(start, cpu.take(words, at), delta, at))
         return result
 
     def _filled(self, start: int, words: Words) -> tuple[FloatArray, NDArray[np.int64] | None]:
@@ -276,14 +285,29 @@ class MergedTensor:
         factor = float(self._settings.get("lambda", 1.0))
         return delta if factor == 1 else delta * delta.dtype.type(factor)
 
-    def _moved(self, words: Words, delta: FloatArray) -> Words:
-        """Base plus merged delta, rounded once; the base's words where the delta is zero."""
+    def _moved(
+        self, start: int, words: Words, delta: FloatArray, at: NDArray[np.int64] | None = None
+    ) -> Words:
+        """Base plus merged delta, rounded once; the base's words where the delta is zero. `at` says which
+        elements of the run these are, if they are not all.
+        """
         dtype = self.info.dtype
+        if self._landing_key is not None:
+            return self._landed(start, words, to_float(words, dtype) + delta, at)
         if self._out == dtype and dtype.code == "BF16":
             return sums.moved_bf16(words, delta)
         with np.errstate(over="ignore", invalid="ignore"):
             result = from_float(to_float(words, dtype) + delta, self._out)
         return np.where(delta == 0, self._as_base(words), result)
+
+    def _landed(
+        self, start: int, words: Words, total: FloatArray, at: NDArray[np.int64] | None = None
+    ) -> Words:
+        """Where sums land on the result's grid; the base's words where nothing was added."""
+        assert self._landing_key is not None, "only where elements land"
+        draws = drawn(self._landing_key, start, np.arange(words.size) if at is None else at)
+        landed = land(total.astype(np.float64), self._out, draws)
+        return np.where(total == to_float(words, self.info.dtype), self._as_base(words), landed)
 
     def _as_base(self, words: Words) -> Words:
         return np.array(cast(words, self.info.dtype, self._out))

@@ -49,7 +49,8 @@ class Landing:
             before = to_float(base, dtype).astype(np.float64)
             after = to_float(tuned, self.source).astype(np.float64)
             x = after if self.factor == 1 else before + self.factor * (after - before)
-        words = land(x, dtype, self._draws(start, positions))
+        draws = None if self.rounding == "nearest" else drawn(self.key, start, positions)
+        words = land(x, dtype, draws)
         return np.where(to_float(words, dtype) == before, base, words)
 
     def delta(self, base: Words, tuned: Words, dtype: DType) -> FloatArray:
@@ -57,11 +58,11 @@ class Landing:
         with np.errstate(over="ignore", invalid="ignore"):
             return to_float(tuned, self.source).astype(np.float64) - to_float(base, dtype)
 
-    def _draws(self, start: int, positions: Positions) -> tuple[Words, Words] | None:
-        if self.rounding == "nearest":
-            return None
-        if not positions.size:
-            return np.empty(0, np.uint16), np.empty(0, np.uint16)
-        count = int(positions[-1]) + 1
-        high, low = (cpu.take(cpu.draws(self.key, start, count, of), positions) for of in LANDING_DOMAINS)
-        return high, low
+
+def drawn(key: int, start: int, positions: Positions) -> tuple[Words, Words]:
+    """The upper and the lower half of the draws by which elements land; `positions` ascend, relative to flat
+    index `start`.
+    """
+    count = int(positions[-1]) + 1 if positions.size else 0
+    high, low = (cpu.take(cpu.draws(key, start, count, of), positions) for of in LANDING_DOMAINS)
+    return high, low

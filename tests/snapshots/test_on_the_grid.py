@@ -63,7 +63,9 @@ def test_of_adapters(base: Path, tmp_path: Path, adapter: str) -> None:
     ]
     trained(model, tmp_path / "out", *callbacks)
     landed, nearest, rounded = (callback.package for callback in callbacks)
-    assert landed is not None and nearest is not None and rounded is not None
+    assert landed is not None
+    assert nearest is not None
+    assert rounded is not None
     assert nearest.manifest.result == rounded.manifest.result
     assert landed.manifest.landed == ("stochastic", "paper")
     assert landed.stats["changed"] > 0.5 * nearest.stats["changed"]
@@ -82,7 +84,8 @@ def test_of_adapters_over_another_base(base: Path, tmp_path: Path, adapter: str)
     ]
     trained(model, tmp_path / "out", *callbacks)
     landed, rounded = (callback.package for callback in callbacks)
-    assert landed is not None and rounded is not None
+    assert landed is not None
+    assert rounded is not None
     assert landed.manifest.result == rounded.manifest.result
 
 
@@ -139,7 +142,8 @@ def test_several_callbacks_share_a_training(base: Path, tmp_path: Path) -> None:
     ]
     trained(load(base, dtype=torch.float32), tmp_path / "out", *callbacks)
     landed, plain = (callback.package for callback in callbacks)
-    assert landed is not None and plain is not None
+    assert landed is not None
+    assert plain is not None
     assert {record.info.dtype.code for record in landed.manifest.tensors} == {"BF16"}
     assert {record.info.dtype.code for record in plain.manifest.tensors} == {"F32"}
 
@@ -153,7 +157,8 @@ def test_a_resumed_run_lands_as_before(base: Path, tmp_path: Path) -> None:
         load(base, dtype=torch.float32), tmp_path / "out", again, learning_rate=SMALL, **options
     )
     trainer.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
-    assert whole.package is not None and again.package is not None
+    assert whole.package is not None
+    assert again.package is not None
     assert whole.package.manifest.parent == again.package.manifest.parent
     assert whole.package.manifest.result == again.package.manifest.result
 
@@ -164,6 +169,7 @@ def test_adapters_of_a_base_in_fp32_are_as_without(tmp_path: Path) -> None:
     callbacks = [DareCallback(0.5, dtype=dtype, when="end", name=dtype) for dtype in ("base", "trained")]
     trained(lora(load(fp32)), tmp_path / "out", *callbacks)
     landed, plain = (callback.package for callback in callbacks)
-    assert landed is not None and plain is not None
+    assert landed is not None
+    assert plain is not None
     assert landed.manifest.landed is None
     assert landed.manifest.result == plain.manifest.result

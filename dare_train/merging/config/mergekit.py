@@ -36,14 +36,14 @@ _IMPLIED: dict[str, tuple[str, Scalar]] = {
 
 _KEYS = (
     "merge_method base_model models slices parameters dtype out_dtype tokenizer_source "
-    "tokenizer rescale seed flavour"
+    "tokenizer rescale rounding seed flavour"
 )
 _DENSITY = Parameter(name="density")
 
 
 def read(path_or_text: str | Path) -> tuple[Recipe, list[str]]:
     """A recipe from a configuration for mergekit, or one that `Recipe.to_yaml` wrote. Both may have our own
-    keys besides: `seed`, `rescale`, and those of `CHOICES`.
+    keys besides: `seed`, `rescale`, `rounding`, and those of `CHOICES`.
 
     Args:
         path_or_text: a file, or YAML itself: text of several lines, or in braces.
@@ -75,6 +75,7 @@ def _as_written(top: Mapping[str, Any]) -> Recipe:
         rescale=top.get("rescale", "paper"),
         seed=top.get("seed", 0),
         out_dtype=_out_dtype(top),
+        rounding=top.get("rounding", "nearest"),
         tokenizer=_tokenizer(top, text_of(top, "base_model")),
         **{name: top[name] for name in CHOICES if name in top},
     )
@@ -111,6 +112,7 @@ def _translated(top: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
         rescale=_rescale(rescale, method),
         seed=0 if seed is None else seed,
         out_dtype=_out_dtype(top),
+        rounding=top.get("rounding", "nearest"),
         tokenizer=_tokenizer(top, base),
         **_choices(top, order, len(listed.models)),
     )

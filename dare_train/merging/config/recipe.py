@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from ...config import Rounding
 from ...errors import ConfigError
 from ..methods.parameters import (
     Case,
@@ -70,6 +71,9 @@ class Recipe:
     """Selects the masks, in [0, 2**64)."""
     out_dtype: str | None = None
     """The result's, as a safetensors code such as "BF16"; None is that of the base, tensor by tensor."""
+    rounding: Rounding = "nearest"
+    """Where an element of the result between two numbers of its dtype lands: on the nearest; or
+    (`stochastic`) on either, so that its expectation is right."""
     tokenizer: Tokenizer | None = None
     """Whose vocabulary the result has: the base's, or that of all models; None when they need no
     comparison."""
@@ -101,6 +105,7 @@ class Recipe:
             raise ConfigError("seed", expected="an integer in [0, 2**64)", found=repr(self.seed))
         if self.out_dtype is not None:
             check_choice("out_dtype", self.out_dtype, tuple(DTYPE_NAMES))
+        check_choice("rounding", self.rounding, get_args(Rounding))
         if self.tokenizer is not None:
             check_choice("tokenizer", self.tokenizer, get_args(Tokenizer))
         object.__setattr__(self, "exclude", patterns_of("exclude", self.exclude))
@@ -209,6 +214,8 @@ class Recipe:
         plain |= {"rescale": self.rescale, "seed": self.seed}
         if self.out_dtype is not None:
             plain["out_dtype"] = DTYPE_NAMES[self.out_dtype]
+        if self.rounding != "nearest":
+            plain["rounding"] = self.rounding
         if self.tokenizer is not None:
             plain["tokenizer_source"] = self.tokenizer
         chosen = {name: getattr(self, name) for name in CHOICES}

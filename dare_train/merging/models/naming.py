@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Union
 
 from ...applying.chain import open_chain
+from ...dtypes import DTYPES
 from ...errors import ChainError, CheckpointError, ConfigError
 from ...package.reader import DeltaPackage
 from ...weights.alignment import align, cast_to, with_prefix, without_prefix
 from ...weights.checkpoint import Checkpoint, locate
 from ...weights.lora_checkpoint import AdapterWeights, merge_adapter
+from ...weights.low_rank import UNROUNDED
 from ...weights.opening import WeightsLike, open_weights
-from ...weights.protocol import TensorInfo, Weights, under
+from ...weights.protocol import Cast, TensorInfo, Weights, under
 from .inputs import CheckpointInput, Input, PackageInput
 from .model_files import config_of, files_in, is_package, own_files
 
@@ -57,10 +59,10 @@ class Opened:
             self.names = {name: name for name in self.package.records}
             self.prefix = self.package.manifest.prefix
         else:
-            self.weights = merge_adapter(open_weights(given), base)  # type: ignore[arg-type]
-            self.folder = (
-                self.weights.folder if isinstance(self.weights, (Checkpoint, AdapterWeights)) else None
-            )
+            weights = merge_adapter(open_weights(given), base, unrounded=True)  # type: ignore[arg-type]
+            self.folder = weights.folder if isinstance(weights, (Checkpoint, AdapterWeights)) else None
+            self._is_adapter = isinstance(weights, AdapterWeights)
+            self.weights = _in_single(weights) if isinstance(weights, AdapterWeights) else weights
             self.label = self.weights.label
             self.names = _renamed(self.weights.tensors, rename)
             _, self.prefix = align(base, self.names, model=self.label)
@@ -111,13 +113,14 @@ class Opened:
         return {head: names[embedding] for head, embedding in heads.items()}
 
     def bases(self, names: Mapping[str, str]) -> dict[str, TensorInfo]:
-        """What the base's tensors are where it has the model's dtypes."""
+        """What the base's tensors are where it has the model's dtypes. Adapters leave them as they are."""
         if self.package is not None:
             records = self.package.records
             return {name: records[packed_name].base_info for name, packed_name in names.items()}
         assert self.weights is not None
-        tensors = self.weights.tensors
-        return {name: tensors[name_in_model] for name, name_in_model in names.items()}
+        tensors = {} if self._is_adapter else self.weights.tensors
+        shared = {name: name_in_model for name, name_in_model in names.items() if name_in_model in tensors}
+        return {name: tensors[name_in_model] for name, name_in_model in shared.items()}
 
     def as_input(
         self, names: Mapping[str, str], named_base: Weights, base: Weights, *, cast_base: bool
@@ -214,6 +217,12 @@ def _renamed(names: Iterable[str], rename: Mapping[str, str]) -> dict[str, str]:
             name = name.replace(old, new)
         _put(result, name, name_in_model)
     return result
+
+
+def _in_single(adapted: AdapterWeights) -> Weights:
+    """What an adapter makes of a base in float32, in which deltas are worked out."""
+    wide = [name for name, info in adapted.tensors.items() if info.dtype == UNROUNDED]
+    return Cast(adapted, dict.fromkeys(wide, DTYPES["F32"]))
 
 
 def _put(names: dict[str, str], name: str, name_in_model: str) -> None:
