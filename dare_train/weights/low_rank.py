@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import DTYPES, DType, Words, from_float, to_float
+from ..kernels.products import thin_product
 from .protocol import TensorInfo
 
 UNROUNDED = DTYPES["F64"]
@@ -23,8 +24,7 @@ UNROUNDED = DTYPES["F64"]
 Matrix = NDArray[np.float64]
 
 BLOCK = 1 << 16
-"""Elements that are computed together, in whole rows. Blocks begin at the same rows whatever run is asked
-for, since the last bits of a product depend on the shapes that a BLAS is given."""
+"""Elements that are computed together, in whole rows."""
 
 
 def finest(info: TensorInfo) -> TensorInfo:
@@ -60,8 +60,7 @@ class LowRank:
         """Rows [first, stop) of s · B A as W lies, float64 [stop - first, columns of W]."""
         left = self.a.T if self.transposed else self.b
         right = self.b.T if self.transposed else self.a
-        product: Matrix = self.scaling * (left[first:stop] @ right)
-        return product
+        return thin_product(left[first:stop], right, self.scaling)
 
 
 def merged_words(
