@@ -79,14 +79,15 @@ class DareConfig:
     allow_nonfinite: bool = False
     """Accept NaN and infinity in the fine-tuned weights instead of refusing them."""
 
-    dtype: Target = "trained"
+    dtype: Target | None = None
     """Of the result, where weights finer than the base's were trained, as in fp32 or by adapters on a 16-bit
     base. `trained`: theirs. `base`: the base's, on whose grid elements land after they were rescaled
-    (docs/format.md §5.7)."""
+    (docs/format.md §5.7). By default `base` where something is dropped and `values` are `auto`, since that
+    loses least by bytes (docs/results.md); else nothing is rounded."""
 
     rounding: Rounding = "stochastic"
     """Where an element between two numbers of the base's dtype lands. `stochastic`: on either, so that its
-    expectation is right. `nearest`: on the nearer. It counts with `dtype="base"` only."""
+    expectation is right. `nearest`: on the nearer."""
 
     _rates: Mapping[str, float] = field(init=False, repr=False, compare=False)
 
@@ -107,9 +108,10 @@ class DareConfig:
             raise ConfigError("seed", expected="an integer in [0, 2**64)", found=repr(self.seed))
         _check_choice("rescale", self.rescale, get_args(Rescale))
         _check_choice("values", self.values, get_args(Values))
-        _check_choice("dtype", self.dtype, get_args(Target))
+        if self.dtype is not None:
+            _check_choice("dtype", self.dtype, get_args(Target))
         _check_choice("rounding", self.rounding, get_args(Rounding))
-        if self.lands and self.values not in ("auto", "exact"):
+        if self.dtype == "base" and self.values not in ("auto", "exact"):
             expected = '"auto" or "exact" with dtype="base"'
             remedy = "what lands on the base's grid is stored exactly"
             raise ConfigError("values", expected=expected, found=repr(self.values), remedy=remedy)
@@ -117,6 +119,8 @@ class DareConfig:
     @property
     def lands(self) -> bool:
         """Whether weights finer than the base's land on the base's grid."""
+        if self.dtype is None:
+            return self.values == "auto" and any(map(threshold_of, self._rates.values()))
         return self.dtype == "base"
 
     def rule(self, tensor: str) -> TensorRule:

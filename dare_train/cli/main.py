@@ -86,9 +86,12 @@ def extract(
     exclude: Annotated[list[str], typer.Option(help="Name pattern of tensors to leave as in the base.")] = [],  # noqa: B006
     whole: Annotated[list[str], typer.Option(help="Name pattern of tensors to carry as they are.")] = [],  # noqa: B006
     dtype: Annotated[
-        str,
-        typer.Option(help="Of the result, where TUNED is finer than BASE. trained: TUNED's. base: BASE's."),
-    ] = "trained",
+        Optional[str],
+        typer.Option(
+            help="Of the result, where TUNED is finer than BASE: trained (TUNED's) or base (BASE's, by "
+            "default where something is dropped)."
+        ),
+    ] = None,
     rounding: Annotated[
         str, typer.Option(help="With --dtype base, where elements land: stochastic or nearest.")
     ] = "stochastic",
@@ -117,7 +120,7 @@ def extract(
                 whole=whole,
                 cast_base=cast_base,
                 allow_nonfinite=allow_nonfinite,
-                dtype=cast("Target", dtype),
+                dtype=cast("Target | None", dtype),
                 rounding=cast("Rounding", rounding),
                 overwrite=overwrite,
                 progress=progress,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def extract(
     masks: Mapping[str, Any] | None = None,
     cast_base: bool = False,
     allow_nonfinite: bool = False,
-    dtype: Target = "trained",
+    dtype: Target | None = None,
     rounding: Rounding = "stochastic",
     base_model: str | None = None,
     overwrite: bool = False,
@@ -65,7 +65,7 @@ def extract(
     Args:
         base, tuned: checkpoint folders or Hub ids (streamed, never loaded), modules, state dicts or numpy
             arrays by name. `tuned` may be a PEFT LoRA adapter's: it is merged into the base while it is read,
-            in float64, rounded once; with `dtype="base"` not before it was rescaled.
+            in float64, and rounded once: where elements land on the base's grid, after they were rescaled.
         out: folder to create.
         p, seed, rescale, values, include, exclude, whole, allow_nonfinite, dtype, rounding: see `DareConfig`.
         masks: hand-made masks, bool arrays shaped as their tensors (True = kept) by tensor name. They are
@@ -97,9 +97,11 @@ def extract(
         dtype=dtype,
         rounding=rounding,
     )
-    if cast_base and config.lands:
+    if cast_base and dtype == "base":
         remedy = "the base is rounded, or the result is"
         raise ConfigError("cast_base", expected='False with dtype="base"', found="True", remedy=remedy)
+    if cast_base or masks is not None:
+        config = replace(config, dtype=dtype or "trained")
     ranks = ranks or Ranks()
     task = ranks.each(
         lambda: _task(

@@ -110,38 +110,53 @@ def plan_tensors(
         raise ConfigError(
             f"masks[{unknown[0]!r}]", expected="the name of a tensor", found="none of that name"
         )
-    landing = _landings(base, tuned, config, merged)
+    landing = landings(base, tuned, config, merged)
     return [
         _plan(index, name, base, tuned, config, name in fresh, (masks or {}).get(name), landing.get(name))
         for index, name in enumerate(sorted(tuned.tensors))
     ]
 
 
-def _landings(
-    base: Weights, tuned: Weights, config: DareConfig, merged: Collection[str]
+def landings(
+    base: Weights, tuned: Weights, config: DareConfig, merged: Collection[str] = ()
 ) -> dict[str, Landing]:
-    """How tensors of both land on the base's grid: all of them, if one of them is finer than the base's.
+    """How tensors of both land on the base's grid: all of them, if one of them is finer than the base's; none
+    by default if one is coarser.
+
+    Args:
+        base: in its own dtypes, under the names of `tuned`.
+        merged: see `plan_tensors`.
 
     Raises:
-        ConfigError: one of them is coarser.
+        ConfigError: one is coarser, and they were to land.
     """
-    shared = [name for name in sorted(tuned.tensors) if name in base.tensors] if config.lands else []
-    landings = {}
-    for name in shared:
+    at_hand = dtypes_at_hand(base, tuned, merged) if config.lands else {}
+    grids = {name: base.tensors[name].dtype for name in at_hand}
+    coarser = [name for name, dtype in at_hand.items() if dtype.mantissa_bits < grids[name].mantissa_bits]
+    if coarser and config.dtype == "base":
+        name = coarser[0]
+        expected = "trained weights as fine as the base's"
+        found = f"{at_hand[name].code} in {tuned.label}, {grids[name].code} in {base.label}"
+        remedy = 'dtype="trained" (--dtype trained), on the base rounded to their dtype'
+        raise ConfigError(f'dtype="base": {name}', expected=expected, found=found, remedy=remedy)
+    if coarser or at_hand == grids:
+        return {}
+    return {
+        name: Landing(source=dtype, factor=1.0, rounding=config.rounding, key=key_of(config.seed, name))
+        for name, dtype in at_hand.items()
+    }
+
+
+def dtypes_at_hand(base: Weights, tuned: Weights, merged: Collection[str] = ()) -> dict[str, DType]:
+    """Of the tuned tensors that are deltas of the base's, by name; of those that adapters are merged into,
+    before rounding.
+    """
+    dtypes = {}
+    for name in sorted(tuned.tensors.keys() & base.tensors.keys()):
         info, base_info = tuned.tensors[name], base.tensors[name]
-        if not (info.dtype.can_be_delta and base_info.dtype.can_be_delta):
-            continue
-        source = finest(base_info).dtype if name in merged else info.dtype
-        if source.mantissa_bits < base_info.dtype.mantissa_bits:
-            expected = "trained weights as fine as the base's"
-            found = f"{source.code} in {tuned.label}, {base_info.dtype.code} in {base.label}"
-            remedy = 'dtype="trained" (--dtype trained), on the base rounded to their dtype'
-            raise ConfigError(f'dtype="base": {name}', expected=expected, found=found, remedy=remedy)
-        landings[name] = Landing(
-            source=source, factor=1.0, rounding=config.rounding, key=key_of(config.seed, name)
-        )
-    finer = any(landing.source != base.tensors[name].dtype for name, landing in landings.items())
-    return landings if finer else {}
+        if info.dtype.can_be_delta and base_info.dtype.can_be_delta:
+            dtypes[name] = finest(base_info).dtype if name in merged else info.dtype
+    return dtypes
 
 
 def _plan(

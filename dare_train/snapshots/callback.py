@@ -24,11 +24,12 @@ from ..weights.wrapped import inner_model
 from . import wandb_snapshots
 from .base_model import FirstLook, Origin, at_hand, begun_at, first_look, kept, loaded_from, recall
 from .callback_options import OnError, When, check_options, schedule
+from .grids import reading_of
 from .guest import as_guest, tell, tell_again
 from .receiver_evaluation import evaluate_received
 from .run_folder import BASE, FINAL, RunFolder
 from .shared_pass import Order, Snapshot, take_together
-from .snapshotter import Snapshotter, reading_of
+from .snapshotter import Snapshotter
 from .trainer_run import (
     STATE,
     calling_trainer,
@@ -97,7 +98,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         exclude: Patterns = (),
         whole: Patterns = (),
         allow_nonfinite: bool = False,
-        dtype: Target = "trained",
+        dtype: Target | None = None,
         rounding: Rounding = "stochastic",
         when: When | Sequence[When] = ("save", "end"),
         base: str | os.PathLike[str] | None = None,

@@ -30,7 +30,7 @@ from ..extracting.assembly import (
 )
 from ..extracting.device_encoding import on_devices
 from ..extracting.encoding import Encoded
-from ..extracting.plan import TensorPlan, plan_tensors
+from ..extracting.plan import TensorPlan, landings, plan_tensors
 from ..kernels import cpu
 from ..package.companion_files import carry_files
 from ..package.magnitudes import Magnitudes
@@ -39,10 +39,11 @@ from ..package.reader import DeltaPackage
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging
 from ..weights.adapters_on_files import AdaptersOnFiles
-from ..weights.live import LiveWeights, Reading, Source
+from ..weights.live import LiveWeights, Source
 from ..weights.live_lora import Merged
 from ..weights.named_tensors import Live
 from ..weights.protocol import Chosen, TensorInfo, Weights
+from . import grids
 from .base_model import Origin, establish, recall
 from .capture import Taken, cut_groups, encode_link, encode_taken, largest_of, link_plan, received, take_run
 from .comparing import adapted_apart
@@ -96,9 +97,7 @@ class Snapshotter:
         self.origin = origin
         self.config = config
         self.incremental = incremental
-        self.source = reading_of(config, source)
-        self.base = origin.own if config.lands else origin.weights
-        """Under the run's names, in the dtypes of the packages."""
+        self.source = grids.reading_of(config, source)
         self.kernels = live.kernels
         self.chain: list[Path] = []
         self.ranks = live.ranks
@@ -113,6 +112,11 @@ class Snapshotter:
         self._held = live.held
         self._planned_for = live.tensors
         self._merged_names = frozenset(live.updates())
+        self.lands = bool(landings(origin.own, live, config, self._merged_names))
+        self.base = origin.own if self.lands else origin.weights
+        """Under the run's names, in the dtypes of the packages."""
+        if config.dtype is None and self.ranks.first:
+            grids.tell(origin.own, live, self._merged_names, config, lands=self.lands)
         self._plans = self._plan(live)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="dare-train-writer")
         self._prepared = self._writer.submit(self._prepare, on_devices(live))
@@ -149,7 +153,7 @@ class Snapshotter:
             ConfigError: the model is laid out in a way that is not known.
             BaseMismatch: the base on record is gone, or no longer what it was.
         """
-        reading = reading_of(config, source)
+        reading = grids.reading_of(config, source)
         live = LiveWeights(model, source=reading, ranks=Ranks.joined(), kernels=kernels, but_packed=True)
         origin = (
             recall(resumed, live)
@@ -181,7 +185,7 @@ class Snapshotter:
     def reading(self) -> tuple[object, ...]:
         """Equal for those that one pass over the weights can serve."""
         files = self.origin.fingerprint if self._packed else None
-        return self.source, self.kernels, self.live_bases, files, self.config.lands
+        return self.source, self.kernels, self.live_bases, files, self.lands
 
     def seen(self, live: LiveWeights) -> LiveWeights:
         """The weights as packages are to have them: over the base's files, where the base in memory is
@@ -378,11 +382,6 @@ class Snapshotter:
         for run in taken:
             before = resolver.resolve(run.plan.name, run.start, run.length)
             yield encode_link(link_plan(run.plan), run, before, received(self.base, run))
-
-
-def reading_of(config: DareConfig, source: Source) -> Reading:
-    """What is read of a live model: where elements land on the base's grid, the finest weights at hand."""
-    return "finest" if config.lands else source
 
 
 def _tallies_of(staging: Path, rank: int) -> Path:

@@ -164,7 +164,8 @@ def test_a_tuned_tensor_of_another_shape_is_refused(
 def test_a_tuned_model_in_another_dtype_is_refused_with_a_remedy(base: Path, tmp_path: Path) -> None:
     tuned = {name: t.float() if t.is_floating_point() else t for name, t in base_state().items()}
     texts = ("a.weight: expected F32", "found BF16 in", "cast_base=True (--cast-base) rounds the base first")
-    extract_refused(base, tuned, tmp_path / "p", DtypeMismatch, *texts)
+    for options in ({"dtype": "trained"}, {"p": 0.0}, {"values": "exact"}):
+        extract_refused(base, tuned, tmp_path / "p", DtypeMismatch, *texts, **options)
 
 
 # NaN and infinity.

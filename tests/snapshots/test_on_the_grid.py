@@ -138,7 +138,7 @@ def test_several_callbacks_share_a_training(base: Path, tmp_path: Path) -> None:
     """One that lands and one that does not."""
     callbacks = [
         DareCallback(**LANDING, when="end", name="landed"),
-        DareCallback(0.5, seed=3, when="end", name="trained"),
+        DareCallback(0.5, seed=3, dtype="trained", when="end", name="trained"),
     ]
     trained(load(base, dtype=torch.float32), tmp_path / "out", *callbacks)
     landed, plain = (callback.package for callback in callbacks)
@@ -173,3 +173,48 @@ def test_adapters_of_a_base_in_fp32_are_as_without(tmp_path: Path) -> None:
     assert plain is not None
     assert landed.manifest.landed is None
     assert landed.manifest.result == plain.manifest.result
+
+
+def test_by_default_elements_land_where_something_is_dropped(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A base in 16 bits and finer weights; what keeps everything, or says how values are kept, is not rounded."""
+    callbacks = [
+        DareCallback(0.5, when="end", name="default"),
+        DareCallback(0, when="end", name="whole"),
+        DareCallback(0.5, values="exact", when="end", name="exact"),
+        DareCallback(0.5, dtype="trained", when="end", name="trained"),
+    ]
+    trained(load(base, dtype=torch.float32), tmp_path / "out", *callbacks)
+    landed = [callback.package is not None and callback.package.manifest.landed for callback in callbacks]
+    assert landed == [("stochastic", "paper"), None, None, None]
+    told = [record.message for record in caplog.records if "a base in BF16" in record.message]
+    assert len(told) == 3
+    assert "trained in F32: packages land on its grid" in told[0]
+    assert 'dtype="trained"' in told[0]
+    assert "packages are in F32" in told[1]
+    assert 'dtype="base"' in told[1]
+
+
+def test_by_default_adapters_land_and_say_so(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = DareCallback(0.5, when="end")
+    model = lora(load(base))
+    trained(model, tmp_path / "out", callback)
+    model.save_pretrained(tmp_path / "adapter")
+    package = extract(base, tmp_path / "adapter", tmp_path / "package", p=0.5)
+    assert callback.package is not None
+    assert package.manifest.landed == ("stochastic", "paper")
+    assert callback.package.manifest.result == package.manifest.result
+    assert sum("trained by adapters" in record.message for record in caplog.records) == 1
+
+
+def test_a_training_in_the_bases_dtype_says_nothing(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = DareCallback(0.5, when="end")
+    trained(load(base), tmp_path / "out", callback)
+    assert callback.package is not None
+    assert callback.package.manifest.landed is None
+    assert not [record for record in caplog.records if "a base in" in record.message]
