@@ -178,7 +178,7 @@ def test_adapters_of_a_base_in_fp32_are_as_without(tmp_path: Path) -> None:
 def test_by_default_elements_land_where_something_is_dropped(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A base in 16 bits and finer weights; what keeps everything, or says how values are kept, is not rounded."""
+    """Not what keeps everything, nor what says how values are kept."""
     callbacks = [
         DareCallback(0.5, when="end", name="default"),
         DareCallback(0, when="end", name="whole"),
