@@ -265,6 +265,8 @@ def test_recipes_are_all_here() -> None:
     found = {path.name for path in (ROOT / "recipes").iterdir() if path.is_file()}
     assert found == {
         "quickstart.py",
+        "chat_models.py",
+        "chat_tasks.py",
         "counting.py",
         "merge_tasks.py",
         "accelerate_loop.py",
