@@ -24,7 +24,7 @@ def write_gguf(path: Path, *, architecture: str = "llama", tied: bool = True, wi
     """Returns the dequantised weights in float32, under the names that transformers has for them."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
-    writer.add_context_length(128)
+    writer.add_context_length(1024)
     writer.add_embedding_length(WIDTH)
     writer.add_feed_forward_length(INNER)
     writer.add_head_count(HEADS)
