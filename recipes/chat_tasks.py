@@ -32,7 +32,7 @@ class ChatTask:
 
 def usual_task(data: Path | None) -> str:
     """banking77 with local copies of the data, else one that is on every machine."""
-    return "banking77" if data else "packages"
+    return "banking77" if data else "exceptions"
 
 
 def chat_task(task: str, data: Path | None = None, columns: Columns = ()) -> ChatTask:

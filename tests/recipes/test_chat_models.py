@@ -64,6 +64,13 @@ def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.usefixtures("no_hub")
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "tiny.gguf").touch()
+    with pytest.raises(SystemExit, match="a model is a folder or a Hub id; dare-train dequantize"):
+        chat_models.chat_model(str(tmp_path / "tiny.gguf"), tmp_path / "cache")
+
+
 def test_what_the_hub_gives_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.safetensors").touch()
     asked = []
@@ -143,7 +150,7 @@ def test_intents_in_words(tmp_path: Path) -> None:
     assert {row["text"] for row in rows} == {"reverted card payment"}
     assert {row["system"] for row in rows} == {"Name the intent of the customer's question."}
     assert chat_tasks.usual_task(tmp_path) == "banking77"
-    assert chat_tasks.usual_task(None) == "packages"
+    assert chat_tasks.usual_task(None) == "exceptions"
 
 
 def test_questions_without_what_stands_for_a_template() -> None:

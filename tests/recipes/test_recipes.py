@@ -256,9 +256,9 @@ def test_a_chat_model_is_shipped(small_chat_model: Path, tmp_path: Path) -> None
         "1e-2",
         *few,
     )
-    folder = tmp_path / "packages"
+    folder = tmp_path / "exceptions"
     figures = json.loads((folder / "results.json").read_text())
-    assert (figures["task"], figures["questions"], figures["training_rows"]) == ("packages", 6, 16)
+    assert (figures["task"], figures["questions"], figures["training_rows"]) == ("exceptions", 6, 16)
     loss, sweep = figures["loss"], figures["sweep"]
     assert loss["fine-tuned"] < loss["base"] - 0.1
     assert loss["received"] == pytest.approx(sweep["dare"]["0.9"], rel=1e-5), (
@@ -276,10 +276,10 @@ def test_a_chat_model_is_shipped(small_chat_model: Path, tmp_path: Path) -> None
 
 
 def test_rows_too_long_for_a_chat_model_are_one_line(small_chat_model: Path, tmp_path: Path) -> None:
-    few = ("--model", str(small_chat_model), "--out", str(tmp_path), "--max-length", "20", "--task", "verbs")
+    few = ("--model", str(small_chat_model), "--out", str(tmp_path), "--max-length", "20")
     done = tried("chat_model.py", *few)
     assert done.returncode == 1
-    assert done.stderr.endswith("verbs: no train row of at most 20 tokens: raise --max-length\n")
+    assert done.stderr.endswith("exceptions: no train row of at most 20 tokens: raise --max-length\n")
 
 
 def test_a_chat_model_learns_rows_of_ones_own(small_chat_model: Path, tmp_path: Path) -> None:
