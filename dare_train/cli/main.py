@@ -27,6 +27,7 @@ from .terminal import (
     Tuned,
     debugging,
     exit_code,
+    expect_models,
     joined_ranks,
     progress_bar,
     show,
@@ -354,6 +355,20 @@ def diagnose(base: Base, tuned: Tuned, cast_base: CastBase = False, as_json: AsJ
 
     diagnosis = run(base, tuned, cast_base=cast_base)
     show(report.diagnosis_json(diagnosis) if as_json else report.diagnosis_table(diagnosis))
+
+
+@app.command()
+def dequantize(
+    file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A causal language model.")],
+    out: Out,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a GGUF as a checkpoint in bfloat16, with its tokenizer: a base for packages."""
+    from ..weights.gguf_files import dequantize as run
+
+    expect_models()
+    size = run(file, out, overwrite=overwrite)
+    typer.echo(f"{out}: {size['parameters']:,} parameters in bfloat16, {size['bytes']:,} bytes")
 
 
 def _drop_rates(given: list[str]) -> float | dict[str, float]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from ..errors import CheckpointError, ConfigError
-from .terminal import Base, Out, progress_bar
+from .terminal import Base, Out, expect_models, progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -208,14 +206,9 @@ def _check_inputs(evaluate: str | None, data: Path | None, columns: Sequence[str
 
 
 def _loaded(folder: str, dtype: str) -> torch.nn.Module:
-    """The model. From here on the process is no longer settled for a small command."""
-    gc.enable()
-    from transformers.utils import logging
-
+    expect_models()
     from ..evaluation.model_loading import load_model
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     return load_model(folder, dtype)
 
 

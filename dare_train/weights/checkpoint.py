@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -262,6 +263,8 @@ def _not_safetensors(path: Path, files: list[Path] | None = None) -> CheckpointE
     else:
         weights = sorted(file for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
     convert = "convert it: AutoModel.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
+    if weights and all(file.suffix == ".gguf" for file in weights):
+        convert = f"dequantize it: dare-train dequantize {shlex.quote(str(weights[0]))} --out FOLDER"
     remedy = convert if weights and not files else ""
     if (path / ADAPTER_CONFIG).exists():
         remedy = "load the adapter with PEFT and save it again: that writes " + ADAPTER_WEIGHTS

@@ -25,6 +25,7 @@ PRELOADED = (
     "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",
     "peft",
+    "trl.trainer.sft_trainer",
     "rich.markdown",
     "dare_train.cli.main",
     "worked_out_once",

