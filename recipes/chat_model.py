@@ -27,6 +27,7 @@ from quickstart import console, say
 from rich.table import Table
 from rich.text import Text
 from studies import quiet
+from transformers import AutoModelForCausalLM
 
 import dare_train
 
@@ -92,10 +93,10 @@ def ship(stage: Stage) -> dict[str, Any]:
     received, received_loss = stage.ask(arrived), texts(arrived)["loss"]
     del arrived
     learnt = example(before, after)
-    in_memory = stage.load(stage.base)
-    at_length = stage.answer_at_length(in_memory, stage.test[learnt])
-    with dare_train.applied(in_memory, package):
-        live = stage.ask(in_memory)
+    at_length = stage.answer_at_length(stage.load(stage.base), stage.test[learnt])
+    in_memory = AutoModelForCausalLM.from_pretrained(stage.base)
+    dare_train.apply_(in_memory, package)
+    live = stage.ask(in_memory.float().train(False))
     numbers = {name: value for name, value in vars(options).items() if isinstance(value, (int, float))}
     figures = {
         "model": stage.base,

@@ -4,7 +4,7 @@
     python recipes/chat_study.py --tasks packages verbs --trainings lora-5e-4 --steps 20
 
 Each task is learnt by each training: full fine-tunes in fp32, and LoRA adapters of rank 16 on all linear
-layers, of the same base in bf16. Packages are made in several ways, and judged by the loss on held-out answers
+layers, of one base in bf16. Packages are made in several ways, and judged by the loss on held-out answers
 of the bf16 model that a receiver gets:
 
 * `landed`: rescaled, then rounded to the base's grid by draws; `nearest`: to the nearest number;

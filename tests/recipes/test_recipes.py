@@ -261,8 +261,8 @@ def test_a_chat_model_is_shipped(small_chat_model: Path, tmp_path: Path) -> None
     assert (figures["task"], figures["questions"], figures["training_rows"]) == ("exceptions", 6, 16)
     loss, sweep = figures["loss"], figures["sweep"]
     assert loss["fine-tuned"] < loss["base"] - 0.1
-    assert loss["received"] == pytest.approx(sweep["dare"]["0.9"], rel=1e-5), (
-        "a sweep's weights are a package's"
+    assert loss["received"] == pytest.approx(sweep["dare"]["0.9"], rel=0.02), (
+        "a sweep's weights are a package's, but for landing in bf16"
     )
     assert figures["received_as_in_memory"] == 1
     assert {*sweep} == {"dare", "drop_only"}
@@ -295,6 +295,32 @@ def test_a_chat_model_learns_rows_of_ones_own(small_chat_model: Path, tmp_path: 
     assert figures["received_as_fine_tuned"] == figures["received_as_in_memory"] == 1
     assert figures["example"]["after"] == figures["example"]["received"] == "hi you"
     assert figures["example"]["before"] != "hi you"
+
+
+def test_a_chat_model_is_shipped_in_several_ways(small_chat_model: Path, tmp_path: Path) -> None:
+    few = ("--steps", "4", "--batch-size", "4", "--examples", "6", "--max-length", "200")
+    arguments = ("--model", str(small_chat_model), "--out", str(tmp_path), "--tasks", "exceptions", *few)
+    text = told("chat_study.py", *arguments, "--trainings", "full-1e-4", "lora-2e-3")
+    assert "Mean over the tasks" in text
+    for training in ("full-1e-4", "lora-2e-3"):
+        figures = json.loads((tmp_path / f"measured/exceptions-{training}.json").read_text())
+        ways = [(each["way"], each["p"], each["seed"]) for each in figures["packages"]]
+        assert len({*ways}) == len(ways) == 13
+        exact = next(each for each in figures["packages"] if (each["way"], each["p"]) == ("landed", 0))
+        assert exact["loss"] == pytest.approx(figures["tuned"], rel=1e-2)
+        assert bool(figures["adapter_bytes"]) == training.startswith("lora")
+    before = (tmp_path / "measured/exceptions-full-1e-4.json").stat().st_mtime_ns
+    told("chat_study.py", *arguments, "--trainings", "full-1e-4")
+    assert (tmp_path / "measured/exceptions-full-1e-4.json").stat().st_mtime_ns == before, "measured once"
+
+
+def test_what_arrives_on_a_grid_is_simulated(tmp_path: Path) -> None:
+    text = told("grids.py", "--out", str(tmp_path), "--elements", "200000", "--masks", "2")
+    assert "Landing on the base's grid" in text
+    for of_grid in measured(tmp_path, "grids")["arrived"].values():
+        assert fmean(of_grid["stochastic"]["0.5"]) == pytest.approx(1, abs=0.03)
+        assert fmean(of_grid["nearest"]["0.0"]) < 0.4
+        assert fmean(of_grid["rounded first"]["0.9"]) < 0.4
 
 
 def test_a_file_of_ones_own_is_a_task_as_well(small_encoder: str, tmp_path: Path) -> None:
@@ -331,8 +357,11 @@ def test_recipes_are_all_here() -> None:
         "chat_answers.py",
         "chat_model.py",
         "chat_models.py",
+        "chat_study.py",
         "chat_tasks.py",
+        "chat_training.py",
         "counting.py",
+        "grids.py",
         "merge_tasks.py",
         "accelerate_loop.py",
         "deepspeed_zero3.py",
