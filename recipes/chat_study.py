@@ -131,9 +131,14 @@ class Receiver:
 
 
 def main() -> None:
-    options, began = parse(), time.perf_counter()
+    options = parse()
     quiet()
-    results = []
+    run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Goes on where it was stopped."""
+    began, results = time.perf_counter(), []
     for training in options.trainings:
         for task in options.tasks:
             file = options.out / "measured" / f"{Path(task).stem}-{training}.json"

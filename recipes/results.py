@@ -23,6 +23,7 @@ from quickstart import say
 DECODER = "runs/decoder-base"
 """Of 11.2 million parameters: the first of decoder.py's commands pretrains it."""
 COMMANDS: Mapping[str, Sequence[str]] = {
+    "chat_model": ("chat_model.py --full --out runs/chat_model",),
     "encoder": ("encoder.py --full --out runs/encoder",),
     "when_it_breaks": ("when_it_breaks.py --full --out runs/when_it_breaks",),
     "decoder": (

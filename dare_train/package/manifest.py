@@ -117,6 +117,14 @@ class Manifest:
             (record.name, record.info.dtype.code, record.info.shape, record.result) for record in self.tensors
         )
 
+    @property
+    def rescaled(self) -> str:
+        """The rescale in words: also the one that elements had before they landed."""
+        if self.landed is None:
+            return self.rescale
+        rounding, rescale = self.landed
+        return f"{rescale}, then landed on the base's grid ({rounding})"
+
     def factor(self, record: TensorRecord) -> float:
         """The rescale γ of one tensor: 2¹⁶ / (2¹⁶ - threshold) for seeded masks under `paper`, else 1."""
         if self.rescale == "paper" and record.mask == "seeded":

@@ -31,6 +31,7 @@ or, on the command line, `dare-train apply {base} path/to/this/folder --out mode
 |---|---|
 | drop rate p | {rates} |
 | seed | {seed} |
+| rescale | {rescale} |
 | tensors | {deltas} as deltas, {whole} whole, {base_count} as in the base |
 | result fingerprint | `{result}` |
 {note}"""
@@ -49,6 +50,7 @@ def text(manifest: Manifest, note: str = "") -> str:
         base=base if on_hub else Path(base).name,
         rates=", ".join(f"{rate:g}" for rate in rates) or "none",
         seed=manifest.seed,
+        rescale=manifest.rescaled,
         deltas=kinds.count("delta"),
         whole=kinds.count("whole"),
         base_count=kinds.count("base"),

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import ConfigError, printable
-from ..package.manifest import TensorRecord
+from ..package.manifest import LANDED, TensorRecord
 from ..package.reader import DeltaPackage
 from ..studies.diagnosis import DROP_RATES, PAPER_MAGNITUDES, TOLERANCE, Diagnosis
 from ..weights.layer_names import kind_of, layer_of, natural
@@ -134,7 +134,7 @@ def _summary(package: DeltaPackage) -> RenderableType:
         "delta",
         _text(
             f"{stats['density']:.2%} kept, {stats['changed']:,} of them not zero; seed "
-            f"{manifest.seed}, rescale {manifest.rescale}"
+            f"{manifest.seed}, rescale {manifest.rescaled}"
         ),
     )
     grid.add_row("|δ|", _text("  ".join(f"{name} {value:.3g}" for name, value in stats["delta"].items())))
@@ -148,7 +148,8 @@ def inspect_json(package: DeltaPackage) -> dict[str, Any]:
     return {
         "package": package.name, "base_model": manifest.base_model, "continues": manifest.continues,
         "parent": manifest.parent,
-        "result": manifest.result, "seed": manifest.seed, "rescale": manifest.rescale, **package.stats,
+        "result": manifest.result, "seed": manifest.seed, "rescale": manifest.rescale,
+        "landed": manifest.landed and dict(zip(LANDED, manifest.landed, strict=True)), **package.stats,
         "per_tensor": tensors,
     }  # fmt: skip
 

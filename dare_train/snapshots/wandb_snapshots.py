@@ -61,7 +61,7 @@ def _artifact(wandb: Any, snapshot: Snapshot, name: str, folder: Path) -> Any:
         "base_model": manifest.base_model,
         "p": sorted({record.p for record in manifest.tensors if record.kind == "delta"}),
         "seed": manifest.seed,
-        "rescale": manifest.rescale,
+        "rescale": manifest.rescaled,
         "continues": manifest.continues,
         "parent_fingerprint": manifest.parent,
         "result_fingerprint": manifest.result,

@@ -190,13 +190,14 @@ def key_of(seed: int, name: str) -> int:
     )
 
 
-def draws(seed: int, name: str, start: int, length: int) -> np.ndarray:
+def draws(seed: int, name: str, start: int, length: int, domain: int = 0) -> np.ndarray:
     index = np.arange(start, start + length, dtype=np.uint64)
     block, r = index // np.uint64(8192), index % np.uint64(8192)
     counter = block * np.uint64(1024) + r % np.uint64(1024)
     zero, key = np.zeros_like(counter), key_of(seed, name)
     words = philox(
-        [counter & np.uint64(0xFFFFFFFF), counter >> np.uint64(32), zero, zero], [key % 2**32, key >> 32]
+        [counter & np.uint64(0xFFFFFFFF), counter >> np.uint64(32), zero + np.uint64(domain), zero],
+        [key % 2**32, key >> 32],
     )
     word = np.choose((r // np.uint64(2048)).astype(np.intp), words)
     return np.where(r // np.uint64(1024) % np.uint64(2) == 0, word & np.uint64(0xFFFF), word >> np.uint64(16))

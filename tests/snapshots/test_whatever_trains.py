@@ -4,6 +4,7 @@ first step.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,12 @@ def test_what_is_tied_may_be_adapted_as_one(base_folder: Folders, tmp_path: Path
     _same_results(model, load(tmp_path / "received"), load(base))
 
 
+def _needed(kind: str) -> list[pytest.MarkDecorator]:
+    """torchao is not among the tests' libraries: whoever imports it is told of each file that it cannot load."""
+    missing = "torchao" in kind and importlib.util.find_spec("torchao") is None
+    return [pytest.mark.skip(reason="no torchao: pip install -e '.[torchao]'")] if missing else []
+
+
 UPDATED = [
     *((kind, "lora") for kind in QUANTISED),
     *(
@@ -127,7 +134,9 @@ UPDATED = [
 """Every packing, and every adapter on 4 bits, on 8, and on a subclass of tensors."""
 
 
-@pytest.mark.parametrize(("kind", "adapter"), UPDATED)
+@pytest.mark.parametrize(
+    ("kind", "adapter"), [pytest.param(*cell, marks=_needed(cell[0])) for cell in UPDATED]
+)
 def test_on_a_quantised_base_the_package_is_that_of_the_saved_adapter(
     tmp_path: Path, base_folder: Folders, kind: str, adapter: str
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
+import format_reader as reader
 import numpy as np
 import pytest
 import torch
@@ -250,3 +252,47 @@ def test_a_dtype_without_a_landing_is_refused_by_name(tmp_path: Path, code: str)
     tuned["packed"] = torch.ones(8)
     with pytest.raises(Exception, match=r"packed.*precision"):
         landed(base, tuned, tmp_path / "package")
+
+
+def landing_by_the_document(base: np.ndarray, tuned: np.ndarray, seed: int, threshold: int) -> np.ndarray:
+    """bf16 words after landing, by docs/format.md §5.7 alone, with exact fractions."""
+    result = base.copy()
+    masks, high, low = (reader.draws(seed, "w", 0, base.size, domain) for domain in (0, 2, 3))
+    factor = 65536 / (65536 - threshold)
+    for i in np.flatnonzero(masks >= threshold):
+        before = float(reader.as_float(base[i : i + 1], "BF16")[0])
+        x = before + factor * (float(tuned[i]) - before)
+        below = int(np.float32(x).view(np.uint32)) >> 16
+        if abs(Fraction(_bf16(below))) > abs(Fraction(x)):
+            below -= 1
+        near, far = abs(Fraction(_bf16(below))), abs(Fraction(_bf16(below + 1)))
+        share = (abs(Fraction(x)) - near) / (far - near)
+        drawn = (int(high[i]) << 16) + int(low[i])
+        word = below + (drawn < int(share * 2**32 + Fraction(1, 2)))
+        result[i] = base[i] if _bf16(word) == before else word
+    return result
+
+
+def _bf16(word: int) -> float:
+    return float(np.array([word << 16], np.uint32).view(np.float32)[0])
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9])
+def test_elements_land_where_the_document_says(tmp_path: Path, p: float) -> None:
+    base, tuned = pair("BF16")
+    package = landed(base, tuned, tmp_path / "package", p=p, seed=11)
+    words = base["w"].reshape(-1).view(torch.int16).numpy().view(np.uint16)
+    expected = landing_by_the_document(words, tuned["w"].reshape(-1).numpy(), 11, round(p * 65536))
+    found = received(base, package)["w"].reshape(-1).view(torch.int16).numpy().view(np.uint16)
+    assert np.array_equal(found, expected)
+
+
+def test_the_documents_reader_reads_what_landed(tmp_path: Path) -> None:
+    base, tuned = pair("BF16")
+    folder = save(base, tmp_path / "base")
+    landed(folder, tuned, tmp_path / "package")
+    result = reader.apply_chain(reader.read_checkpoint(folder), [reader.read_package(tmp_path / "package")])
+    expected = received(base, DeltaPackage.open(tmp_path / "package"))
+    assert np.array_equal(
+        result["w"].words, expected["w"].reshape(-1).view(torch.int16).numpy().view(np.uint16)
+    )
