@@ -197,8 +197,12 @@ def merge(
     out_dtype: Annotated[
         Optional[str], typer.Option(help="BF16, F16, F32 or F64; the base's by default.")
     ] = None,
+    dtype: Annotated[
+        Optional[str], typer.Option(help="base: the result has the base's dtypes, rounded by draws.")
+    ] = None,
     rounding: Annotated[
-        Optional[str], typer.Option(help="To the nearest number of the result's dtype, or stochastic.")
+        Optional[str],
+        typer.Option(help="Of the result: nearest (default), or stochastic."),
     ] = None,
     tokenizer: Annotated[
         Optional[str], typer.Option(help="base or union, where models added tokens.")
@@ -237,9 +241,12 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Merge packages and models of one base into a checkpoint or a package."""
+    from ..merging.config.task import rounding_of
     from ..merging.merge import run
     from . import merge_arguments as arguments
 
+    if dtype is not None:
+        rounding = rounding_of(dtype, out_dtype, cast("Rounding | None", rounding))
     models, axes = arguments.axes(sources, search) if search else (sources, [])
     task, notes = arguments.task_and_notes(
         models, method, settings, weights=weight, p=p[0] if p and len(p) == 1 else p, rescale=rescale,

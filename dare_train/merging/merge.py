@@ -12,7 +12,7 @@ from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .._version import __version__
 from ..config import Patterns, Rounding
@@ -27,7 +27,7 @@ from ..weights.fingerprint import Fingerprint, fingerprints, model_fingerprint, 
 from ..weights.module_folders import module_folders
 from ..weights.opening import WeightsLike
 from . import output_files
-from .config.task import MergeTask, task_of
+from .config.task import MergeTask, rounding_of, task_of
 from .merge_report import MergeReport
 from .merged_weights import Merged
 from .methods.matrices import one_thread
@@ -51,7 +51,8 @@ def merge(
     seed: int = 0,
     rescale: str = "paper",
     out_dtype: str | None = None,
-    rounding: Rounding = "nearest",
+    dtype: Literal["base"] | None = None,
+    rounding: Rounding | None = None,
     tokenizer: str | None = None,
     exclude: Patterns = (),
     take: Mapping[str, int | str] | None = None,
@@ -87,8 +88,9 @@ def merge(
             `none`: 1. Packages keep the rescale that they were made with.
         out_dtype: such as "BF16"; by default each tensor keeps the base's, on whose grid what is merged of
             finer models and of adapters lands.
-        rounding: to the `nearest` number of the result's dtype; or `stochastic`, to either of two neighbours,
-            so that small deltas are right on average instead of vanishing (docs/format.md §5.7).
+        dtype: "base": the same as no `out_dtype`, with `stochastic` rounding.
+        rounding: to the `nearest` number of the result's dtype (default); or `stochastic`, to either of two
+            neighbours, so that small deltas are right on average instead of vanishing (docs/format.md §5.7).
         tokenizer: whose tokens the result has, where models added some: "base", "union", or None for a union
             if that is safe.
         exclude: name patterns of tensors that stay as in the base.
@@ -111,6 +113,7 @@ def merge(
         ConfigError, CheckpointError, PackageError, ChainError, TensorMismatch, DtypeMismatch, BaseMismatch,
         OutputExists, StorageError, DeviceMemoryError; RankError when it happened on another rank.
     """
+    rounding = rounding_of(dtype, out_dtype, rounding)
     task = task_of(
         base, models, method=method, weights=weights, p=p, seed=seed, rescale=rescale, out_dtype=out_dtype,
         rounding=rounding,

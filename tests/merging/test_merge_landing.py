@@ -115,6 +115,22 @@ def test_a_configuration_has_it_on_record(base: Path, tmp_path: Path) -> None:
     assert torch.equal(result(tmp_path / "third"), result(tmp_path / "out"))
 
 
+def test_the_bases_dtype_can_be_asked_for_by_name(base: Path, tmp_path: Path) -> None:
+    model = save(fine(1), tmp_path / "model")
+    merge(base, [model], tmp_path / "drawn", rounding="stochastic")
+    merge(base, [model], tmp_path / "base dtype", dtype="base")
+    words = ["merge", str(base), str(model), "--dtype", "base", "--out", str(tmp_path / "told")]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    for name in ("base dtype", "told"):
+        assert torch.equal(result(tmp_path / name), result(tmp_path / "drawn"))
+    merge(base, [model], tmp_path / "nearest", dtype="base", rounding="nearest")
+    assert torch.equal(result(tmp_path / "nearest"), torch.ones(4096).bfloat16())
+    with pytest.raises(ConfigError, match=r"out_dtype: expected none"):
+        merge(base, [model], tmp_path / "out", dtype="base", out_dtype="F32")
+    with pytest.raises(ConfigError, match=r"dtype: expected one of base"):
+        merge(base, [model], tmp_path / "out", dtype="trained")
+
+
 def test_other_roundings_are_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rounding.*stochastic"):
         merge(base, [base], tmp_path / "out", rounding="up")

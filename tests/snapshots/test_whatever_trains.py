@@ -118,7 +118,7 @@ def test_what_is_tied_may_be_adapted_as_one(base_folder: Folders, tmp_path: Path
 
 
 def _needed(kind: str) -> list[pytest.MarkDecorator]:
-    """torchao is not among the tests' libraries: whoever imports it is told of each file that it cannot load."""
+    """torchao is not among the tests' libraries: at import it tells of each file that it cannot load."""
     missing = "torchao" in kind and importlib.util.find_spec("torchao") is None
     return [pytest.mark.skip(reason="no torchao: pip install -e '.[torchao]'")] if missing else []
 

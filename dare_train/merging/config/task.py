@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...config import Patterns
+from ...config import Patterns, Rounding
 from ...errors import ConfigError
 from ...weights.opening import WeightsLike
 from ..methods.registry import Method, method_of
 from ..models.naming import ModelLike
+from .checks import check_choice
 from .recipe import Recipe
 from .recipe_parts import Model
 
@@ -28,6 +29,19 @@ class MergeTask:
     def of(cls, recipe: Recipe) -> MergeTask:
         """Of folders and Hub ids, which a recipe names."""
         return cls(recipe=recipe, base=recipe.base, models=tuple(model.model for model in recipe.models))
+
+
+def rounding_of(dtype: str | None, out_dtype: str | None, rounding: Rounding | None) -> Rounding:
+    """How a merge rounds, of what `merge` is told.
+
+    Raises:
+        ConfigError: `dtype` is not "base", or contradicts `out_dtype`.
+    """
+    if dtype is not None:
+        check_choice("dtype", dtype, ("base",))
+        if out_dtype is not None:
+            raise ConfigError("out_dtype", expected='none with dtype="base"', found=repr(out_dtype))
+    return rounding or ("nearest" if dtype is None else "stochastic")
 
 
 def task_of(
