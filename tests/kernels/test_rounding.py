@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,3 +73,33 @@ def test_what_is_on_the_grid_stays_there(dtype: DType) -> None:
 
 def test_nothing_lands_nowhere() -> None:
     assert land(np.empty(0), DTYPES["BF16"]).size == 0
+
+
+NARROW = """
+import sys
+import numpy as np
+from dare_train.kernels import numba_compile
+numba_compile._features = lambda: "+sse4.2,-avx,-avx2,-fma,-avx512f"
+from dare_train.dtypes import DTYPES
+from dare_train.kernels.products import thin_product
+from dare_train.kernels.rounding import land
+random = np.random.default_rng(5)
+values, high, low = random.standard_normal(5000), *random.integers(0, 1 << 16, (2, 5000), dtype=np.uint16)
+np.savez(
+    sys.argv[1],
+    landed=land(values, DTYPES["BF16"], (high, low)),
+    product=thin_product(random.standard_normal((50, 9)), random.standard_normal((9, 77)), 0.3),
+)
+"""
+
+
+def test_the_bits_are_those_of_a_processor_without_wide_vectors(tmp_path: Path) -> None:
+    """Nor do they depend on whether products and sums can be fused there."""
+    wide = NARROW.replace("numba_compile._features", "unused")
+    for name, program in (("narrow", NARROW), ("wide", wide)):
+        environment = {**os.environ, "DARE_TRAIN_CACHE": str(tmp_path / name)}
+        command = [sys.executable, "-c", program, str(tmp_path / f"{name}.npz")]
+        subprocess.run(command, check=True, env=environment)
+    narrow, own = np.load(tmp_path / "narrow.npz"), np.load(tmp_path / "wide.npz")
+    assert np.array_equal(narrow["landed"], own["landed"])
+    assert np.array_equal(narrow["product"], own["product"])
