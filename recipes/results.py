@@ -23,7 +23,10 @@ from quickstart import say
 DECODER = "runs/decoder-base"
 """Of 11.2 million parameters: the first of decoder.py's commands pretrains it."""
 COMMANDS: Mapping[str, Sequence[str]] = {
-    "chat_model": ("chat_model.py --full --out runs/chat_model",),
+    "chat_study": (
+        "chat_study.py --tasks banking77 clinc150 exceptions --trainings lora-1e-4 lora-5e-4 full-1e-4 "
+        "--steps 24 --examples 64 --out runs/chat_study",
+    ),
     "encoder": ("encoder.py --full --out runs/encoder",),
     "when_it_breaks": ("when_it_breaks.py --full --out runs/when_it_breaks",),
     "decoder": (
