@@ -82,8 +82,8 @@ class DareConfig:
     dtype: Target | None = None
     """Of the result, where weights finer than the base's were trained, as in fp32 or by adapters on a 16-bit
     base. `trained`: theirs. `base`: the base's, on whose grid elements land after they were rescaled
-    (docs/format.md §5.7). By default `base` where something is dropped and `values` are `auto`, since that
-    loses least by bytes (docs/results.md); else nothing is rounded."""
+    (docs/format.md §5.7). By default `base` where something is dropped and `values` are `auto`, since
+    small updates survive that (docs/results.md)."""
 
     rounding: Rounding = "stochastic"
     """Where an element between two numbers of the base's dtype lands. `stochastic`: on either, so that its

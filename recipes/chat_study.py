@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from chat_answers import held_out
@@ -56,6 +56,8 @@ class Way:
             return None
         return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
+
+Rounding = Literal["stochastic", "nearest"]
 
 TRAININGS: Mapping[str, Way] = {
     "lora-5e-4": Way(learning_rate=5e-4, adapter=True),
@@ -206,6 +208,7 @@ def measured(stage: Stage, training: str) -> Result:
 
 def landings() -> Iterator[DareCallback]:
     """Packages that one training writes together."""
+    cells: list[tuple[Rounding, float, int]]
     cells = [("stochastic", p, seed) for p in RATES for seed in range(MASKS)]
     cells += [("stochastic", 0.0, 0), ("stochastic", FURTHER, 0)]
     cells += [("nearest", p, 0) for p in (0.0, *RATES)]

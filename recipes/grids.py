@@ -13,36 +13,65 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from quickstart import console, say
 from rich.markdown import Markdown
 
-from dare_train import Chart, Curve, Study, Table, write_study
-from dare_train.dtypes import DTYPES, DType
-from dare_train.kernels.rounding import land
-from dare_train.package.masks import Mask, generator_of
+from dare_train import Cell, Chart, Curve, Study, Table, write_study
 
 RATES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
-GRIDS = {
-    "bf16": ("BF16", torch.bfloat16, 0.02),
-    "fp16": ("F16", torch.float16, 0.02),
-    "fp8 E4M3": ("F8_E4M3", torch.float8_e4m3fn, 2.0),
+WAYS = {
+    "rounded first": "rounded, then rescaled",
+    "nearest": "rescaled, then rounded",
+    "stochastic": "rescaled, then by draws",
 }
-"""Codes, types of torch, and the weights' standard deviation: fp8 weights come with a scale."""
-WAYS = ("rounded first", "nearest", "stochastic")
-
 Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The numbers of a floating-point type, as far as they are not too large."""
+
+    mantissa: int
+    """Bits of the fraction."""
+    least: int
+    """Exponent of the smallest normal number."""
+    scale: float
+    """Standard deviation of the weights."""
+
+    def steps(self, x: Numbers) -> Numbers:
+        """From each number to the next larger one of the grid."""
+        exponents = np.maximum(np.frexp(x)[1] - 1, self.least)
+        return np.ldexp(1.0, exponents - self.mantissa)
+
+    def nearest(self, x: Numbers) -> Numbers:
+        steps = self.steps(x)
+        return steps * np.rint(x / steps)
+
+    def stochastic(self, x: Numbers, random: np.random.Generator) -> Numbers:
+        """One of the two neighbours, so that the mean is x."""
+        steps = self.steps(x)
+        return steps * np.floor(x / steps + random.random(x.size))
+
+
+GRIDS = {
+    "bf16": Grid(mantissa=7, least=-126, scale=0.02),
+    "fp16": Grid(mantissa=10, least=-14, scale=0.02),
+    "fp8 E4M3": Grid(mantissa=3, least=-6, scale=2.0),
+}
+
+Arrived = dict[str, dict[float, list[float]]]
+"""Of each way, what arrived at each drop rate with each mask."""
 
 
 def main() -> None:
     options, began = parse(), time.perf_counter()
-    arrived = {grid: simulated(grid, options) for grid in GRIDS}
-    table = as_table(arrived, options)
-    found = study(arrived, table, options)
+    arrived = {name: simulated(name, options) for name in GRIDS}
+    found = study(arrived, options)
     console.print(Markdown(found.markdown()))
     say(f"everything is in {write_study(found, options.out)}; done in {time.perf_counter() - began:.0f} s")
 
@@ -52,94 +81,49 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     add = parser.add_argument
     add("--elements", type=int, default=1 << 20, help="(default: %(default)s)")
-    add("--masks", type=int, default=5, help="at each drop rate (default: %(default)s)")
+    add("--masks", type=int, default=20, help="at each drop rate (default: %(default)s)")
     add("--size", type=float, default=0.2, help="of deltas, in steps of the grid (default: %(default)s)")
     add("--out", type=Path, default=Path("runs/grids"), help="(default: %(default)s)")
     return parser.parse_args()
 
 
-Arrived = dict[str, dict[float, list[float]]]
-"""Of each way, what arrived at each drop rate with each mask."""
-
-
-def simulated(grid: str, options: argparse.Namespace) -> Arrived:
-    code, _, scale = GRIDS[grid]
-    dtype = DTYPES[code]
-    random = generator_of(0, grid)
-    base = values(land(scale * random.standard_normal(options.elements), dtype), grid)
-    delta = options.size * steps(base, dtype) * random.standard_normal(options.elements)
+def simulated(name: str, options: argparse.Namespace) -> Arrived:
+    grid, random = GRIDS[name], np.random.default_rng([*name.encode()])
+    base = grid.nearest(grid.scale * random.standard_normal(options.elements))
+    delta = options.size * grid.steps(base) * random.standard_normal(options.elements)
     found: Arrived = {way: {p: [] for p in RATES} for way in WAYS}
     for p in RATES:
-        for mask in range(options.masks):
-            threshold = round(p * 65536)
-            kept = Mask(kind="seeded", key=mask, threshold=threshold).positions(0, options.elements)
-            ways = received(base[kept], delta[kept], 65536 / (65536 - threshold), grid, random)
-            for way, result in zip(WAYS, ways, strict=True):
-                share = (result - base[kept]) @ delta[kept] / (delta @ delta)
-                found[way][p].append(float(share))
+        for _ in range(options.masks):
+            kept = random.random(options.elements) >= p
+            results = received(base[kept], delta[kept], 1 / (1 - p), grid, random)
+            for way, result in zip(WAYS, results, strict=True):
+                found[way][p].append(float((result - base[kept]) @ delta[kept] / (delta @ delta)))
     return found
 
 
 def received(
-    base: Numbers, delta: Numbers, factor: float, grid: str, random: np.random.Generator
+    base: Numbers, delta: Numbers, factor: float, grid: Grid, random: np.random.Generator
 ) -> Iterator[Numbers]:
     """What a receiver has at the kept elements, by each of `WAYS`."""
-    dtype = DTYPES[GRIDS[grid][0]]
-    rounded = values(land(base + delta, dtype), grid)
-    yield values(land(base + factor * (rounded - base), dtype), grid)
-    yield values(land(base + factor * delta, dtype), grid)
-    high, low = random.integers(0, 1 << 16, (2, base.size), dtype=np.uint16)
-    yield values(land(base + factor * delta, dtype, (high, low)), grid)
+    rounded = grid.nearest(base + delta)
+    yield grid.nearest(base + factor * (rounded - base))
+    yield grid.nearest(base + factor * delta)
+    yield grid.stochastic(base + factor * delta, random)
 
 
-def values(words: NDArray[np.unsignedinteger], grid: str) -> Numbers:
-    signed = torch.from_numpy(words.view(f"i{words.itemsize}"))
-    return signed.view(GRIDS[grid][1]).double().numpy()
-
-
-def steps(base: Numbers, dtype: DType) -> Numbers:
-    """From each number of the grid to the next."""
-    least = 2 - (1 << (dtype.exponent_bits - 1))
-    exponents = np.maximum(np.frexp(base)[1] - 1, least)
-    return np.ldexp(1.0, exponents - dtype.mantissa_bits)
-
-
-def as_table(arrived: dict[str, Arrived], options: argparse.Namespace) -> Table:
-    rows = [
-        (grid, way, *(float(np.mean(arrived[grid][way][p])) for p in RATES)) for grid in GRIDS for way in WAYS
-    ]
-    return Table(
-        title=f"Share of deltas of {options.size:g} steps that arrives",
-        columns=("grid", "rounding", *(f"p = {p:g}" for p in RATES)),
-        rows=tuple(rows),
-    )
-
-
-def study(arrived: dict[str, Arrived], table: Table, options: argparse.Namespace) -> Study:
-    names = {
-        "rounded first": "rounded, then rescaled",
-        "nearest": "rescaled, then rounded",
-        "stochastic": "rescaled, then by draws",
-    }
-    curves = [
-        Curve.over(f"{grid}: {names[way]}", {1 / (1 - p): some for p, some in arrived[grid][way].items()})
+def study(arrived: dict[str, Arrived], options: argparse.Namespace) -> Study:
+    means = {
+        (grid, way): [float(np.mean(some)) for some in arrived[grid][way].values()]
         for way in WAYS
         for grid in GRIDS
+    }
+    rows: list[tuple[Cell, ...]] = [(grid, way, *shares) for (grid, way), shares in means.items()]
+    curves = [
+        Curve.over(f"{grid}: {WAYS[way]}", {1 / (1 - p): some for p, some in arrived[grid][way].items()})
+        for grid, way in means
     ]
-    chart = Chart(
-        name="grids-landing",
-        title="What arrives of a delta that is small against the base's grid",
-        caption=f"Simulated: {options.elements:,} normal weights on each grid, normal deltas with a standard "
-        f"deviation of {options.size:g} of a step, {options.masks} masks at each drop rate; bands are 95 % "
-        "confidence intervals of the mean. 1 is what was trained.",
-        x="rescale 1 / (1 - p)",
-        y="share of the delta that arrives",
-        curves=tuple(curves),
-        log_x=True,
-    )
-    drawn = [np.mean(some) for of_grid in arrived.values() for some in of_grid["stochastic"].values()]
-    worst = max(abs(float(share) - 1) for share in drawn)
-    first = [float(np.mean(of_grid["rounded first"][0.9])) for of_grid in arrived.values()]
+    first = [means[grid, "rounded first"][RATES.index(0.9)] for grid in GRIDS]
+    worst = max(abs(share - 1) for grid in GRIDS for share in means[grid, "stochastic"])
     return Study(
         name="grids",
         title="Landing on the base's grid",
@@ -150,8 +134,26 @@ def study(arrived: dict[str, Arrived], table: Table, options: argparse.Namespace
         ),
         setup={"elements": options.elements, "masks": options.masks, "size": options.size},
         data={"arrived": arrived},
-        charts=(chart,),
-        tables=(table,),
+        charts=(
+            Chart(
+                name="grids-landing",
+                title="What arrives of a delta that is small against the base's grid",
+                caption=f"Simulated: {options.elements:,} normal weights on each grid, normal deltas with a "
+                f"standard deviation of {options.size:g} of a step, {options.masks} masks at each drop rate; "
+                "bands are 95 % confidence intervals of the mean. 1 is what was trained.",
+                x="rescale 1 / (1 - p)",
+                y="share of the delta that arrives",
+                curves=tuple(curves),
+                log_x=True,
+            ),
+        ),
+        tables=(
+            Table(
+                title=f"Share of deltas of {options.size:g} steps that arrives",
+                columns=("grid", "rounding", *(f"p = {p:g}" for p in RATES)),
+                rows=tuple(rows),
+            ),
+        ),
     )
 
 

@@ -100,7 +100,7 @@ def extract(
     if cast_base and dtype == "base":
         remedy = "the base is rounded, or the result is"
         raise ConfigError("cast_base", expected='False with dtype="base"', found="True", remedy=remedy)
-    if cast_base or masks is not None:
+    if cast_base:
         config = replace(config, dtype=dtype or "trained")
     ranks = ranks or Ranks()
     task = ranks.each(

@@ -108,6 +108,8 @@ def _manifest(get: _Fields) -> Manifest:
         written_by=get("written_by", str),
         run=get("run", str) if "run" in get.data else "",
     )
+    carried = manifest.rescale == "carried"
+    get.insist(manifest.landed is None or carried, "rescale carried where elements landed", manifest.rescale)
     for what, names in (
         ("tensor", [record.name for record in manifest.tensors]),
         ("file", [record.file for record in (*manifest.parts, *manifest.files)]),

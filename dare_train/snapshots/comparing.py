@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..parallel.threads import ordered_map
 from ..weights.live import LiveWeights
 from ..weights.live_lora import MERGE
+from ..weights.low_rank import LowRank
 from ..weights.ownership import Spans
 from ..weights.protocol import SEGMENT, Weights, runs
 
@@ -33,15 +34,19 @@ def most(live: LiveWeights, base: Weights, names: Collection[str], *, besides: C
     )
 
 
-def adapted_apart(live: LiveWeights, base: Weights) -> frozenset[str]:
+def adapted_apart(
+    live: LiveWeights, base: Weights, updates: Mapping[str, Sequence[LowRank]]
+) -> frozenset[str]:
     """Tensors under an adapter that are not what the base's files have, or can change while the adapter is
     trained: they are read in memory. All ranks call it together.
+
+    Args:
+        updates: what adapters do to the base, as `live.updates` gives it.
 
     Raises:
         ConfigError: there are such under DoRA, which takes norms of whole rows, and they lie on several
             ranks.
     """
-    updates = live.updates()
     if live.packed or not updates:
         return frozenset()
     apart = differing(live, base, [name for name in updates if name in base.tensors])

@@ -41,5 +41,5 @@ def tell(
         other = 'dtype="trained" keeps what was trained as it is, and rounds adapters first'
     else:
         written = f"packages are in {live.tensors[name].dtype.code}"
-        other = 'dtype="base" lands on its grid, rescaled before rounding: smaller packages'
+        other = 'dtype="base" lands on its grid, where something is dropped: rescaled before it is rounded'
     _log.warning("a base in %s is trained %s: %s; %s", grid, how, written, other)

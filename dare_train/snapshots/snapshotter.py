@@ -103,7 +103,8 @@ class Snapshotter:
         self.ranks = live.ranks
         self._line = self.ranks.another()
         self._pending: Future[Snapshot] | None = None
-        apart = adapted_apart(live, origin.weights)
+        updates = live.updates()
+        apart = adapted_apart(live, origin.weights, updates)
         self.live_bases: Mapping[str, TensorInfo] = {name: live.tensors[name] for name in sorted(apart)}
         self._packed = bool(live.packed)
         live = self.seen(live)
@@ -111,7 +112,7 @@ class Snapshotter:
         self.owned = live.owned
         self._held = live.held
         self._planned_for = live.tensors
-        self._merged_names = frozenset(live.updates())
+        self._merged_names = frozenset(updates)
         self.lands = bool(landings(origin.own, live, config, self._merged_names))
         self.base = origin.own if self.lands else origin.weights
         """Under the run's names, in the dtypes of the packages."""

@@ -175,9 +175,12 @@ class LiveWeights:
             return {}
         in_files = {name: file for file, (name, _, _) in self._places.items()}
         whole = {name for name, start, _ in self._places.values() if start == 0}
+        aliases = tied(self._inner.model)
         found = lora_updates.updates(self._module, self._inner.path)
+        once = lora_updates.once_where_tied(found, aliases)
+        lora_updates.check_tied(self._module, self._inner.path, aliases)
         by_tensor = {}
-        for name, updates in lora_updates.once_where_tied(found, tied(self._inner.model)).items():
+        for name, updates in once.items():
             if name not in whole and name.rpartition(".")[0] not in self.packed:
                 raise _no_tensor_for(name)
             by_tensor[in_files.get(name, name)] = updates

@@ -105,10 +105,9 @@ class _Plain:
         for name, key in keys.items():
             info = adapter.tensors[key]
             base_info = base.tensors.get(name)
-            if base_info is None or not (base_info.dtype.can_be_delta and info.dtype.can_be_delta):
-                pass
-            elif rounded or info.dtype.mantissa_bits < base_info.dtype.mantissa_bits:
-                info = TensorInfo(base_info.dtype, info.shape)
+            if base_info is not None and base_info.dtype.can_be_delta and info.dtype.can_be_delta:
+                finer = info.dtype.mantissa_bits > base_info.dtype.mantissa_bits
+                info = info if finer and not rounded else TensorInfo(base_info.dtype, info.shape)
             self.tensors[name] = info
 
     def read(self, name: str, start: int, count: int) -> Words:

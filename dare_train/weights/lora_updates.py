@@ -66,6 +66,37 @@ def once_where_tied(
     return {name: updates for name, updates in found.items() if name not in aliases}
 
 
+def check_tied(model: Any, path: str, aliases: Mapping[str, str]) -> None:
+    """Adapters of tensors that are tied have their factors in common: others are equal as they begin, and are
+    then trained apart.
+
+    Args:
+        model, path: see `updates`.
+        aliases: see `once_where_tied`.
+
+    Raises:
+        ConfigError: factors of two are trained apart.
+    """
+    layers = {name.removeprefix(path): layer for name, layer in tuner_layers(model) if is_lora(layer)}
+    for name, source in aliases.items():
+        pair = [layers.get(tensor.rpartition(".")[0]) for tensor in (name, source)]
+        here, there = (_places(layer) if layer is not None else frozenset() for layer in pair)
+        if here and there and here != there:
+            expected = f"the factors of {source}, to which it is tied"
+            remedy = (
+                "PEFT casts the two apart: get_peft_model(..., autocast_adapter_dtype=False), or load the "
+                "model in float32, on the device that it is trained on"
+            )
+            raise ConfigError(name, expected=expected, found="others", remedy=remedy)
+
+
+def _places(layer: Any) -> frozenset[int]:
+    """Where factors in training lie, as far as they lie here whole."""
+    trained = [factor for factor in _factors(layer) if factor.requires_grad]
+    whole = [factor for factor in trained if not (is_dtensor(factor) or hasattr(factor, "ds_tensor"))]
+    return frozenset(factor.untyped_storage().data_ptr() for factor in whole)
+
+
 def _alike(one: LowRank, other: LowRank) -> bool:
     """Whether two updates are the same, of which one may lie transposed."""
     a, b = (one.a, one.b) if one.transposed == other.transposed else (one.b.T, one.a.T)

@@ -7,6 +7,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from dare_train import dequantize
+
 WIDTH, INNER, HEADS, KV_HEADS, LAYERS = 64, 96, 4, 2, 2
 LETTERS = [chr(code) for code in (*range(ord("!"), ord("~") + 1), ord("Ġ"), ord("Ċ"))]
 """As a byte-level tokenizer writes them: Ġ is a space, Ċ ends a line."""
@@ -46,6 +48,13 @@ def write_gguf(path: Path, *, architecture: str = "llama", tied: bool = True, wi
     writer.write_tensors_to_file()
     writer.close()
     return weights
+
+
+def save_chat_model(folder: Path) -> Path:
+    """Of random weights, with a tokenizer of bytes and a chat template, in bfloat16."""
+    write_gguf(folder / "tiny.gguf")
+    dequantize(folder / "tiny.gguf", folder / "model")
+    return folder / "model"
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter) -> None:

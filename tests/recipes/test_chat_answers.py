@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_models import write_gguf
+from gguf_models import save_chat_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from dare_train import dequantize
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -27,10 +25,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("chat")
-    write_gguf(place / "tiny.gguf")
-    dequantize(place / "tiny.gguf", place / "model")
-    return place / "model"
+    return save_chat_model(tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture(scope="module")

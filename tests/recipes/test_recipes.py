@@ -18,11 +18,11 @@ from statistics import fmean
 import pytest
 import torch
 from engines import ENVIRONMENT
-from gguf_models import write_gguf
+from gguf_models import save_chat_model
 from recipe_runs import ROOT, means, measured, started, stranger, told, tried
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from dare_train import DeltaPackage, dequantize
+from dare_train import DeltaPackage
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -237,11 +237,7 @@ def test_where_deltas_lie(small_encoder: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def small_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of random weights, with a tokenizer of bytes and a chat template."""
-    folder = tmp_path_factory.mktemp("chat")
-    write_gguf(folder / "tiny.gguf")
-    dequantize(folder / "tiny.gguf", folder / "model")
-    return folder / "model"
+    return save_chat_model(tmp_path_factory.mktemp("chat"))
 
 
 def test_a_chat_model_is_shipped(small_chat_model: Path, tmp_path: Path) -> None:

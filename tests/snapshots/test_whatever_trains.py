@@ -23,7 +23,7 @@ from fine_tunes import (
     save_decoder,
     save_in_fp8,
 )
-from peft import prepare_model_for_kbit_training
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import FineGrainedFP8Config
 
 from dare_train import DareCallback, DeltaPackage, apply, extract
@@ -114,6 +114,25 @@ def test_what_is_tied_may_be_adapted_as_one(base_folder: Folders, tmp_path: Path
     model = lora(load(base), ensure_weight_tying=True, **options, **copies)
     make_trainer(model, tmp_path / "out", DareCallback(p=0.0)).train()
     apply(base, tmp_path / "out/dare/final", tmp_path / "received")
+    _same_results(model, load(tmp_path / "received"), load(base))
+
+
+def test_what_is_tied_and_cast_apart_is_refused_before_the_first_step(
+    tmp_path: Path,
+) -> None:
+    """PEFT gives factors of a 16-bit model float32 of their own: equal as they begin, trained apart."""
+    base = save_decoder(tmp_path / "base", dtype=torch.bfloat16, tied=True)
+    options = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    trainer = make_trainer(lora(load(base), **options), tmp_path / "out", DareCallback(p=0.0))
+    with pytest.raises(ConfigError, match=r"lm_head\.weight: .*autocast_adapter_dtype=False"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", **options)
+    model = get_peft_model(load(base), config, autocast_adapter_dtype=False)
+    callback = DareCallback(p=0.0)
+    make_trainer(model, tmp_path / "again", callback).train()
+    assert callback.failures == []
+    apply(base, tmp_path / "again/dare/final", tmp_path / "received")
     _same_results(model, load(tmp_path / "received"), load(base))
 
 

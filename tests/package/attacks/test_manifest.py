@@ -131,6 +131,10 @@ def test_a_field_that_is_left_out_is_named(forgery: Forgery) -> None:
 
 
 _WRONG = [
+    (("landed",), {"rounding": "stochastic", "rescale": "paper"}, "rescale carried where elements landed"),
+    (("landed",), {"rounding": "up", "rescale": "paper"}, "'rounding'"),
+    (("landed",), {"rounding": "nearest"}, "'rescale'"),
+    (("landed",), "stochastic", "'landed'"),
     (("format",), "dare", "dare_train"),
     (("format_version",), 2, "format version 1"),
     (("format_version",), True, "format version 1"),
