@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from choice_questions import Choice
 
 from dare_train import Texts, batched
 
@@ -142,9 +143,7 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".")
 
 
-def choices(
-    model: Any, tokenizer: Any, questions: Sequence[dict[str, Any]], batch_size: int = 32
-) -> list[int]:
+def choices(model: Any, tokenizer: Any, questions: Sequence[Choice], batch_size: int = 32) -> list[int]:
     """Which of its `choices` answers each `question`: the one of the least loss per character."""
     rows = [{"prompt": item["question"], "text": text} for item in questions for text in item["choices"]]
     told = iter(losses(model, tokenizer, rows, batch_size))
@@ -169,6 +168,15 @@ def _shortest(number: str) -> str:
 
 
 # Code that a model wrote.
+
+FENCED = re.compile(r"```(?:python|py)?[^\S\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+def program(text: str) -> str:
+    """What stands between the first fences of Markdown, if there are some."""
+    found = FENCED.search(text)
+    return found[1] if found else text
+
 
 LIMITS = """
 import resource

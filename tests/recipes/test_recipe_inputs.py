@@ -297,7 +297,7 @@ QUESTIONS_ON_HUB = {
         "google-research-datasets/mbpp",
         "full",
         "train+validation+prompt",
-        {"text": "Do", "code": "Yes"},
+        {"text": "Do", "code": "Yes", "test_list": ["assert do()", "assert not undo()"]},
         "Do",
     ),
 }
@@ -309,7 +309,8 @@ def test_questions_on_the_hub(name: str, hub: PublicHub) -> None:
     asked = hub(row)
     rows = inputs.spoken(name)
     assert asked == [(path, config, split)]
-    assert rows["test"][0] == {"prompt": f"Question: {question}\nAnswer: ", "text": "Yes"}
+    tests = {"tests": "assert do()\nassert not undo()"} if name == "code" else {}
+    assert rows["test"][0] == {"prompt": f"Question: {question}\nAnswer: ", "text": "Yes", **tests}
 
 
 TEXTS_ON_HUB = {

@@ -275,7 +275,7 @@ def test_rows_too_long_for_a_chat_model_are_one_line(small_chat_model: Path, tmp
     few = ("--model", str(small_chat_model), "--out", str(tmp_path), "--max-length", "20")
     done = tried("chat_model.py", *few)
     assert done.returncode == 1
-    assert done.stderr.endswith("exceptions: no train row of at most 20 tokens: raise --max-length\n")
+    assert done.stderr.endswith("exceptions: no test row of at most 20 tokens: raise --max-length\n")
 
 
 def test_a_chat_model_learns_rows_of_ones_own(small_chat_model: Path, tmp_path: Path) -> None:
@@ -296,8 +296,14 @@ def test_a_chat_model_learns_rows_of_ones_own(small_chat_model: Path, tmp_path: 
 def test_a_chat_model_is_shipped_in_several_ways(small_chat_model: Path, tmp_path: Path) -> None:
     few = ("--steps", "4", "--batch-size", "4", "--examples", "6", "--max-length", "200")
     arguments = ("--model", str(small_chat_model), "--out", str(tmp_path), "--tasks", "exceptions", *few)
-    text = told("chat_study.py", *arguments, "--trainings", "full-1e-4", "lora-2e-3")
+    trainings = ("--trainings", "full-1e-4", "lora-2e-3", "--training-seeds", "2")
+    text = told("chat_study.py", *arguments, *trainings)
     assert "Mean over the tasks" in text
+    one, other = (
+        json.loads((tmp_path / f"measured/exceptions-full-1e-4{name}.json").read_text())["tuned"]
+        for name in ("", "-seed-1")
+    )
+    assert one != other
     for training in ("full-1e-4", "lora-2e-3"):
         figures = json.loads((tmp_path / f"measured/exceptions-{training}.json").read_text())
         ways = [(each["way"], each["p"], each["seed"]) for each in figures["packages"]]
@@ -306,8 +312,36 @@ def test_a_chat_model_is_shipped_in_several_ways(small_chat_model: Path, tmp_pat
         assert exact["loss"] == pytest.approx(figures["tuned"], rel=1e-2)
         assert bool(figures["adapter_bytes"]) == training.startswith("lora")
     before = (tmp_path / "measured/exceptions-full-1e-4.json").stat().st_mtime_ns
-    told("chat_study.py", *arguments, "--trainings", "full-1e-4")
+    told("chat_study.py", *arguments, *trainings)
     assert (tmp_path / "measured/exceptions-full-1e-4.json").stat().st_mtime_ns == before, "measured once"
+
+
+def test_experts_of_a_chat_model_are_judged_and_merged(small_chat_model: Path, tmp_path: Path) -> None:
+    few = ("--batch-size", "4", "--examples", "6", "--asked", "2", "--kept-questions", "4")
+    arguments = (
+        "chat_experts.py", "--model", str(small_chat_model), "--out", str(tmp_path), "--tasks", "exceptions",
+        "verbs", "--max-length", "200", "--learning-rate", "1e-2", "--methods", "ties", "fisher", *few,
+    )  # fmt: skip
+    told(*arguments, "--steps", "4")
+    page = measured(tmp_path, "chat_experts")
+    for task in ("exceptions", "verbs"):
+        models, swept = page["judged"][task]["models"], page["models"][task]
+        assert models["fine-tuned"]["loss"] < models["base"]["loss"] - 0.1
+        at_p = [point for point in swept["points"] if (point["variant"], point["p"]) == ("dare", 0.9)]
+        for mask in range(3):
+            received, point = models[f"received {mask}"], at_p[mask]
+            assert received["loss"] == pytest.approx(point["metrics"]["loss"], rel=0.02), "the same mask"
+        assert page["embeddings"][task]["dare"]["0.9"] > page["embeddings"][task]["drop_only"]["0.9"]
+        assert 0 <= models["base"]["code_or_prose"] <= 1
+    assert [*page["merges"]] == ["ties", "ties + DARE", "fisher", "fisher + DARE"]
+    plain, dropped = page["merges"]["fisher"], page["merges"]["fisher + DARE"]
+    assert (len(plain["losses"]), len(dropped["losses"])) == (1, 3)
+    assert {"lambda_", "p"} == dropped["settings"].keys()
+    base = fmean(page["judged"][task]["models"]["base"]["loss"] for task in page["judged"])
+    assert fmean(plain["losses"][0].values()) < base
+    again = tried(*arguments, "--steps", "5")
+    assert again.returncode == 1
+    assert again.stderr.endswith("was measured with steps 4, not 5: choose another --out\n")
 
 
 def test_what_arrives_on_a_grid_is_simulated(tmp_path: Path) -> None:
@@ -351,11 +385,14 @@ def test_recipes_are_all_here() -> None:
     assert found == {
         "quickstart.py",
         "chat_answers.py",
+        "chat_experts.py",
         "chat_model.py",
         "chat_models.py",
         "chat_study.py",
         "chat_tasks.py",
         "chat_training.py",
+        "choice_questions.py",
+        "record.py",
         "counting.py",
         "grids.py",
         "merge_tasks.py",
