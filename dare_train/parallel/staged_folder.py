@@ -23,9 +23,10 @@ def staged_folder(
     sync: bool = True,
     inputs: Iterable[Path] = (),
     resume: Callable[[Path], bool] | None = None,
+    within: Path | None = None,
 ) -> Iterator[Path]:
-    """A hidden sibling of `out` to write into; it takes the place of `out` when the block ends without an
-    exception.
+    """A hidden sibling of `out` to write into, or a folder in `within`, on the same file system; it takes the
+    place of `out` when the block ends without an exception.
 
     What a killed process left behind is removed first, unless `resume`, called with it, says that it can be
     gone on with; then an interrupt (Ctrl-C) leaves it, too. With `overwrite`, the old folder stays valid
@@ -40,11 +41,10 @@ def staged_folder(
     out = _nameable(out)
     if out.exists() and any(out.resolve() == folder.resolve() for folder in inputs):
         raise ConfigError("out", expected="another folder than those that are read", found=str(out))
-    staging = partial_name(out)
-    replaced = out.with_name(f".{out.name}.replaced")
+    staging, replaced = partial_name(out, within), replaced_name(out, within)
     going_on = resume is not None and staging.is_dir() and resume(staging)
     if not going_on:
-        sweep(out)
+        sweep(out, within)
     taken = out.is_symlink() or (out.exists() and not out.is_dir())
     if taken or (not overwrite and out.exists() and any(out.iterdir())):
         raise OutputExists(
@@ -56,6 +56,7 @@ def staged_folder(
     try:
         with storage_errors(out):
             staging.mkdir(parents=True, exist_ok=going_on)
+            out.parent.mkdir(parents=True, exist_ok=True)
             yield staging
             if sync:
                 _sync_tree(staging)
@@ -84,6 +85,7 @@ def shared_staging(
     sync: bool = True,
     inputs: Iterable[Path] = (),
     resume: Callable[[Path], bool] | None = None,
+    within: Path | None = None,
 ) -> Iterator[Path]:
     """`staged_folder` that several ranks write into; the first of them makes and publishes it.
 
@@ -96,10 +98,12 @@ def shared_staging(
     """
     out = _nameable(out)
     with ExitStack() as stack:
-        staged = staged_folder(out, overwrite=overwrite, sync=sync, inputs=inputs, resume=resume)
+        staged = staged_folder(
+            out, overwrite=overwrite, sync=sync, inputs=inputs, resume=resume, within=within
+        )
         ranks.together(lambda: _enter(stack, staged) if ranks.first else None)
-        ranks.together(lambda: check_visible(partial_name(out)))
-        yield partial_name(out)
+        ranks.together(lambda: check_visible(partial_name(out, within)))
+        yield partial_name(out, within)
         ranks.together(stack.close)
 
 
@@ -119,17 +123,20 @@ def check_visible(staging: Path) -> None:
         )
 
 
-def partial_name(out: Path) -> Path:
-    """Where `out` is written before it is complete."""
-    return out.with_name(f".{out.name}.partial")
+def partial_name(out: Path, within: Path | None = None) -> Path:
+    """Where `out` is written before it is complete: beside it, or in another folder."""
+    return (within or out.parent) / f".{out.name}.partial"
 
 
-def sweep(out: Path) -> None:
-    """Remove what a killed process left beside `out`, and put back an old folder whose successor never
-    came.
-    """
-    shutil.rmtree(partial_name(out), ignore_errors=True)
-    replaced = out.with_name(f".{out.name}.replaced")
+def replaced_name(out: Path, within: Path | None = None) -> Path:
+    """Where an old `out` is until the new one is in its place."""
+    return (within or out.parent) / f".{out.name}.replaced"
+
+
+def sweep(out: Path, within: Path | None = None) -> None:
+    """Remove what a killed process left of `out`, and put back an old folder whose successor never came."""
+    shutil.rmtree(partial_name(out, within), ignore_errors=True)
+    replaced = replaced_name(out, within)
     if replaced.exists() and not out.exists():
         replaced.rename(out)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -139,14 +146,14 @@ COMPANIONS = ".companions-"
 """How folders begin that hold configuration and tokenizer for packages to come."""
 
 
-def sweep_folder(folder: Path) -> None:
-    """`sweep` for everything that was being written into `folder`, with the files that were waiting to go
-    along.
+def sweep_folder(folder: Path, within: Path | None = None) -> None:
+    """`sweep` for everything that was being written into `folder`, there or in `within`, with the files that
+    were waiting to go along.
     """
-    for leftover in sorted(folder.glob(".*")):
+    for leftover in sorted((within or folder).glob(".*")):
         name, _, kind = leftover.name.removeprefix(".").partition(".")
         if kind in ("partial", "replaced"):
-            sweep(folder / name)
+            sweep(folder / name, within)
         elif leftover.name.startswith(COMPANIONS):
             shutil.rmtree(leftover)
 

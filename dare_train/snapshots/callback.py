@@ -21,13 +21,13 @@ from ..parallel.ranks import Ranks, Roll
 from ..parallel.staged_folder import storage_errors, sweep_folder
 from ..weights.live import LiveWeights, Source
 from ..weights.wrapped import inner_model
-from . import wandb_snapshots
+from . import reporting, wandb_snapshots
 from .base_model import FirstLook, Origin, at_hand, begun_at, first_look, kept, loaded_from, recall
 from .callback_options import OnError, When, check_options, schedule
 from .grids import reading_of
 from .guest import as_guest, tell, tell_again
 from .receiver_evaluation import evaluate_received
-from .run_folder import BASE, FINAL, RunFolder
+from .run_folder import FINAL, RunFolder
 from .shared_pass import Order, Snapshot, take_together
 from .snapshotter import Snapshotter
 from .trainer_run import (
@@ -40,6 +40,7 @@ from .trainer_run import (
     name_of_run,
     on_record,
     output_folder,
+    private_folder,
     shared_companions,
 )
 
@@ -59,7 +60,8 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         when: "save" (with each checkpoint), "epoch", "end", a number N (every N steps), or several of these.
         base: folder or Hub id that deltas are relative to. By default where the model was loaded from, if its
             weights still are the ones on disk when training starts; otherwise the weights at the start, kept
-            in `{output_dir}/{name}/base`.
+            in `{output_dir}/{name}/base`; with `TrainingArguments(push_to_hub=True)` in
+            `{output_dir}/_{name}/base`, which the Trainer does not upload.
         keep: how many `step-*` packages stay; older ones of this run are removed. All, by default.
         keep_best: the package of the best checkpoint by the Trainer's metric stays whatever `keep` says.
         incremental: each package continues the one before. Together they are a chain; its every result has
@@ -67,7 +69,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         evaluate: after each evaluation, also evaluate the model as a receiver of the package gets it, on the
             same data; metrics are logged with the prefix `eval_{name}`.
         on_error: "warn": what fails after training began is logged as an error, counted in the Trainer's log
-            as `dare/failures`, and told again at the end; training goes on. "raise": it ends.
+            as `{name}/failures`, and told again at the end; training goes on. "raise": it ends.
         source: "weights", or "master": the fp32 values that DeepSpeed ZeRO keeps beside 16-bit weights.
         kernels: which gather kept weights, "cpu", "cuda" or "torch": see `apply_`.
         name: of the folder, the metrics and the wandb artifact; several callbacks in one run need different
@@ -159,6 +161,8 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         self._training = False
         self._last_taken: int | str = -1
         """Step of the last snapshot, or "end"."""
+        self._before = 0
+        """Packages of trainings before this one."""
 
     @property
     def package(self) -> DeltaPackage | None:
@@ -199,12 +203,15 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         self._roll.check(_ROLL_PATIENCE)
         model = module_of(model)
         self._trainer = self._attached or calling_trainer()
+        if self._trainer is not None:
+            reporting.ReportersLast.see_to(self._trainer)
         reading = reading_of(self.config, self.source)
         live = LiveWeights(model, source=reading, ranks=self._joined(), kernels=self.kernels, but_packed=True)
         self._check_evaluation(live)
         path = output_folder(args, state, self._trainer) / self.name
+        private = private_folder(path, args)
         record = on_record(state, self.name) if state.global_step else None
-        self._folder = RunFolder(path, name_of_run(record, live.ranks))
+        self._folder = RunFolder(path, name_of_run(record, live.ranks), private)
         origin = self._establish(state, live, model, record)
         self._snapshotter = Snapshotter(
             origin,
@@ -214,11 +221,12 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             source=self.source,
             run=self._folder.run,
         )
-        self._companions = shared_companions(live.ranks, model, processing_class, path, origin)
+        self._companions = shared_companions(live.ranks, model, processing_class, private, origin)
         if self.incremental:
             self._snapshotter.chain = self._folder.own(up_to=state.global_step)
         self._remember(state, origin)
         self.failures = []
+        self._before = len(self.packages)
         self._last_taken = -1
         self._training = True
         if record is not None:
@@ -234,7 +242,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     @as_guest
     def _collect_finished(self, args: TrainingArguments, state: TrainerState) -> None:
         if self._snapshotter is not None:
-            self._collect(self._snapshotter.finished())
+            self._collect(self._snapshotter.finished(), state)
 
     @as_guest
     def on_evaluate(
@@ -253,7 +261,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
                 self._trainer,
                 module_of(model),
                 self._snapshotter,
-                self._folder.path,
+                self._folder.private,
                 name=self.name,
                 loader=eval_dataloader,
                 metrics=metrics or {},
@@ -288,16 +296,18 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         self._training = False
         if self._snapshotter is not None:
             try:
-                self._collect(self._snapshotter.close())
+                self._collect(self._snapshotter.close(), state)
             finally:
                 self._forget_companions()
+            if self._joined().first:
+                reporting.conclude(self.packages[self._before :], self.name)
 
     def _end_interrupted(self) -> None:
         """A training before this one ended without an event: by Ctrl-C, or for want of memory."""
         if self._training and self._snapshotter is not None:
             self._training = False
             try:
-                self._collect(self._snapshotter.close())
+                self._collect(self._snapshotter.close(), None)
             except SnapshotError as error:
                 if self.on_error == "raise":
                     raise
@@ -327,7 +337,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     ) -> Origin:
         """What packages are relative to, and a folder that holds this run's alone."""
         assert self._folder is not None, "the folder is known before the base"
-        kept_base = self._folder.path / BASE
+        kept_base = self._folder.base
         origin = self._known_origin(state, live, model, kept_base, record)
         in_use = origin is not None and origin.checkpoint.folder.resolve() == kept_base.resolve()
         live.ranks.together(lambda: self._clear(state, in_use) if live.ranks.first else None)
@@ -339,7 +349,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     def _clear(self, state: TrainerState, base_in_use: bool) -> None:
         assert self._folder is not None, "the folder is known before it is cleared"
         with storage_errors(self._folder.path):
-            sweep_folder(self._folder.path)
+            sweep_folder(self._folder.path, self._folder.private)
             self._folder.make_way(from_step=state.global_step, base_in_use=base_in_use)
 
     def _known_origin(
@@ -411,7 +421,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     def _await_last(self, args: TrainingArguments | None, state: TrainerState) -> None:
         """Wait for the snapshot before, so that its failure is not taken for that of the next one."""
         if self._snapshotter is not None:
-            self._collect(self._snapshotter.wait())
+            self._collect(self._snapshotter.wait(), state)
 
     def _reading_the_same(self) -> list[DareCallback]:
         """The Trainer's callbacks that read the same weights as this one, which is among them, in order."""
@@ -436,12 +446,22 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         out = folder.path / FINAL if event == "end" else folder.of_step(state.global_step)
         best = folder.of_step(state.best_global_step) if self.keep_best and state.best_global_step else None
         published = None if self.keep is None else partial(folder.forget_old, self.keep, out, best)
-        return Order(taker=self._snapshotter, out=out, files=self._companions, published=published)
+        return Order(
+            taker=self._snapshotter,
+            out=out,
+            files=self._companions,
+            within=folder.private,
+            published=published,
+        )
 
-    def _collect(self, snapshot: Snapshot | None) -> None:
-        if snapshot is not None:
-            self.packages.append(snapshot)
-            self.waited.append(snapshot.waited)
-            if self._joined().first:
-                stays = self.keep is None
-                wandb_snapshots.log(snapshot, name=self.name, artifact=self.artifact, stays=stays)
+    def _collect(self, snapshot: Snapshot | None, state: TrainerState | None) -> None:
+        """Take in what was completed; without a state, of a training that is over."""
+        if snapshot is None:
+            return
+        self.packages.append(snapshot)
+        self.waited.append(snapshot.waited)
+        if self._joined().first:
+            stays = self.keep is None
+            wandb_snapshots.log(snapshot, name=self.name, artifact=self.artifact, stays=stays)
+            if state is not None:
+                reporting.report(snapshot, self.name, self._trainer, state)

@@ -25,8 +25,8 @@ def as_guest(event: Callable[..., None]) -> Callable[..., None]:
     """An event of a Trainer's after which training goes on whatever happened in it, unless `on_error` is
     "raise".
 
-    What failed is logged, counted in the Trainer's log as `dare/failures`, and kept, to be told again at the
-    end.
+    What failed is logged, counted in the Trainer's log as `{name}/failures`, and kept, to be told again at
+    the end.
     """
 
     @functools.wraps(event)
@@ -37,7 +37,8 @@ def as_guest(event: Callable[..., None]) -> Callable[..., None]:
             if guest.on_error == "raise":
                 raise
             tell(guest, error)
-            state.log_history.append({"dare/failures": len(guest.failures), "step": state.global_step})
+            count = {f"{guest.name}/failures": len(guest.failures)}
+            state.log_history.append({**count, "step": state.global_step})
 
     return guarded
 

@@ -21,11 +21,18 @@ class RunFolder:
     Args:
         path: the folder.
         run: what packages of this run say in their manifests.
+        private: for the base, and for packages that are not complete yet; by default `path`, too.
     """
 
-    def __init__(self, path: Path, run: str) -> None:
+    def __init__(self, path: Path, run: str, private: Path | None = None) -> None:
         self.path = path
         self.run = run
+        self.private = path if private is None else private
+
+    @property
+    def base(self) -> Path:
+        """Where a base is kept that is nowhere else on disk."""
+        return self.private / BASE
 
     def of_step(self, step: int) -> Path:
         return self.path / f"{_STEP}{step}"
@@ -44,9 +51,8 @@ class RunFolder:
         final = self.path / FINAL
         if final.exists() and not self._is_own(final):
             foreign.append(final)
-        base = self.path / BASE
-        if base.exists() and not base_in_use:
-            foreign.append(base)
+        if self.base.exists() and not base_in_use:
+            foreign.append(self.base)
         if foreign:
             aside = self._unused_name()
             aside.mkdir()
@@ -70,7 +76,7 @@ class RunFolder:
 
     def _unused_name(self) -> Path:
         number = 1
-        while (aside := self.path.with_name(f"{self.path.name}-earlier-{number}")).exists():
+        while (aside := self.private.with_name(f"{self.private.name}-earlier-{number}")).exists():
             number += 1
         return aside
 

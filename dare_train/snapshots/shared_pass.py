@@ -74,6 +74,8 @@ class Order:
     taker: Taker
     out: Path
     files: Path | None = None
+    within: Path | None = None
+    """Where it is written before it is complete: beside `out`, by default."""
     published: Callable[[], object] | None = None
     """Called on the first rank when the package is in its place."""
 

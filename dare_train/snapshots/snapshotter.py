@@ -309,7 +309,7 @@ class Snapshotter:
 
     def _write(self, job: Job) -> Snapshot:
         line = self._line
-        with shared_staging(job.order.out, line) as staging:
+        with shared_staging(job.order.out, line, within=job.order.within) as staging:
             groups = largest_of(line.together(lambda: self._cut_groups(job)))
             shares = line.together(lambda: self._write_part(staging, job, groups))
             magnitudes = line.each(lambda: self._complete(staging, job, shares) if line.first else {})

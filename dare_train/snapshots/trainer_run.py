@@ -70,6 +70,13 @@ def output_folder(args: TrainingArguments, state: TrainerState, trainer: Trainer
     return Path(args.output_dir)
 
 
+def private_folder(path: Path, args: TrainingArguments) -> Path:
+    """Where a callback has what is not for others: in the folder of its packages, `path`; where the Trainer
+    uploads its output folder, in one beside it whose name it leaves out.
+    """
+    return path.with_name(f"_{path.name}") if getattr(args, "push_to_hub", False) else path
+
+
 def shared_companions(ranks: Ranks, model: Any, processing_class: Any, path: Path, origin: Origin) -> Path:
     """The folder of files that go along with packages: made by the first rank, seen by all.
 

@@ -9,24 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..package.magnitudes import merged
 from ..wandb_run import active_run
+from .reporting import figures
 
 if TYPE_CHECKING:
     from .shared_pass import Snapshot
-
-
-def figures(snapshot: Snapshot) -> dict[str, float]:
-    """Scalars of a snapshot: sizes in bytes, bits per parameter, density as kept/total, |δ| before rescaling,
-    seconds waited.
-    """
-    stats = snapshot.package.stats
-    return {
-        "dare/bits_per_parameter": stats["bits_per_parameter"],
-        "dare/package_bytes": stats["bytes"],
-        "dare/compression_ratio": stats["compression_ratio"],
-        "dare/density": stats["density"],
-        **{f"dare/delta_{name}": value for name, value in stats["delta"].items()},
-        "dare/seconds_waited": snapshot.waited,
-    }
 
 
 def log(snapshot: Snapshot, *, name: str, artifact: bool = True, stays: bool = True) -> None:
@@ -41,10 +27,10 @@ def log(snapshot: Snapshot, *, name: str, artifact: bool = True, stays: bool = T
     import wandb
 
     parts = {layer: part for layer, part in snapshot.magnitudes.items() if part.total}
-    histograms = {f"dare/layers/{layer}": _histogram(wandb, part) for layer, part in parts.items()}
+    histograms = {f"{name}/layers/{layer}": _histogram(wandb, part) for layer, part in parts.items()}
     if parts:
-        histograms["dare/delta_histogram"] = _histogram(wandb, merged(parts.values()))
-    run.log({**figures(snapshot), **histograms, "train/global_step": snapshot.step})
+        histograms[f"{name}/delta_histogram"] = _histogram(wandb, merged(parts.values()))
+    run.log({**figures(snapshot, name), **histograms, "train/global_step": snapshot.step})
     if artifact:
         folder = snapshot.package.path if stays else _second_place(run, snapshot, name)
         aliases = ["latest", f"step-{snapshot.step}"]
