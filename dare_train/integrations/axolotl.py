@@ -1,5 +1,5 @@
-"""axolotl's way in: `plugins: [dare_train.integrations.axolotl.DarePlugin]`, and a `DareCallback`'s arguments under
-`dare:`.
+"""axolotl's way in: `plugins: [dare_train.integrations.axolotl.DarePlugin]`, and a `DareCallback`'s arguments
+under `dare:`.
 """
 
 from __future__ import annotations

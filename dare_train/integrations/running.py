@@ -68,7 +68,10 @@ def check_outcome(notes: Sequence[Note], command: str) -> None:
     remedy = ""
     if not notes:
         expected, found = "a Trainer of transformers", "none made, and exit code 0"
-        remedy = "a loop of one's own, or Lightning, has another way (docs/integrations.md); python -I and -E hide it"
+        remedy = (
+            "loops of one's own and Lightning have other ways (docs/integrations.md); "
+            "python -I and -E do not see this one"
+        )
     elif "began" not in events:
         expected, found = "a training", f"{makers} made, and never trained"
     elif "ended" not in events:

@@ -1,5 +1,5 @@
-"""Arguments of a `DareCallback` that somebody wrote down, on a command line or in YAML: read and checked, without
-torch, before anything is started.
+"""Arguments of a `DareCallback` that somebody wrote down, on a command line or in YAML: read and checked
+without torch, before anything is started.
 """
 
 from __future__ import annotations

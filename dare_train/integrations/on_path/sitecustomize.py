@@ -61,5 +61,5 @@ def _give_way() -> None:
         spec.loader.exec_module(module)
 
 
-sys.meta_path.insert(0, _TrainerFinder())  # type: ignore[arg-type]
+sys.meta_path.insert(0, _TrainerFinder())
 _give_way()
