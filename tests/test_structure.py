@@ -36,7 +36,17 @@ PUBLIC_FACE = "dare_train"
 ASK_THE_PUBLIC_FACE = {"package.reader"}
 """`DeltaPackage.verify` is `dare_train.verify` under the name that users know."""
 
-FRAMEWORKS = {"torch", "triton", "transformers", "accelerate", "deepspeed", "wandb", "numba", "matplotlib"}
+FRAMEWORKS = {
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "wandb",
+    "numba",
+    "matplotlib",
+    "lightning",
+}
 
 
 def test_every_room_has_a_floor() -> None:
