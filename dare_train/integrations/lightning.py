@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ..snapshots.shared_pass import Snapshot
 from ..snapshots.snapshotter import Snapshotter
 from ..snapshots.trainer_run import name_of_run, shared_companions
 from ..weights.live import LiveWeights
+from ..weights.wrapped import inner_model
 
 _STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"}
 
@@ -115,6 +117,8 @@ class DareCallback(Callback):  # type: ignore[misc]
         """What the checkpoint that is gone on from remembers of the base."""
         self._remembered: dict[str, Any] = {}
         """What the next checkpoint will."""
+        self._trained: weakref.ref[Any] | None = None
+        """The model of the last training."""
         self._run: RunFolder | None = None
         self._snapshotter: Snapshotter | None = None
         self._companions = Path()
@@ -154,8 +158,12 @@ class DareCallback(Callback):  # type: ignore[misc]
             but_packed=True,
         )
         path = Path(self.folder) if self.folder is not None else Path(trainer.default_root_dir) / self.name
-        self._run = RunFolder(path, name_of_run(self._record, live.ranks))
-        origin = self._establish(live, model, self._run, step)
+        inner = inner_model(model).model
+        again = self._trained is not None and self._trained() is inner
+        record = self._record or (self._remembered if again else None)
+        self._run = RunFolder(path, name_of_run(record, live.ranks))
+        origin = self._establish(live, model, record, step=step, resumed=trainer.ckpt_path is not None)
+        self._trained = weakref.ref(inner)
         self._snapshotter = Snapshotter(
             origin, self.config, live, incremental=self.incremental, run=self._run.run
         )
@@ -211,10 +219,17 @@ class DareCallback(Callback):  # type: ignore[misc]
 
     # Establishing the base, and taking snapshots.
 
-    def _establish(self, live: LiveWeights, model: Any, run: RunFolder, step: int) -> Origin:
+    def _establish(
+        self, live: LiveWeights, model: Any, record: Mapping[str, Any] | None, *, step: int, resumed: bool
+    ) -> Origin:
         """What packages are relative to, and a folder that holds this run's alone."""
-        kept_base = run.path / BASE
-        origin = self._known_origin(live, model, kept_base, step)
+        assert self._run is not None, "the folder is known before the base"
+        run, kept_base = self._run, self._run.path / BASE
+        if resumed and record is None and self.base is None:
+            expected = "a checkpoint that was saved with this callback, which then knows the base"
+            found = f"one of step {step} without"
+            raise BaseMismatch("base", expected=expected, found=found, remedy="pass base=")
+        origin = self._known_origin(live, model, kept_base, record)
         in_use = origin is not None and origin.checkpoint.folder.resolve() == kept_base.resolve()
 
         def clear() -> None:
@@ -226,15 +241,16 @@ class DareCallback(Callback):  # type: ignore[misc]
         live.ranks.together(clear)
         return origin or kept(live, model, kept_base)
 
-    def _known_origin(self, live: LiveWeights, model: Any, kept_base: Path, step: int) -> Origin | None:
-        if self.base is not None or (self._record is None and not step):
+    def _known_origin(
+        self, live: LiveWeights, model: Any, kept_base: Path, record: Mapping[str, Any] | None
+    ) -> Origin | None:
+        """The base as far as it is on disk: the one given, or on record, or where the model was loaded
+        from.
+        """
+        if self.base is not None or record is None:
             return at_hand(live, model, kept_base, base=self.base)
-        if self._record is not None:
-            name = loaded_from(model)
-            return recall(self._record, live, [str(kept_base), *([name] if name else [])])
-        expected = "a checkpoint that was saved with this callback, which then knows the base"
-        found = f"one of step {step} without"
-        raise BaseMismatch("base", expected=expected, found=found, remedy="pass base=")
+        name = loaded_from(model)
+        return recall(record, live, [str(kept_base), *([name] if name else [])])
 
     def _take(self, trainer: Any, moment: int | str) -> None:
         """At most one package for a step, whichever events meet there."""

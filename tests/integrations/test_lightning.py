@@ -133,6 +133,19 @@ def test_a_checkpoint_without_the_callback_needs_the_base(tmp_path: Path, base: 
     DeltaPackage.open(tmp_path / "dare/final").verify(base)
 
 
+def test_a_second_training_goes_on_from_the_same_base(tmp_path: Path, base: Path) -> None:
+    callback, module = DareCallback(p=0.5, when="end"), Classifying(base)
+    fits = trainer(tmp_path, callback, max_steps=2)
+    fits.fit(module, rows())
+    fits.fit_loop.epoch_loop.max_steps = 4
+    fits.fit(module, rows())
+    assert [snapshot.step for snapshot in callback.packages] == [2, 4]
+    expected = extract(base, module.network, tmp_path / "extracted", p=0.5, whole="classifier.*")
+    package = DeltaPackage.open(tmp_path / "dare/final")
+    assert (package.manifest.base_model, package.manifest.result) == (str(base), expected.manifest.result)
+    assert not (tmp_path / "dare/base").exists()
+
+
 def test_what_fails_ends_no_training(tmp_path: Path, base: Path) -> None:
     class InTheWay(lightning.Callback):
         def on_train_batch_start(self, *_: Any) -> None:
