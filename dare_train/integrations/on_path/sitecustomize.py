@@ -1,16 +1,20 @@
 """Imported by each Python that a command of `dare-train run` starts, when it starts: waits for the Trainer of
 transformers, and lets the `sitecustomize` that this one hides have its turn.
 
-Most of these processes never train. So this imports nothing of dare_train until there is a Trainer.
+Most of these processes never train. So this imports what Python has imported by then, and nothing of
+dare_train until there is a Trainer.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # typing's own would have to be imported
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 _TRAINER = "transformers.trainer"
 
@@ -21,12 +25,17 @@ class _TrainerFinder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != _TRAINER:
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        found = (finder.find_spec(name, path, target) for finder in others)
-        spec = next((spec for spec in found if spec is not None), None)
+        spec = _found(name, path, target)
         if spec is not None:
             _execute_and_follow(spec.loader)
         return spec
+
+
+def _found(name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+    """What the other finders find."""
+    others = [finder for finder in sys.meta_path if not isinstance(finder, _TrainerFinder)]
+    found = (finder.find_spec(name, path, target) for finder in others)
+    return next((spec for spec in found if spec is not None), None)
 
 
 def _execute_and_follow(loader: Any) -> None:
@@ -53,7 +62,7 @@ def _follow(module: Any) -> None:
 def _give_way() -> None:
     """Import the `sitecustomize` that there would be without this one, if any."""
     here = os.path.dirname(__file__)  # noqa: PTH120 - pathlib is slow to import
-    spec = PathFinder.find_spec("sitecustomize", [place for place in sys.path if place != here])
+    spec = _found("sitecustomize", [place for place in sys.path if place != here])
     if spec is not None and spec.loader is not None:
         from importlib.util import module_from_spec
 
