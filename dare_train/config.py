@@ -15,6 +15,8 @@ Rescale = Literal["paper", "none"]
 Values = Literal["auto", "exact", "rounded", "int8", "int4", "sign"]
 Target = Literal["trained", "base"]
 Rounding = Literal["stochastic", "nearest"]
+Source = Literal["weights", "master"]
+"""What is read where an engine trains fp32 masters beside 16-bit weights: the weights, or the masters."""
 
 Patterns = Union[str, Collection[str]]
 """A shell-style name pattern, or several."""

@@ -13,7 +13,7 @@ from rooms import PACKAGE, arrows_up, between_rooms, circle, edges, floors, impo
 import dare_train
 
 ROOMS = [
-    ["_version", "errors"],
+    ["_version", "errors", "integrations.on_path"],
     ["config", "dtypes", "wandb_run"],
     ["parallel"],
     ["kernels"],
@@ -21,7 +21,7 @@ ROOMS = [
     ["package", "evaluation"],
     ["extracting", "applying", "merging.methods", "merging.statistics"],
     ["snapshots", "merging.models"],
-    ["merging.config"],
+    ["merging.config", "integrations"],
     ["merging"],
     ["training", "studies"],
     ["reports"],
@@ -36,7 +36,17 @@ PUBLIC_FACE = "dare_train"
 ASK_THE_PUBLIC_FACE = {"package.reader"}
 """`DeltaPackage.verify` is `dare_train.verify` under the name that users know."""
 
-FRAMEWORKS = {"torch", "triton", "transformers", "accelerate", "deepspeed", "wandb", "numba", "matplotlib"}
+FRAMEWORKS = {
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "wandb",
+    "numba",
+    "matplotlib",
+    "lightning",
+}
 
 
 def test_every_room_has_a_floor() -> None:

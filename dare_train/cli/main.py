@@ -16,6 +16,7 @@ import typer
 
 from ..errors import ConfigError, DareError
 from . import study_commands as studies
+from . import training_commands as training
 from .terminal import (
     AsJson,
     Base,
@@ -28,6 +29,7 @@ from .terminal import (
     debugging,
     exit_code,
     expect_models,
+    first_word,
     joined_ranks,
     progress_bar,
     show,
@@ -104,8 +106,9 @@ def extract(
 ) -> None:
     """Write the delta between two checkpoints as a package."""
     from ..extracting.extract import extract as run
+    from ..integrations.written_options import drop_rates
 
-    rates = _drop_rates(p)
+    rates = drop_rates(p, "--p")
     with joined_ranks() as ranks:
         with progress_bar("extracting", ranks) as progress:
             package = run(
@@ -309,6 +312,7 @@ def _searched(
 
 
 app.add_typer(studies.app)
+app.add_typer(training.app)
 
 
 @app.command()
@@ -378,15 +382,6 @@ def dequantize(
     typer.echo(f"{out}: {size['parameters']:,} parameters in bfloat16, {size['bytes']:,} bytes")
 
 
-def _drop_rates(given: list[str]) -> float | dict[str, float]:
-    pairs = [item.rpartition("=") for item in given]
-    try:
-        rates = {pattern or "*": float(rate) for pattern, _, rate in pairs}
-    except ValueError as error:
-        raise ConfigError("--p", expected="a number, or PATTERN=NUMBER", found=" ".join(given)) from error
-    return rates["*"] if list(rates) == ["*"] else rates
-
-
 def _settle_process() -> None:
     """Settings for a process that lives for one command: together they halve the time of a small one.
 
@@ -406,7 +401,8 @@ def command() -> NoReturn:
     """The process of `dare-train`: settled for one command, and gone when it is done, without tearing down
     the interpreter.
     """
-    _settle_process()
+    if first_word() != "run":  # what somebody else's command inherits stays as it is
+        _settle_process()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -124,7 +125,17 @@ def expect_models() -> None:
 
 
 def debugging() -> bool:
-    return "--debug" in sys.argv[1:]
+    """Whether tracebacks are wanted: `run --` may be followed by a `--debug` of another command."""
+    return "--debug" in takewhile(_is_option, sys.argv[1:])
+
+
+def first_word() -> str:
+    """The name of the command."""
+    return next((word for word in sys.argv[1:] if not _is_option(word)), "")
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("-")
 
 
 def exit_code(error: DareError | OSError) -> int:

@@ -13,13 +13,13 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..config import DareConfig, Patterns, Rescale, Rounding, Target, Values
+from ..config import DareConfig, Patterns, Rescale, Rounding, Source, Target, Values
 from ..errors import BaseMismatch, ConfigError, SnapshotError
 from ..kernels.backends import checked
 from ..package.reader import DeltaPackage
 from ..parallel.ranks import Ranks, Roll
 from ..parallel.staged_folder import storage_errors, sweep_folder
-from ..weights.live import LiveWeights, Source
+from ..weights.live import LiveWeights
 from ..weights.wrapped import inner_model
 from . import reporting, wandb_snapshots
 from .base_model import FirstLook, Origin, at_hand, begun_at, first_look, kept, loaded_from, recall

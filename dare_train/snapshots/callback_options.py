@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Union, get_args
 
+from ..config import Source
 from ..errors import ConfigError
-from ..weights.live import Source
 
 When = Union[str, int]
 OnError = Literal["warn", "raise"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 
-from ..config import DareConfig
+from ..config import DareConfig, Source
 from ..extracting.plan import dtypes_at_hand
-from ..weights.live import LiveWeights, Reading, Source
+from ..weights.live import LiveWeights, Reading
 from ..weights.protocol import Weights
 
 _log = logging.getLogger("dare_train")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..applying.chain import open_chain
 from ..applying.resolver import Resolver
-from ..config import DareConfig
+from ..config import DareConfig, Source
 from ..dtypes import DType, Words
 from ..errors import SnapshotError
 from ..extracting.assembly import (
@@ -39,7 +39,7 @@ from ..package.reader import DeltaPackage
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging
 from ..weights.adapters_on_files import AdaptersOnFiles
-from ..weights.live import LiveWeights, Source
+from ..weights.live import LiveWeights
 from ..weights.live_lora import Merged
 from ..weights.named_tensors import Live
 from ..weights.protocol import Chosen, TensorInfo, Weights

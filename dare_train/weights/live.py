@@ -26,10 +26,9 @@ from .ownership import Span, Spans, shares
 from .protocol import TensorInfo
 from .sharding import Held, Piece
 
-Source = Literal["weights", "master"]
-"""What is read where an engine trains fp32 masters beside 16-bit weights: the weights, or the masters."""
 Reading = Literal["weights", "master", "finest"]
-"""The same; `finest` are masters where there are some."""
+"""What is read where an engine trains fp32 masters beside 16-bit weights (`config.Source`); `finest` are
+masters where there are some."""
 
 _CODES = {
     torch.float64: "F64",

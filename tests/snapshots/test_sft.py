@@ -11,41 +11,16 @@ from datasets import Dataset
 from engines import EngineAtWork, engine_arguments, run_ranks
 from fine_tunes import QUANTISED
 from peft import LoraConfig
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    set_seed,
 )
 from trl import SFTConfig, SFTTrainer
+from worded_models import save_llama
 
 from dare_train import DareCallback, DeltaPackage, apply, extract
-
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(40))]
-
-
-def save_llama(folder: Path, dtype: torch.dtype = torch.bfloat16, *, tied: bool = True) -> Path:
-    set_seed(9)
-    shape: dict[str, Any] = dict(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=1, tie_word_embeddings=tied)).to(
-        dtype
-    ).save_pretrained(folder)
-    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    return folder
 
 
 def sft(

@@ -1,0 +1,1 @@
+"""Other tools that train: each of them in a small file."""

@@ -1,0 +1,1 @@
+"""What `dare-train run` puts on PYTHONPATH."""
