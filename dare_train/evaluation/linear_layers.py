@@ -225,4 +225,4 @@ def named_places(model: Any, *, adapters: bool = True) -> dict[str, Held]:
             remedy=remedy,
         )
     places = named.places(held)
-    return {file: held[name].part(start, shape) for file, (name, start, shape) in places.items()}
+    return {file: place.held(file, held) for file, place in places.items()}
