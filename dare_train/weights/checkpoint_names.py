@@ -14,8 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..errors import ConfigError
-from .layouts import Block, Place, blocks_of, numbered, widened
+from .layouts import Block, Place, blocks_of, widened
 from .sharding import Held
+from .views import numbered
 
 _WIDTH = 8
 """Elements that stand in for a row, where a conversion keeps rows whole."""

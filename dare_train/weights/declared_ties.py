@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .skeletons import skeleton
+
 Ties = list[frozenset[str]]
 """Sets of names, as modules and as files have them, that stand for one tensor each."""
 
@@ -22,22 +24,8 @@ def declared_ties(config: Mapping[str, Any]) -> Ties | None:
     Args:
         config: the content of a `config.json`.
     """
-    try:
-        import torch
-        import transformers
-    except ImportError:
-        return None
-    name = (config.get("architectures") or [""])[0]
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
-    configuration = getattr(kind, "config_class", None)
-    if kind is None or configuration is None:
-        return None
-    try:
-        with torch.device("meta"):
-            model = kind(configuration.from_dict(dict(config)))
-    except Exception:  # noqa: BLE001 - a configuration of another version, or a model that needs real tensors
-        return None
-    return ties_of(model)
+    model = skeleton(config)
+    return None if model is None else ties_of(model)
 
 
 def ties_of(model: Any) -> Ties:

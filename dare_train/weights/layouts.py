@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
-from .sharding import Held, Piece
 
 Index = NDArray[np.int64]
 _BLOCKS = 1 << 16
@@ -100,50 +98,6 @@ class Place:
         """Whether it is all of one tensor that has this shape in the model."""
         one = len(self.blocks) == 1 and self.blocks[0].is_run
         return one and self.blocks[0].offset == 0 and self.shape == shape
-
-    def held(self, name: str, held: Mapping[str, Held]) -> Held:
-        """What is held of it, given what is held of the model's tensors.
-
-        Raises:
-            ConfigError: it is made of tensors that differ in dtype, or of which an engine keeps masters
-            of some.
-        """
-        first, *others = [held[source] for source in sorted(self.sources)]
-        if not others and self.is_whole(first.shape):
-            return first
-        for other in others:
-            if other.dtype != first.dtype or (other.masters is None) != (first.masters is None):
-                expected = "one dtype, and masters of all or of none, in what files hold as one tensor"
-                found = f"{first.dtype} and {other.dtype}"
-                remedy = "load the model in one dtype, and train all of it or nothing"
-                raise ConfigError(name, expected=expected, found=found, remedy=remedy)
-        masters = None
-        if first.masters is not None:
-            masters = self._pieces(name, {source: held[source].masters or () for source in self.sources})
-        pieces = self._pieces(name, {source: held[source].pieces for source in self.sources})
-        return Held(self.shape, first.dtype, pieces, masters)
-
-    def _pieces(self, name: str, of: Mapping[str, Sequence[Piece]]) -> tuple[Piece, ...]:
-        cut = [
-            _view(name, part, piece)
-            for block in self.blocks
-            for piece in of[block.source]
-            for part in block.within(piece.start, piece.stop)
-        ]
-        return tuple(sorted(cut, key=lambda piece: piece.start))
-
-
-def _view(name: str, block: Block, piece: Piece) -> Piece:
-    """A block that lies in a piece, as a piece of the file's tensor."""
-    begin = piece.offset + block.offset - piece.start
-    if block.is_run:
-        return Piece(block.start, block.length, piece.tensor, begin, piece.parent)
-    tensor = piece.tensor.detach()
-    if not tensor.is_contiguous():
-        expected = "a parameter that lies contiguously, since its files have it in another order"
-        raise ConfigError(name, expected=expected, found=f"strides {tensor.stride()}")
-    view = tensor.as_strided(block.shape, block.strides, tensor.storage_offset() + begin)
-    return Piece(block.start, block.length, view, 0, piece.owner)
 
 
 def blocks_of(name: str, index: Index, bounds: Mapping[str, tuple[int, int]]) -> tuple[Block, ...]:
@@ -230,20 +184,3 @@ def _scaled(block: Block, narrow: int, real: int) -> Block | None:
     shape = [count // narrow * real if a else count for count, a in zip(block.shape, along, strict=True)]
     strides = [1 if a else stride // narrow * real for stride, a in zip(block.strides, along, strict=True)]
     return replace(block, offset=block.offset // narrow * real, shape=tuple(shape), strides=tuple(strides))
-
-
-def numbered(
-    shapes: Mapping[str, tuple[int, ...]],
-) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, int]]]:
-    """A stand-in for each tensor, whose elements say where they lie, one tensor behind the other; and the
-    bounds of each.
-    """
-    stand_ins = {}
-    bounds = {}
-    begin = 0
-    for name, shape in shapes.items():
-        end = begin + prod(shape)
-        stand_ins[name] = torch.arange(begin, end).reshape(shape)
-        bounds[name] = begin, end
-        begin = end
-    return stand_ins, bounds

@@ -28,6 +28,7 @@ from .ownership import Span, Spans, shares
 from .protocol import TensorInfo
 from .sharding import Held, Piece
 from .viewed_updates import in_files
+from .views import held_in
 
 Source = Literal["weights", "master"]
 """What is read where an engine trains fp32 masters beside 16-bit weights: the weights, or the masters."""
@@ -109,7 +110,7 @@ class LiveWeights:
         held = engines.held(named.tensors.items(), self._module)
         self._places = named.places(held)
         self._shapes = {name: tensor.shape for name, tensor in held.items()}
-        held = {file: place.held(file, held) for file, place in self._places.items()}
+        held = {file: held_in(place, file, held) for file, place in self._places.items()}
         if source == "master":
             _check_masters(held)
         if source != "weights":

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import ConfigError
 from .live_lora import MERGE, is_lora, tuner_layers
-from .low_rank import LowRank, Matrix, Stacked
+from .low_rank import LowRank, Matrix, Stacked, stacked_factors
 from .packed import packing
 from .sharding import is_dtensor
 
@@ -185,16 +185,6 @@ def _of_parameter(module: str, layer: Any, adapter: str) -> Stacked:
         expected = f"factors of {list(shape)}"
         raise ConfigError(name, expected=expected, found=f"{list(a.shape)} and {list(b.shape)}", remedy=MERGE)
     return stacked
-
-
-def stacked_factors(a: Matrix, b: Matrix, count: int, *, scaling: float, transposed: bool) -> Stacked:
-    """As PEFT lays out the factors of `count` experts: A [experts · rank, in], B [out, rank · experts]."""
-    by_expert = a.reshape(count, -1, a.shape[1])
-    experts = tuple(
-        LowRank(a=by_expert[number], b=b[:, number::count], scaling=scaling, transposed=transposed)
-        for number in range(count)
-    )
-    return Stacked(experts=experts, height=a.shape[1] if transposed else b.shape[0])
 
 
 def _check_layer(module: str, layer: Any, variant: str | None) -> None:

@@ -138,6 +138,16 @@ class Stacked:
         return found
 
 
+def stacked_factors(a: Matrix, b: Matrix, count: int, *, scaling: float, transposed: bool) -> Stacked:
+    """As PEFT lays out the factors of `count` experts: A [experts · rank, in], B [out, rank · experts]."""
+    by_expert = a.reshape(count, -1, a.shape[1])
+    experts = tuple(
+        LowRank(a=by_expert[number], b=b[:, number::count], scaling=scaling, transposed=transposed)
+        for number in range(count)
+    )
+    return Stacked(experts=experts, height=a.shape[1] if transposed else b.shape[0])
+
+
 def merged_words(
     base: Readable,
     updates: Sequence[Update],

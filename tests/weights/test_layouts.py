@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dare_train.errors import ConfigError
-from dare_train.weights.layouts import Block, Place, blocks_of, numbered, widened
+from dare_train.weights.layouts import Block, Place, blocks_of, widened
 from dare_train.weights.sharding import Held, Piece
+from dare_train.weights.views import held_in, numbered
 
 SHAPES = {"a": (4, 6, 10), "b": (8, 10), "c": (5, 10)}
 
@@ -65,7 +66,7 @@ def test_pieces_are_views_however_a_model_is_cut(what: str, edges: tuple[int, ..
         cuts = sorted({min(edge, flat.numel()) for edge in edges})
         pieces = tuple(Piece(s, e - s, flat[s:e]) for s, e in zip(cuts, cuts[1:], strict=False))
         held[name] = Held(tensor.shape, tensor.dtype, pieces)
-    got = place.held(what, held)
+    got = held_in(place, what, held)
     expected = views(*tensors.values())[what]
     assert got.shape == tuple(expected.shape)
     out = torch.full((expected.numel(),), torch.nan)
@@ -110,5 +111,5 @@ def test_parts_of_one_tensor_have_one_dtype() -> None:
     }
     place = Place((4,), (Block(0, "a", 0, (2,), (1,)), Block(2, "b", 0, (2,), (1,))))
     with pytest.raises(ConfigError, match=r"ab: expected one dtype.* found torch.float32 and torch.bfloat16"):
-        place.held("ab", held)
+        held_in(place, "ab", held)
     assert prod(place.shape) == 4
