@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .alignment import align
+from .alignment import align, without_prefix
 from .layouts import Place
 from .lora_config import AdapterConfig
 from .protocol import TensorInfo, Weights
@@ -98,30 +98,39 @@ def plain(base: Weights) -> Modules:
     return Modules(base=base, places=places, shapes=shapes)
 
 
-def by_class(base: Weights, modules: Collection[str], config: AdapterConfig, label: str) -> Modules | None:
+def by_class(
+    base: Weights, modules: Collection[str], config: AdapterConfig, label: str, *, own: bool = False
+) -> Modules | None:
     """As the base's class has them, or the one that the adapter was trained on; None where no such class is
     known here, or where it does not have some of the modules.
+
+    Args:
+        own: ask the base's class alone.
     """
     fields = _config(base)
+    (itself,) = (fields.get("architectures") or ("",))[:1]
     tasks = [class_for_task(name, fields) for name in config.classes]
-    for name in dict.fromkeys((*config.classes, *tasks, *(fields.get("architectures") or ())[:1])):
+    for name in dict.fromkeys((itself,) if own else (*config.classes, *tasks, itself)):
         model = skeleton(fields, name) if isinstance(name, str) else None
         if model is None:
             continue
         known = {of for of, _ in model.named_modules()}
         if all(_BASE_LAYERS.sub("", module) in known for module in modules):
-            return _of_model(base, model, label)
+            return _of_model(base, model, label, own=name == itself)
     return None
 
 
-def _of_model(base: Weights, model: Any, label: str) -> Modules:
+def _of_model(base: Weights, model: Any, label: str, *, own: bool) -> Modules:
+    """`own`: the files are of this class, and say what tensors are called."""
     from .named_tensors import NamedTensors
     from .sharding import held as held_of
 
     named = NamedTensors(model)
     held = held_of(named.tensors.items(), model)
     places = named.places(held)
-    aligned, _ = align(base, places.keys(), model=label)
+    aligned, prefix = align(base, places.keys(), model=label)
+    if own:
+        aligned, places = base, {without_prefix(file, prefix): place for file, place in places.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
     return Modules(base=aligned, places=places, shapes=shapes, model=model)
 

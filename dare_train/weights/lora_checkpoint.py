@@ -115,17 +115,18 @@ def _modules(
 ) -> Modules:
     """The modules that the adapter is about: by the names of the base's files, where these have them all."""
     weights = {f"{module}.weight" for module in factors}
+    named = {*factors, *(name.rpartition(".")[0] for name in full)}
     found = None
     if not config.parameters and base.tensors:
         try:
-            aligned, _ = align(base, {*weights, *full}, model=adapter.label)
+            aligned, prefix = align(base, {*weights, *full}, model=adapter.label)
         except TensorMismatch:
-            aligned = base
+            aligned, prefix = base, ""
         known = all(name in aligned.tensors or config.adds(name) for name in (*weights, *full))
         found = plain(aligned)
         if known and not _lie_both_ways(factors, found, adapter):
-            return found
-    named = {*factors, *(name.rpartition(".")[0] for name in full)}
+            itself = by_class(base, named, config, adapter.label, own=True) if prefix else None
+            return itself or found
     by_its_class = by_class(base, named, config, adapter.label)
     if by_its_class is not None:
         return by_its_class

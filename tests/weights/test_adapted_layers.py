@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
+    DINOv3ViTBackbone,
+    DINOv3ViTConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -74,6 +76,11 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         ViTForImageClassification,
         lambda: ViTConfig(**IMAGE, num_labels=3),
         dict(target_modules=["projection", "q_proj", "fc1"], use_dora=True),
+    ),
+    "files without the prefix of their modules": (
+        DINOv3ViTBackbone,
+        lambda: DINOv3ViTConfig(**IMAGE),
+        dict(target_modules="all-linear"),
     ),
     "rows that files join": (
         Dinov2ForImageClassification,

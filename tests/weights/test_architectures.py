@@ -18,7 +18,7 @@ from zoo.catalogue import MOST_USED, architectures, named  # noqa: E402
 from zoo.table import summary, table  # noqa: E402
 from zoo.trial import STEPS, Outcome, Record, tried  # noqa: E402
 
-WITHOUT_LORA: set[str] = set()
+WITHOUT_LORA = {"MambaForCausalLM"}
 """Of those, what PEFT cannot adapt or merge."""
 
 
