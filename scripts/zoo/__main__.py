@@ -29,7 +29,8 @@ def main() -> None:
     done = [record for one in chosen if (record := read(options.out, one.name)) is not None]
     print(summary(done))
     if options.table:
-        options.table.write_text(table(done))
+        known = {record.name for record in done}
+        options.table.write_text(table(done, [one.name for one in chosen if one.name not in known]))
 
 
 def _try(one: Architecture, out: Path) -> None:

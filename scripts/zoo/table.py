@@ -49,7 +49,7 @@ def summary(records: Sequence[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table(records: Sequence[Record]) -> str:
+def table(records: Sequence[Record], untried: Sequence[str] = ()) -> str:
     """The page: counts, then what is not right and why, then what was not built, then all names."""
     parts = [_HEAD.format(**_versions()), summary(records), "\n## What is not right\n"]
     parts += [f"* {line}\n" for line in _not_right(records, ("wrong", "refused"))] or ["Nothing.\n"]
@@ -61,6 +61,8 @@ def table(records: Sequence[Record]) -> str:
     for kind in sorted({record.kind for record in records}):
         names = ", ".join(record.name for record in records if record.kind == kind and record.steps)
         parts.append(f"**{kind}**: {names}\n\n")
+    if untried:
+        parts.append(f"## What was not tried yet\n\n{', '.join(untried)}\n")
     return "".join(parts).rstrip() + "\n"
 
 

@@ -53,9 +53,10 @@ def test_records_are_kept_and_told(tmp_path: Path) -> None:
     assert records.read(tmp_path / "records", "D") is None
     assert "3 classes of 3 model types, 2 of them built." in summary(made)
     assert "| merge | 1 | 0 | 1 | 0 |" in summary(made)
-    page = table(made)
+    page = table(made, ["E"])
     assert "* merge, refused: B: x in why\n" in page
     assert "* C: no default\n" in page
+    assert page.endswith("## What was not tried yet\n\nE\n")
 
 
 def test_parts_of_the_work_tile_it(capsys: pytest.CaptureFixture[str]) -> None:
