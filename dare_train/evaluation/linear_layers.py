@@ -15,6 +15,7 @@ from ..weights import sharding as engines
 from ..weights.live import LiveWeights
 from ..weights.named_tensors import NamedTensors
 from ..weights.sharding import Held
+from ..weights.views import held_in
 
 Batch = Mapping[str, Any]
 """Arguments of the model by name. Tensors have one row for each example."""
@@ -225,4 +226,4 @@ def named_places(model: Any, *, adapters: bool = True) -> dict[str, Held]:
             remedy=remedy,
         )
     places = named.places(held)
-    return {file: held[name].part(start, shape) for file, (name, start, shape) in places.items()}
+    return {file: held_in(place, file, held) for file, place in places.items()}

@@ -74,6 +74,7 @@ class Merged:
     Attributes:
         label: what messages call it.
         tensors: dtype and shape by name.
+        untied: whether it has apart what the base's configuration may say is one, such as a head.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class Merged:
         gram: Sequence[Statistics] = (),
         threads: int = 1,
         devices: Devices | None = None,
+        untied: bool = False,
     ) -> None:
+        self.untied = untied
         self.folder: Path | None = None
         self.label = f"{method.name} of {', '.join(model.label for model in inputs)}"
         self.recipe = recipe

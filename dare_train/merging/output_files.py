@@ -17,11 +17,11 @@ from ..weights.protocol import TensorInfo
 from .config.recipe import DTYPE_NAMES
 from .merge_report import MergeReport
 from .merged_weights import Merged
+from .models.heads import embeddings_in
 from .models.inputs import Input, PackageInput
 from .models.matching import Fate
 from .models.merged_tokenizer import write_tokenizer
 from .models.model_files import config_of, files_in, own_files
-from .models.naming import EMBEDDINGS, HEADS
 from .models.tokenizer_files import is_tokenizer_file
 from .models.vocabulary import Vocabulary
 
@@ -119,14 +119,14 @@ def _settle_config(merged: Merged, staging: Path, *, described: bool) -> None:
             *map(_vocabulary_sizes, [merged.base.tensors, *(model.tensors for model in merged.inputs)])
         )
         config = _with(config, "vocab_size", min(rows), instead_of=sizes)
-    if any(map(_is_untied, merged.inputs)) and config.get("tie_word_embeddings", True):
+    if merged.untied and config.get("tie_word_embeddings", True):
         config = _with(config, "tie_word_embeddings", False, add=True)
     if before and config != before:
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _vocabulary_sizes(tensors: Mapping[str, TensorInfo]) -> set[int]:
-    return {info.shape[0] for name, info in tensors.items() if name.endswith(EMBEDDINGS)}
+    return {tensors[name].shape[0] for name in embeddings_in(tensors)}
 
 
 def _with(
@@ -146,17 +146,6 @@ def _with(
     }
     here = (instead_of is None or config[key] in instead_of) if key in config else add
     return {**config, **parts, **({key: value} if here else {})}
-
-
-def _is_untied(model: Input) -> bool:
-    """Whether a model has a head of its own. Where it has a configuration, that says so: tied heads may be
-    written twice.
-    """
-    has_head = any(
-        name.endswith(HEADS) and name_in_model.endswith(HEADS) for name, name_in_model in model.names.items()
-    )
-    config = config_of(own_files(model.folder))
-    return has_head and not config.get("tie_word_embeddings", bool(config))
 
 
 def write_record(report: MergeReport, staging: Path) -> None:

@@ -63,7 +63,8 @@ def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> Prepar
     _check(recipe, method)
     base = open_weights(task.base)
     folder = base.folder if isinstance(base, Checkpoint) else None
-    named, inputs, prefix = open_models(base, task.models, rename=recipe.rename, cast_base=recipe.cast_base)
+    opening = open_models(base, task.models, rename=recipe.rename, cast_base=recipe.cast_base)
+    named, inputs = opening.base, opening.inputs
     growth = Growth(named, folder, inputs, recipe.tokenizer)
     places = {model.model: number for number, model in enumerate(recipe.models)}
     choices = Choices(
@@ -86,8 +87,9 @@ def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> Prepar
         ),
         threads=thread_share(ranks),
         devices=_devices(device, named),
+        untied=opening.untied,
     )
-    return PreparedMerge(merged=merged, base=base, base_folder=folder, prefix=prefix, growth=growth)
+    return PreparedMerge(merged=merged, base=base, base_folder=folder, prefix=opening.prefix, growth=growth)
 
 
 def _devices(given: DeviceLike | None, base: Weights) -> Devices | None:

@@ -17,7 +17,7 @@ from ..extracting.plan import TensorPlan
 from ..kernels import cpu
 from ..package.codec import group_length
 from ..package.masks import Mask
-from ..weights.low_rank import LowRank, Readable, merged_words
+from ..weights.low_rank import Readable, Update, merged_words
 from ..weights.protocol import TensorInfo, Weights
 
 
@@ -118,7 +118,7 @@ class Spread:
         return words
 
 
-def merged(base: Weights, run: Taken, updates: list[LowRank]) -> Words:
+def merged(base: Weights, run: Taken, updates: list[Update]) -> Words:
     """The words of a run with adapters merged into it: the kept ones of a delta, else all."""
     plan = run.plan
     info = TensorInfo(base.tensors[plan.name].dtype, plan.info.shape)

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..parallel.threads import ordered_map
 from ..weights.live import LiveWeights
 from ..weights.live_lora import MERGE
-from ..weights.low_rank import LowRank
+from ..weights.low_rank import Update
 from ..weights.ownership import Spans
 from ..weights.protocol import SEGMENT, Weights, runs
 
@@ -35,7 +35,7 @@ def most(live: LiveWeights, base: Weights, names: Collection[str], *, besides: C
 
 
 def adapted_apart(
-    live: LiveWeights, base: Weights, updates: Mapping[str, Sequence[LowRank]]
+    live: LiveWeights, base: Weights, updates: Mapping[str, Sequence[Update]]
 ) -> frozenset[str]:
     """Tensors under an adapter that are not what the base's files have, or can change while the adapter is
     trained: they are read in memory. All ranks call it together.
@@ -53,7 +53,7 @@ def adapted_apart(
     apart |= (updates.keys() & live.trained) | (updates.keys() - base.tensors.keys())
     for name in sorted(apart):
         whole = live.held[name] == ((0, live.tensors[name].numel),)
-        if not whole and any(update.magnitude is not None for update in updates[name]):
+        if not whole and any(update.by_rows for update in updates[name]):
             expected = "a base as in its files, under DoRA on several ranks"
             raise ConfigError(name, expected=expected, found="another in memory", remedy=MERGE)
     return frozenset(apart)

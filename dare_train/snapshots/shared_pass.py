@@ -21,7 +21,7 @@ from ..parallel.ranks import in_shares
 from ..parallel.threads import ordered_map, thread_count
 from ..weights.live import LiveWeights, Reading
 from ..weights.live_lora import Merged
-from ..weights.low_rank import LowRank
+from ..weights.low_rank import Update
 from ..weights.named_tensors import Live
 from ..weights.ownership import Spans
 from ..weights.protocol import TensorInfo, Weights
@@ -86,7 +86,7 @@ class Job:
 
     plans: list[TensorPlan]
     taken: list[Taken]
-    updates: Mapping[str, list[LowRank]]
+    updates: Mapping[str, list[Update]]
     """What adapters did to the base, by tensor."""
     failure: Exception | None
     """What went wrong while copying; the ranks hear of it when they meet."""
@@ -155,7 +155,7 @@ class _Pass(NamedTuple):
 
     plans: list[list[TensorPlan]]
     taken: list[list[Taken]]
-    updates: Mapping[str, list[LowRank]]
+    updates: Mapping[str, list[Update]]
 
 
 class _Run(NamedTuple):

@@ -276,8 +276,9 @@ def _shortened(targets: list[torch.Tensor], live: LiveWeights, kept: _Kept) -> l
         for piece in held.pieces if held.masters is None else held.masters:
             target = next((candidate for candidate in targets if _lies_in(piece, candidate)), None)
             if target is not None:
-                begin = int(piece.tensor.storage_offset() + piece.offset - target.storage_offset())
-                places[id(target)].append(begin + kept.positions(name, piece.start, piece.length))
+                begin = int(piece.owner.storage_offset() - target.storage_offset())
+                positions = kept.positions(name, piece.start, piece.length)
+                places[id(target)].append(begin + piece.places(positions))
                 whole[id(target)] &= kept.whole(name)
     return [
         _Short(target, torch.from_numpy(np.sort(np.concatenate(places[id(target)]))).to(target.device))
@@ -288,15 +289,16 @@ def _shortened(targets: list[torch.Tensor], live: LiveWeights, kept: _Kept) -> l
 
 def _lies_in(piece: Piece, target: torch.Tensor) -> bool:
     """Whether a piece of the model is a piece of what the optimizer works on."""
-    if piece.tensor is target:
+    if piece.owner is target:
         return True
     if (
         piece.tensor.device != target.device
         or piece.tensor.untyped_storage().data_ptr() != target.untyped_storage().data_ptr()
     ):
         return False
-    begin = piece.tensor.storage_offset() + piece.offset - target.storage_offset()
-    return piece.tensor.dtype == target.dtype and begin >= 0 and begin + piece.length <= target.numel()
+    begin = int(piece.owner.storage_offset() - target.storage_offset())
+    first, last = begin + piece.places(np.array([0, piece.length - 1]))
+    return piece.tensor.dtype == target.dtype and bool(first >= 0 and last < target.numel())
 
 
 def _masked_gradients(model: torch.nn.Module, live: LiveWeights, kept: _Kept) -> Iterator[Any]:
@@ -306,16 +308,16 @@ def _masked_gradients(model: torch.nn.Module, live: LiveWeights, kept: _Kept) ->
     parameters = {id(parameter) for parameter in unwrapped(model).parameters() if parameter.requires_grad}
     places: dict[int, list[NDArray[np.int64]]] = {}
     tensors: dict[int, torch.Tensor] = {}
-    for name, tensor in checkpoint_tensors(model):
-        gathered = (
-            (Piece(0, live.tensors[name].numel, tensor),) if hasattr(tensor, "ds_tensor") else None
-        )  # by ZeRO-3, for backward
-        for piece in gathered or (live.holding(name).pieces if name in live.tensors else ()):
-            if id(piece.tensor) in parameters and not kept.whole(name):
-                tensors[id(piece.tensor)] = piece.tensor
-                places.setdefault(id(piece.tensor), []).append(
-                    piece.offset + kept.positions(name, piece.start, piece.length)
-                )
+    # By ZeRO-3, for backward.
+    gathered = {name: tensor for name, tensor in checkpoint_tensors(model) if hasattr(tensor, "ds_tensor")}
+    for name, info in live.tensors.items():
+        whole = (Piece(0, info.numel, gathered[name]),) if name in gathered else None
+        for piece in whole or live.holding(name).pieces:
+            owner = piece.owner
+            if id(owner) in parameters and not kept.whole(name):
+                tensors[id(owner)] = owner
+                positions = kept.positions(name, piece.start, piece.length)
+                places.setdefault(id(owner), []).append(piece.places(positions))
     for key, tensor in tensors.items():
         hooked: Any = tensor
         yield hooked.register_hook(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -19,12 +20,15 @@ from ..parallel.ranks import Ranks
 from ..parallel.threads import once
 from . import lora_updates
 from . import sharding as engines
+from .layouts import Place
 from .live_lora import MERGE
-from .low_rank import LowRank
+from .low_rank import Update
 from .named_tensors import Live, NamedTensors, tied
 from .ownership import Span, Spans, shares
 from .protocol import TensorInfo
 from .sharding import Held, Piece
+from .viewed_updates import in_files
+from .views import held_in
 
 Reading = Literal["weights", "master", "finest"]
 """What is read where an engine trains fp32 masters beside 16-bit weights (`config.Source`); `finest` are
@@ -104,7 +108,8 @@ class LiveWeights:
         self._parameters = named.tensors
         held = engines.held(named.tensors.items(), self._module)
         self._places = named.places(held)
-        held = {file: held[name].part(start, shape) for file, (name, start, shape) in self._places.items()}
+        self._shapes = {name: tensor.shape for name, tensor in held.items()}
+        held = {file: held_in(place, file, held) for file, place in self._places.items()}
         if source == "master":
             _check_masters(held)
         if source != "weights":
@@ -117,13 +122,12 @@ class LiveWeights:
         self.tensors = {
             name: TensorInfo(_dtype_of(name, tensor.dtype), tensor.shape) for name, tensor in held.items()
         }
-        self.held: Spans = {
-            name: tuple((piece.start, piece.stop) for piece in tensor.pieces) for name, tensor in held.items()
-        }
+        self.held: Spans = {name: _spans(tensor) for name, tensor in held.items()}
 
     def _in_files(self, names: Collection[str]) -> frozenset[str]:
         """What checkpoints call tensors that the model calls so."""
-        return frozenset(file for file, (name, _, _) in self._places.items() if name in names)
+        names = frozenset(names)
+        return frozenset(file for file, place in self._places.items() if place.sources & names)
 
     @once
     def shares(self) -> Mapping[str, tuple[tuple[Span, ...], ...]]:
@@ -163,7 +167,7 @@ class LiveWeights:
             for name, info in self.tensors.items()
         )
 
-    def updates(self) -> dict[str, list[LowRank]]:
+    def updates(self) -> dict[str, list[Update]]:
         """What adapters do to the base, by tensor, copied. All ranks call it together.
 
         Raises:
@@ -172,18 +176,17 @@ class LiveWeights:
         """
         if not self.adapted:
             return {}
-        in_files = {name: file for file, (name, _, _) in self._places.items()}
-        whole = {name for name, start, _ in self._places.values() if start == 0}
         aliases = tied(self._inner.model)
         found = lora_updates.updates(self._module, self._inner.path)
         once = lora_updates.once_where_tied(found, aliases)
         lora_updates.check_tied(self._module, self._inner.path, aliases)
-        by_tensor = {}
-        for name, updates in once.items():
-            if name not in whole and name.rpartition(".")[0] not in self.packed:
+        of_packed = {name for name in once if name.rpartition(".")[0] in self.packed}
+        places = {**self._places, **{name: Place.whole(name, ()) for name in of_packed}}
+        known = {source for place in places.values() for source in place.sources}
+        for name in once:
+            if name not in known:
                 raise _no_tensor_for(name)
-            by_tensor[in_files.get(name, name)] = updates
-        return by_tensor
+        return in_files(once, places, self._shapes)
 
     def read(self, name: str, start: int, count: int) -> Words:
         pieces = self._within(self._held[name].pieces, start, start + count)
@@ -296,6 +299,15 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def _as_tensor(words: Words, dtype: torch.dtype) -> torch.Tensor:
     bits = words.view(f"i{words.itemsize}" if words.itemsize > 1 else "u1")
     return torch.from_numpy(bits if bits.flags.writeable else bits.copy()).view(dtype)
+
+
+def _spans(held: Held) -> tuple[Span, ...]:
+    """[start, stop) of the pieces, or of all of it: other ranks are to see the same cuts where it is not
+    whole.
+    """
+    spans = tuple((piece.start, piece.stop) for piece in held.pieces)
+    whole = ((0, prod(held.shape)),)
+    return whole if len(spans) > 1 and sum(stop - start for start, stop in spans) == whole[0][1] else spans
 
 
 def _no_tensor_for(name: str) -> ConfigError:

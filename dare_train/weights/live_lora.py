@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from .low_rank import LowRank, merged_words
+from .low_rank import Update, merged_words
 from .protocol import TensorInfo, Weights
 from .sharding import clean
 from .wrapped import is_peft_model
 
 MERGE = "merge_and_unload() and save the model, then dare-train extract"
 _FACTORS = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.")
+_BASE_LAYERS = re.compile(r"(\.base_layer)+\.")
 _COPY = re.compile(r"(?P<module>.*)\.(original_module|modules_to_save\.(?P<adapter>[^.]+))\.(?P<tensor>.*)")
 
 
@@ -70,7 +71,7 @@ class MergedNames:
         """The name after merging; None for what is not there then, such as a factor."""
         if _FACTORS.search(f"{name}."):
             return None
-        name = name.replace(".base_layer.", ".")
+        name = _BASE_LAYERS.sub(".", name)
         copy = _COPY.fullmatch(name)
         if copy is None:
             return name
@@ -108,7 +109,7 @@ def _check_kinds(module: Any) -> None:
             if getattr(config, "is_prompt_learning", False):
                 remedy = "what it trains changes no weights: train LoRA, or leave the callback out"
             raise ConfigError(f"adapter {name!r}", expected="a LoRA adapter", found=kind, remedy=remedy)
-        for option in ("target_parameters", "trainable_token_indices", "layer_replication"):
+        for option in ("trainable_token_indices", "layer_replication"):
             value = getattr(config, option, None)
             if value:
                 found = repr(value)
@@ -152,7 +153,7 @@ class Merged:
     """
 
     def __init__(
-        self, base: Weights, updates: Mapping[str, list[LowRank]], tensors: Mapping[str, TensorInfo]
+        self, base: Weights, updates: Mapping[str, list[Update]], tensors: Mapping[str, TensorInfo]
     ) -> None:
         self.label = base.label
         self.tensors = tensors

@@ -13,16 +13,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from ..dtypes import Words, cast, to_float
+from ..dtypes import DType, Words, cast, to_float
 from ..errors import CheckpointError, TensorMismatch
+from .adapted_modules import Modules, Parameter, by_class, plain
 from .alignment import align
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SINGLE, Checkpoint
+from .layouts import Place
 from .lora_config import MERGE, AdapterConfig
-from .low_rank import LowRank, Matrix, finest, merged_words
+from .low_rank import LowRank, Matrix, Stacked, Update, finest, merged_words, stacked_factors
 from .protocol import SEGMENT, TensorInfo, Weights, runs
+from .viewed_updates import in_files
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<part>embedding_A|embedding_B|magnitude_vector|[AB])(?:\.weight|(?P<bias>\.bias))?"
@@ -68,52 +72,151 @@ class AdapterWeights:
         if not factors:
             expected = "factors lora_A and lora_B"
             raise CheckpointError(adapter.label, expected=expected, found=f"{len(full)} other tensors")
-        aligned, _ = align(base, {*(f"{module}.weight" for module in factors), *full}, model=adapter.label)
+        modules = _modules(base, adapter, factors, full, config)
         self._adapter = adapter
-        copies = _without_copies(full, aligned, adapter, config)
-        self._plain = _Plain(aligned, adapter, copies, rounded=not unrounded)
-        self._updates = dict(_updates(factors, self._plain, adapter, config))
-        self._last: tuple[str, LowRank] | None = None
-        merging = {name: self._plain.tensors[name] for name in self._updates} if unrounded else {}
+        self._modules = modules
+        copies = _without_copies(full, modules, adapter, config)
+        self._plain = _Plain(modules, adapter, copies, rounded=not unrounded)
+        self._updates = dict(_updates(factors, modules, self._plain.in_modules, adapter, config))
+        self._last: tuple[str, list[Update]] | None = None
+        self._adapted = {
+            name for name, place in self._plain.places.items() if place.sources & self._updates.keys()
+        }
+        merging = {name: self._plain.tensors[name] for name in self._adapted} if unrounded else {}
         self.tensors = {**self._plain.tensors, **{name: finest(info) for name, info in merging.items()}}
-        self.whole = frozenset(name for name in full if config.adds(name))
+        added = {name for name in full if config.adds(name)}
+        self.whole = frozenset(name for name, place in self._plain.places.items() if place.sources <= added)
         """Tensors of `modules_to_save`, such as a new head: a package carries them as they are."""
 
     def read(self, name: str, start: int, count: int) -> Words:
-        if name not in self._updates:
+        if name not in self._adapted:
             return self._plain.read(name, start, count)
         info, into = self._plain.tensors[name], self.tensors[name].dtype
-        return merged_words(self._plain, [self._low_rank(name)], info, name, start, count, into=into)
+        return merged_words(self._plain, self._loaded(name), info, name, start, count, into=into)
 
-    def _low_rank(self, name: str) -> LowRank:
-        """The update of one tensor; the last one is remembered, since tensors are read run by run."""
+    def _loaded(self, name: str) -> list[Update]:
+        """The updates of one tensor; the last ones are remembered, since tensors are read run by run."""
         last = self._last
         if last is None or last[0] != name:
-            last = self._last = (name, self._updates[name].load(self._adapter))
+            place = self._plain.places[name]
+            sources = place.sources & self._updates.keys()
+            found = {source: [self._updates[source].load(self._adapter)] for source in sources}
+            shapes = {source: info.shape for source, info in self._plain.in_modules.items()}
+            last = self._last = (name, in_files(found, {name: place}, shapes)[name])
         return last[1]
+
+
+def _modules(
+    base: Weights,
+    adapter: Checkpoint,
+    factors: Mapping[str, Mapping[str, str]],
+    full: Mapping[str, str],
+    config: AdapterConfig,
+) -> Modules:
+    """The modules that the adapter is about: by the names of the base's files, where these have them all."""
+    weights = {f"{module}.weight" for module in factors}
+    named = {*factors, *(name.rpartition(".")[0] for name in full)}
+    found = None
+    if not config.parameters and base.tensors:
+        try:
+            aligned, prefix = align(base, {*weights, *full}, model=adapter.label)
+        except TensorMismatch:
+            aligned, prefix = base, ""
+        known = all(name in aligned.tensors or config.adds(name) for name in (*weights, *full))
+        found = plain(aligned)
+        if known and not _lie_both_ways(factors, found, adapter):
+            itself = by_class(base, named, config, adapter.label, own=True) if prefix else None
+            return itself or found
+    by_its_class = by_class(base, named, config, adapter.label)
+    if by_its_class is not None:
+        return by_its_class
+    if found is None:
+        where = f"{config.path}: target_parameters"
+        expected = "a base whose config.json names a class of transformers that has them"
+        raise CheckpointError(where, expected=expected, found=f"none such at {base.label}", remedy=MERGE)
+    aligned, _ = align(base, {*weights, *full}, model=adapter.label)
+    return plain(aligned)
+
+
+def _lie_both_ways(factors: Mapping[str, Mapping[str, str]], modules: Modules, adapter: Checkpoint) -> bool:
+    """Whether some weights certainly lie as [out, in] and others as [in, out], so that square ones may be
+    either.
+    """
+    ways: set[bool] = set()
+    for module, parts in factors.items():
+        info = modules.tensors.get(f"{module}.weight")
+        if info is not None and len(info.shape) == 2 and "A" in parts and "B" in parts:
+            shape = (adapter.tensors[parts["B"]].shape[0], adapter.tensors[parts["A"]].shape[-1])
+            if shape[0] != shape[1]:
+                ways.add(shape != info.shape)
+    return len(ways) == 2
 
 
 class _Plain:
     """What the adapter's updates are added to: tensors of the base, or what the adapter has for them."""
 
-    def __init__(self, base: Weights, adapter: Weights, keys: Mapping[str, str], *, rounded: bool) -> None:
-        self.label = base.label
-        self._base = base
+    def __init__(self, modules: Modules, adapter: Weights, keys: Mapping[str, str], *, rounded: bool) -> None:
+        self.label = modules.label
+        self._base = modules.base
         self._adapter = adapter
         self._keys = keys
-        self.tensors = dict(base.tensors)
-        for name, key in keys.items():
-            info = adapter.tensors[key]
-            base_info = base.tensors.get(name)
-            if base_info is not None and base_info.dtype.can_be_delta and info.dtype.can_be_delta:
-                finer = info.dtype.mantissa_bits > base_info.dtype.mantissa_bits
-                info = info if finer and not rounded else TensorInfo(base_info.dtype, info.shape)
-            self.tensors[name] = info
+        self.in_modules = dict(modules.tensors)
+        """What modules have, in the dtypes of the files."""
+        placed = {source for place in modules.places.values() for source in place.sources}
+        unplaced = {name: adapter.tensors[key].shape for name, key in keys.items() if name not in placed}
+        beside = {name: Place.whole(name, shape) for name, shape in unplaced.items()}
+        resized = {
+            name: Place.whole(source, adapter.tensors[keys[source]].shape)
+            for name, place in modules.places.items()
+            for source in place.sources & keys.keys()
+            if place.is_whole(modules.shapes[source])
+        }
+        self.places = {**modules.places, **resized, **beside}
+        self.tensors = dict(self._base.tensors)
+        for name, place in self.places.items():
+            trained = [keys[source] for source in sorted(place.sources) if source in keys]
+            if trained:
+                shape = place.shape if place.sources - keys.keys() else self._shape(place, trained)
+                info = TensorInfo(adapter.tensors[trained[0]].dtype, shape)
+                self.tensors[name] = self._info(name, info, rounded)
+        for source, key in keys.items():
+            self.in_modules[source] = TensorInfo(self._dtype_of(source), adapter.tensors[key].shape)
+
+    def _shape(self, place: Place, trained: list[str]) -> tuple[int, ...]:
+        """A module that was trained in full may have other rows than the base's, such as a new head."""
+        return self._adapter.tensors[trained[0]].shape if len(trained) == 1 else place.shape
+
+    def _info(self, name: str, info: TensorInfo, rounded: bool) -> TensorInfo:
+        base_info = self._base.tensors.get(name)
+        if base_info is not None and base_info.dtype.can_be_delta and info.dtype.can_be_delta:
+            finer = info.dtype.mantissa_bits > base_info.dtype.mantissa_bits
+            return info if finer and not rounded else TensorInfo(base_info.dtype, info.shape)
+        return info
+
+    def _dtype_of(self, source: str) -> DType:
+        of = (name for name, place in self.places.items() if source in place.sources)
+        return self.tensors[next(of)].dtype
 
     def read(self, name: str, start: int, count: int) -> Words:
-        if name not in self._keys:
+        place = self.places.get(name)
+        trained = place.sources & self._keys.keys() if place is not None else ()
+        if place is None or not trained:
             return self._base.read(name, start, count)
-        key = self._keys[name]
+        if len(place.blocks) == 1 and place.blocks[0].is_run and not place.blocks[0].offset:
+            return self._trained(name, next(iter(trained)), start, count)
+        dtype = self.tensors[name].dtype
+        words = np.zeros(count, dtype.word)
+        if place.sources - trained:
+            words[:] = cast(self._base.read(name, start, count), self._base.tensors[name].dtype, dtype)
+        for block in place.blocks:
+            low, high = max(start, block.start), min(start + count, block.start + block.length)
+            if low < high and block.source in trained:
+                whole = self._trained(name, block.source, 0, self.in_modules[block.source].numel)
+                words[low - start : high - start] = whole[block.places(low - block.start, high - block.start)]
+        return words
+
+    def _trained(self, name: str, source: str, start: int, count: int) -> Words:
+        key = self._keys[source]
         words = self._adapter.read(key, start, count)
         return cast(words, self._adapter.tensors[key].dtype, self.tensors[name].dtype)
 
@@ -134,7 +237,7 @@ def _sorted_keys(adapter: Checkpoint) -> tuple[dict[str, dict[str, str]], dict[s
 
 
 def _without_copies(
-    full: dict[str, str], base: Weights, adapter: Checkpoint, config: AdapterConfig
+    full: dict[str, str], base: Modules, adapter: Checkpoint, config: AdapterConfig
 ) -> dict[str, str]:
     """`full` without the output embedding where it is tied: PEFT writes a copy, checkpoints do not hold it.
 
@@ -162,6 +265,9 @@ def _same(adapter: Checkpoint, first: str, second: str) -> bool:
 class _Update:
     """Where the factors of one tensor's update lie in the adapter's file."""
 
+    experts: int = 0
+    """How many weights lie one on the other in a parameter that is adapted itself; 0 for that of a module."""
+
     a: str | None
     """None for a bias: what was trained is added to it as it is."""
     b: str
@@ -169,7 +275,10 @@ class _Update:
     transposed: bool = False
     magnitude: str | None = None
 
-    def load(self, adapter: Checkpoint) -> LowRank:
+    def load(self, adapter: Checkpoint) -> LowRank | Stacked:
+        if self.experts and self.a is not None:
+            factors = _matrix(adapter, self.a), _matrix(adapter, self.b)
+            return stacked_factors(*factors, self.experts, scaling=self.scaling, transposed=self.transposed)
         a = np.ones((1, 1)) if self.a is None else _matrix(adapter, self.a)
         b = _matrix(adapter, self.b)
         magnitude = None if self.magnitude is None else _matrix(adapter, self.magnitude).reshape(-1)
@@ -183,7 +292,11 @@ def _matrix(adapter: Checkpoint, key: str) -> Matrix:
 
 
 def _updates(
-    factors: Mapping[str, Mapping[str, str]], base: Weights, adapter: Checkpoint, config: AdapterConfig
+    factors: Mapping[str, Mapping[str, str]],
+    modules: Modules,
+    infos: Mapping[str, TensorInfo],
+    adapter: Checkpoint,
+    config: AdapterConfig,
 ) -> Iterator[tuple[str, _Update]]:
     """(tensor, update) of every module.
 
@@ -191,20 +304,55 @@ def _updates(
         TensorMismatch: a module is not in the base, or has other shapes.
         CheckpointError: a module is of a kind that cannot be merged here.
     """
-    modules = [_Module(name, parts, base, adapter, config) for name, parts in factors.items()]
-    unmistakable = [module for module in modules if len(module.ways) == 1 and not module.embedding]
+    base = _Infos(modules.label, infos)
+    found = []
+    for name, parts in factors.items():
+        parameter = modules.parameter(name, config.parameters) if config.parameters else None
+        if parameter is None:
+            found.append(_Module(name, parts, base, adapter, config))
+        else:
+            yield parameter.tensor, _of_parameter(parameter, parts, adapter, config)
+    unmistakable = [module for module in found if len(module.ways) == 1 and not module.embedding]
     certain = {way for module in unmistakable for way in module.ways}
-    for module in modules:
-        yield module.weight, module.weight_update(certain)
+    for module in found:
+        lies = None if module.embedding else modules.transposed(module.name)
+        yield module.weight, module.weight_update(certain if lies is None else {lies}, lies)
         if "B.bias" in module.parts:
             yield module.bias, module.bias_update()
+
+
+def _of_parameter(
+    parameter: Parameter, parts: Mapping[str, str], adapter: Checkpoint, config: AdapterConfig
+) -> _Update:
+    rank = config.rank_of(parameter.tensor)
+    shapes = {part: adapter.tensors[key].shape for part, key in parts.items()}
+    rows, columns = parameter.shape[-2:]
+    inner, outer = (rows, columns) if parameter.transposed else (columns, rows)
+    expected = {"A": (rank * parameter.experts, inner), "B": (outer, rank * parameter.experts)}
+    if shapes != expected:
+        where = f"factors of {list(parameter.shape)}"
+        raise TensorMismatch(parameter.tensor, expected=where, found=str(shapes), remedy=_WRONG_BASE)
+    return _Update(
+        a=parts["A"],
+        b=parts["B"],
+        scaling=config.scaling_of(parameter.tensor),
+        transposed=parameter.transposed,
+        experts=parameter.experts,
+    )
+
+
+class _Infos(NamedTuple):
+    """What modules have, for messages and shapes."""
+
+    label: str
+    tensors: Mapping[str, TensorInfo]
 
 
 class _Module:
     """One adapted module: its factors and the tensors of the base that they fit."""
 
     def __init__(
-        self, name: str, parts: Mapping[str, str], base: Weights, adapter: Checkpoint, config: AdapterConfig
+        self, name: str, parts: Mapping[str, str], base: _Infos, adapter: Checkpoint, config: AdapterConfig
     ) -> None:
         self.name = name
         self.parts = parts
@@ -221,21 +369,24 @@ class _Module:
         self.ways = self._ways()
         """Whether the weight may lie transposed: one answer, or both where it is square."""
 
-    def weight_update(self, certain: set[bool]) -> _Update:
-        """`certain` says how the weights lie whose shapes leave no doubt."""
+    def weight_update(self, certain: set[bool], lies: bool | None) -> _Update:
+        """`certain` says how the weights lie whose shapes leave no doubt, `lies` how this one does, if
+        its class is known.
+        """
         doubtful = len(self.ways) == 2
-        transposed = self._config.transposed if doubtful else next(iter(self.ways))
+        stated = self._config.transposed if lies is None else lies
+        transposed = stated if doubtful else next(iter(self.ways))
         if doubtful and certain - {transposed}:
             expected = (
                 f"other modules to lie as fan_in_fan_out = {str(transposed).lower()} "
                 "says, since this one is square"
             )
             raise CheckpointError(self.weight, expected=expected, found="some that do not", remedy=MERGE)
-        if self._config.dora and (transposed or len(self._base_info(self.weight).shape) != 2):
-            kind = "an Embedding" if self.embedding else "a Conv1D" if transposed else "a convolution"
-            raise CheckpointError(self.weight, expected="DoRA on Linear modules", found=kind, remedy=MERGE)
         if self._config.dora:
-            self._check_shape("magnitude_vector", self._base_info(self.weight).shape[:1])
+            shape = self._base_info(self.weight).shape
+            outputs = shape[-1] if transposed else shape[0]
+            fitting = (outputs,) if len(shape) == 2 else (1, outputs, *(1 for _ in shape[2:]))
+            self._check_shape("magnitude_vector", fitting)
         magnitude = self.parts["magnitude_vector"] if self._config.dora else None
         scaling = self._config.scaling_of(self.name)
         return _Update(

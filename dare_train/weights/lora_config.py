@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ _READ = {
     "use_dora",
     "fan_in_fan_out",
     "modules_to_save",
+    "target_parameters",
 }
 _SHOWN_BY_TENSORS = {
     "bias",
@@ -75,6 +76,10 @@ class AdapterConfig:
     """`fan_in_fan_out`: weights lie as [in, out]."""
     added: tuple[str, ...]
     """`modules_to_save`: ends of the names of modules that were trained in full."""
+    parameters: tuple[str, ...]
+    """`target_parameters`: ends of the names of parameters that are adapted themselves."""
+    classes: tuple[str, ...]
+    """Of the model that it was trained on, as far as it says so: a class, or a task in PEFT's words."""
 
     @classmethod
     def read(cls, path: Path) -> AdapterConfig:
@@ -100,6 +105,8 @@ class AdapterConfig:
             dora=bool(fields.get("use_dora")),
             transposed=bool(fields.get("fan_in_fan_out")),
             added=_names(path, fields, "modules_to_save"),
+            parameters=_names(path, fields, "target_parameters"),
+            classes=tuple(_classes(fields)),
         )
 
     def rank_of(self, module: str) -> int:
@@ -161,6 +168,12 @@ def _pattern(path: Path, fields: Mapping[str, Any], name: str, *, whole: bool = 
         except (re.error, RecursionError, OverflowError) as error:
             raise CheckpointError(where, expected="regular expressions", found=repr(key)[:80]) from error
     return {key: _number(where, given, key, whole=whole) for key in given}
+
+
+def _classes(fields: Mapping[str, Any]) -> Iterator[str]:
+    mapping = fields.get("auto_mapping")
+    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    yield from (name for name in (named, fields.get("task_type")) if isinstance(name, str))
 
 
 def _names(path: Path, fields: Mapping[str, Any], name: str) -> tuple[str, ...]:

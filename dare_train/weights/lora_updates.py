@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from math import prod
+from typing import Any, Union
 
 import numpy as np
 import torch
 
 from ..errors import ConfigError
 from .live_lora import MERGE, is_lora, tuner_layers
-from .low_rank import LowRank, Matrix
+from .low_rank import LowRank, Matrix, Stacked, stacked_factors
 from .packed import packing
 from .sharding import is_dtensor
 
+_BASE_LAYERS = re.compile(r"(\.base_layer)+$")
+"""What PEFT puts behind the name of a module of which it adapts several parameters."""
 
-def updates(model: Any, path: str) -> dict[str, list[LowRank]]:
+
+Kind = Union[LowRank, Stacked]
+
+
+def updates(model: Any, path: str) -> dict[str, list[Kind]]:
     """What the active adapters do to each tensor of the base, by the model's own name of it.
 
     All ranks that share the model call it together. Factors are copied, whole, to the host: they are small.
@@ -28,11 +36,11 @@ def updates(model: Any, path: str) -> dict[str, list[LowRank]]:
     Raises:
         ConfigError: a layer is adapted in a way that is not known.
     """
-    by_tensor: dict[str, list[LowRank]] = {}
+    by_tensor: dict[str, list[Kind]] = {}
     layers = [(name, layer) for name, layer in tuner_layers(model) if is_lora(layer)]
     with _gathered([factor for _, layer in layers for factor in _factors(layer)]):
         for name, layer in layers:
-            module = name.removeprefix(path)
+            module = _BASE_LAYERS.sub("", name.removeprefix(path))
             for adapter in layer.active_adapters:
                 if _takes_effect(layer, adapter):
                     for part, update in _updates_of(module, layer, adapter):
@@ -40,9 +48,7 @@ def updates(model: Any, path: str) -> dict[str, list[LowRank]]:
     return by_tensor
 
 
-def once_where_tied(
-    found: Mapping[str, list[LowRank]], aliases: Mapping[str, str]
-) -> dict[str, list[LowRank]]:
+def once_where_tied(found: Mapping[str, list[Kind]], aliases: Mapping[str, str]) -> dict[str, list[Kind]]:
     """The same updates without those of tensors that are others' under another name: a checkpoint has one for
     the two, so they have to be updated alike.
 
@@ -97,8 +103,10 @@ def _places(layer: Any) -> frozenset[int]:
     return frozenset(factor.untyped_storage().data_ptr() for factor in whole)
 
 
-def _alike(one: LowRank, other: LowRank) -> bool:
+def _alike(one: Kind, other: Kind) -> bool:
     """Whether two updates are the same, of which one may lie transposed."""
+    if isinstance(one, Stacked) or isinstance(other, Stacked):
+        return False
     a, b = (one.a, one.b) if one.transposed == other.transposed else (one.b.T, one.a.T)
     factors = np.array_equal(a, other.a) and np.array_equal(b, other.b)
     return factors and one.scaling == other.scaling and one.magnitude is other.magnitude is None
@@ -129,20 +137,28 @@ def _gathered(factors: list[torch.Tensor]) -> Iterator[None]:
         yield
 
 
-def _updates_of(module: str, layer: Any, adapter: str) -> Iterator[tuple[str, LowRank]]:
-    """(part of the module, update): of its weight, and of its bias where the adapter has one."""
+def _updates_of(module: str, layer: Any, adapter: str) -> Iterator[tuple[str, Kind]]:
+    """(part of the module, update): of its weight, and of its bias where the adapter has one; or of the
+    parameter that the layer is around.
+    """
+    if hasattr(layer, "parameter_name"):
+        yield layer.parameter_name, _of_parameter(module, layer, adapter)
+        return
     variant = getattr(layer, "lora_variant", {}).get(adapter)
     dora = adapter in layer.lora_magnitude_vector
     _check_layer(module, layer, "DoRA" if dora else variant and type(variant).__name__)
     scaling = float(layer.scaling[adapter])
+    magnitude = _matrix(layer.lora_magnitude_vector[adapter].weight).reshape(-1) if dora else None
     if adapter in layer.lora_embedding_A:
         a = layer.lora_embedding_A[adapter]
         b = layer.lora_embedding_B[adapter]
-        yield "weight", LowRank(a=_matrix(a), b=_matrix(b), scaling=scaling, transposed=True)
+        yield (
+            "weight",
+            LowRank(a=_matrix(a), b=_matrix(b), scaling=scaling, transposed=True, magnitude=magnitude),
+        )
         return
     a = layer.lora_A[adapter]
     b = layer.lora_B[adapter]
-    magnitude = _matrix(layer.lora_magnitude_vector[adapter].weight).reshape(-1) if dora else None
     transposed = bool(getattr(layer, "fan_in_fan_out", False))
     update = LowRank(
         a=_matrix(a.weight),
@@ -156,6 +172,21 @@ def _updates_of(module: str, layer: Any, adapter: str) -> Iterator[tuple[str, Lo
         yield "bias", LowRank(a=np.ones((1, 1)), b=_matrix(b.bias), scaling=scaling)
 
 
+def _of_parameter(module: str, layer: Any, adapter: str) -> Stacked:
+    """The update of a parameter of its own, [out, in], or of the experts that lie in one, [experts, …, …]."""
+    parameter = layer.get_param()
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    count = layer.num_experts
+    a, b = _matrix(layer.lora_A[adapter].weight), _matrix(layer.lora_B[adapter].weight)
+    turned = count > 1 and not layer._did_swap_in_out_features
+    stacked = stacked_factors(a, b, count, scaling=float(layer.scaling[adapter]), transposed=turned)
+    if stacked.height * count != prod(shape[:-1]):
+        name = f"{module}.{layer.parameter_name}"
+        expected = f"factors of {list(shape)}"
+        raise ConfigError(name, expected=expected, found=f"{list(a.shape)} and {list(b.shape)}", remedy=MERGE)
+    return stacked
+
+
 def _check_layer(module: str, layer: Any, variant: str | None) -> None:
     base = layer.get_base_layer()
     kind = type(base).__name__
@@ -167,9 +198,8 @@ def _check_layer(module: str, layer: Any, variant: str | None) -> None:
     if not known or getattr(base, "groups", 1) != 1:
         expected = "a Linear, Embedding, Conv1D or ungrouped convolution"
         raise ConfigError(module, expected=expected, found=f"a {kind}", remedy=MERGE)
-    if variant is not None and not (variant == "DoRA" and linear):
-        found = f"{variant} on a {kind}"
-        raise ConfigError(module, expected="LoRA, or DoRA on Linear", found=found, remedy=MERGE)
+    if variant not in (None, "DoRA"):
+        raise ConfigError(module, expected="LoRA or DoRA", found=f"{variant} on a {kind}", remedy=MERGE)
 
 
 def _matrix(factor: torch.Tensor) -> Matrix:

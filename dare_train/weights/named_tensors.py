@@ -9,7 +9,8 @@ import torch
 
 from ..errors import CheckpointError, ConfigError
 from . import sharding as engines
-from .checkpoint_names import places_in_files
+from .checkpoint_names import Places, places_in_files
+from .layouts import Place
 from .live_lora import MergedNames, is_adapted
 from .packed import packed_modules
 from .sharding import Held
@@ -47,12 +48,12 @@ class NamedTensors:
         else:
             self.tensors = dict(_of_state_dict(live))
 
-    def places(self, held: Mapping[str, Held]) -> Mapping[str, tuple[str, int, tuple[int, ...]]]:
-        """By its name in files: the model's tensor of which each is a run, where that begins, its shape."""
+    def places(self, held: Mapping[str, Held]) -> Places:
+        """By its name in files: where in the model's tensors each lies."""
         apart = held.keys() if self.inner.model is None else self._outside
         inside = {name: tensor for name, tensor in held.items() if name not in apart}
         of_files = places_in_files(self.inner.model, inside) if inside else {}
-        return {**of_files, **{name: (name, 0, held[name].shape) for name in held if name in apart}}
+        return {**of_files, **{name: Place.whole(name, held[name].shape) for name in held if name in apart}}
 
     def _packed(self, module: torch.nn.Module) -> dict[str, str]:
         found = {}
@@ -62,6 +63,7 @@ class NamedTensors:
 
     def _of_module(self, module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         merged = MergedNames(module, self.inner.path) if self.adapted else None
+        left_out = set(getattr(self.inner.model, "_keys_to_ignore_on_save", None) or ())
         for name, tensor in engines.named_tensors(module):
             within = name.removeprefix(self.inner.path)
             plain: str | None = within if merged is None else merged.plain(within)
@@ -69,6 +71,8 @@ class NamedTensors:
                 continue
             if not name.startswith(self.inner.path):
                 self._outside.add(plain)
+            elif plain in left_out:
+                continue
             yield plain, tensor
         if merged is not None:
             self.trained_whole = merged.trained_whole

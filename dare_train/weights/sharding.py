@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..errors import ConfigError
 from . import offloaded
@@ -33,10 +34,17 @@ class Piece:
     """What holds it, of any shape."""
     offset: int = 0
     """Where in the tensor's own flat order it begins."""
+    parent: torch.Tensor | None = None
+    """The parameter on which the tensor is a view, if it is one."""
 
     @property
     def stop(self) -> int:
         return self.start + self.length
+
+    @property
+    def owner(self) -> torch.Tensor:
+        """What is trained where it lies."""
+        return self.tensor if self.parent is None else self.parent
 
     def within(self, start: int, stop: int) -> Piece | None:
         """The part of it that lies in [start, stop)."""
@@ -44,11 +52,36 @@ class Piece:
         end = min(stop, self.stop)
         if begin >= end:
             return None
-        return Piece(begin, end - begin, self.tensor, self.offset + begin - self.start)
+        return Piece(begin, end - begin, self.tensor, self.offset + begin - self.start, self.parent)
 
     def flat(self) -> torch.Tensor:
         """Its elements, 1-D: a view where the tensor is contiguous."""
-        return self.tensor.detach().reshape(-1)[self.offset : self.offset + self.length]
+        return _flat(self.tensor.detach(), self.offset, self.length)
+
+    def places(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where in its owner's flat order elements lie that are counted from its first."""
+        within = positions + self.offset
+        if self.parent is None:
+            return within
+        found = np.full(within.shape, self.tensor.storage_offset() - self.parent.storage_offset())
+        for count, stride in zip(reversed(self.tensor.shape), reversed(self.tensor.stride()), strict=True):
+            within, along = np.divmod(within, count)
+            found += along * stride
+        return found
+
+
+def _flat(tensor: torch.Tensor, offset: int, length: int) -> torch.Tensor:
+    """Elements [offset, offset + length) in flat order; of what is not contiguous, no more rows than it takes
+    are copied.
+    """
+    if tensor.is_contiguous() or tensor.ndim < 2:
+        return tensor.reshape(-1)[offset : offset + length]
+    size = tensor.numel() // tensor.shape[0]
+    first, last = offset // size, -(-(offset + length) // size)
+    if last - first == 1:
+        return _flat(tensor[first], offset - first * size, length)
+    rows = tensor[first:last].reshape(-1)
+    return rows[offset - first * size : offset - first * size + length]
 
 
 @dataclass(frozen=True)
@@ -60,20 +93,6 @@ class Held:
     pieces: tuple[Piece, ...]
     masters: tuple[Piece, ...] | None = None
     """The fp32 values here that an optimizer works on; None where no engine keeps any beside the weights."""
-
-    def part(self, start: int, shape: tuple[int, ...]) -> Held:
-        """What is held of a contiguous run of it that goes by itself, from flat index `start` on."""
-        if start == 0 and shape == self.shape:
-            return self
-        masters = None if self.masters is None else _cut(self.masters, start, prod(shape))
-        return Held(shape, self.dtype, _cut(self.pieces, start, prod(shape)), masters)
-
-
-def _cut(pieces: Iterable[Piece], start: int, count: int) -> tuple[Piece, ...]:
-    parts = [piece.within(start, start + count) for piece in pieces]
-    return tuple(
-        Piece(part.start - start, part.length, part.tensor, part.offset) for part in parts if part is not None
-    )
 
 
 def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

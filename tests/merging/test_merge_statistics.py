@@ -34,6 +34,7 @@ from dare_train.errors import CheckpointError, ConfigError, StorageError
 from dare_train.evaluation import linear_layers as layers
 from dare_train.merging.statistics.fisher_and_gram import collect_fisher, collect_gram
 from dare_train.merging.statistics.statistics_file import StatisticsFile, save_statistics, statistics_path
+from dare_train.weights.layouts import Block, Place
 from dare_train.weights.sharding import Held
 
 LENGTHS = [8, 3, 5, 8, 1, 6, 7, 4]
@@ -404,10 +405,11 @@ def test_frozen_and_unfinished_models(model: Any) -> None:
 
 
 def test_a_layer_that_files_hold_in_parts_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def halves(_: Any, held: dict[str, Held]) -> dict[str, tuple[str, int, tuple[int, ...]]]:
-        parts = {"upper": ("classifier.weight", 0, (1, 32)), "lower": ("classifier.weight", 32, (2, 32))}
-        rest = {name: (name, 0, held[name].shape) for name in held if name != "classifier.weight"}
-        return {**rest, **parts}
+    def halves(_: Any, held: dict[str, Held]) -> dict[str, Place]:
+        upper = Place((1, 32), (Block(0, "classifier.weight", 0, (32,), (1,)),))
+        lower = Place((2, 32), (Block(0, "classifier.weight", 32, (64,), (1,)),))
+        rest = {name: Place.whole(name, held[name].shape) for name in held if name != "classifier.weight"}
+        return {**rest, "upper": upper, "lower": lower}
 
     monkeypatch.setattr(layers.NamedTensors, "places", halves)
     with pytest.raises(

@@ -227,12 +227,16 @@ def test_another_model_is_not_taken_for_the_quantised_ones_base(tmp_path: Path, 
         trainer.train()
 
 
-def test_dora_on_an_embedding_is_refused_before_the_first_step(tmp_path: Path, base_folder: Folders) -> None:
+def test_dora_on_an_embedding_is_what_peft_merges(tmp_path: Path, base_folder: Folders) -> None:
     model = lora(load(base_folder("fp32")), target_modules=["embed_tokens"], use_dora=True)
-    trainer = make_trainer(model, tmp_path / "out", DareCallback())
-    with pytest.raises(ConfigError, match=r"embed_tokens: expected LoRA, or DoRA on Linear, found DoRA on a"):
-        trainer.train()
-    assert trainer.state.global_step == 0
+    make_trainer(model, tmp_path / "out", DareCallback(p=0.0)).train()
+    package = DeltaPackage.open(tmp_path / "out/dare/final")
+    assert [name for name, record in package.records.items() if record.changed] == [
+        "model.embed_tokens.weight"
+    ]
+    apply(base_folder("fp32"), package, tmp_path / "received")
+    received = load(tmp_path / "received").model.embed_tokens.weight
+    torch.testing.assert_close(received, model.merge_and_unload().model.embed_tokens.weight)
 
 
 def test_a_bias_that_the_base_has_not_is_refused(tmp_path: Path, base_folder: Folders) -> None:

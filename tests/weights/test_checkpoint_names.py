@@ -21,8 +21,6 @@ from transformers import (
 )
 
 from dare_train import DareCallback, DeltaPackage, apply, apply_, extract
-from dare_train.errors import ConfigError
-from dare_train.weights.checkpoint_names import _place
 from dare_train.weights.live import LiveWeights
 
 COMMON: dict[str, Any] = dict(
@@ -113,13 +111,3 @@ def test_files_with_names_of_years_ago(tmp_path: Path) -> None:
     }
     save_file(old, base / "model.safetensors", metadata={"format": "pt"})
     assert LiveWeights(BertModel.from_pretrained(base)).tensors.keys() == old.keys()
-
-
-def test_what_does_not_lie_in_one_piece_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match="x: expected a contiguous run of a parameter, found one that is transposed"
-    ):
-        _place("x", torch.arange(24).reshape(3, 8).T, (3, 8), (3, 100))
-    with pytest.raises(ConfigError, match="x: expected a contiguous run"):
-        _place("x", torch.arange(24).reshape(3, 8)[:, :4], (3, 8), (3, 100))
-    assert _place("x", torch.arange(24).reshape(3, 8)[1:], (3, 8), (3, 100)) == (100, (2, 100))

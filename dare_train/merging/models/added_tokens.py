@@ -14,15 +14,14 @@ import numpy as np
 from ...errors import ConfigError, TensorMismatch
 from ...weights.protocol import Weights
 from .added_rows import AddedRows
+from .heads import biases_in, embeddings_in, heads_in
 from .inputs import Input
 from .matching import Read, equal
 from .model_files import files_in, own_files
-from .naming import EMBEDDINGS, HEADS
 from .tokenizer_files import TOKENIZER, read_tokens
 from .vocabulary import Vocabulary, unite
 
 Tokenizer = Literal["base", "union"]
-_BIASES = (*(f"{head.removesuffix('.weight')}.bias" for head in HEADS), ".predictions.bias")
 _NONE = AddedRows(rows=np.empty(0, np.int64), sources=np.empty((0, 0), np.int64))
 
 
@@ -121,13 +120,10 @@ class Growth:
     def _axis(self) -> set[str]:
         """Embeddings, heads and their biases in the base: tensors with a row for each token."""
         tensors = self._base.tensors
-        known = (*EMBEDDINGS, *HEADS, *_BIASES)
-        embeddings = {tensors[name].shape[0] for name in tensors if name.endswith(EMBEDDINGS)}
-        return {
-            name
-            for name, info in tensors.items()
-            if name.endswith(known) and info.shape and info.shape[0] in embeddings
-        }
+        embeddings = embeddings_in(tensors)
+        heights = {tensors[name].shape[0] for name in embeddings}
+        known = (*embeddings, *heads_in(tensors), *biases_in(tensors))
+        return {name for name in known if tensors[name].shape and tensors[name].shape[0] in heights}
 
     @cached_property
     def _height(self) -> int:

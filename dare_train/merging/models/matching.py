@@ -14,8 +14,8 @@ from ...dtypes import DType, cast
 from ...errors import ConfigError, DtypeMismatch, TensorMismatch
 from ...weights.protocol import SEGMENT, TensorInfo, Weights, runs
 from .added_rows import AddedRows
+from .heads import embeddings_in, heads_in
 from .inputs import Input
-from .naming import EMBEDDINGS, HEADS
 
 How = Literal["merged", "copied", "carried"]
 GrownRows = Callable[[str, Sequence[int]], "AddedRows | None"]
@@ -71,11 +71,8 @@ def _check_heights(settled: Sequence[Fate], base: Weights) -> None:
     loaded.
     """
     tallest: dict[int, Fate] = {}
-    shared = [
-        fate
-        for fate in settled
-        if fate.name.endswith((*EMBEDDINGS, *HEADS)) and fate.name in base.tensors and fate.info.shape
-    ]
+    by_token = {*embeddings_in(base.tensors), *heads_in(base.tensors)}
+    shared = [fate for fate in settled if fate.name in by_token and fate.info.shape]
     for fate in sorted(shared, key=lambda fate: -fate.info.shape[0]):
         first = tallest.setdefault(base.tensors[fate.name].shape[0], fate)
         if fate.info.shape[0] != first.info.shape[0]:

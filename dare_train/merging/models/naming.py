@@ -1,5 +1,5 @@
-"""The models of a merge under one set of names: prefixes, old names, renamed parts, and heads that are tied
-to embeddings.
+"""The models of a merge under one set of names: prefixes, old names, renamed parts, and what is one
+tensor under several.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Union
+from typing import NamedTuple, Union
 
 from ...applying.chain import open_chain
 from ...dtypes import DTYPES
@@ -15,27 +15,20 @@ from ...errors import ChainError, CheckpointError, ConfigError
 from ...package.reader import DeltaPackage
 from ...weights.alignment import align, cast_to, with_prefix, without_prefix
 from ...weights.checkpoint import Checkpoint, locate
+from ...weights.declared_ties import Ties
 from ...weights.lora_checkpoint import AdapterWeights, merge_adapter
 from ...weights.low_rank import UNROUNDED
 from ...weights.opening import WeightsLike, open_weights
 from ...weights.protocol import Cast, TensorInfo, Weights, under
 from .inputs import CheckpointInput, Input, PackageInput
 from .model_files import config_of, files_in, is_package, own_files
+from .ties import Reconciled, Tied, reconcile, said_ties, same_content, ties_by_name
 
 ModelLike = Union[WeightsLike, DeltaPackage]
 """A package, or weights: a folder, file or Hub id of either, a module, a state dict, arrays by name."""
 
 _ENDINGS = {".gamma": ".weight", ".beta": ".bias", ".weight": ".gamma", ".bias": ".beta"}
 """Of layer norms: what TensorFlow called them, today's, and the other way round."""
-HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "output.weight")
-EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "tok_embeddings.weight",
-    "shared.weight",
-)
 
 
 class Opened:
@@ -68,7 +61,9 @@ class Opened:
             _, self.prefix = align(base, self.names, model=self.label)
         self.plain = {name: _name_in_base(name, self.prefix, base.tensors) for name in self.names}
         """The base's name of each, or what it would be there."""
-        self.says_tied = _says_tied(given, own_files(self.folder))
+        self._given = given
+        self._config = config_of(own_files(self.folder))
+        self.says_tied = _says_tied(given, self._config)
 
     def names_in(self, base: Weights, prefix: str, apart: Collection[str]) -> dict[str, str]:
         """The model's own name of each of the result's tensors, which are the base's after `prefix`.
@@ -82,35 +77,50 @@ class Opened:
             _put(names, renamed if as_it_is else f"{prefix}{plain}", name_in_model)
         return names
 
-    def tied_heads(
-        self,
-        names: Mapping[str, str],
-        base_heads: Collection[str],
-        aliases: Collection[str],
-        *,
-        base_is_tied: bool,
-    ) -> dict[str, str]:
-        """The model's own name of each head that it lacks since it is tied.
+    def tied(self, names: Mapping[str, str], base: Weights, prefix: str, apart: Collection[str]) -> Tied:
+        """What the model ties, by the result's names. A package without a configuration is as its base is.
 
         Args:
-            base_heads, aliases: heads that the base has, and those that it has since its embedding stands for
-                them.
-
-        Raises:
-            CheckpointError: such a model is a package, and the base has another tensor there.
+            names: what `names_in` gave; the others are its arguments.
         """
-        is_tied = base_is_tied if self.says_tied is None else self.says_tied
-        heads = tied(names, [*base_heads, *aliases], is_tied)
+        said = None if self.package is not None and not self._config else said_ties(self._given, self._config)
+        if said is None and self.says_tied is False:
+            said = []
+        ties = None if said is None else [self._in_result(group, base, prefix, apart) for group in said]
+        return Tied(names={**names}, ties=ties, same=lambda first, other: self._same(names, first, other))
+
+    def _in_result(
+        self, group: Collection[str], base: Weights, prefix: str, apart: Collection[str]
+    ) -> frozenset[str]:
+        """A group of the model's names by the result's."""
+        found = set()
+        for name in group:
+            plain = _name_in_base(name, self.prefix, base.tensors)
+            as_it_is = plain not in base.tensors and (self.prefix == prefix or name in apart)
+            found.add(name if as_it_is else f"{prefix}{plain}")
+        return frozenset(found)
+
+    def _same(self, names: Mapping[str, str], first: str, other: str) -> bool:
         if self.package is not None:
-            for head in heads.keys() & base_heads if self.says_tied else ():
+            one, two = (self.package.records[names[name]] for name in (first, other))
+            return one.info == two.info and one.result == two.result
+        assert self.weights is not None
+        return same_content(self.weights, names[first], names[other])
+
+    def check_apart(self, filled: Collection[str], base: Weights) -> None:
+        """
+        Raises:
+            CheckpointError: it is a package, and has the difference from the base's embedding, not from its
+                head.
+        """
+        for name in sorted(filled) if self.package is not None else ():
+            if name in base.tensors:
                 raise CheckpointError(
                     self.label,
-                    expected=f"{head}, which the base has apart from its embedding",
+                    expected=f"{name}, which the base has apart from its embedding",
                     found="a head that is tied to its embedding",
                     remedy="merge the model that dare-train apply makes of base and package",
                 )
-            heads = {head: embedding for head, embedding in heads.items() if head in aliases}
-        return {head: names[embedding] for head, embedding in heads.items()}
 
     def bases(self, names: Mapping[str, str]) -> dict[str, TensorInfo]:
         """What the base's tensors are where it has the model's dtypes. Adapters leave them as they are."""
@@ -132,9 +142,21 @@ class Opened:
         return CheckpointInput(self.weights, named_base, names, folder=self.folder)
 
 
+class Opening(NamedTuple):
+    """What `open_models` found."""
+
+    base: Weights
+    """Under the result's names."""
+    inputs: list[Input]
+    prefix: str
+    """What the result's names have before the base's."""
+    untied: bool
+    """Whether the result has apart what the base's configuration may say is one."""
+
+
 def open_models(
     base: Weights, models: Sequence[ModelLike], *, rename: Mapping[str, str], cast_base: bool
-) -> tuple[Weights, list[Input], str]:
+) -> Opening:
     """The base and the models under the result's names, and the prefix that these have before the base's.
 
     That is the prefix of the task models, where some are: the heads that they bring need it. Nothing of the
@@ -156,19 +178,14 @@ def open_models(
     }
     names = [model.names_in(base, prefix, apart) for model in opened]
     named = with_prefix(base, prefix)
-    base_heads = [name for name in named.tensors if name.endswith(HEADS)]
-    base_is_tied = (
-        _says_tied(base, files_in(base.folder if isinstance(base, Checkpoint) else None)) is not False
-    )
-    aliases = tied(named.tensors, {name for names_of_model in names for name in names_of_model}, base_is_tied)
-    if aliases:
-        named = under(named, {**{name: name for name in named.tensors}, **aliases})
+    found = _reconciled(base, named, prefix, opened, names, apart)
+    if found.aliases:
+        named = under(named, {**{name: name for name in named.tensors}, **found.aliases})
+    for model, filled in zip(opened, found.filled, strict=True):
+        model.check_apart(filled.keys() - found.aliases.keys(), named)
     names = [
-        {
-            **names_of_model,
-            **model.tied_heads(names_of_model, base_heads, aliases, base_is_tied=base_is_tied),
-        }
-        for model, names_of_model in zip(opened, names, strict=True)
+        {name: of[filled.get(name, name)] for name in (*of, *filled) if name not in dropped}
+        for of, filled, dropped in zip(names, found.filled, found.dropped, strict=True)
     ]
     if cast_base:
         wanted = [model.bases(names_of_model) for model, names_of_model in zip(opened, names, strict=True)]
@@ -177,24 +194,43 @@ def open_models(
         model.as_input(names_of_model, named, base, cast_base=cast_base)
         for model, names_of_model in zip(opened, names, strict=True)
     ]
-    return named, inputs, prefix
+    return Opening(named, inputs, prefix, found.untied)
 
 
-def tied(names: Collection[str], wanted: Iterable[str], is_tied: bool) -> dict[str, str]:
-    """Heads that others have and these names lack, since they are tied: each with the embedding that it
-    is.
+def _reconciled(
+    base: Weights,
+    named: Weights,
+    prefix: str,
+    opened: Sequence[Opened],
+    names: Sequence[Mapping[str, str]],
+    apart: Collection[str],
+) -> Reconciled:
+    """What of base and models is tied: asked where they do not have the same names, or do not say the
+    same.
     """
-    embeddings = [name for name in names if name.endswith(EMBEDDINGS)] if is_tied else []
-    return {
-        head: embeddings[0]
-        for head in wanted
-        if head.endswith(HEADS) and head not in names and len(embeddings) == 1
-    }
+    config = config_of(files_in(base.folder if isinstance(base, Checkpoint) else None))
+    says = _says_tied(base, config)
+    same_names = all(of.keys() == named.tensors.keys() for of in names)
+    if same_names and all(model.says_tied in (None, says) for model in opened):
+        return Reconciled(aliases={}, filled=[{} for _ in opened], dropped=[() for _ in opened], untied=False)
+    models = [model.tied(of, base, prefix, apart) for model, of in zip(opened, names, strict=True)]
+    said = said_ties(base, config)
+    ties: Ties
+    if said is not None:
+        in_base = [{f"{prefix}{name}" if name in base.tensors else name for name in group} for group in said]
+        ties = [frozenset(group) for group in in_base]
+    else:
+        known = {*named.tensors, *(name for of in names for name in of)}
+        ties = [] if says is False else ties_by_name([*named.tensors], known)
+    itself = {name: name for name in named.tensors}
+    return reconcile(
+        Tied(names=itself, ties=ties, same=lambda one, other: same_content(named, one, other)), models
+    )
 
 
-def _says_tied(given: object, files: Mapping[str, Path]) -> bool | None:
+def _says_tied(given: object, config: Mapping[str, object]) -> bool | None:
     """Whether a model's head is its embedding, as its configuration says; None where that says nothing."""
-    said = config_of(files).get("tie_word_embeddings")
+    said = config.get("tie_word_embeddings")
     live = getattr(getattr(given, "config", None), "tie_word_embeddings", None)
     return next((bool(answer) for answer in (said, live) if answer is not None), None)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from transformers.pytorch_utils import Conv1D
 
@@ -131,10 +132,10 @@ def fisher_and_count(
     model = unwrapped(model)
     places = named_places(model, adapters=False)
     trained = {
-        id(piece.tensor): piece.tensor
+        id(piece.owner): piece.owner
         for held in places.values()
         for piece in held.pieces
-        if piece.tensor.requires_grad
+        if piece.owner.requires_grad
     }
     if not trained:
         raise ConfigError(
@@ -156,9 +157,11 @@ def fisher_and_count(
     count = _total(ranks, sums.values(), [counted])[0]
     means = {key: total.div_(count).cpu() for key, total in sums.items()}
     with_mean = {
-        name: held for name, held in places.items() if held.pieces and id(held.pieces[0].tensor) in means
+        name: held
+        for name, held in places.items()
+        if held.pieces and all(id(piece.owner) in means for piece in held.pieces)
     }
-    return {name: _as_cut(held, means[id(held.pieces[0].tensor)]) for name, held in with_mean.items()}, count
+    return {name: _as_cut(held, means) for name, held in with_mean.items()}, count
 
 
 def _add_squares(
@@ -286,9 +289,16 @@ def gram_and_count(
 # What both need.
 
 
-def _as_cut(held: Held, values: torch.Tensor) -> torch.Tensor:
-    """Of values shaped as a parameter, those of a tensor of the files that lies in it."""
-    return replace(held.pieces[0], tensor=values).flat().reshape(held.shape)
+def _as_cut(held: Held, values: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """Of values shaped as parameters, by whose they are, those of a tensor of the files that lies in them."""
+    parts = []
+    for piece in held.pieces:
+        of = values[id(piece.owner)]
+        if piece.parent is None:
+            parts.append(replace(piece, tensor=of).flat())
+        else:
+            parts.append(of.reshape(-1)[torch.from_numpy(piece.places(np.arange(piece.length)))])
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(held.shape)
 
 
 def _singles(model: torch.nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
