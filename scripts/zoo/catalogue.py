@@ -48,7 +48,7 @@ MOST_USED = (
     "SegformerForImageClassification", "CLIPModel", "WhisperForConditionalGeneration", "Wav2Vec2ForCTC",
     "LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration",
 )  # fmt: skip
-"""The 40 that the tests try: by downloads of their families on the Hub, and one for each way in which
+"""The 40 that the tests try: families that many people use, and one for each way in which
 files are laid out otherwise than modules."""
 
 
