@@ -36,8 +36,15 @@ def report(snapshot: Snapshot, name: str, trainer: Trainer | None, state: Traine
     told = {**figures(snapshot, name), f"{name}/step": snapshot.step}
     if trainer is None:
         state.log_history.append({**told, "step": state.global_step})
-    else:
+        return
+    control = trainer.control
+    flags = dict(vars(control))
+    try:
         Trainer.log(trainer, told)  # not a subclass's, which may ask other ranks for more
+    finally:
+        # Logging takes back what is about to be logged; and this is one rank, which nothing may steer alone.
+        vars(control).update(flags)
+        trainer.control = control
 
 
 def conclude(snapshots: Sequence[Snapshot], name: str) -> None:

@@ -47,6 +47,22 @@ def test_the_trainers_history_has_each_callbacks_figures(
     assert lines[1].endswith(" for 1 package")
 
 
+class StopsAtFigures(TrainerCallback):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> Any:
+        control.should_training_stop = "dare/step" in logs
+        return control
+
+
+def test_the_trainer_logs_and_goes_on_as_without_it(base: Path, tmp_path: Path) -> None:
+    """A package of the step before is reported just before the Trainer looks whether it has to log."""
+    callbacks = (DareCallback(when=1), StopsAtFigures())
+    logging: dict[str, Any] = dict(logging_strategy="steps", logging_steps=1)
+    trainer = train(classifier(base), tmp_path / "out", *callbacks, **logging)
+    history = trainer.state.log_history
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
+    assert told(history, "dare/step") == [1, 2, 3, 4]
+
+
 class Tracker(TrainerCallback):
     """Closes its run at the end of a training, as mlflow's does, and takes nothing after that."""
 
