@@ -49,7 +49,8 @@ def test_the_trainers_history_has_each_callbacks_figures(
 
 class StopsAtFigures(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> Any:
-        control.should_training_stop = "dare/step" in logs
+        if "dare/step" in logs:
+            control.should_training_stop = True
         return control
 
 
