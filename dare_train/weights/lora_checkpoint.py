@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..dtypes import DType, Words, cast, to_float
+from ..dtypes import Words, to_float
 from ..errors import CheckpointError, TensorMismatch
+from .adapted_base import AdaptedBase
 from .adapted_modules import Modules, Parameter, by_class, plain
 from .alignment import align
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SINGLE, Checkpoint
-from .layouts import Place
 from .lora_config import MERGE, AdapterConfig
 from .low_rank import LowRank, Matrix, Stacked, Update, finest, merged_words, stacked_factors
 from .protocol import SEGMENT, TensorInfo, Weights, runs
@@ -76,7 +76,7 @@ class AdapterWeights:
         self._adapter = adapter
         self._modules = modules
         copies = _without_copies(full, modules, adapter, config)
-        self._plain = _Plain(modules, adapter, copies, rounded=not unrounded)
+        self._plain = AdaptedBase(modules, adapter, copies, rounded=not unrounded)
         self._updates = dict(_updates(factors, modules, self._plain.in_modules, adapter, config))
         self._last: tuple[str, list[Update]] | None = None
         self._adapted = {
@@ -150,75 +150,6 @@ def _lie_both_ways(factors: Mapping[str, Mapping[str, str]], modules: Modules, a
             if shape[0] != shape[1]:
                 ways.add(shape != info.shape)
     return len(ways) == 2
-
-
-class _Plain:
-    """What the adapter's updates are added to: tensors of the base, or what the adapter has for them."""
-
-    def __init__(self, modules: Modules, adapter: Weights, keys: Mapping[str, str], *, rounded: bool) -> None:
-        self.label = modules.label
-        self._base = modules.base
-        self._adapter = adapter
-        self._keys = keys
-        self.in_modules = dict(modules.tensors)
-        """What modules have, in the dtypes of the files."""
-        placed = {source for place in modules.places.values() for source in place.sources}
-        unplaced = {name: adapter.tensors[key].shape for name, key in keys.items() if name not in placed}
-        beside = {name: Place.whole(name, shape) for name, shape in unplaced.items()}
-        resized = {
-            name: Place.whole(source, adapter.tensors[keys[source]].shape)
-            for name, place in modules.places.items()
-            for source in place.sources & keys.keys()
-            if place.is_whole(modules.shapes[source])
-        }
-        self.places = {**modules.places, **resized, **beside}
-        self.tensors = dict(self._base.tensors)
-        for name, place in self.places.items():
-            trained = [keys[source] for source in sorted(place.sources) if source in keys]
-            if trained:
-                shape = place.shape if place.sources - keys.keys() else self._shape(place, trained)
-                info = TensorInfo(adapter.tensors[trained[0]].dtype, shape)
-                self.tensors[name] = self._info(name, info, rounded)
-        for source, key in keys.items():
-            self.in_modules[source] = TensorInfo(self._dtype_of(source), adapter.tensors[key].shape)
-
-    def _shape(self, place: Place, trained: list[str]) -> tuple[int, ...]:
-        """A module that was trained in full may have other rows than the base's, such as a new head."""
-        return self._adapter.tensors[trained[0]].shape if len(trained) == 1 else place.shape
-
-    def _info(self, name: str, info: TensorInfo, rounded: bool) -> TensorInfo:
-        base_info = self._base.tensors.get(name)
-        if base_info is not None and base_info.dtype.can_be_delta and info.dtype.can_be_delta:
-            finer = info.dtype.mantissa_bits > base_info.dtype.mantissa_bits
-            return info if finer and not rounded else TensorInfo(base_info.dtype, info.shape)
-        return info
-
-    def _dtype_of(self, source: str) -> DType:
-        of = (name for name, place in self.places.items() if source in place.sources)
-        return self.tensors[next(of)].dtype
-
-    def read(self, name: str, start: int, count: int) -> Words:
-        place = self.places.get(name)
-        trained = place.sources & self._keys.keys() if place is not None else ()
-        if place is None or not trained:
-            return self._base.read(name, start, count)
-        if len(place.blocks) == 1 and place.blocks[0].is_run and not place.blocks[0].offset:
-            return self._trained(name, next(iter(trained)), start, count)
-        dtype = self.tensors[name].dtype
-        words = np.zeros(count, dtype.word)
-        if place.sources - trained:
-            words[:] = cast(self._base.read(name, start, count), self._base.tensors[name].dtype, dtype)
-        for block in place.blocks:
-            low, high = max(start, block.start), min(start + count, block.start + block.length)
-            if low < high and block.source in trained:
-                whole = self._trained(name, block.source, 0, self.in_modules[block.source].numel)
-                words[low - start : high - start] = whole[block.places(low - block.start, high - block.start)]
-        return words
-
-    def _trained(self, name: str, source: str, start: int, count: int) -> Words:
-        key = self._keys[source]
-        words = self._adapter.read(key, start, count)
-        return cast(words, self._adapter.tensors[key].dtype, self.tensors[name].dtype)
 
 
 def _sorted_keys(adapter: Checkpoint) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
