@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from .merging.statistics.statistics_file import save_statistics as save_statistics
     from .merging.statistics.statistics_file import statistics_path as statistics_path
     from .package.reader import DeltaPackage as DeltaPackage
+    from .package.sharing import pull as pull
+    from .package.sharing import push as push
     from .parallel.ranks import Ranks as Ranks
     from .reports.document import Cell as Cell
     from .reports.document import Chart as Chart
@@ -96,6 +98,7 @@ _PUBLIC = {
     "merging.statistics.statistics_callback": "StatisticsCallback",
     "merging.statistics.statistics_file": "StatisticsKind save_statistics statistics_path",
     "package.reader": "DeltaPackage",
+    "package.sharing": "pull push",
     "parallel.ranks": "Ranks",
     "reports.document": "Cell Chart Curve Study Table with_interval",
     "reports.masks_report": "masks_study",

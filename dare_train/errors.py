@@ -5,6 +5,7 @@
     ├── OutputExists                the place to write to is taken                     (exit code 2)
     ├── StorageError                the disk did not take what was written             (exit code 1)
     ├── DeviceMemoryError           a device has too little memory; nothing was changed (exit code 1)
+    ├── HubError                    the Hub refused, or cannot be reached          (exit code 1)
     ├── RankError                   another process of the job failed, or is gone      (that one's exit code)
     └── DataError                   the data said no                                   (exit code 1)
         ├── CheckpointError         a checkpoint cannot be read
@@ -72,6 +73,10 @@ class StorageError(DareError, OSError):
 
 
 class DeviceMemoryError(DareError, MemoryError):
+    pass
+
+
+class HubError(DareError):
     pass
 
 

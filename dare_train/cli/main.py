@@ -359,6 +359,51 @@ def verify(
 
 
 @app.command()
+def push(
+    packages: Annotated[
+        list[str], typer.Argument(metavar="PKG... REPO", help="Packages; and the repository, as user/name.")
+    ],
+    folder: Annotated[
+        str, typer.Option(help="Of the repository; by default its root, and of several packages their names.")
+    ] = "",
+    revision: Annotated[Optional[str], typer.Option(help="The branch, made if it is not there.")] = None,
+    private: Annotated[
+        Optional[bool],
+        typer.Option(
+            "--private/--public", help="Of a repository that is made; by default as the account says."
+        ),
+    ] = None,
+    tag: Annotated[Optional[str], typer.Option(help="A name for the commit.")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "",
+) -> None:
+    """Upload packages to the Hub, in one commit."""
+    from ..package.sharing import push as run
+
+    *given, repo = packages
+    if not given:
+        raise ConfigError("push", expected="packages and a repository", found=repo)
+    address = run(given, repo, folder=folder, revision=revision, private=private, tag=tag, message=message)
+    typer.echo(f"{repo}: {address}")
+
+
+@app.command()
+def pull(
+    where: Annotated[
+        str,
+        typer.Argument(metavar="REPO", help="user/name, user/name@revision, or hf://user/name/folder."),
+    ],
+    out: Out,
+    revision: Annotated[Optional[str], typer.Option(help="A branch, tag or commit.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fetch packages from the Hub, every byte of them checked."""
+    from ..package.sharing import pull as run
+
+    for path in run(where, out, revision=revision, overwrite=overwrite):
+        typer.echo(f"{path}: intact")
+
+
+@app.command()
 def diagnose(base: Base, tuned: Tuned, cast_base: CastBase = False, as_json: AsJson = False) -> None:
     """Will DARE work here, and at which p?"""
     from ..reports import package_tables as report
@@ -411,6 +456,8 @@ def command() -> NoReturn:
 
 def main() -> int:
     """Run the command line in `sys.argv`; returns the exit code."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when it is imported
     try:
         app(prog_name="dare-train")
     except SystemExit as stop:

@@ -77,8 +77,12 @@ class Provenance:
     landed: bool = False
     """Whether elements landed on the base's grid, rescaled already."""
     run: str = ""
+    cast_base: bool = False
+    """Whether the base was rounded to other dtypes first."""
     note: str = ""
     """For the model card."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """For the model card: what an evaluation said of the weights."""
 
 
 @dataclass
@@ -154,9 +158,13 @@ def write_manifest(
         written_by=f"dare_train {__version__}",
         run=source.run,
     )
-    (staging / "README.md").write_text(card.text(manifest, source.note))
+    (staging / "README.md").write_text(_card(manifest, source))
     (staging / manifests.MANIFEST).write_bytes(manifests.dump(manifest))
     return magnitudes
+
+
+def _card(manifest: Manifest, source: Provenance) -> str:
+    return card.text(manifest, source.note, measured=source.measured, cast_base=source.cast_base)
 
 
 def _record(plan: TensorPlan, tally: Tally) -> TensorRecord:

@@ -145,6 +145,7 @@ def _task(
     plain_base = open_weights(base, kernels=kernels)
     tuned_weights = merge_adapter(tuned_weights, plain_base, unrounded=config.lands)
     aligned, prefix = align(plain_base, tuned_weights.tensors.keys(), model=tuned_weights.label)
+    as_found = aligned.tensors
     if cast_base:
         aligned = cast_to(aligned, tuned_weights.tensors)
     fresh = tuned_weights.whole if isinstance(tuned_weights, AdapterWeights) else ()
@@ -156,6 +157,7 @@ def _task(
         base_only=base_only,
         config=config,
         landed=any(plan.landing is not None for plan in plans),
+        cast_base=aligned.tensors != as_found,
     )
     return _Task(
         base=aligned, tuned=tuned_weights, plans=plans, source=source,

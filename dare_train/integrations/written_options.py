@@ -85,6 +85,7 @@ OPTIONS: Mapping[str, Callable[[str, Words], Any]] = {
     "kernels": _text,
     "name": _text,
     "artifact": _truth,
+    "push_to_hub": _text,
 }
 """Each argument of `DareCallback`, and how it is read from the words that were given for it."""
 

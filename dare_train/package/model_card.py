@@ -1,7 +1,8 @@
-"""The model card that a package carries, so that it explains itself on the Hub."""
+"""The model cards of packages, so that they explain themselves on the Hub."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .manifest import Manifest
@@ -12,7 +13,7 @@ library_name: dare_train
 tags:
 - dare
 - delta
-{base_line}---
+{base_lines}---
 
 # Delta package for {base}
 
@@ -22,10 +23,12 @@ This folder is not a model: it holds what fine-tuning changed in `{base}`, thinn
 ```python
 import dare_train
 
-dare_train.apply("{base}", ["path/to/this/folder"], out="model")    # a checkpoint folder for from_pretrained
+# A checkpoint folder for from_pretrained:
+dare_train.apply("{base}", ["path/to/this/folder"], out="model"{cast_argument})
 ```
 
-or, on the command line, `dare-train apply {base} path/to/this/folder --out model`.
+or, on the command line, `dare-train apply {base} path/to/this/folder --out model{cast_option}`.
+A Hub id does in the place of a folder.
 
 | | |
 |---|---|
@@ -34,20 +37,54 @@ or, on the command line, `dare-train apply {base} path/to/this/folder --out mode
 | rescale | {rescale} |
 | tensors | {deltas} as deltas, {whole} whole, {base_count} as in the base |
 | result fingerprint | `{result}` |
-{note}"""
+{measured}{note}"""
+
+_FOLDERS = """\
+---
+library_name: dare_train
+tags:
+- dare
+- delta
+{base_lines}---
+
+# Delta packages for {base}
+
+Each folder is a package: what fine-tuning changed in `{base}`, thinned by
+[DARE](https://arxiv.org/abs/2311.03099) (drop and rescale) and compressed by `dare_train`.
+
+```bash
+dare-train apply {base} hf://{repo}/{last} --out model    # a checkpoint folder for from_pretrained
+dare-train pull {repo} --out packages    # all of them
+```
+{chain}"""
+
+_CHAIN = """
+These are a chain, where each package continues the one before: apply them together, in order, from the first.
+"""
 
 
-def text(manifest: Manifest, note: str = "") -> str:
-    """Markdown with the Hub's metadata block; `base_model` is given there only when it is a Hub id. `note` is
-    a paragraph for the end.
+def text(
+    manifest: Manifest,
+    note: str = "",
+    *,
+    measured: Mapping[str, float] | None = None,
+    cast_base: bool = False,
+) -> str:
+    """Markdown with the Hub's metadata block; `base_model` is given there only when it is a Hub id.
+
+    Args:
+        manifest: the package's.
+        note: a paragraph for the end.
+        measured: what an evaluation in training said, by name.
+        cast_base: whether the base has other dtypes than the package is for.
     """
     kinds = [record.kind for record in manifest.tensors]
     rates = sorted({record.p for record in manifest.tensors if record.kind == "delta"})
-    base = manifest.base_model
-    on_hub = base.count("/") == 1 and not base.startswith((".", "/")) and not Path(base).exists()
     return _TEXT.format(
-        base_line=f"base_model: {base}\n" if on_hub else "",
-        base=base if on_hub else Path(base).name,
+        base_lines=_base_lines(manifest.base_model),
+        base=_shown(manifest.base_model),
+        cast_argument=", cast_base=True" if cast_base else "",
+        cast_option=" --cast-base" if cast_base else "",
         rates=", ".join(f"{rate:g}" for rate in rates) or "none",
         seed=manifest.seed,
         rescale=manifest.rescaled,
@@ -55,5 +92,41 @@ def text(manifest: Manifest, note: str = "") -> str:
         whole=kinds.count("whole"),
         base_count=kinds.count("base"),
         result=manifest.result,
+        measured=_measured(measured or {}),
         note=note and f"\n{note}\n",
     )
+
+
+def of_folders(repo: str, folders: Sequence[str], manifest: Manifest) -> str:
+    """The card of a repository with a package in each of several folders, of which the last has this
+    manifest.
+    """
+    return _FOLDERS.format(
+        base_lines=_base_lines(manifest.base_model),
+        base=_shown(manifest.base_model),
+        repo=repo,
+        last=folders[-1],
+        chain=_CHAIN if manifest.continues == "package" else "",
+    )
+
+
+def _measured(figures: Mapping[str, float]) -> str:
+    if not figures:
+        return ""
+    rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in figures.items())
+    return f"\nMeasured in training, when the package was taken:\n\n| | |\n|---|---|\n{rows}"
+
+
+def _base_lines(base: str) -> str:
+    """What the Hub is told of the base: a package is an addition to it, and no model by itself."""
+    if not _is_on_hub(base):
+        return ""
+    return f"base_model: {base.partition('@')[0]}\nbase_model_relation: adapter\n"
+
+
+def _shown(base: str) -> str:
+    return base if _is_on_hub(base) else Path(base).name
+
+
+def _is_on_hub(base: str) -> bool:
+    return base.count("/") == 1 and not base.startswith((".", "/")) and not Path(base).exists()

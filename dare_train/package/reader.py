@@ -14,20 +14,16 @@ import numpy as np
 
 from ..errors import CheckpointError, DareError, PackageError
 from ..parallel.threads import once, ordered_map
-from ..weights.checkpoint import SafetensorsFile, locate
+from ..weights.checkpoint import SafetensorsFile
 from .codec import FETCH_AGAIN
-from .manifest import CARRIED, MANIFEST, FileRecord, Manifest, TensorRecord, sha256_of
+from .fetching import fetched
+from .manifest import MANIFEST, FileRecord, Manifest, TensorRecord, sha256_of
 from .manifest_reader import load
 from .segment_table import check_table
 from .segments import COLUMNS, Segment
 
 if TYPE_CHECKING:
     from ..weights.protocol import Weights
-
-
-_PATTERNS = ["*.safetensors", "README.md", *(f"*{suffix}" for suffix in sorted(CARRIED))]
-"""Of the files of a package, in a repository of the Hub."""
-"""What is fetched of a repository on the Hub."""
 
 
 class DeltaPackage:
@@ -41,19 +37,15 @@ class DeltaPackage:
 
     @classmethod
     def open(cls, where: str | os.PathLike[str] | DeltaPackage) -> DeltaPackage:
-        """Open a package folder or a Hub id.
+        """Open a package folder, or one on the Hub: `user/repo`, `user/repo@revision`, or, of several in a
+        repository, `hf://user/repo/folder`; without a folder, the package `final` is meant.
 
         Raises:
             PackageError: there is no manifest, or it is damaged; a listed file is missing or of another size.
         """
         if isinstance(where, DeltaPackage):
             return where
-        try:
-            path = locate(where, patterns=_PATTERNS)
-        except CheckpointError as error:
-            expected = "a package folder or a Hub id"
-            remedy = error.remedy
-            raise PackageError(error.name, expected=expected, found=error.found, remedy=remedy) from error
+        path = fetched(where)
         manifest = load(path / MANIFEST)
         for record in (*manifest.parts, *manifest.files):
             _check_size(path / record.file, record)
@@ -139,16 +131,11 @@ class DeltaPackage:
             segments = [segment for segment, _ in self._frames.get(record.name, ())]
             _check_coverage(record, segments, f"{self.name}: {record.name}")
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload the folder as a model repository; `options` go to `huggingface_hub.HfApi.upload_folder`.
-        Returns its commit.
-        """
-        from huggingface_hub import HfApi
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """The same as `dare_train.push([package], repo_id, **options)`."""
+        from .. import push
 
-        self.check_integrity()
-        api = HfApi(token=options.pop("token", None))
-        api.create_repo(repo_id, exist_ok=True, private=options.pop("private", None))
-        return api.upload_folder(repo_id=repo_id, folder_path=self.path, **options)
+        return push([self], repo_id, **options)
 
     def __repr__(self) -> str:
         gone = "" if self.path.is_dir() else ", removed since it was opened"

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import BaseMismatch, CheckpointError, ConfigError, TensorMismatch
+from ..hub.download import locate
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging
 from ..weights.adapters_on_files import AdaptersOnFiles, check_full_precision
 from ..weights.alignment import align, cast_to
-from ..weights.checkpoint import SINGLE, Checkpoint, locate
+from ..weights.checkpoint import SINGLE, Checkpoint
 from ..weights.checkpoint_writer import CheckpointWriter, Layout
 from ..weights.fingerprint import Fingerprint, fingerprints, model_fingerprint
 from ..weights.live import LiveWeights

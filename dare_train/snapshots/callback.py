@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import weakref
@@ -15,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..config import DareConfig, Patterns, Rescale, Rounding, Source, Target, Values
 from ..errors import BaseMismatch, ConfigError, SnapshotError
+from ..hub.upload import check_repository
 from ..kernels.backends import checked
 from ..package.reader import DeltaPackage
 from ..parallel.ranks import Ranks, Roll
@@ -26,6 +28,7 @@ from .base_model import FirstLook, Origin, at_hand, begun_at, first_look, kept, 
 from .callback_options import OnError, When, check_options, schedule
 from .grids import reading_of
 from .guest import as_guest, tell, tell_again
+from .pushing import Destination, Pusher
 from .receiver_evaluation import evaluate_received
 from .run_folder import FINAL, RunFolder
 from .shared_pass import Order, Snapshot, take_together
@@ -35,6 +38,7 @@ from .trainer_run import (
     calling_trainer,
     check_engine,
     is_checkpoint_of_a_run,
+    last_measured,
     module_of,
     moment,
     name_of_run,
@@ -44,6 +48,7 @@ from .trainer_run import (
     shared_companions,
 )
 
+_log = logging.getLogger("dare_train")
 _ROLL_PATIENCE = timedelta(seconds=45)
 """How long a rank waits for others that had not signed when their Trainers were made."""
 
@@ -75,6 +80,10 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         name: of the folder, the metrics and the wandb artifact; several callbacks in one run need different
             names.
         artifact: upload each package to wandb, when the Trainer reports there.
+        push_to_hub: a repository on the Hub, as `user/name`, to which each package is uploaded behind
+            training, as a folder of its name. What fails is tried again at the end, which waits for it at
+            most five minutes. Token, branch and privacy are `TrainingArguments`' `hub_token`, `hub_revision`
+            and `hub_private_repo`.
 
     Attributes:
         packages: every snapshot of this process, oldest first, as `Snapshot`.
@@ -113,6 +122,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         kernels: str | None = None,
         name: str = "dare",
         artifact: bool = True,
+        push_to_hub: str | None = None,
     ) -> None:
         self.config = DareConfig(
             p=p,
@@ -145,6 +155,9 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         self.kernels = checked(kernels, "kernels")
         self.name = name
         self.artifact = artifact
+        self.push_to_hub = push_to_hub
+        if push_to_hub is not None:
+            check_repository(push_to_hub)
         self.on_error = on_error
         self.failures: list[Exception] = []
         self.packages: list[Snapshot] = []
@@ -156,6 +169,8 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         """The model of the last training, and its base."""
         self._folder: RunFolder | None = None
         self._snapshotter: Snapshotter | None = None
+        self._pusher: Pusher | None = None
+        """Of the first rank, where packages are pushed."""
         self._attached: Trainer | None = None
         self._trainer: Trainer | None = None
         self._training = False
@@ -208,6 +223,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         reading = reading_of(self.config, self.source)
         live = LiveWeights(model, source=reading, ranks=self._joined(), kernels=self.kernels, but_packed=True)
         self._check_evaluation(live)
+        self._pusher = live.ranks.each(lambda: self._made_pusher(args) if live.ranks.first else None)
         path = output_folder(args, state, self._trainer) / self.name
         private = private_folder(path, args)
         record = on_record(state, self.name) if state.global_step else None
@@ -243,6 +259,9 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     def _collect_finished(self, args: TrainingArguments, state: TrainerState) -> None:
         if self._snapshotter is not None:
             self._collect(self._snapshotter.finished(), state)
+        if self._pusher is not None:
+            for failure in self._pusher.look():
+                _log.warning("DareCallback %r: %s; it is tried again at the end", self.name, failure)
 
     @as_guest
     def on_evaluate(
@@ -284,6 +303,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._take_last(args, state, model)
         self._close(args, state)
+        self._finish_pushing(args, state)
         tell_again(self)
 
     @as_guest
@@ -301,6 +321,24 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
                 self._forget_companions()
             if self._joined().first:
                 reporting.conclude(self.packages[self._before :], self.name)
+
+    @as_guest
+    def _finish_pushing(self, args: TrainingArguments, state: TrainerState) -> None:
+        pusher, self._pusher = self._pusher, None
+        if pusher is not None:
+            pusher.close()
+
+    def _made_pusher(self, args: TrainingArguments) -> Pusher | None:
+        if self.push_to_hub is None:
+            return None
+        destination = Destination(
+            repo=self.push_to_hub,
+            revision=getattr(args, "hub_revision", None),
+            private=args.hub_private_repo,
+            token=args.hub_token,
+        )
+        destination.check()
+        return Pusher(destination)
 
     def _end_interrupted(self) -> None:
         """A training before this one ended without an event: by Ctrl-C, or for want of memory."""
@@ -451,6 +489,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             out=out,
             files=self._companions,
             within=folder.private,
+            measured=last_measured(state),
             published=published,
         )
 
@@ -463,5 +502,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         if self._joined().first:
             stays = self.keep is None
             wandb_snapshots.log(snapshot, name=self.name, artifact=self.artifact, stays=stays)
+            if self._pusher is not None:
+                self._pusher.push(snapshot.package.path)
             if state is not None:
                 reporting.report(snapshot, self.name, self._trainer, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -76,6 +76,8 @@ class Order:
     files: Path | None = None
     within: Path | None = None
     """Where it is written before it is complete: beside `out`, by default."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """What an evaluation said of the weights, by name: for the model card."""
     published: Callable[[], object] | None = None
     """Called on the first rank when the package is in its place."""
 

@@ -116,6 +116,7 @@ class Snapshotter:
         self.lands = bool(landings(origin.own, live, config, self._merged_names))
         self.base = origin.own if self.lands else origin.weights
         """Under the run's names, in the dtypes of the packages."""
+        self._cast_base = self.base.tensors != origin.own.tensors
         if config.dtype is None and self.ranks.first:
             grids.tell(origin.own, live, self._merged_names, config, lands=self.lands)
         self._plans = self._plan(live)
@@ -354,22 +355,24 @@ class Snapshotter:
         carried = carry_files(self.origin.checkpoint.folder, job.order.files, staging)
         plans = [link_plan(plan) for plan in job.plans] if self._continues else job.plans
         parts = [FileRecord(**record) for _, records in shares for record in records]
-        return write_manifest(staging, plans, tallies, parts, self._provenance(job.plans), carried)
+        return write_manifest(staging, plans, tallies, parts, self._provenance(job), carried)
 
     @property
     def _continues(self) -> bool:
         return self.incremental and bool(self.chain)
 
-    def _provenance(self, plans: list[TensorPlan]) -> Provenance:
-        absent = tuple(sorted(self.base.tensors.keys() - {plan.name for plan in plans}))
+    def _provenance(self, job: Job) -> Provenance:
+        absent = tuple(sorted(self.base.tensors.keys() - {plan.name for plan in job.plans}))
         on_base = Provenance(
             base_model=self.origin.name,
             prefix=self.origin.prefix,
             base_only=absent,
             config=self.config,
             run=self.run,
-            landed=any(plan.landing is not None for plan in plans),
+            landed=any(plan.landing is not None for plan in job.plans),
+            cast_base=self._cast_base,
             note=_QUANTISED if self._packed else "",
+            measured=job.order.measured,
         )
         if not self._continues:
             return on_base

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import uuid
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .companions import save_companions
 
 STATE = "dare_train"
 """Under which the Trainer's state has what callbacks remember."""
+_TIMES = ("_runtime", "_per_second")
 _ENGINES = {
     "NO",
     "DEEPSPEED",
@@ -104,6 +106,17 @@ def module_of(model: Any) -> Any:
 def moment(event: str, state: TrainerState) -> int | str:
     """The step at which a snapshot is taken, or "end"."""
     return "end" if event == "end" else int(state.global_step)
+
+
+def last_measured(state: TrainerState) -> dict[str, float]:
+    """The metrics of this step's evaluations, by name, without what they took."""
+    entries = [entry for entry in state.log_history if entry.get("step") == state.global_step]
+    return {
+        name: float(value)
+        for entry in entries
+        for name, value in entry.items()
+        if name.startswith("eval_") and isinstance(value, Real) and not name.endswith(_TIMES)
+    }
 
 
 def calling_trainer() -> Trainer | None:

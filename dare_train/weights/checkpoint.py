@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..dtypes import Words, dtype_of
 from ..errors import CheckpointError
+from ..hub.download import locate
 from .module_folders import module_folders
 from .protocol import TensorInfo
 
@@ -160,32 +161,6 @@ class Checkpoint:
             return cls(files, folder=path, label=str(where), index=entry.name)
         files = [SafetensorsFile(entry), *_open_modules(path)]
         return cls(files, folder=path, label=str(where), single=entry.name)
-
-
-def locate(
-    where: str | os.PathLike[str], *, patterns: list[str] | None = None, local_only: bool = False
-) -> Path:
-    """The local path of a folder, file or Hub id; with `local_only`, of a Hub id that the cache has.
-
-    Raises:
-        CheckpointError: neither a path that exists nor a repository that the Hub (or its cache) has.
-    """
-    path = Path(where).expanduser()
-    name = os.fspath(where)
-    if os.path.exists(path):  # noqa: PTH110 - unlike Path.exists, false for names that no file can have
-        return path
-    expected = "a folder or a Hub id"
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(name, expected=expected, found="nothing at that path")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_only))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        found = "no such folder here, and no such repository in the cache or on the Hub"
-        remedy = "check the name and the network"
-        raise CheckpointError(name, expected=expected, found=found, remedy=remedy) from error
 
 
 def _entry(folder: Path) -> Path:

@@ -4,8 +4,11 @@ process writes.
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from engines import run_ranks, train_on
+from hub_server import HubServer, hub_of
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from training import classifier, save_base
@@ -49,10 +53,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_base(tmp_path_factory.mktemp("engines") / "base")
 
 
-def trained(rank: int, engine: str, base: Path, out: Path) -> Told:
-    """Packages of exact and of rounded values from one training."""
-    callbacks = [DareCallback(**OPTIONS, values=values, name=values) for values in ("exact", "int8")]
-    train_on(engine, lambda: classifier(base), out, *callbacks)
+def trained(rank: int, engine: str, base: Path, out: Path, hub: Mapping[str, str]) -> Told:
+    """Packages of exact and of rounded values from one training. The exact ones are pushed."""
+    pushed = DareCallback(**OPTIONS, values="exact", name="exact", push_to_hub=f"me/{out.parent.name}")
+    callbacks = [pushed, DareCallback(**OPTIONS, values="int8", name="int8")]
+    with hub_of(hub):
+        train_on(engine, lambda: classifier(base), out, *callbacks)
     return {
         callback.name: [(snapshot.step, snapshot.package.manifest.result) for snapshot in callback.packages]
         for callback in callbacks
@@ -60,8 +66,14 @@ def trained(rank: int, engine: str, base: Path, out: Path) -> Told:
 
 
 @pytest.fixture(scope="module")
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def run_of(
-    base: Path, tmp_path_factory: pytest.TempPathFactory
+    base: Path, hub: HubServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, int], tuple[Path, list[Told]]]:
     """A training on an engine to its end, once for all tests: its folder, and what each rank tells of it."""
     made: dict[tuple[str, int], tuple[Path, list[Told]]] = {}
@@ -69,7 +81,7 @@ def run_of(
     def run(engine: str, world: int) -> tuple[Path, list[Told]]:
         if (engine, world) not in made:
             out = tmp_path_factory.mktemp(f"{engine}-{world}") / "out"
-            made[engine, world] = out, run_ranks(trained, world, engine, base, out)
+            made[engine, world] = out, run_ranks(trained, world, engine, base, out, hub.environment)
         return made[engine, world]
 
     return run
@@ -114,6 +126,29 @@ def test_packages_are_those_that_one_process_makes(
             assert meaning(ours) == meaning(theirs), (values, step)
             ours.verify(base)
         assert sorted(path.name for path in (out / values).iterdir()) == ["final", "step-2", "step-4"]
+
+
+@by_run
+def test_what_was_pushed_is_pulled_to_the_byte(
+    hub: HubServer, run_of: Callable[..., Any], tmp_path: Path, engine: str, world: int
+) -> None:
+    out, _ = run_of(engine, world)
+    environment = {**os.environ, **hub.environment, "HF_HOME": str(tmp_path / "cache")}
+    command = [
+        sys.executable,
+        "-m",
+        "dare_train",
+        "pull",
+        f"me/{out.parent.name}",
+        "--out",
+        tmp_path / "back",
+    ]
+    subprocess.run(command, env=environment, check=True)
+    assert contents(tmp_path / "back") == contents(out / "exact")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def resumed(rank: int, engine: str, base: Path, out: Path, checkpoint: Path) -> tuple[str, list[str]]:

@@ -226,18 +226,3 @@ def test_verify_notices_a_wrong_base(tmp_path: Path) -> None:
     package.verify(base)
     with pytest.raises(Exception, match="this is not the base the package was made from"):
         package.verify(save(moved(base_state()), tmp_path / "other"))
-
-
-def test_push_to_hub_checks_and_uploads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, object]] = []
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.create_repo",
-        lambda _, repo_id, **options: calls.append((repo_id, options["private"])),
-    )
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.upload_folder",
-        lambda _, **options: calls.append((options["repo_id"], options["folder_path"])),
-    )
-    package = extract(base_state(), moved(base_state()), tmp_path / "package")
-    package.push_to_hub("me/delta", private=True)
-    assert calls == [("me/delta", True), ("me/delta", tmp_path / "package")]

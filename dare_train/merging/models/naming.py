@@ -12,9 +12,10 @@ from typing import NamedTuple, Union
 from ...applying.chain import open_chain
 from ...dtypes import DTYPES
 from ...errors import ChainError, CheckpointError, ConfigError
+from ...hub.download import locate
 from ...package.reader import DeltaPackage
 from ...weights.alignment import align, cast_to, with_prefix, without_prefix
-from ...weights.checkpoint import Checkpoint, locate
+from ...weights.checkpoint import Checkpoint
 from ...weights.declared_ties import Ties
 from ...weights.lora_checkpoint import AdapterWeights, merge_adapter
 from ...weights.low_rank import UNROUNDED

@@ -1,0 +1,1 @@
+"""The Hub of Hugging Face, as far as weights and packages need it."""

@@ -1,0 +1,55 @@
+"""Where something lies on this machine: a folder or file, or what was fetched from the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .ids import HubId
+
+
+def locate(
+    where: str | os.PathLike[str], *, patterns: Sequence[str] | None = None, local_only: bool = False
+) -> Path:
+    """The local path of a folder, file or place on the Hub; with `local_only`, of one that the cache has.
+
+    Raises:
+        CheckpointError: neither a path that exists nor a repository that the Hub (or its cache) has.
+    """
+    path = Path(where).expanduser()
+    name = os.fspath(where)
+    if os.path.exists(path):  # noqa: PTH110 - unlike Path.exists, false for names that no file can have
+        return path
+    place = HubId.parse(name)
+    if place is None:
+        deep = name.count("/") > 1 and not name.startswith((".", "/", "~"))
+        remedy = "a folder of a repository is written as hf://user/name/folder" if deep else ""
+        expected = "a folder or a Hub id"
+        raise CheckpointError(name, expected=expected, found="nothing at that path", remedy=remedy)
+    return fetch(place, patterns=patterns, local_only=local_only) / place.folder
+
+
+def fetch(place: HubId, *, patterns: Sequence[str] | None = None, local_only: bool = False) -> Path:
+    """The cached copy of a repository at a revision, with what matches the patterns of it.
+
+    Raises:
+        CheckpointError: neither the Hub nor its cache has it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        wanted = None if patterns is None else list(patterns)
+        found = snapshot_download(
+            place.repo, revision=place.revision, allow_patterns=wanted, local_files_only=local_only
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise CheckpointError(
+            str(place),
+            expected="a folder or a Hub id",
+            found="no such folder here, and no such repository in the cache or on the Hub",
+            remedy="check the name and the network",
+        ) from error
+    return Path(found)
