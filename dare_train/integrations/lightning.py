@@ -16,16 +16,17 @@ except ImportError:
     from pytorch_lightning import Callback
 
 from ..config import DareConfig
-from ..errors import BaseMismatch, ConfigError, SnapshotError
+from ..errors import ConfigError, SnapshotError
+from ..hub.upload import check_repository
 from ..kernels.backends import checked
 from ..package.reader import DeltaPackage
 from ..parallel.ranks import Ranks
-from ..parallel.staged_folder import storage_errors, sweep_folder
-from ..snapshots.base_model import Origin, at_hand, kept, loaded_from, recall
+from ..snapshots.beginning import Known, begin
 from ..snapshots.callback_options import OnError, When, check_options, schedule
 from ..snapshots.grids import reading_of
 from ..snapshots.guest import tell, tell_again
-from ..snapshots.run_folder import BASE, FINAL, RunFolder
+from ..snapshots.pushing import Destination, Pusher, pusher_for
+from ..snapshots.run_folder import FINAL, RunFolder
 from ..snapshots.shared_pass import Snapshot
 from ..snapshots.snapshotter import Snapshotter
 from ..snapshots.trainer_run import name_of_run, shared_companions
@@ -65,7 +66,7 @@ class DareCallback(Callback):  # type: ignore[misc]
         when: "save" (with each checkpoint that has callbacks' states), "epoch", "end", a number N (every N
             steps), or several of these.
         folder: where packages go; `{default_root_dir}/{name}` by default.
-        base, keep, incremental, on_error, kernels, name: see `dare_train.DareCallback`.
+        base, keep, incremental, on_error, kernels, name, push_to_hub: see `dare_train.DareCallback`.
         config: the other fields of `DareConfig`.
 
     Attributes:
@@ -91,6 +92,7 @@ class DareCallback(Callback):  # type: ignore[misc]
         on_error: OnError = "warn",
         kernels: str | None = None,
         name: str = "dare",
+        push_to_hub: str | None = None,
         **config: Any,
     ) -> None:
         self.config = DareConfig(p=p, **config)
@@ -111,6 +113,9 @@ class DareCallback(Callback):  # type: ignore[misc]
         self.on_error = on_error
         self.kernels = checked(kernels, "kernels")
         self.name = name
+        self.push_to_hub = push_to_hub
+        if push_to_hub is not None:
+            check_repository(push_to_hub)
         self.packages: list[Snapshot] = []
         self.failures: list[Exception] = []
         self._record: Mapping[str, Any] | None = None
@@ -121,6 +126,8 @@ class DareCallback(Callback):  # type: ignore[misc]
         """The model of the last training."""
         self._run: RunFolder | None = None
         self._snapshotter: Snapshotter | None = None
+        self._pusher: Pusher | None = None
+        """Of the first rank, where packages are pushed."""
         self._companions = Path()
         self._last_taken: int | str = -1
 
@@ -162,12 +169,15 @@ class DareCallback(Callback):  # type: ignore[misc]
         again = self._trained is not None and self._trained() is inner
         record = self._record or (self._remembered if again else None)
         self._run = RunFolder(path, name_of_run(record, live.ranks))
-        origin = self._establish(live, model, record, step=step, resumed=trainer.ckpt_path is not None)
+        known = Known(base=self.base, record=record)
+        origin = begin(live, model, self._run, known, step=step, resumed=trainer.ckpt_path is not None)
         self._trained = weakref.ref(inner)
         self._snapshotter = Snapshotter(
             origin, self.config, live, incremental=self.incremental, run=self._run.run
         )
         self._remembered = {**origin.record(), "run": self._run.run}
+        if self.push_to_hub is not None:
+            self._pusher = pusher_for(Destination(repo=self.push_to_hub), live.ranks)
         self._companions = shared_companions(live.ranks, model, None, path, origin)
         if self.incremental:
             self._snapshotter.chain = self._run.own(up_to=step)
@@ -178,6 +188,8 @@ class DareCallback(Callback):  # type: ignore[misc]
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if self._snapshotter is not None:
             self._collect(self._snapshotter.finished())
+        if self._pusher is not None:
+            self._pusher.look_and_tell(self.name)
         if self.every is not None and trainer.global_step % self.every == 0:
             self._take(trainer, trainer.global_step)
 
@@ -194,6 +206,7 @@ class DareCallback(Callback):  # type: ignore[misc]
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._take_last(trainer)
         self._close()
+        self._finish_pushing()
         tell_again(self)
 
     @_guarded
@@ -212,45 +225,18 @@ class DareCallback(Callback):  # type: ignore[misc]
                 if snapshotter.ranks.first and self._companions.is_dir():
                     shutil.rmtree(self._companions)
 
+    @_guarded
+    def _finish_pushing(self) -> None:
+        pusher, self._pusher = self._pusher, None
+        if pusher is not None:
+            pusher.close()
+
     def _end_interrupted(self) -> None:
         """A training before this one ended without an event."""
         if self._snapshotter is not None:
             self._close()
 
-    # Establishing the base, and taking snapshots.
-
-    def _establish(
-        self, live: LiveWeights, model: Any, record: Mapping[str, Any] | None, *, step: int, resumed: bool
-    ) -> Origin:
-        """What packages are relative to, and a folder that holds this run's alone."""
-        assert self._run is not None, "the folder is known before the base"
-        run, kept_base = self._run, self._run.path / BASE
-        if resumed and record is None and self.base is None:
-            expected = "a checkpoint that was saved with this callback, which then knows the base"
-            found = f"one of step {step} without"
-            raise BaseMismatch("base", expected=expected, found=found, remedy="pass base=")
-        origin = self._known_origin(live, model, kept_base, record)
-        in_use = origin is not None and origin.checkpoint.folder.resolve() == kept_base.resolve()
-
-        def clear() -> None:
-            if live.ranks.first:
-                with storage_errors(run.path):
-                    sweep_folder(run.path)
-                    run.make_way(from_step=step, base_in_use=in_use)
-
-        live.ranks.together(clear)
-        return origin or kept(live, model, kept_base)
-
-    def _known_origin(
-        self, live: LiveWeights, model: Any, kept_base: Path, record: Mapping[str, Any] | None
-    ) -> Origin | None:
-        """The base as far as it is on disk: the one given, or on record, or where the model was loaded
-        from.
-        """
-        if self.base is not None or record is None:
-            return at_hand(live, model, kept_base, base=self.base)
-        name = loaded_from(model)
-        return recall(record, live, [str(kept_base), *([name] if name else [])])
+    # Taking snapshots.
 
     def _take(self, trainer: Any, moment: int | str) -> None:
         """At most one package for a step, whichever events meet there."""
@@ -276,6 +262,8 @@ class DareCallback(Callback):  # type: ignore[misc]
     def _collect(self, snapshot: Snapshot | None) -> None:
         if snapshot is not None:
             self.packages.append(snapshot)
+            if self._pusher is not None:
+                self._pusher.push(snapshot.package.path)
 
 
 def _check_strategy(trainer: Any) -> None:

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import weakref
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import DareConfig, Patterns, Rescale, Rounding, Source, Target, Values
-from ..errors import BaseMismatch, ConfigError, SnapshotError
+from ..errors import SnapshotError
 from ..hub.upload import check_repository
 from ..kernels.backends import checked
 from ..package.reader import DeltaPackage
 from ..parallel.ranks import Ranks, Roll
-from ..parallel.staged_folder import storage_errors, sweep_folder
 from ..weights.live import LiveWeights
 from ..weights.wrapped import inner_model
 from . import reporting, wandb_snapshots
-from .base_model import FirstLook, Origin, at_hand, begun_at, first_look, kept, loaded_from, recall
+from .base_model import FirstLook, Origin, first_look
+from .beginning import Known, begin
 from .callback_options import OnError, When, check_options, schedule
 from .grids import reading_of
 from .guest import as_guest, tell, tell_again
-from .pushing import Destination, Pusher
-from .receiver_evaluation import evaluate_received
+from .pushing import Pusher, pusher_for
+from .receiver_evaluation import check_evaluation, evaluate_received
 from .run_folder import FINAL, RunFolder
 from .shared_pass import Order, Snapshot, take_together
 from .snapshotter import Snapshotter
@@ -37,7 +35,7 @@ from .trainer_run import (
     STATE,
     calling_trainer,
     check_engine,
-    is_checkpoint_of_a_run,
+    destination_of,
     last_measured,
     module_of,
     moment,
@@ -48,7 +46,6 @@ from .trainer_run import (
     shared_companions,
 )
 
-_log = logging.getLogger("dare_train")
 _ROLL_PATIENCE = timedelta(seconds=45)
 """How long a rank waits for others that had not signed when their Trainers were made."""
 
@@ -222,8 +219,10 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             reporting.ReportersLast.see_to(self._trainer)
         reading = reading_of(self.config, self.source)
         live = LiveWeights(model, source=reading, ranks=self._joined(), kernels=self.kernels, but_packed=True)
-        self._check_evaluation(live)
-        self._pusher = live.ranks.each(lambda: self._made_pusher(args) if live.ranks.first else None)
+        if self.evaluate:
+            check_evaluation(live, self._trainer)
+        if self.push_to_hub is not None:
+            self._pusher = pusher_for(destination_of(args, self.push_to_hub), live.ranks)
         path = output_folder(args, state, self._trainer) / self.name
         private = private_folder(path, args)
         record = on_record(state, self.name) if state.global_step else None
@@ -260,8 +259,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         if self._snapshotter is not None:
             self._collect(self._snapshotter.finished(), state)
         if self._pusher is not None:
-            for failure in self._pusher.look():
-                _log.warning("DareCallback %r: %s; it is tried again at the end", self.name, failure)
+            self._pusher.look_and_tell(self.name)
 
     @as_guest
     def on_evaluate(
@@ -328,18 +326,6 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         if pusher is not None:
             pusher.close()
 
-    def _made_pusher(self, args: TrainingArguments) -> Pusher | None:
-        if self.push_to_hub is None:
-            return None
-        destination = Destination(
-            repo=self.push_to_hub,
-            revision=getattr(args, "hub_revision", None),
-            private=args.hub_private_repo,
-            token=args.hub_token,
-        )
-        destination.check()
-        return Pusher(destination)
-
     def _end_interrupted(self) -> None:
         """A training before this one ended without an event: by Ctrl-C, or for want of memory."""
         if self._training and self._snapshotter is not None:
@@ -358,68 +344,18 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
 
     # Establishing the base.
 
-    def _check_evaluation(self, live: LiveWeights) -> None:
-        if self.evaluate and self._trainer is None:
-            remedy = "hand it over: callback.attach(trainer)"
-            raise ConfigError(
-                "evaluate", expected="a Trainer", found="events of another caller", remedy=remedy
-            )
-        if self.evaluate and live.packed:
-            remedy = "apply the package to the full-precision base and evaluate that"
-            raise ConfigError(
-                "evaluate", expected="weights in full precision", found="quantised ones", remedy=remedy
-            )
-
     def _establish(
         self, state: TrainerState, live: LiveWeights, model: Any, record: Mapping[str, Any] | None
     ) -> Origin:
         """What packages are relative to, and a folder that holds this run's alone."""
         assert self._folder is not None, "the folder is known before the base"
-        kept_base = self._folder.base
-        origin = self._known_origin(state, live, model, kept_base, record)
-        in_use = origin is not None and origin.checkpoint.folder.resolve() == kept_base.resolve()
-        live.ranks.together(lambda: self._clear(state, in_use) if live.ranks.first else None)
-        if origin is None:
-            origin = kept(live, model, kept_base)
-        self._begun = (weakref.ref(inner_model(model).model), origin)
+        trained = inner_model(model).model
+        before = self._begun[1] if self._begun is not None and self._begun[0]() is trained else None
+        known = Known(base=self.base, record=record, before=before, look=self._at_init)
+        step = state.global_step
+        origin = begin(live, model, self._folder, known, step=step, resumed=bool(step))
+        self._begun = (weakref.ref(trained), origin)
         return origin
-
-    def _clear(self, state: TrainerState, base_in_use: bool) -> None:
-        assert self._folder is not None, "the folder is known before it is cleared"
-        with storage_errors(self._folder.path):
-            sweep_folder(self._folder.path, self._folder.private)
-            self._folder.make_way(from_step=state.global_step, base_in_use=base_in_use)
-
-    def _known_origin(
-        self,
-        state: TrainerState,
-        live: LiveWeights,
-        model: Any,
-        kept_base: Path,
-        record: Mapping[str, Any] | None,
-    ) -> Origin | None:
-        """The base as far as it is on disk: the one given; that of the same model's training before, in this
-        process; of the run that is resumed; or where the model was loaded from.
-        """
-        if self.base is not None:
-            return at_hand(live, model, kept_base, base=self.base)
-        if record is not None:
-            name = loaded_from(model)
-            return recall(record, live, [str(kept_base), *([name] if name else [])])
-        if self._begun is not None and self._begun[0]() is inner_model(model).model:
-            return self._begun[1]
-        if not state.global_step:
-            return at_hand(live, model, kept_base)
-        seen = live.ranks.gather(self._at_init is not None and not is_checkpoint_of_a_run(self._at_init))
-        if self._at_init is not None and all(seen):
-            return begun_at(self._at_init, live)
-        found = "a resumed run that did not have this callback, and whose model was not loaded from its base"
-        raise BaseMismatch(
-            "base",
-            expected="a base on record, or the folder the model was loaded from",
-            found=found,
-            remedy="pass base=",
-        )
 
     def _remember(self, state: TrainerState, origin: Origin) -> None:
         assert self._folder is not None, "train begin knows the folder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from typing import IO
 
 from ..errors import HubError
 from ..hub.upload import can_upload, check_repository
+from ..parallel.ranks import Ranks
 
+_log = logging.getLogger("dare_train")
 PATIENCE = 300.0
 """Seconds for which the end of a training waits for what is still being pushed."""
 _LOOK_AGAIN = 0.05
@@ -80,6 +83,11 @@ class Pusher:
                 self._current = _Push(package, self.destination)
         return failed
 
+    def look_and_tell(self, name: str) -> None:
+        """`look`, with a warning of what failed, in the name of a callback."""
+        for failure in self.look():
+            _log.warning("DareCallback %r: %s; it is tried again at the end", name, failure)
+
     def close(self) -> None:
         """Wait, at most `PATIENCE` seconds, for what is being pushed, with another try for what failed.
 
@@ -114,6 +122,16 @@ class Pusher:
         repo = self.destination.repo
         remedy = f"later: dare-train push {quote(str(package))} {repo} --folder {quote(package.name)}"
         return HubError(f"push_to_hub: {package.name}{others} did not arrive: {reason}", remedy=remedy)
+
+
+def pusher_for(destination: Destination, ranks: Ranks) -> Pusher | None:
+    """The first rank's. All ranks call it together.
+
+    Raises:
+        ConfigError: it cannot be pushed there.
+    """
+    ranks.together(lambda: destination.check() if ranks.first else None)
+    return Pusher(destination) if ranks.first else None
 
 
 class _Push:

@@ -9,9 +9,26 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ..errors import ConfigError
+from ..weights.live import LiveWeights
 from ..weights.named_tensors import Live
 from .received_weights import received_weights
 from .snapshotter import Snapshotter
+
+
+def check_evaluation(live: LiveWeights, trainer: Trainer | None) -> None:
+    """
+    Raises:
+        ConfigError: there is no Trainer to evaluate with, or the weights are quantised.
+    """
+    if trainer is None:
+        remedy = "hand it over: callback.attach(trainer)"
+        raise ConfigError("evaluate", expected="a Trainer", found="events of another caller", remedy=remedy)
+    if live.packed:
+        remedy = "apply the package to the full-precision base and evaluate that"
+        raise ConfigError(
+            "evaluate", expected="weights in full precision", found="quantised ones", remedy=remedy
+        )
 
 
 def evaluate_received(

@@ -17,8 +17,9 @@ from ..errors import ConfigError
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import check_visible, storage_errors
 from ..weights.sharding import SUPPORTED
-from .base_model import FirstLook, Origin
+from .base_model import Origin
 from .companions import save_companions
+from .pushing import Destination
 
 STATE = "dare_train"
 """Under which the Trainer's state has what callbacks remember."""
@@ -49,10 +50,6 @@ def check_engine() -> None:
         )
 
 
-def is_checkpoint_of_a_run(look: FirstLook) -> bool:
-    return (Path(look.where) / "trainer_state.json").exists()
-
-
 def on_record(state: TrainerState, name: str) -> Mapping[str, Any] | None:
     """What an earlier part of a resumed run remembered of its base."""
     record: Mapping[str, Any] | None = state.stateful_callbacks.get(STATE, {}).get("attributes", {}).get(name)
@@ -77,6 +74,16 @@ def private_folder(path: Path, args: TrainingArguments) -> Path:
     uploads its output folder, in one beside it whose name it leaves out.
     """
     return path.with_name(f"_{path.name}") if getattr(args, "push_to_hub", False) else path
+
+
+def destination_of(args: TrainingArguments, repo: str) -> Destination:
+    """Where packages are pushed, with what the Trainer is told of the Hub."""
+    return Destination(
+        repo=repo,
+        revision=getattr(args, "hub_revision", None),
+        private=args.hub_private_repo,
+        token=args.hub_token,
+    )
 
 
 def shared_companions(ranks: Ranks, model: Any, processing_class: Any, path: Path, origin: Origin) -> Path:

@@ -13,6 +13,7 @@ import pytorch_lightning
 import torch
 from engines import run_ranks
 from fine_tunes import lora
+from hub_server import HubServer, hub_of
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from tiny import refusal
@@ -98,6 +99,17 @@ def test_packages_of_the_model_in_the_module(tmp_path: Path, base: Path, kind: A
     apply(base, package, tmp_path / "received")
     received = type(model.network).from_pretrained(tmp_path / "received")
     assert weights_print(received) == weights_print(model.network)
+
+
+def test_packages_are_pushed_behind_training(tmp_path: Path, base: Path) -> None:
+    with HubServer() as hub, hub_of(hub.environment):
+        callback = DareCallback(p=0.5, push_to_hub="me/run")
+        trainer(tmp_path, callback).fit(Classifying(base), rows())
+    assert callback.failures == []
+    pushed = hub.files("me/run")
+    for name in ("step-2", "step-4", "final"):
+        for file in (tmp_path / "dare" / name).iterdir():
+            assert pushed[f"{name}/{file.name}"] == file.read_bytes()
 
 
 def test_when_and_how_many(tmp_path: Path, base: Path) -> None:
