@@ -8,16 +8,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from checkpoint_files import save_weights
 from hub_server import LFS_FROM, HubServer
-from tiny import base_state, moved, save
 
 from dare_train import DeltaPackage, extract
 from dare_train.errors import ConfigError
 from dare_train.hub.ids import HubId
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture
@@ -43,19 +43,23 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def made(out: Path, *, base: str = "base", seed: int = 0, elements: int = 4 * LFS_FROM) -> Path:
-    """A package whose part is too large to travel inline."""
-    import torch
+def weights(folder: Path, *, seed: int, elements: int = 64) -> Path:
+    folder.mkdir(exist_ok=True)
+    values = np.random.default_rng(seed).standard_normal(elements).astype(np.float32)
+    save_weights({"a.weight": values}, folder / "model.safetensors")
+    return folder
 
-    base_weights = {"a.weight": torch.ones(elements, dtype=torch.bfloat16)}
-    noise = torch.randn(elements, generator=torch.Generator().manual_seed(seed))
-    tuned = {"a.weight": base_weights["a.weight"] + noise.bfloat16()}
-    extract(base_weights, tuned, out, p=0.5, base_model=base)
+
+def made(out: Path, *, base: str = "base", seed: int = 1, elements: int = 64) -> Path:
+    """A package on the weights of seed 0."""
+    base_folder = weights(out.parent / ".base", seed=0, elements=elements)
+    tuned = weights(out.parent / ".tuned", seed=seed, elements=elements)
+    extract(base_folder, tuned, out, p=0.5, base_model=base)
     return out
 
 
 def test_a_package_comes_back_to_the_byte(hub: HubServer, command: Command, tmp_path: Path) -> None:
-    package = made(tmp_path / "package")
+    package = made(tmp_path / "package", elements=4 * LFS_FROM)
     pushed = command("push", package, "me/delta")
     assert pushed.returncode == 0, pushed.stderr
     assert pushed.stdout.strip().startswith(f"me/delta: {hub.address}/me/delta/commit/")
@@ -69,7 +73,7 @@ def test_a_package_comes_back_to_the_byte(hub: HubServer, command: Command, tmp_
 
 
 def test_packages_of_a_chain_share_a_repository(hub: HubServer, command: Command, tmp_path: Path) -> None:
-    packages = [made(tmp_path / f"step-{n}", base="user/base", seed=n, elements=64) for n in (2, 4)]
+    packages = [made(tmp_path / f"step-{n}", base="user/base", seed=n) for n in (2, 4)]
     assert command("push", *packages, "me/chain").returncode == 0
     files = hub.files("me/chain")
     assert {name.split("/")[0] for name in files} == {"README.md", "step-2", "step-4"}
@@ -88,9 +92,9 @@ def test_packages_of_a_chain_share_a_repository(hub: HubServer, command: Command
 def test_a_folder_of_a_repository_is_a_package_to_every_command(
     hub: HubServer, command: Command, tmp_path: Path
 ) -> None:
-    base = save(base_state(), tmp_path / "base")
+    weights(tmp_path / "base", seed=0)
     for name in ("step-2", "final"):
-        extract(base, moved(base_state()), tmp_path / name)
+        made(tmp_path / name)
     assert command("push", tmp_path / "step-2", tmp_path / "final", "me/run").returncode == 0
     for where in ("hf://me/run/step-2", "me/run", "me/run@main", "hf://me/run@main/final"):
         applied = command("apply", "base", where, "--out", "model", "--overwrite")
@@ -104,7 +108,7 @@ def test_a_folder_of_a_repository_is_a_package_to_every_command(
 
 
 def test_without_a_final_package_one_has_to_be_named(command: Command, tmp_path: Path) -> None:
-    packages = [made(tmp_path / name, elements=64) for name in ("one", "two")]
+    packages = [made(tmp_path / name) for name in ("one", "two")]
     assert command("push", *packages, "me/two").returncode == 0
     told = command("inspect", "me/two").stderr
     assert told == ("dare-train: me/two: expected a package, found one, two; say which: hf://me/two/one\n"), (
@@ -113,7 +117,7 @@ def test_without_a_final_package_one_has_to_be_named(command: Command, tmp_path:
 
 
 def test_branches_tags_and_privacy(hub: HubServer, command: Command, tmp_path: Path) -> None:
-    first, second = made(tmp_path / "one", elements=64), made(tmp_path / "two", seed=1, elements=64)
+    first, second = made(tmp_path / "one"), made(tmp_path / "two", seed=2)
     options = ["--private", "--revision", "trial", "--tag", "v1", "--message", "The first"]
     assert command("push", first, "me/delta", *options).returncode == 0
     assert hub.repositories["me/delta"].private is True
@@ -139,7 +143,7 @@ def test_branches_tags_and_privacy(hub: HubServer, command: Command, tmp_path: P
 def test_a_hub_that_refuses(
     hub: HubServer, command: Command, tmp_path: Path, status: int, remedy: str
 ) -> None:
-    package = made(tmp_path / "package", elements=64)
+    package = made(tmp_path / "package")
     hub.refuses = lambda method, path: status if "/preupload/" in path or "create" in path else None
     done = command("push", package, "me/delta", HF_HUB_DOWNLOAD_TIMEOUT="1")
     assert done.returncode == 1
@@ -150,7 +154,7 @@ def test_a_hub_that_refuses(
 
 
 def test_a_hub_that_is_not_there(command: Command, tmp_path: Path) -> None:
-    package = made(tmp_path / "package", elements=64)
+    package = made(tmp_path / "package")
     for words in (["push", package, "me/delta"], ["pull", "me/delta", "--out", "back"]):
         done = command(*words, HF_ENDPOINT="http://127.0.0.1:9")
         assert done.returncode == 1
@@ -160,7 +164,7 @@ def test_a_hub_that_is_not_there(command: Command, tmp_path: Path) -> None:
 
 
 def test_what_was_damaged_on_its_way_is_not_kept(hub: HubServer, command: Command, tmp_path: Path) -> None:
-    assert command("push", made(tmp_path / "package", elements=64), "me/delta").returncode == 0
+    assert command("push", made(tmp_path / "package"), "me/delta").returncode == 0
     files = hub.files("me/delta")
     part = files["dare_delta.safetensors"]
     files["dare_delta.safetensors"] = part[:-1] + bytes([part[-1] ^ 1])
@@ -171,7 +175,7 @@ def test_what_was_damaged_on_its_way_is_not_kept(hub: HubServer, command: Comman
 
 
 def test_a_damaged_package_is_not_pushed(hub: HubServer, command: Command, tmp_path: Path) -> None:
-    package = made(tmp_path / "package", elements=64)
+    package = made(tmp_path / "package")
     part = package / "dare_delta.safetensors"
     part.write_bytes(part.read_bytes()[:-1] + b"\0")
     assert command("push", package, "me/delta").returncode == 1
@@ -179,7 +183,7 @@ def test_a_damaged_package_is_not_pushed(hub: HubServer, command: Command, tmp_p
 
 
 def test_a_card_of_somebodys_own_stays(hub: HubServer, command: Command, tmp_path: Path) -> None:
-    package = made(tmp_path / "package", elements=64)
+    package = made(tmp_path / "package")
     assert command("push", package, "me/delta", "--folder", "one").returncode == 0
     hub.files("me/delta")["README.md"] = b"mine"
     assert command("push", package, "me/delta", "--folder", "two").returncode == 0
@@ -201,7 +205,7 @@ def test_a_card_of_somebodys_own_stays(hub: HubServer, command: Command, tmp_pat
 def test_what_cannot_be_meant_is_refused_in_a_line(
     hub: HubServer, command: Command, tmp_path: Path, words: list[str]
 ) -> None:
-    made(tmp_path / "package", elements=64)
+    made(tmp_path / "package")
     done = command(*words)
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -222,6 +226,6 @@ def test_places_on_the_hub() -> None:
 
 
 def test_push_from_python(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    package = DeltaPackage.open(made(tmp_path / "package", elements=64))
+    package = DeltaPackage.open(made(tmp_path / "package"))
     with pytest.raises(ConfigError, match="expected the id of one on the Hub"):
         package.push_to_hub("no repository")

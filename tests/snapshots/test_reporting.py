@@ -168,7 +168,7 @@ TRACKERS: Mapping[str, Callable[[Path], Stored]] = {
         pytest.param(
             name,
             marks=pytest.mark.skipif(
-                importlib.util.find_spec(name) is None, reason=f"no {name}: pip install -e '.[trackers]'"
+                importlib.util.find_spec(name) is None, reason=f"no {name}: run scripts/trackers"
             ),
         )
         for name in TRACKERS
