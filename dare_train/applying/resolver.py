@@ -149,7 +149,7 @@ class Resolver:
         spans = sorted(
             (segment.start, segment.stop)
             for package in packages
-            for segment, _ in package.frames(name, 0, numel)
+            for segment in package.segments(name, 0, numel)
         )
         windows: list[tuple[int, int]] = []
         for start, stop in spans:

@@ -12,6 +12,7 @@ import numpy as np
 
 from .._version import __version__
 from ..errors import CheckpointError, ConfigError
+from ..parallel.staged_file import write_whole
 from ..weights.protocol import Weights
 from .swapped_model import SwappedModel
 
@@ -121,7 +122,7 @@ class Journal:
     def read(self) -> list[Point]:
         lines = self._path.read_text(encoding="utf-8").split("\n") if self._path.exists() else []
         if not lines or not lines[0]:
-            self._path.write_text(json.dumps(self._head) + "\n", encoding="utf-8")
+            write_whole(self._path, f"{json.dumps(self._head)}\n".encode())
             return []
         kept = json.loads(lines[0])
         if (kept["base"], kept["tuned"]) != (self._head["base"], self._head["tuned"]):
@@ -131,8 +132,9 @@ class Journal:
                 str(self._path), expected=expected, found=found, remedy="choose another folder"
             )
         check_setup(self._path, kept.get("setup", {}), self._head["setup"])
-        whole = lines[1:-1]  # a line without its end was being written when the process died
-        self._path.write_text("".join(f"{line}\n" for line in (lines[0], *whole)), encoding="utf-8")
+        whole = lines[1:-1]
+        if lines[-1]:  # a line without its end was being written when the process died
+            write_whole(self._path, "".join(f"{line}\n" for line in (lines[0], *whole)).encode())
         return [Point(**json.loads(line)) for line in whole]
 
     def add(self, point: Point) -> None:
@@ -203,7 +205,5 @@ class MeasurementRecord:
         """What was measured by that name, as JSON has it: now, unless it was before."""
         if name not in self.all:
             self._kept["measured"][name] = json.loads(json.dumps(measure()))
-            partial = self._path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._kept, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self._path)
+            write_whole(self._path, f"{json.dumps(self._kept, indent=1)}\n".encode())
         return self.all[name]
