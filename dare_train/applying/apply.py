@@ -180,8 +180,11 @@ def _write_share(
     def write(run: _Run) -> _Done:
         name, start, count = run
         base_words = resolver.base_run(name, start, count)
-        words = scratch.like(base_words)
-        base_share = Fingerprint(*cpu.copy_with_fingerprint(base_words, start, words))
+        words = base_words if base_words.flags.owndata else scratch.like(base_words)
+        if words is base_words:
+            base_share = Fingerprint.of(words, start)
+        else:
+            base_share = Fingerprint(*cpu.copy_with_fingerprint(base_words, start, words))
         if start >= resolver.base_numel(name):
             base_share = Fingerprint()
         resolver.resolve(name, start, count, words)
