@@ -73,9 +73,7 @@ def of_folders(inputs: Path) -> list[Scenario]:
 
     def merge(place: Path, **options: Any) -> None:
         models, weights = [tuned, package], [0.5, 0.25]
-        dare_train.merge(
-            base, [tuned, package], place / "out", weights=[0.5, 0.25], overwrite=True, **options
-        )
+        dare_train.merge(base, models, place / "out", weights=weights, overwrite=True, **options)
 
     def statistics(place: Path) -> None:
         tensors = {"w": np.ones(9, np.float32)}
@@ -130,7 +128,7 @@ def _onto(name: str, act: Callable[[Path], object], old: Path | None) -> Scenari
 
 def of_records(inputs: Path) -> list[Scenario]:
     """What a study keeps of its measurements: a line for each, of which none that was told is lost."""
-    from dare_train.evaluation.measurements import Journal, MeasurementRecord, Point
+    from dare_train.evaluation.measurements import Journal, MeasurementRecord, Point, alone_with
 
     def points(count: int) -> list[Point]:
         return [Point(variant="dare", p=0.5, seed=seed, metrics={"x": 1.0}) for seed in range(count)]
@@ -146,10 +144,11 @@ def of_records(inputs: Path) -> list[Scenario]:
             file.write('{"variant": "cut')  # as a kill leaves it
 
     def go_on(place: Path) -> None:
-        known = {point.seed for point in journal(place).read()}
-        for point in points(8):
-            if point.seed not in known:
-                journal(place).add(point)
+        with alone_with(place / "points.jsonl"):
+            known = {point.seed for point in journal(place).read()}
+            for point in points(8):
+                if point.seed not in known:
+                    journal(place).add(point)
 
     def state(place: Path) -> State:
         shutil.copyfile(place / "points.jsonl", place.with_name("looked-at.jsonl"))
@@ -159,9 +158,10 @@ def of_records(inputs: Path) -> list[Scenario]:
         return "going on" if seeds[:5] == list(range(5)) else f"lost: {seeds}"
 
     def measure(place: Path) -> None:
-        record = MeasurementRecord(place / "search.json", {"a": 1})
-        for name in ("one", "two"):
-            record.measured(name, lambda: {"x": 2.0})
+        with alone_with(place / "search.json"):
+            record = MeasurementRecord(place / "search.json", {"a": 1})
+            for name in ("one", "two"):
+                record.measured(name, lambda: {"x": 2.0})
 
     def measured(place: Path) -> State:
         if not (place / "search.json").exists():
