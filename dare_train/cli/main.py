@@ -17,6 +17,7 @@ import typer
 from ..errors import ConfigError, DareError
 from . import study_commands as studies
 from . import training_commands as training
+from .leaving import code_of, leave_cleanly
 from .terminal import (
     AsJson,
     Base,
@@ -448,7 +449,8 @@ def command() -> NoReturn:
     """
     if first_word() != "run":  # what somebody else's command inherits stays as it is
         _settle_process()
-    code = main()
+        leave_cleanly()
+    code = code_of(main())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

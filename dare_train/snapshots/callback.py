@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import weakref
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -18,6 +17,7 @@ from ..hub.upload import check_repository
 from ..kernels.backends import checked
 from ..package.reader import DeltaPackage
 from ..parallel.ranks import Ranks, Roll
+from ..parallel.waiting_folder import remove_waiting
 from ..weights.live import LiveWeights
 from ..weights.wrapped import inner_model
 from . import reporting, wandb_snapshots
@@ -340,7 +340,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
 
     def _forget_companions(self) -> None:
         if self._joined().first and self._companions.is_dir():
-            shutil.rmtree(self._companions)
+            remove_waiting(self._companions)
 
     # Establishing the base.
 
@@ -419,7 +419,11 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         folder = self._folder
         out = folder.path / FINAL if event == "end" else folder.of_step(state.global_step)
         best = folder.of_step(state.best_global_step) if self.keep_best and state.best_global_step else None
-        published = None if self.keep is None else partial(folder.forget_old, self.keep, out, best)
+        published = (
+            None
+            if self.keep is None
+            else partial(folder.forget_old, self.keep, out, best, step=state.global_step)
+        )
         return Order(
             taker=self._snapshotter,
             out=out,

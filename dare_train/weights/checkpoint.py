@@ -1,9 +1,8 @@
-"""Checkpoints on disk: folders of safetensors files, read through memory maps."""
+"""Checkpoints on disk: folders of safetensors files."""
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import shlex
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from ..errors import CheckpointError
 from ..hub.download import locate
 from .module_folders import module_folders
 from .protocol import TensorInfo
+from .read_file import ReadFile
 
 MERGE_RECORD = "dare_merge.json"
 """What a merge writes beside its result: the recipe, and what became of each tensor."""
@@ -60,7 +60,8 @@ _FETCH_AGAIN = "fetch the checkpoint again"
 
 
 class SafetensorsFile:
-    """One mapped file. Its header is checked by the safetensors library before this class looks at it.
+    """One file, open as long as this is used. Its header is checked by the safetensors library before this
+    class looks at it.
 
     `prefix` stands before the names that tensors have in the file.
     """
@@ -69,16 +70,16 @@ class SafetensorsFile:
         self.path = path
         self.prefix = prefix
         try:
+            self._file = ReadFile(path)
             with safe_open(path, framework="numpy"):
                 pass
         except (SafetensorError, OSError) as error:
             expected = "a safetensors file"
             remedy = "fetch it again"
             raise CheckpointError(str(path), expected=expected, found=str(error), remedy=remedy) from error
-        with path.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_size))
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file.check_same()
+        header_size = int.from_bytes(self._file.read(0, 8), "little")
+        header = json.loads(self._file.read(8, header_size))
         self.metadata: dict[str, str] = header.pop(METADATA, {})
         self._offsets = {
             f"{prefix}{name}": 8 + header_size + entry["data_offsets"][0] for name, entry in header.items()
@@ -91,15 +92,19 @@ class SafetensorsFile:
         }
 
     def read(self, name: str, start: int, count: int) -> Words:
-        """Words of a flat range, as a read-only view of the map."""
+        """Words of a flat range."""
         dtype = self.tensors[name].dtype
-        offset = self._offsets[name] + start * dtype.itemsize
-        view = np.frombuffer(self._map, dtype.word, count, offset)
-        return view if view.flags.aligned else view.copy()
+        words = np.empty(count, dtype.word)
+        self._file.read_into(words, self._offsets[name] + start * dtype.itemsize)
+        return words
 
-    def bytes_of(self, name: str) -> memoryview:
-        offset = self._offsets[name]
-        return memoryview(self._map)[offset : offset + self.tensors[name].nbytes]
+    def sha256(self) -> str:
+        """Of the whole file."""
+        return self._file.sha256()
+
+    def changed(self) -> bool:
+        """Whether somebody has written to it since it was opened."""
+        return self._file.changed()
 
 
 class Checkpoint:
