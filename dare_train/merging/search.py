@@ -239,7 +239,8 @@ def _asked(trial: Any, axis: Axis) -> Scalar:
 
 
 def metric_of(name: str) -> Callable[..., Any]:
-    """The function that `module:function` names; modules are also looked for in the current folder.
+    """The function that `module:function` names. Modules are also looked for in the current folder, after all
+    other places: what lies there never takes the place of what is installed.
 
     Raises:
         ConfigError: there is none.
@@ -247,8 +248,8 @@ def metric_of(name: str) -> Callable[..., Any]:
     module, colon, function = name.partition(":")
     if not colon or not module or not function:
         raise ConfigError("eval", expected="MODULE:FUNCTION", found=repr(name))
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+    if not {"", str(Path.cwd())} & {*sys.path}:
+        sys.path.append(str(Path.cwd()))
     try:
         metric: Any = importlib.import_module(module)
         for part in function.split("."):
