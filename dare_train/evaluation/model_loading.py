@@ -1,6 +1,6 @@
 """Models and tokenizers from folders, of the class that their configuration names.
 
-Code that comes with a model is not run, and pickles are not read, unless the user trusts that code.
+Unless the user trusts the code that comes with a model, it is not run, and weights are those of safetensors.
 """
 
 from __future__ import annotations
