@@ -49,7 +49,7 @@ class Journal:
         written = [
             line.partition(" ")
             for path in sorted(self._staging.glob(f"{_STEM}.[0-9]*"))
-            for line in path.read_text().splitlines()
+            for line in path.read_text(errors="replace").splitlines()
         ]
         if not written:
             return {}
@@ -77,7 +77,7 @@ def resumable(staging: Path, identity: str) -> bool:
 
 def _begun_as(staging: Path, identity: str) -> bool:
     path = staging / _DONE
-    return path.is_file() and path.read_text() == _seal(staging, identity)
+    return path.is_file() and path.read_bytes() == _seal(staging, identity).encode()
 
 
 def _seal(staging: Path, identity: str) -> str:

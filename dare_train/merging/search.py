@@ -179,8 +179,9 @@ def _with(recipe: Recipe, name: str, value: Scalar) -> Recipe:
     if name in _OF_THE_RECIPE:
         return replace(recipe, **{name: value})  # type: ignore[arg-type]
     parameter, dot, number = name.partition(".")
-    places = [int(number)] if dot and number.isdigit() else range(len(recipe.models))
-    if dot and (not number.isdigit() or int(number) >= len(recipe.models)):
+    numbered = number.isascii() and number.isdigit() and len(number) < 10
+    places = [int(number)] if dot and numbered else range(len(recipe.models))
+    if dot and (not numbered or int(number) >= len(recipe.models)):
         raise ConfigError(
             f"search {name}",
             expected=f"a model's number from 0 to {len(recipe.models) - 1}",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import filecmp
 import shutil
 from pathlib import Path
 from typing import Any
 
-from ..errors import PackageError
+from ..errors import CheckpointError, PackageError
+from ..reading.structures import json_in
 from ..weights.checkpoint import ADAPTER_CONFIG, MERGE_RECORD, SINGLE
 from ..weights.module_folders import module_folders
 from .manifest import CARRIED, FileRecord, file_record
@@ -100,14 +101,14 @@ def carry_files(base: Path | None, tuned: Path | None, staging: Path) -> tuple[F
 def _same_content(base: Path, tuned: Path) -> bool:
     if not base.is_file():
         return False
-    base_bytes = base.read_bytes()
-    tuned_bytes = tuned.read_bytes()
-    if base_bytes != tuned_bytes and base.suffix == ".json":
-        try:
-            return bool(_settled(json.loads(base_bytes)) == _settled(json.loads(tuned_bytes)))
-        except (ValueError, RecursionError):
-            return False
-    return base_bytes == tuned_bytes
+    if filecmp.cmp(base, tuned, shallow=False):
+        return True
+    if base.suffix != ".json":
+        return False
+    try:
+        return bool(_settled(json_in(base, Any)) == _settled(json_in(tuned, Any)))
+    except (CheckpointError, RecursionError):
+        return False
 
 
 def _settled(content: Any) -> Any:

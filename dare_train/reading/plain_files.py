@@ -80,3 +80,12 @@ def reason(problem: Exception) -> str:
     """What the system or a parser says, without the path that the error names already."""
     said = problem.strerror if isinstance(problem, OSError) else None
     return printable(said or str(problem) or type(problem).__name__, 200)
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8: JSON can hold halves of characters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import shlex
@@ -10,19 +9,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from ..dtypes import Words, dtype_of
-from ..errors import CheckpointError
+from ..dtypes import Words
+from ..errors import CheckpointError, brief
+from ..reading.plain_files import is_text, opened
+from ..reading.structures import checked, json_in
+from .headers import header_of
 from .module_folders import module_folders
-from .protocol import TensorInfo
 
 MERGE_RECORD = "dare_merge.json"
 """What a merge writes beside its result: the recipe, and what became of each tensor."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-METADATA = "__metadata__"
-"""What no tensor is called: safetensors keeps other things under this name."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 """With its configuration, the files of a PEFT adapter."""
@@ -67,27 +65,12 @@ class SafetensorsFile:
     def __init__(self, path: Path, *, prefix: str = "") -> None:
         self.path = path
         self.prefix = prefix
-        try:
-            with safe_open(path, framework="numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            expected = "a safetensors file"
-            remedy = "fetch it again"
-            raise CheckpointError(str(path), expected=expected, found=str(error), remedy=remedy) from error
-        with path.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_size))
+        with opened(path, expected="a safetensors file") as file:
+            header = header_of(file, path)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.metadata: dict[str, str] = header.pop(METADATA, {})
-        self._offsets = {
-            f"{prefix}{name}": 8 + header_size + entry["data_offsets"][0] for name, entry in header.items()
-        }
-        self.tensors = {
-            f"{prefix}{name}": TensorInfo(
-                dtype_of(entry["dtype"], tensor=f"{path.name}: {name}"), tuple(entry["shape"])
-            )
-            for name, entry in header.items()
-        }
+        self.metadata = header.metadata
+        self._offsets = {f"{prefix}{name}": offset for name, offset in header.offsets.items()}
+        self.tensors = {f"{prefix}{name}": info for name, info in header.tensors.items()}
 
     def read(self, name: str, start: int, count: int) -> Words:
         """Words of a flat range, as a read-only view of the map."""
@@ -149,7 +132,7 @@ class Checkpoint:
             CheckpointError: nothing is there, weights are not safetensors, or a file is missing or damaged.
         """
         path = locate(where)
-        if path.is_file():
+        if not path.is_dir():
             if path.suffix != ".safetensors":
                 raise _not_safetensors(path)
             single = path.name if path.name.startswith(DIFFUSERS) else SINGLE
@@ -170,8 +153,11 @@ def locate(
     Raises:
         CheckpointError: neither a path that exists nor a repository that the Hub (or its cache) has.
     """
-    path = Path(where).expanduser()
     name = os.fspath(where)
+    try:
+        path = Path(where).expanduser()
+    except RuntimeError:  # there is no such user
+        path = Path(where)
     if os.path.exists(path):  # noqa: PTH110 - unlike Path.exists, false for names that no file can have
         return path
     expected = "a folder or a Hub id"
@@ -236,17 +222,15 @@ def _open_modules(folder: Path) -> list[SafetensorsFile]:
 
 def _read_index(index: Path) -> tuple[Mapping[str, str], list[str]]:
     """File name by tensor name, and the names of all files."""
-    try:
-        weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-        return weight_map, sorted(set(weight_map.values()), key=str)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        expected = 'an index with a "weight_map"'
-        raise CheckpointError(str(index), expected=expected, found=repr(error)[:200]) from error
+    expected = 'an index with a "weight_map"'
+    weight_map = json_in(index, expected=expected).get("weight_map")
+    files = checked(weight_map, dict[str, str], where=f"{index}: weight_map", expected=expected)
+    return files, sorted({*files.values()})
 
 
-def _check_listed(name: object, index: Path) -> None:
-    if not isinstance(name, str) or not _names_a_file(name):
-        raise CheckpointError(str(index), expected="names of files in this folder", found=repr(name))
+def _check_listed(name: str, index: Path) -> None:
+    if not _names_a_file(name):
+        raise CheckpointError(str(index), expected="names of files in this folder", found=brief(name))
     path = index.parent / name
     if not path.exists():
         expected = "a file, since the index lists it"
@@ -254,7 +238,8 @@ def _check_listed(name: object, index: Path) -> None:
 
 
 def _names_a_file(name: str) -> bool:
-    return Path(name).name == name and name.endswith(".safetensors") and len(name.encode()) <= 255
+    is_one = is_text(name) and "\0" not in name and Path(name).name == name
+    return is_one and name.endswith(".safetensors") and len(name.encode()) <= 255
 
 
 def _not_safetensors(path: Path, files: list[Path] | None = None) -> CheckpointError:

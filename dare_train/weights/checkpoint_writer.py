@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..dtypes import Words
-from .checkpoint import METADATA, SINGLE, Checkpoint
+from .checkpoint import SINGLE, Checkpoint
+from .headers import METADATA
 from .protocol import TensorInfo
 
 

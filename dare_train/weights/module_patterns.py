@@ -131,7 +131,7 @@ class _Automaton:
         return self._reached(frozenset(taken))
 
     def _reached(self, states: frozenset[int], *, begin: bool = False, end: bool = False) -> frozenset[int]:
-        """These, and those that they lead to without a character, at a name's beginning or end or within it."""
+        """These, and those that they lead to without a character, at a name's ends or within it."""
         open_now = {_GO: True, _BEGIN: begin, _END: end}
         reached = set(states)
         left = [*reached]

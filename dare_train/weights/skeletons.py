@@ -42,7 +42,8 @@ def skeleton(config: Mapping[str, Any], name: str | None = None) -> Any:
         import transformers
     except ImportError:
         return None
-    name = name or (config.get("architectures") or [""])[0]
+    named = config.get("architectures")
+    name = name or (named[0] if isinstance(named, list) and named else None)
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     configuration = getattr(kind, "config_class", None)
     if kind is None or configuration is None or any(asks_for(config)):

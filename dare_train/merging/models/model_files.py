@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import CheckpointError
 from ...package.manifest import MANIFEST
 from ...package.reader import DeltaPackage
+from ...reading.structures import json_in
 
 
 def files_in(folder: Path | None) -> dict[str, Path]:
@@ -42,8 +41,5 @@ def config_of(files: Mapping[str, Path]) -> dict[str, Any]:
     path = files.get("config.json")
     if path is None:
         return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(str(path), expected="a JSON object", found=str(error)) from error
-    return content if isinstance(content, dict) else {}
+    content: dict[str, Any] = json_in(path)
+    return content
