@@ -9,12 +9,13 @@ import ctypes
 import gc
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional, cast
 
 import typer
 
-from ..errors import ConfigError, DareError
+from ..errors import ConfigError, DareError, printable
 from . import study_commands as studies
 from . import training_commands as training
 from .terminal import (
@@ -32,6 +33,7 @@ from .terminal import (
     first_word,
     joined_ranks,
     progress_bar,
+    settle_streams,
     show,
 )
 
@@ -278,7 +280,7 @@ def merge(
         )
         return
     for note in notes:
-        typer.echo(f"dare-train: {note}", err=True)
+        typer.echo(f"dare-train: {printable(note)}", err=True)
     with joined_ranks() as ranks:
         with progress_bar("merging", ranks) as progress:
             report = run(
@@ -404,13 +406,15 @@ def command() -> NoReturn:
     if first_word() != "run":  # what somebody else's command inherits stays as it is
         _settle_process()
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # whoever read it is gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
 def main() -> int:
     """Run the command line in `sys.argv`; returns the exit code."""
+    settle_streams()
     try:
         app(prog_name="dare-train")
     except SystemExit as stop:
@@ -418,6 +422,6 @@ def main() -> int:
     except (DareError, OSError) as error:
         if debugging():
             raise
-        print(f"dare-train: {error}", file=sys.stderr)
+        print(f"dare-train: {printable(str(error))}", file=sys.stderr)
         return exit_code(error)
     return 0

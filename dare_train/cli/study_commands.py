@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, printable
 from .terminal import Base, Out, expect_models, progress_bar
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ def _publish(result: Found, title: str, out: Path, project: str | None, *, quiet
     with studying(project):
         page = write_study(study, out)
     if not quiet:
-        typer.echo(study.markdown())
+        typer.echo("\n".join(map(printable, study.markdown().split("\n"))))
     typer.echo(f"{page}", err=True)
 
 

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, printable
 from .config.recipe import RESCALES, Recipe
 from .config.task import MergeTask
 from .merge import run
@@ -267,13 +267,15 @@ def metric_of(name: str) -> Callable[..., Any]:
 def results(outcome: Found) -> RenderableType:
     """A table of the trials for a terminal, the best first."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
         title=f"{len(outcome.trials)} merges",
-        caption=f"{outcome.report.out} is the first; its recipe is in dare_merge.yml",
+        caption=Text(f"{printable(outcome.report.out)} is the first; its recipe is in dare_merge.yml"),
     )
     for name in (*outcome.best.settings, "score"):
-        table.add_column(name, justify="right")
+        table.add_column(Text(printable(name, 200)), justify="right")
     for trial in sorted(outcome.trials, key=lambda trial: abs(trial.score - outcome.best.score)):
-        table.add_row(*(f"{value}" for value in trial.settings.values()), f"{trial.score:.6g}")
+        settings = (Text(printable(f"{value}", 200)) for value in trial.settings.values())
+        table.add_row(*settings, f"{trial.score:.6g}")
     return table

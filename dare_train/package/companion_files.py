@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, PackageError
+from ..reading.links import staying_inside
 from ..reading.structures import json_in
 from ..weights.checkpoint import ADAPTER_CONFIG, MERGE_RECORD, SINGLE
 from ..weights.module_folders import module_folders
@@ -22,7 +23,7 @@ _NOT_THE_MODELS = {"README.md", MERGE_RECORD}
 
 def companions(folder: Path) -> list[Path]:
     """Files that belong to a model beside its weights: configuration, tokenizer, generation settings,
-    licence. Relative, sorted.
+    licence. Relative, sorted. Links that lead out of the folder are not followed, and named in a warning.
 
     Of subfolders only those count that a sentence-transformers `modules.json` names; others hold other
     things, such as a run's checkpoints.
@@ -35,7 +36,7 @@ def companions(folder: Path) -> list[Path]:
         for path in place.iterdir()
         if path.is_file() and _is_companion(path)
     ]
-    return sorted({path.relative_to(folder) for path in files})
+    return sorted({path.relative_to(folder) for path in staying_inside(files, folder)})
 
 
 def _is_companion(path: Path) -> bool:

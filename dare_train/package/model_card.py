@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from ..errors import printable
 from .manifest import Manifest
 
 _TEXT = """\
@@ -44,10 +46,10 @@ def text(manifest: Manifest, note: str = "") -> str:
     kinds = [record.kind for record in manifest.tensors]
     rates = sorted({record.p for record in manifest.tensors if record.kind == "delta"})
     base = manifest.base_model
-    on_hub = base.count("/") == 1 and not base.startswith((".", "/")) and not Path(base).exists()
+    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", base, re.ASCII) is not None and not Path(base).exists()
     return _TEXT.format(
         base_line=f"base_model: {base}\n" if on_hub else "",
-        base=base if on_hub else Path(base).name,
+        base=base if on_hub else printable(Path(base).name, 200),
         rates=", ".join(f"{rate:g}" for rate in rates) or "none",
         seed=manifest.seed,
         rescale=manifest.rescaled,

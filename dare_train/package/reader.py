@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -140,14 +141,17 @@ class DeltaPackage:
             _check_coverage(record, segments, f"{self.name}: {record.name}")
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload the folder as a model repository; `options` go to `huggingface_hub.HfApi.upload_folder`.
-        Returns its commit.
+        """Upload the package as a model repository, without what else may lie in its folder; `options` go to
+        `huggingface_hub.HfApi.upload_folder`. Returns its commit.
         """
         from huggingface_hub import HfApi
 
         self.check_integrity()
         api = HfApi(token=options.pop("token", None))
         api.create_repo(repo_id, exist_ok=True, private=options.pop("private", None))
+        listed = [record.file for record in (*self.manifest.parts, *self.manifest.files)]
+        own = [MANIFEST, "README.md", *map(glob.escape, listed)]
+        options = {"allow_patterns": own, **options}
         return api.upload_folder(repo_id=repo_id, folder_path=self.path, **options)
 
     def __repr__(self) -> str:

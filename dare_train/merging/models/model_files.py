@@ -8,14 +8,20 @@ from typing import Any
 
 from ...package.manifest import MANIFEST
 from ...package.reader import DeltaPackage
+from ...reading.links import staying_inside
 from ...reading.structures import json_in
 
 
 def files_in(folder: Path | None) -> dict[str, Path]:
-    """Files that lie directly in a folder, by name; none where it is none."""
+    """Files that lie directly in a folder, by name; none where it is none. Configurations and tokenizers that
+    are links out of it are not followed, and named in a warning.
+    """
     if folder is None or not folder.is_dir():
         return {}
-    return {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    copied = [path for path in files if path.suffix != ".safetensors"]
+    left_out = {*copied} - {*staying_inside(copied, folder)}
+    return {path.name: path for path in files if path not in left_out}
 
 
 def own_files(folder: Path | None) -> dict[str, Path]:
