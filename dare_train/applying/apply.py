@@ -22,7 +22,7 @@ from ..weights.alignment import without_prefix
 from ..weights.checkpoint import Checkpoint
 from ..weights.checkpoint_writer import CheckpointWriter, Layout, layout_like
 from ..weights.fingerprint import Fingerprint, model_fingerprint, total
-from ..weights.module_folders import MODULES, module_folders
+from ..weights.module_folders import MODULES, module_folders, places_of
 from ..weights.opening import WeightsLike, open_weights
 from .chain import Link, Packages, listed, open_chain
 from .resolver import Resolver
@@ -70,10 +70,13 @@ def apply(
     ranks = ranks or Ranks()
     out = Path(out)
     checkpoint, resolver = ranks.each(lambda: _opened(base, packages, weights, cast_base=cast_base))
-    inputs = [checkpoint.folder, *(package.path for link in resolver.links for package in link.packages)]
-    with shared_staging(out, ranks, overwrite=overwrite, sync=False, inputs=inputs) as staging:
+    packages_read = [package for link in resolver.links for package in link.packages]
+    inputs = [*places_of(checkpoint.folder), *(path for package in packages_read for path in package.paths)]
+    layout = ranks.each(lambda: _layout(checkpoint, resolver))
+    with shared_staging(
+        out, ranks, overwrite=overwrite, inputs=inputs, read_back=layout.read_back
+    ) as staging:
         on_disk = storage_errors(out)
-        layout = _layout(checkpoint, resolver)
 
         def create() -> CheckpointWriter | None:
             return CheckpointWriter(staging, layout) if ranks.first else None
@@ -177,8 +180,11 @@ def _write_share(
     def write(run: _Run) -> _Done:
         name, start, count = run
         base_words = resolver.base_run(name, start, count)
-        words = scratch.like(base_words)
-        base_share = Fingerprint(*cpu.copy_with_fingerprint(base_words, start, words))
+        words = base_words if base_words.flags.owndata else scratch.like(base_words)
+        if words is base_words:
+            base_share = Fingerprint.of(words, start)
+        else:
+            base_share = Fingerprint(*cpu.copy_with_fingerprint(base_words, start, words))
         if start >= resolver.base_numel(name):
             base_share = Fingerprint()
         resolver.resolve(name, start, count, words)

@@ -94,18 +94,18 @@ class Part:
 def parts_of(package: DeltaPackage, places: Sequence[Place]) -> list[Part | None]:
     """A package's segment at each place, or None where it has none: there it changes nothing."""
     parts: dict[Place, Part] = {}
-    for name in {name for name, _ in places}:
-        for segment, frame in frames(package, name):
+    for name in {name for name, _ in places} & package.records.keys():
+        for segment, frame in package.frames(name, 0, package.records[name].info.numel):
             part = Part(package=package, record=package.records[name], segment=segment, frame=frame)
             parts[name, (segment.start, segment.stop)] = part
     return [parts.get(place) for place in places]
 
 
-def frames(package: DeltaPackage, name: str) -> Iterator[tuple[Segment, memoryview]]:
-    """All segments of a tensor, compressed."""
+def segments_of(package: DeltaPackage, name: str) -> Iterator[Segment]:
+    """All segments of a tensor."""
     record = package.records.get(name)
     if record is not None:
-        yield from package.frames(name, 0, record.info.numel)
+        yield from package.segments(name, 0, record.info.numel)
 
 
 def masks_of(parts: Sequence[Part | None], device: torch.device) -> Masks:

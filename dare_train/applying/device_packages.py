@@ -27,7 +27,7 @@ from ..weights.fingerprint import Fingerprint, prints_of, total
 from ..weights.live import LiveWeights
 from ..weights.ownership import Span, Spans
 from .chain import Link
-from .device_decoding import Place, decode, frames, masks_of, parts_of
+from .device_decoding import Place, decode, masks_of, parts_of, segments_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ def decodable(link: Link, name: str) -> bool:
 
 def _spans(link: Link, name: str) -> list[Span]:
     """[start, stop) of the segments that some package has, each once."""
-    segments = [segment for package in link.packages for segment, _ in frames(package, name)]
+    segments = [segment for package in link.packages for segment in segments_of(package, name)]
     return sorted({(segment.start, segment.stop) for segment in segments})
 
 
@@ -235,7 +235,7 @@ def bytes_needed(groups: Iterable[Group], link: Link) -> int:
 
 
 def _needed(dtype: DType, link: Link, name: str, spans: set[Span]) -> int:
-    segments = [segment for package in link.packages for segment, _ in frames(package, name)]
+    segments = [segment for package in link.packages for segment in segments_of(package, name)]
     return sum(
         2 * segment.kept * dtype.itemsize + (8 * PLANES + 4) * (segment.length // BLOCK + 2) + 64
         for segment in segments

@@ -17,6 +17,7 @@ from ..parallel.ranks import Ranks
 from ..parallel.threads import ordered_map
 from ..weights.fingerprint import Fingerprint, fingerprints, total
 from ..weights.live import Change, LiveWeights, check_same_tensors
+from ..weights.live_lock import alone_on, last_change, note_as_before, note_change
 from ..weights.named_tensors import Live
 from ..weights.ownership import Span, Spans
 from ..weights.protocol import TensorInfo
@@ -32,6 +33,8 @@ class Undo:
     _live: LiveWeights
     _log: list[Change | device.Overwritten]
     _applied: dict[str, Fingerprint]
+    _before: int
+    """Number of the last change to the model before this one."""
     reverted: bool = False
 
     @property
@@ -45,9 +48,10 @@ class Undo:
         Raises:
             BaseMismatch: they have changed since, and what is on record would not fit. Nothing is touched.
         """
-        if not self.reverted:
-            self._live.ranks.together(self._check_untouched)
-            self._restore()
+        with alone_on(self._live.places()):
+            if not self.reverted:
+                self._live.ranks.together(self._check_untouched)
+                self._restore()
 
     def _check_untouched(self) -> None:
         prints = _prints(self._live, {name: self._live.held[name] for name in self._applied})
@@ -62,6 +66,7 @@ class Undo:
             self._log.pop().undo()
         self._live.settle()
         self.reverted = True
+        note_as_before(self._live.places(), self._before)
 
 
 def apply_(
@@ -77,6 +82,9 @@ def apply_(
     recorded result after the last. Before an error in between is raised, what was changed is put back.
 
     A model that FSDP or ZeRO-3 spreads over ranks is applied to by all of them together, each its own part.
+    One thread at a time works on a model; others wait. What the first has left is not their packages' base
+    then.
+
     Where an engine keeps fp32 masters, those of changed elements take the new values, so that training can go
     on from there.
 
@@ -97,7 +105,12 @@ def apply_(
     if not live.whole:
         live.ranks = Ranks.joined()
     base, resolver = live.ranks.each(lambda: _opened(live, packages, weights))
-    undo = Undo(live, [], {})
+    with alone_on(live.places()):
+        return _applied_to(live, base, resolver)
+
+
+def _applied_to(live: LiveWeights, base: _Base, resolver: Resolver) -> Undo:
+    undo = Undo(live, [], {}, last_change(live.places()))
     with checking([package for link in resolver.links for package in link.packages]) as checked:
         base_spans = {
             name: _clipped(live.owned[name], resolver.base_numel(name))
@@ -106,6 +119,7 @@ def apply_(
         }
         _compare(live, base_spans, resolver.check_base_print)
         try:
+            note_change(live.places())
             done = live.ranks.each(lambda: _apply_on_devices(live, resolver, undo, checked))
             for name in resolver.tensors:
                 _apply_tensor(name, live, base, resolver, undo, done.get(name, ()))

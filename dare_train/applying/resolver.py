@@ -149,7 +149,7 @@ class Resolver:
         spans = sorted(
             (segment.start, segment.stop)
             for package in packages
-            for segment, _ in package.frames(name, 0, numel)
+            for segment in package.segments(name, 0, numel)
         )
         windows: list[tuple[int, int]] = []
         for start, stop in spans:
@@ -161,7 +161,7 @@ class Resolver:
         return windows
 
     def base_run(self, name: str, start: int, count: int) -> Words:
-        """The base's words, not to be written to; zeros where it has none, since those are carried whole."""
+        """The base's words; zeros where it has none, since those are carried whole. See `Weights.read`."""
         if start < self.base_numel(name):
             return self.base.read(name, start, count)
         return np.zeros(count, self.tensors[name].info.dtype.word)
@@ -173,7 +173,9 @@ class Resolver:
 
         `words`, a copy of the base's, are overwritten.
         """
-        words = np.array(self.base_run(name, start, count)) if words is None else words
+        if words is None:
+            base_words = self.base_run(name, start, count)
+            words = base_words if base_words.flags.owndata else np.array(base_words)
         for depth, link in enumerate(self.links[:upto]):
             self._apply_link(depth, link, name, start, words)
         return words

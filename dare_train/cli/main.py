@@ -18,6 +18,7 @@ import typer
 from ..errors import ConfigError, DareError, printable
 from . import study_commands as studies
 from . import training_commands as training
+from .leaving import code_of, leave_cleanly
 from .terminal import (
     AsJson,
     Base,
@@ -405,7 +406,8 @@ def command() -> NoReturn:
     """
     if first_word() != "run":  # what somebody else's command inherits stays as it is
         _settle_process()
-    code = main()
+        leave_cleanly()
+    code = code_of(main())
     with suppress(OSError):  # whoever read it is gone
         sys.stdout.flush()
         sys.stderr.flush()

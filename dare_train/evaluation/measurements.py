@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -12,6 +13,9 @@ import numpy as np
 
 from .._version import __version__
 from ..errors import CheckpointError, ConfigError
+from ..parallel.place_lock import locked
+from ..parallel.ranks import launched_world
+from ..parallel.staged_file import write_whole
 from ..reading.plain_files import content, reason
 from ..reading.structures import LARGEST, json_in, json_of
 from ..weights.protocol import Weights
@@ -60,9 +64,10 @@ def measured(
 
     Raises:
         ConfigError: `evaluate` gives no finite numbers.
+        OutputExists: another process is measuring into the same journal.
     """
-    points = {point.key: point for point in journal.read()}
-    with swapped:
+    with alone_with(journal.path), swapped:
+        points = {point.key: point for point in journal.read()}
         for number, key in enumerate(wanted):
             if key not in points:
                 weights, figures = weights_at(key)
@@ -117,28 +122,30 @@ class Journal:
 
     def __init__(self, path: Path, base: str, tuned: str, setup: Mapping[str, Any] | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
+        self.path = path
         self._head = {"base": base, "tuned": tuned, "setup": json.loads(json.dumps(setup or {}))}
 
     def read(self) -> list[Point]:
-        lines = _text_of(self._path).split("\n") if self._path.exists() else []
+        lines = _text_of(self.path).split("\n") if self.path.exists() else []
         if not lines or not lines[0]:
-            self._path.write_text(json.dumps(self._head) + "\n", encoding="utf-8")
+            write_whole(self.path, f"{json.dumps(self._head)}\n".encode())
             return []
-        kept = _kept(lines[0], _Head, self._path, 1)
+        kept = _kept(lines[0], _Head, self.path, 1)
         if (kept.base, kept.tuned) != (self._head["base"], self._head["tuned"]):
             expected = f"a study of {self._head['tuned'][:12]}… on {self._head['base'][:12]}…"
             found = f"one of a model {kept.tuned[:12]}…"
             raise CheckpointError(
-                str(self._path), expected=expected, found=found, remedy="choose another folder"
+                str(self.path), expected=expected, found=found, remedy="choose another folder"
             )
-        check_setup(self._path, kept.setup, self._head["setup"])
-        whole = lines[1:-1]  # a line without its end was being written when the process died
-        self._path.write_text("".join(f"{line}\n" for line in (lines[0], *whole)), encoding="utf-8")
-        return [_kept(line, Point, self._path, number) for number, line in enumerate(whole, 2)]
+        check_setup(self.path, kept.setup, self._head["setup"])
+        whole = lines[1:-1]
+        points = [_kept(line, Point, self.path, number) for number, line in enumerate(whole, 2)]
+        if lines[-1]:  # a line without its end was being written when the process died
+            write_whole(self.path, "".join(f"{line}\n" for line in (lines[0], *whole)).encode())
+        return points
 
     def add(self, point: Point) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(point.as_json()) + "\n")
 
 
@@ -175,6 +182,19 @@ def _text_of(path: Path) -> str:
 def _kept(line: str, kind: Any, path: Path, number: int) -> Any:
     where = f"{path}: line {number}"
     return json_of(line, kind, where=where, expected="measurements", remedy=_DAMAGED)
+
+
+@contextmanager
+def alone_with(record: Path) -> Iterator[None]:
+    """Be the only one who measures into a record. Processes that a launcher started together share it.
+
+    Raises:
+        OutputExists: somebody else does; it says who.
+    """
+    record.parent.mkdir(parents=True, exist_ok=True)
+    together = launched_world() > 1
+    with nullcontext() if together else locked(record.with_name(f"{record.name}.study")):
+        yield
 
 
 def check_setup(path: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -218,7 +238,7 @@ class MeasurementRecord:
 
     def __init__(self, path: Path, setup: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
+        self.path = path
         plain_setup = json.loads(json.dumps(setup))
         self._kept: dict[str, Any] = {
             "written_by": f"dare_train {__version__}",
@@ -240,7 +260,5 @@ class MeasurementRecord:
         """What was measured by that name, as JSON has it: now, unless it was before."""
         if name not in self.all:
             self._kept["measured"][name] = json.loads(json.dumps(measure()))
-            partial = self._path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._kept, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self._path)
+            write_whole(self.path, f"{json.dumps(self._kept, indent=1)}\n".encode())
         return self.all[name]

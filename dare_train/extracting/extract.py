@@ -16,13 +16,14 @@ from ..config import DareConfig, Patterns, Rescale, Rounding, Target, Values
 from ..errors import ConfigError, NonFiniteDelta
 from ..kernels import cpu
 from ..package.companion_files import carry_files
-from ..package.reader import DeltaPackage
+from ..package.reader import DeltaPackage, read_back
 from ..package.writer import PackageWriter
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging, storage_errors
 from ..parallel.threads import ordered_map, thread_share
 from ..weights.alignment import align, cast_to
 from ..weights.lora_checkpoint import AdapterWeights, merge_adapter
+from ..weights.module_folders import places_of
 from ..weights.opening import WeightsLike, open_weights
 from ..weights.protocol import InMemory, Weights
 from .assembly import Provenance, Spool, Tallies, Work, summed, tallied, work_of, write_manifest
@@ -108,7 +109,9 @@ def extract(
             base, tuned, config, masks=masks, cast_base=cast_base, base_model=base_model, kernels=kernels
         )
     )
-    with shared_staging(Path(out), ranks, overwrite=overwrite, inputs=task.folders) as staging:
+    with shared_staging(
+        Path(out), ranks, overwrite=overwrite, inputs=task.inputs, read_back=read_back
+    ) as staging:
         on_disk, writer = storage_errors(Path(out)), PackageWriter(staging)
         tallies = ranks.each(on_disk(lambda: _write_share(task, staging, writer, ranks, progress)))
         ranks.each(on_disk(lambda: _complete(task, staging, writer, ranks, tallies) if ranks.first else None))
@@ -127,8 +130,9 @@ class _Task:
     tuned_folder: Path | None
 
     @property
-    def folders(self) -> list[Path]:
-        return [folder for folder in (self.base_folder, self.tuned_folder) if folder is not None]
+    def inputs(self) -> list[Path]:
+        folders = [folder for folder in (self.base_folder, self.tuned_folder) if folder is not None]
+        return [place for folder in folders for place in places_of(folder)]
 
 
 def _task(

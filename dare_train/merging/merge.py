@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from .._version import __version__
 from ..config import Patterns, Rounding
-from ..errors import BaseMismatch, ConfigError
+from ..errors import BaseMismatch
+from ..parallel.inputs_of import check_apart
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging, storage_errors
 from ..parallel.threads import ordered_map, thread_share
@@ -178,7 +179,7 @@ def _write_checkpoint(
     on_disk_only = all(isinstance(given, (str, os.PathLike)) for given in (task.base, *task.models))
     going_on = partial(resumable, identity=identity) if on_disk_only else None
     with shared_staging(
-        out, ranks, overwrite=overwrite, sync=False, inputs=ready.folders, resume=going_on
+        out, ranks, overwrite=overwrite, inputs=ready.inputs, resume=going_on, read_back=layout.read_back
     ) as staging:
         on_disk = storage_errors(out)
         journal = Journal(staging, identity, ranks.rank)
@@ -353,8 +354,7 @@ def _write_package(
     from ..extracting.extract import extract
 
     merged = ready.merged
-    if out.exists() and any(out.resolve() == folder.resolve() for folder in ready.folders):
-        raise ConfigError("out", expected="another folder than those that are read", found=str(out))
+    check_apart(out, ready.inputs)
     ranks.each(lambda: _check_bases(merged, ranks))
     with (
         storage_errors(out),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..package.companion_files import copy_carried, copy_companions
+from ..parallel.scratch_folder import temporary_folder
 from ..weights.checkpoint import MERGE_RECORD
 from ..weights.module_folders import MODULES, module_folders
 from ..weights.protocol import TensorInfo
@@ -172,6 +172,6 @@ def folder(
     merged: Merged, base_folder: Path | None, vocabulary: Vocabulary | None, *, prefixed: bool
 ) -> Iterator[Path]:
     """A folder with these files alone, for a package to carry what differs from the base's."""
-    with tempfile.TemporaryDirectory(prefix="dare-merge-") as name:
-        write(merged, base_folder, vocabulary, Path(name), prefixed=prefixed)
-        yield Path(name)
+    with temporary_folder("dare-merge") as place:
+        write(merged, base_folder, vocabulary, place, prefixed=prefixed)
+        yield place

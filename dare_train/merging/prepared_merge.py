@@ -12,6 +12,7 @@ from ..errors import CheckpointError, ConfigError
 from ..parallel.ranks import Ranks
 from ..parallel.threads import thread_share
 from ..weights.checkpoint import Checkpoint
+from ..weights.module_folders import places_of
 from ..weights.opening import open_weights
 from ..weights.protocol import Weights
 from .config.recipe import Recipe
@@ -20,7 +21,7 @@ from .config.task import MergeTask
 from .merged_weights import Merged, Statistics
 from .methods.registry import Method, method_of
 from .models.added_tokens import Growth
-from .models.inputs import Input
+from .models.inputs import Input, PackageInput
 from .models.matching import Choices, fates
 from .models.naming import open_models
 from .statistics.statistics_file import StatisticsFile, StatisticsKind, statistics_path
@@ -50,6 +51,18 @@ class PreparedMerge:
             for folder in (self.base_folder, *(model.folder for model in self.merged.inputs))
             if folder is not None
         ]
+
+    @property
+    def inputs(self) -> list[Path]:
+        """All places that are read."""
+        statistics = [found.file.path for found in (*self.merged.fisher, *self.merged.gram)]
+        packages = [
+            path
+            for model in self.merged.inputs
+            if isinstance(model, PackageInput)
+            for path in model.package.paths
+        ]
+        return [*(place for folder in self.folders for place in places_of(folder)), *statistics, *packages]
 
 
 def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> PreparedMerge:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..parallel.staged_file import write_whole
 from ..weights.checkpoint import Checkpoint
 from ..weights.fingerprint import Fingerprint, fingerprints
 from ..weights.protocol import TensorInfo
@@ -36,10 +37,10 @@ class Journal:
 
     def begin(self) -> None:
         """The files of the result are there, empty."""
-        (self._staging / _DONE).write_text(_seal(self._staging, self._identity))
+        write_whole(self._staging / _DONE, _seal(self._staging, self._identity).encode())
 
     def finished(self, name: str, print_: Fingerprint) -> None:
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(f"{print_.hex} {name}\n")
 
     def finished_before(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Fingerprint]:
@@ -49,7 +50,7 @@ class Journal:
         written = [
             line.partition(" ")
             for path in sorted(self._staging.glob(f"{_STEM}.[0-9]*"))
-            for line in path.read_text(errors="replace").splitlines()
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         ]
         if not written:
             return {}

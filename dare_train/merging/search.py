@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, printable
+from ..parallel.scratch_folder import scratch_beside
 from .config.recipe import RESCALES, Recipe
 from .config.task import MergeTask
 from .merge import run
@@ -129,14 +129,12 @@ def search(
     for settings in _grid(axes):
         _checked(task.recipe, settings)
     done: list[Trial] = []
-    scratch = out.with_name(f".{out.name}.trial")
 
     def score(settings: Mapping[str, Scalar]) -> float:
-        try:
-            run(replace(task, recipe=_checked(task.recipe, settings)), scratch, overwrite=True, device=device)
-            trial = Trial(settings=dict(settings), score=_number(metric(str(scratch))))
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with scratch_beside(out) as scratch:
+            tried = scratch / "model"
+            run(replace(task, recipe=_checked(task.recipe, settings)), tried, device=device)
+            trial = Trial(settings=dict(settings), score=_number(metric(str(tried))))
         done.append(trial)
         if told is not None:
             told(trial)

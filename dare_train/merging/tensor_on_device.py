@@ -75,7 +75,7 @@ def _places(model: PackageInput, name: str, start: int, count: int) -> list[Plac
     packed_name = model.names[name]
     return [
         (packed_name, (segment.start, segment.stop))
-        for segment, _ in model.package.frames(packed_name, start, start + count)
+        for segment in model.package.segments(packed_name, start, start + count)
     ]
 
 

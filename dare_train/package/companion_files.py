@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ..reading.structures import json_in
 from ..weights.checkpoint import ADAPTER_CONFIG, MERGE_RECORD, SINGLE
 from ..weights.module_folders import module_folders
 from .manifest import CARRIED, FileRecord, file_record
-from .reader import DeltaPackage
+from .reader import DeltaPackage, check_digest
 
 _COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 _OTHER_FILES = {"trainer_state.json", "dare_config.json", "requirements.txt", ADAPTER_CONFIG}
@@ -67,7 +68,7 @@ def copy_carried(package: DeltaPackage, staging: Path) -> None:
     """Copy the files that a package brings.
 
     Raises:
-        PackageError: one of them has the name of a folder of the base's.
+        PackageError: one of them has the name of a folder of the base's, or is not what the manifest lists.
     """
     for record in package.manifest.files:
         target = staging / record.file
@@ -75,7 +76,10 @@ def copy_carried(package: DeltaPackage, staging: Path) -> None:
             expected = "files that fit in beside the base's"
             remedy = "do not trust this package"
             raise PackageError(package.name, expected=expected, found=record.file, remedy=remedy)
-        _copy(package.path / record.file, target)
+        content = (package.path / record.file).read_bytes()
+        check_digest(package.path / record.file, record, hashlib.sha256(content).hexdigest())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -97,6 +97,8 @@ class Manifest:
     parts: tuple[FileRecord, ...] = ()
     files: tuple[FileRecord, ...] = ()
     """Configuration and tokenizer files that differ from the base's."""
+    digest: str = field(default="", compare=False)
+    """Of the file that it was read from."""
     written_by: str = ""
     run: str = ""
     """The training that wrote it, by a name that no other has; empty where none did."""

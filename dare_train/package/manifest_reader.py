@@ -110,6 +110,7 @@ def _manifest(get: _Fields) -> Manifest:
         parts=tuple(_file(_Fields(item, get.where)) for item in get.list_of("parts", dict)),
         files=tuple(_companion(_Fields(item, get.where)) for item in get.list_of("files", dict)),
         written_by=get("written_by", str),
+        digest=get("digest", str),
         run=get("run", str) if "run" in get.data else "",
     )
     carried = manifest.rescale == "carried"

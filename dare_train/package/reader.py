@@ -9,30 +9,37 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import CheckpointError, DareError, PackageError
 from ..parallel.threads import once, ordered_map
-from ..weights.checkpoint import SafetensorsFile, locate
+from ..weights.checkpoint import locate
 from .codec import FETCH_AGAIN
 from .manifest import CARRIED, MANIFEST, FileRecord, Manifest, TensorRecord, sha256_of
 from .manifest_reader import load
-from .segment_table import check_table
-from .segments import COLUMNS, Segment
+from .part import Part
+from .segments import Segment
 
 if TYPE_CHECKING:
     from ..weights.protocol import Weights
 
 
 _PATTERNS = ["*.safetensors", "README.md", *(f"*{suffix}" for suffix in sorted(CARRIED))]
-"""Of the files of a package, in a repository of the Hub."""
 """What is fetched of a repository on the Hub."""
 
 
+class _Place(NamedTuple):
+    """Where a segment's frame lies."""
+
+    segment: Segment
+    part: Part
+    offset: int
+
+
 class DeltaPackage:
-    """An opened package. Opening reads the manifest; frames are mapped when they are first asked for."""
+    """An opened package. Opening reads the manifest; parts are opened when they are first asked for, and stay
+    so.
+    """
 
     def __init__(self, path: Path, manifest: Manifest, *, name: str) -> None:
         self.path = path
@@ -60,25 +67,47 @@ class DeltaPackage:
             _check_size(path / record.file, record)
         return cls(path, manifest, name=str(where))
 
+    @property
+    def paths(self) -> list[Path]:
+        """The folder, and the listed files, which may lie in folders below it."""
+        return [
+            self.path,
+            *(self.path / record.file for record in (*self.manifest.parts, *self.manifest.files)),
+        ]
+
     @once
-    def _frames(self) -> Mapping[str, list[tuple[Segment, memoryview]]]:
-        by_tensor: dict[str, list[tuple[Segment, memoryview]]] = defaultdict(list)
-        for part in self.manifest.parts:
-            for segment, frame in _read_part(self.path / part.file, self.manifest):
-                by_tensor[self.manifest.tensors[segment.tensor].name].append((segment, frame))
-        for name, frames in by_tensor.items():
-            frames.sort(key=lambda item: item[0].start)
-            _check_apart([segment for segment, _ in frames], f"{self.name}: {name}")
+    def _parts(self) -> Mapping[str, Part]:
+        """By file: each is opened once, and what is hashed is what is read."""
+        return {part.file: Part(self.path / part.file) for part in self.manifest.parts}
+
+    @once
+    def _places(self) -> Mapping[str, list[_Place]]:
+        by_tensor: dict[str, list[_Place]] = defaultdict(list)
+        for part in self._parts.values():
+            for segment, offset in part.segments(self.manifest):
+                by_tensor[self.manifest.tensors[segment.tensor].name].append(_Place(segment, part, offset))
+        for name, places in by_tensor.items():
+            places.sort(key=lambda place: place.segment.start)
+            _check_apart([place.segment for place in places], f"{self.name}: {name}")
         return dict(by_tensor)
 
+    def _meeting(self, tensor: str, start: int, stop: int) -> Iterator[_Place]:
+        for place in self._places.get(tensor, ()):
+            if place.segment.start < stop and start < place.segment.stop:
+                yield place
+
+    def segments(self, tensor: str, start: int, stop: int) -> Iterator[Segment]:
+        """Segments of a tensor that meet [start, stop), in order."""
+        for place in self._meeting(tensor, start, stop):
+            yield place.segment
+
     def frames(self, tensor: str, start: int, stop: int) -> Iterator[tuple[Segment, memoryview]]:
-        """Segments of a tensor that meet [start, stop), each with its compressed frame, in order."""
-        for segment, frame in self._frames.get(tensor, ()):
-            if segment.start < stop and start < segment.stop:
-                yield segment, frame
+        """The same, each with its compressed frame."""
+        for segment, part, offset in self._meeting(tensor, start, stop):
+            yield segment, part.frame(offset, segment.size)
 
     def compressed_bytes(self, tensor: str) -> int:
-        return sum(segment.size for segment, _ in self._frames.get(tensor, ()))
+        return sum(place.segment.size for place in self._places.get(tensor, ()))
 
     @property
     def size(self) -> int:
@@ -129,15 +158,24 @@ class DeltaPackage:
         Raises:
             PackageError: naming the first file that differs.
         """
+        parts = self._parts
         files = (*self.manifest.parts, *self.manifest.files)
-        digests = ordered_map(lambda file: sha256_of(self.path / file.file), files)
-        for file, digest in zip(files, digests, strict=True):
-            if digest != file.sha256:
-                where = str(self.path / file.file)
-                expected = f"SHA-256 {file.sha256[:12]}…"
-                raise PackageError(where, expected=expected, found=f"{digest[:12]}…", remedy=FETCH_AGAIN)
+
+        def digest_of(file: FileRecord) -> str:
+            return parts[file.file].sha256() if file.file in parts else sha256_of(self.path / file.file)
+
+        for file, digest in zip(files, ordered_map(digest_of, files), strict=True):
+            check_digest(self.path / file.file, file, digest)
+        self.check_segments()
+
+    def check_segments(self) -> None:
+        """Check the layout of the parts.
+
+        Raises:
+            PackageError: naming the first tensor whose segments are not what the manifest says.
+        """
         for record in self.manifest.tensors:
-            segments = [segment for segment, _ in self._frames.get(record.name, ())]
+            segments = [place.segment for place in self._places.get(record.name, ())]
             _check_coverage(record, segments, f"{self.name}: {record.name}")
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
@@ -158,6 +196,16 @@ class DeltaPackage:
         gone = "" if self.path.is_dir() else ", removed since it was opened"
         count = len(self.manifest.tensors)
         return f"DeltaPackage({self.name!r}, {count} tensors, on {self.manifest.base_model!r}{gone})"
+
+
+def read_back(folder: Path) -> None:
+    """Open a package that was written just now as its receivers will: the manifest, sizes, and every
+    segment's place. What the manifest says of the files' content was worked out from the files.
+
+    Raises:
+        PackageError: it would be refused.
+    """
+    DeltaPackage.open(folder).check_segments()
 
 
 @contextmanager
@@ -181,6 +229,16 @@ def _check_all(packages: Iterable[DeltaPackage]) -> None:
         package.check_integrity()
 
 
+def check_digest(path: Path, record: FileRecord, digest: str) -> None:
+    """
+    Raises:
+        PackageError: a file's SHA-256 is not the one in the manifest.
+    """
+    if digest != record.sha256:
+        expected = f"SHA-256 {record.sha256[:12]}…"
+        raise PackageError(str(path), expected=expected, found=f"{digest[:12]}…", remedy=FETCH_AGAIN)
+
+
 def _check_size(path: Path, record: FileRecord) -> None:
     expected = f"{record.bytes} bytes"
     if not path.is_file():
@@ -188,48 +246,6 @@ def _check_size(path: Path, record: FileRecord) -> None:
     size = path.stat().st_size
     if size != record.bytes:
         raise PackageError(str(path), expected=expected, found=f"{size}", remedy=FETCH_AGAIN)
-
-
-def _read_part(path: Path, manifest: Manifest) -> Iterator[tuple[Segment, memoryview]]:
-    file = _open_part(path)
-    table = file.read("segments", 0, file.tensors["segments"].numel).view(np.int64).reshape(-1, COLUMNS)
-    data = file.bytes_of("data")
-    check_table(table, manifest, len(data), str(path))
-    offset = 0
-    for row in table.tolist():
-        segment = Segment.of(row)
-        yield segment, data[offset : offset + segment.size]
-        offset += segment.size
-    if offset != len(data):
-        expected = f"{offset} bytes of frames, as its table says"
-        raise PackageError(str(path), expected=expected, found=f"{len(data)}", remedy=FETCH_AGAIN)
-
-
-def _open_part(path: Path) -> SafetensorsFile:
-    _check_header(path)
-    try:
-        file = SafetensorsFile(path)
-    except CheckpointError as error:
-        expected = error.expected
-        raise PackageError(error.name, expected=expected, found=error.found, remedy=FETCH_AGAIN) from error
-    shapes = {name: (info.dtype.code, len(info.shape)) for name, info in file.tensors.items()}
-    if shapes != {"segments": ("I64", 2), "data": ("U8", 1)} or file.tensors["segments"].shape[1] != COLUMNS:
-        layout = "segments I64 [n, 6] and data U8 [bytes]"
-        raise PackageError(str(path), expected=layout, found=_listed(shapes), remedy=FETCH_AGAIN)
-    return file
-
-
-def _listed(shapes: Mapping[str, object]) -> str:
-    return f"{list(shapes.items())[:3]}{' …' if len(shapes) > 3 else ''}"
-
-
-def _check_header(path: Path) -> None:
-    """Two tensors need some 200 bytes; parsing a header of megabytes would take hundreds of them."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-    if size > 1 << 16:
-        expected = "a safetensors file with a header of at most 65,536 bytes"
-        raise PackageError(str(path), expected=expected, found=f"{size:,}", remedy=FETCH_AGAIN)
 
 
 def _check_apart(segments: Sequence[Segment], where: str) -> None:

@@ -1,4 +1,6 @@
-"""Folders that appear complete or not at all: written under a temporary name, synced, renamed."""
+"""Folders that appear complete or not at all: written under a hidden name, synced, read back, and only then
+given their own.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,20 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 
 from ..errors import ConfigError, DareError, OutputExists, RankError, StorageError
+from .exchange import exchange
+from .inputs_of import check_apart
+from .litter import clear, hidden_name, leftovers, remove
+from .place_lock import lock_names, locked
 from .ranks import Ranks
+from .synced import sync, sync_tree
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
+_LONGEST_NAME = 210
+"""Bytes that leave room for what hidden names say beside it."""
+
+ReadBack = Callable[[Path], object]
+"""Called with what is about to be published; raises for what its readers would refuse."""
 
 
 @contextmanager
@@ -20,60 +33,142 @@ def staged_folder(
     out: Path,
     *,
     overwrite: bool = False,
-    sync: bool = True,
     inputs: Iterable[Path] = (),
     resume: Callable[[Path], bool] | None = None,
     within: Path | None = None,
+    read_back: ReadBack | None = None,
 ) -> Iterator[Path]:
     """A hidden sibling of `out` to write into, or a folder in `within`, on the same file system; it takes the
-    place of `out` when the block ends without an exception.
+    place of `out` when the block ends without an exception, after it has been synced and read back.
 
-    What a killed process left behind is removed first, unless `resume`, called with it, says that it can be
-    gone on with; then an interrupt (Ctrl-C) leaves it, too. With `overwrite`, the old folder stays valid
-    until the rename.
+    One process at a time writes to a place, where the file system has locks. What killed ones left behind is
+    removed first, unless `resume`, called with it, says that it can be gone on with; then an interrupt
+    (Ctrl-C) leaves it, too. With `overwrite`, the old folder stays valid until the new one takes its place.
 
     Raises:
-        ConfigError: `out` cannot be a folder's name, or is one of the folders in `inputs`.
+        ConfigError: `out` cannot be a folder's name, or is, or holds, one of the `inputs`.
         OutputExists: `out` exists, is not an empty folder, and `overwrite` is false; or is not a folder at
-            all.
+            all; or somebody else is writing there.
         StorageError: the disk is full.
     """
     out = _nameable(out)
-    if out.exists() and any(out.resolve() == folder.resolve() for folder in inputs):
-        raise ConfigError("out", expected="another folder than those that are read", found=str(out))
-    staging, replaced = partial_name(out, within), replaced_name(out, within)
-    going_on = resume is not None and staging.is_dir() and resume(staging)
-    if not going_on:
-        sweep(out, within)
-    taken = out.is_symlink() or (out.exists() and not out.is_dir())
-    if taken or (not overwrite and out.exists() and any(out.iterdir())):
-        raise OutputExists(
-            str(out),
-            expected="a path that does not exist yet",
-            remedy="choose another, or pass overwrite=True (--overwrite)",
-        )
+    check_apart(out, inputs)
     above = [folder for folder in out.absolute().parents if not folder.exists()]
     try:
-        with storage_errors(out):
-            staging.mkdir(parents=True, exist_ok=going_on)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            yield staging
-            if sync:
-                _sync_tree(staging)
-            if out.exists():
-                out.rename(replaced)
-            staging.rename(out)
-    except BaseException as error:
-        if resume is not None and isinstance(error, KeyboardInterrupt):
-            raise
-        shutil.rmtree(staging, ignore_errors=True)
+        with storage_errors(out), _place(out, within, overwrite) as alone:
+            staging = _begun(out, within, overwrite, alone, resume)
+            try:
+                yield staging
+                if read_back is not None:
+                    with _named_as(out, staging):
+                        read_back(staging)
+                sync_tree(staging)
+                replaced = _publish(staging, out, within, overwrite)
+            except BaseException as error:
+                if resume is None or not isinstance(error, KeyboardInterrupt):
+                    remove(staging)
+                raise
+            for folder in {out.parent, staging.parent, *(folder.parent for folder in above)}:
+                sync(folder)
+            if replaced is not None:
+                remove(replaced)
+    except BaseException:
         for folder in above:
             with suppress(OSError):
                 folder.rmdir()
         raise
-    _sync(out.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+
+
+@contextmanager
+def _place(out: Path, within: Path | None, overwrite: bool) -> Iterator[bool]:
+    """The folder that `out` will lie in, and its lock; yields whether nobody else can be at work there."""
+    with ExitStack() as stack:
+        while True:
+            for folder in (out.parent, within or out.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            try:
+                alone = stack.enter_context(locked(out, within))
+                break
+            except FileNotFoundError:  # somebody who failed has removed the new folder again
+                continue
+            except OSError as error:
+                if isinstance(error, DareError):
+                    raise
+                _check_free(out, overwrite)
+                raise
+        yield alone
+
+
+def _begun(
+    out: Path, within: Path | None, overwrite: bool, alone: bool, resume: Callable[[Path], bool] | None
+) -> Path:
+    """The folder to write into: empty, or what a killed process has begun."""
+    staging = hidden_name(out, "partial", within)
+    begun = None
+    if resume is not None:
+        begun = next((path for path in _begun_before(out, within, alone) if resume(path)), None)
+    clear(out, within, alone=alone, but=begun)
+    _check_free(out, overwrite)
+    if begun is None:
+        staging.mkdir()
+    else:
+        begun.rename(staging)
+    return staging
+
+
+def _begun_before(out: Path, within: Path | None, alone: bool) -> list[Path]:
+    return [
+        left.path
+        for left in leftovers(within or out.parent)
+        if left.name == out.name and left.kind == "partial" and (alone or left.dead) and left.path.is_dir()
+    ]
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    taken = out.is_symlink() or (out.exists() and not out.is_dir())
+    if taken or (not overwrite and out.exists() and any(out.iterdir())):
+        raise _exists(out)
+
+
+def _exists(out: Path) -> OutputExists:
+    remedy = "choose another, or pass overwrite=True (--overwrite)"
+    return OutputExists(str(out), expected="a path that does not exist yet", remedy=remedy)
+
+
+def _publish(staging: Path, out: Path, within: Path | None, overwrite: bool) -> Path | None:
+    """Give what is complete its name. Returns where the old one lies now, which nobody needs any more."""
+    if not (overwrite and out.exists()):
+        try:
+            staging.rename(out)
+        except OSError as error:
+            if error.errno in _OCCUPIED:
+                raise _exists(out) from error
+            raise
+        return None
+    if exchange(staging, out):
+        return staging
+    replaced = hidden_name(out, "replaced", within)
+    try:
+        out.rename(replaced)
+        staging.rename(out)
+    except BaseException:
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)
+        raise
+    removed = hidden_name(out, "removed", within)
+    replaced.rename(removed)
+    return removed
+
+
+@contextmanager
+def _named_as(out: Path, staging: Path) -> Iterator[None]:
+    """Errors about what is not published yet speak of where it was to be."""
+    try:
+        yield
+    except DareError as error:
+        error.name = error.name.replace(str(staging), str(out))
+        error.args = (str(error),)
+        raise
 
 
 @contextmanager
@@ -82,10 +177,10 @@ def shared_staging(
     ranks: Ranks,
     *,
     overwrite: bool = True,
-    sync: bool = True,
     inputs: Iterable[Path] = (),
     resume: Callable[[Path], bool] | None = None,
     within: Path | None = None,
+    read_back: ReadBack | None = None,
 ) -> Iterator[Path]:
     """`staged_folder` that several ranks write into; the first of them makes and publishes it.
 
@@ -99,16 +194,18 @@ def shared_staging(
     out = _nameable(out)
     with ExitStack() as stack:
         staged = staged_folder(
-            out, overwrite=overwrite, sync=sync, inputs=inputs, resume=resume, within=within
+            out, overwrite=overwrite, inputs=inputs, resume=resume, within=within, read_back=read_back
         )
-        ranks.together(lambda: _enter(stack, staged) if ranks.first else None)
-        ranks.together(lambda: check_visible(partial_name(out, within)))
-        yield partial_name(out, within)
+        made = ranks.together(lambda: _entered(stack, staged) if ranks.first else "")
+        staging = (within or out.parent) / made[0]
+        ranks.together(lambda: check_visible(staging))
+        yield staging
         ranks.together(stack.close)
 
 
-def _enter(stack: ExitStack, context: AbstractContextManager[Path]) -> None:
-    stack.enter_context(context)
+def _entered(stack: ExitStack, context: AbstractContextManager[Path]) -> str:
+    """The name of the folder: where it lies, ranks may see under different paths."""
+    return stack.enter_context(context).name
 
 
 def check_visible(staging: Path) -> None:
@@ -123,39 +220,25 @@ def check_visible(staging: Path) -> None:
         )
 
 
-def partial_name(out: Path, within: Path | None = None) -> Path:
-    """Where `out` is written before it is complete: beside it, or in another folder."""
-    return (within or out.parent) / f".{out.name}.partial"
-
-
-def replaced_name(out: Path, within: Path | None = None) -> Path:
-    """Where an old `out` is until the new one is in its place."""
-    return (within or out.parent) / f".{out.name}.replaced"
-
-
-def sweep(out: Path, within: Path | None = None) -> None:
-    """Remove what a killed process left of `out`, and put back an old folder whose successor never came."""
-    shutil.rmtree(partial_name(out, within), ignore_errors=True)
-    replaced = replaced_name(out, within)
-    if replaced.exists() and not out.exists():
-        replaced.rename(out)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 COMPANIONS = ".companions-"
 """How folders begin that hold configuration and tokenizer for packages to come."""
 
 
 def sweep_folder(folder: Path, within: Path | None = None) -> None:
-    """`sweep` for everything that was being written into `folder`, there or in `within`, with the files that
-    were waiting to go along.
+    """Remove what killed processes left of everything that they were writing into `folder`, there or in
+    `within`, with the files that were waiting to go along. What somebody is at work on stays.
     """
-    for leftover in sorted((within or folder).glob(".*")):
-        name, _, kind = leftover.name.removeprefix(".").partition(".")
-        if kind in ("partial", "replaced"):
-            sweep(folder / name, within)
-        elif leftover.name.startswith(COMPANIONS):
-            shutil.rmtree(leftover)
+    place = within or folder
+    if not place.is_dir():
+        return
+    for name in sorted({left.name for left in leftovers(place)} | lock_names(place)):
+        try:
+            with locked(folder / name, place) as alone:
+                clear(folder / name, place, alone=alone)
+        except OutputExists:  # its writer lives
+            continue
+    for waiting in sorted(place.glob(f"{COMPANIONS}*")):
+        shutil.rmtree(waiting)
 
 
 @contextmanager
@@ -178,22 +261,8 @@ def storage_errors(where: Path) -> Iterator[None]:
 
 
 def _nameable(out: Path) -> Path:
-    if "\0" in str(out) or not out.absolute().name or len(os.fsencode(out.name)) > 240:
+    if "\0" in str(out) or not out.absolute().name or len(os.fsencode(out.name)) > _LONGEST_NAME:
         raise ConfigError(
             "out " + repr(str(out)), expected="a path that a folder can have", remedy="choose another"
         )
     return out if out.name else out.absolute()
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,6 +23,11 @@ def thread_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def physical_memory() -> int:
+    """Bytes that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def thread_share(ranks: Ranks) -> int:
     """The same for one of several ranks: those on one machine share its processors."""
     return max(1, thread_count() // ranks.neighbours)

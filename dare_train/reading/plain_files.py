@@ -23,6 +23,32 @@ _KINDS = {
 FETCH_AGAIN = "fetch it again"
 
 
+def regular(
+    path: Path,
+    *,
+    expected: str = "a file",
+    error: type[DareError] = CheckpointError,
+    remedy: str = FETCH_AGAIN,
+) -> int:
+    """A descriptor of a regular file, to read it. Whatever else has the name is not waited for.
+
+    Raises:
+        error: it is none, or cannot be opened.
+    """
+    where = str(path)
+    try:
+        descriptor = os.open(path, _NO_WAITING)
+    except FileNotFoundError as problem:
+        raise error(where, expected=expected, found="no such file", remedy=remedy) from problem
+    except (OSError, ValueError) as problem:  # ValueError: no file can have such a name
+        raise error(where, expected=expected, found=reason(problem), remedy=remedy) from problem
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise error(where, expected=expected, found=_KINDS.get(kind, "something else"), remedy=remedy)
+    return descriptor
+
+
 @contextmanager
 def opened(
     path: Path,
@@ -31,28 +57,19 @@ def opened(
     error: type[DareError] = CheckpointError,
     remedy: str = FETCH_AGAIN,
 ) -> Iterator[BinaryIO]:
-    """A regular file, to be read. Whatever else has the name is not waited for.
+    """A regular file, to be read.
 
     Raises:
         error: it is none, or cannot be opened or read.
     """
-    where = str(path)
+    descriptor = regular(path, expected=expected, error=error, remedy=remedy)
     try:
-        descriptor = os.open(path, _NO_WAITING)
-        try:
-            kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-            if kind != stat.S_IFREG:
-                raise error(where, expected=expected, found=_KINDS.get(kind, "something else"), remedy=remedy)
-            with open(descriptor, "rb", closefd=False) as file:
-                yield file
-        finally:
-            os.close(descriptor)
-    except FileNotFoundError as problem:
-        raise error(where, expected=expected, found="no such file", remedy=remedy) from problem
+        with open(descriptor, "rb") as file:  # noqa: PTH123 - of a descriptor
+            yield file
     except DareError:
         raise
-    except (OSError, ValueError) as problem:  # ValueError: no file can have such a name
-        raise error(where, expected=expected, found=reason(problem), remedy=remedy) from problem
+    except OSError as problem:
+        raise error(str(path), expected=expected, found=reason(problem), remedy=remedy) from problem
 
 
 def content(

@@ -144,7 +144,7 @@ def from_live(live: LiveWeights, folder: Path, companions: Mapping[str, str]) ->
     """
     layout = Layout(files={SINGLE: dict(live.tensors)})
     ranks = live.ranks
-    with shared_staging(folder, ranks) as staging:
+    with shared_staging(folder, ranks, read_back=layout.read_back) as staging:
         ranks.together(lambda: CheckpointWriter(staging, layout).close() if ranks.first else None)
         ranks.together(lambda: _spool(live, staging, layout))
         if ranks.first:

@@ -445,7 +445,11 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         folder = self._folder
         out = folder.path / FINAL if event == "end" else folder.of_step(state.global_step)
         best = folder.of_step(state.best_global_step) if self.keep_best and state.best_global_step else None
-        published = None if self.keep is None else partial(folder.forget_old, self.keep, out, best)
+        published = (
+            None
+            if self.keep is None
+            else partial(folder.forget_old, self.keep, out, best, step=state.global_step)
+        )
         return Order(
             taker=self._snapshotter,
             out=out,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from pathlib import Path
 
 from ..errors import DareError
+from ..package.manifest import MANIFEST
 from ..package.reader import DeltaPackage
+from ..parallel.litter import remove_whole
+from ..parallel.place_lock import locked
 
 _log = logging.getLogger("dare_train")
 BASE = "base"
@@ -62,12 +64,17 @@ class RunFolder:
             names = ", ".join(path.name for path in foreign)
             _log.warning("%s: moved to %s, since it is not of this run so far: %s", self.path, aside, names)
 
-    def forget_old(self, count: int, written: Path, best: Path | None) -> None:
-        """Remove all but this run's `count` newest packages; never the one just written, nor the best."""
-        own = self.own(up_to=step_of(written) if written.name.startswith(_STEP) else 1 << 62)
+    def forget_old(self, count: int, written: Path, best: Path | None, *, step: int) -> None:
+        """Remove all but this run's `count` newest packages; never the one just written, nor the best.
+
+        Those of steps after `step`, at which `written` was taken, are of an earlier attempt: they are not
+        newer.
+        """
+        own = sorted(self.own(up_to=step), key=_age)
         for path in own[: max(0, len(own) - count)]:
             if path not in (written, best):
-                shutil.rmtree(path)
+                with locked(path, self.private):
+                    remove_whole(path, self.private)
 
     def _is_own(self, path: Path) -> bool:
         try:
@@ -86,6 +93,11 @@ def step_folders(folder: Path) -> list[Path]:
     """Packages `step-N` in a folder, by N."""
     packages = [path for path in folder.glob(f"{_STEP}*") if re.fullmatch(f"{_STEP}[0-9]{{1,18}}", path.name)]
     return sorted(packages, key=step_of)
+
+
+def _age(path: Path) -> tuple[int, int]:
+    """When a package was written, which steps alone do not tell: an earlier run may have come further."""
+    return (path / MANIFEST).stat().st_mtime_ns, step_of(path)
 
 
 def step_of(path: Path) -> int:

@@ -35,7 +35,7 @@ from ..kernels import cpu
 from ..package.companion_files import carry_files
 from ..package.magnitudes import Magnitudes
 from ..package.manifest import FileRecord
-from ..package.reader import DeltaPackage
+from ..package.reader import DeltaPackage, read_back
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging
 from ..weights.adapters_on_files import AdaptersOnFiles
@@ -237,7 +237,9 @@ class Snapshotter:
             SnapshotError: the snapshot before this one failed.
         """
         published = (
-            None if keep is None else partial(RunFolder(keep[1], self.run).forget_old, keep[0], out, None)
+            None
+            if keep is None
+            else partial(RunFolder(keep[1], self.run).forget_old, keep[0], out, None, step=step)
         )
         order = Order(taker=self, out=out, files=files, published=published)
         return take_together([order], model, step=step)[0]
@@ -309,16 +311,19 @@ class Snapshotter:
 
     def _write(self, job: Job) -> Snapshot:
         line = self._line
-        with shared_staging(job.order.out, line, within=job.order.within) as staging:
+        inputs = [self.origin.checkpoint.folder, *self.chain]
+        with shared_staging(
+            job.order.out, line, inputs=inputs, within=job.order.within, read_back=read_back
+        ) as staging:
             groups = largest_of(line.together(lambda: self._cut_groups(job)))
             shares = line.together(lambda: self._write_part(staging, job, groups))
             magnitudes = line.each(lambda: self._complete(staging, job, shares) if line.first else {})
         if self.incremental:
             self.chain.append(job.order.out)
-        if job.order.published is not None and line.first:
-            job.order.published()
         waited = max(seconds for seconds, _ in shares)
         package = DeltaPackage.open(job.order.out)
+        published = job.order.published
+        line.each(lambda: published() if published is not None and line.first else None)
         return Snapshot(package=package, step=job.step, waited=waited, magnitudes=magnitudes)
 
     def _cut_groups(self, job: Job) -> list[tuple[int, int, float]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..merging.config.task import task_of
 from ..merging.merge import merged_weights
 from ..package.masks import largest
 from ..package.reader import DeltaPackage
+from ..parallel.scratch_folder import temporary_folder
 from ..weights.alignment import align, cast_to
 from ..weights.checkpoint import ADAPTER_CONFIG
 from ..weights.fingerprint import weights_fingerprint
@@ -151,9 +151,9 @@ def compare(
         weights_fingerprint(opened),
         setup,
     )
-    with tempfile.TemporaryDirectory(prefix="dare-compare-") as folder:
+    with temporary_folder("dare-compare") as folder:
         points = measured(
-            swapped, wanted, lambda key: contest.entry(key, Path(folder)), evaluate, journal, progress
+            swapped, wanted, lambda key: contest.entry(key, folder), evaluate, journal, progress
         )
     full_setup = {
         **(setup or {}),

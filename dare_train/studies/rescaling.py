@@ -4,10 +4,8 @@ is dropped.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from ..config import check_drop_rate
 from ..dtypes import Words
 from ..errors import ConfigError
 from ..extracting.extract import extract
+from ..parallel.scratch_folder import temporary_folder
 from ..weights.alignment import align
 from ..weights.live import LiveWeights
 from ..weights.opening import WeightsLike, open_weights
@@ -95,9 +94,9 @@ def _measured(
     complete = _Completed(open_weights(base), LiveWeights(model))
     size = sum(float(output.square().sum()) for output in wanted)
     changes = {}
-    with tempfile.TemporaryDirectory(prefix="dare-q-") as folder:
-        back = extract(model, complete, Path(folder) / "back", p=0.0)
-        dropped = extract(complete, model, Path(folder) / "dropped", p=p, seed=seed, rescale="none")
+    with temporary_folder("dare-q") as folder:
+        back = extract(model, complete, folder / "back", p=0.0)
+        dropped = extract(complete, model, folder / "dropped", p=p, seed=seed, rescale="none")
         with applied(model, back):
             for q in values:
                 with applied(model, dropped, weights=[1 / q]):

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ..config import check_drop_rate
@@ -20,6 +19,7 @@ from ..evaluation.measurements import Evaluate, Journal, Key, Point, Progress, m
 from ..evaluation.swapped_model import SwappedModel
 from ..merging.statistics.fisher_and_gram import collect_gram
 from ..merging.statistics.statistics_file import save_statistics
+from ..parallel.scratch_folder import temporary_folder
 from ..weights.fingerprint import weights_fingerprint
 from ..weights.opening import WeightsLike, open_weights
 from ..weights.protocol import Weights
@@ -156,9 +156,9 @@ def sweep(
     base_fingerprint = weights_fingerprint(base_weights)
     swapped = SwappedModel(model, tuned)
     journal = Journal(Path(out) / "sweep.jsonl", base_fingerprint, swapped.fingerprint, setup)
-    with TemporaryDirectory(prefix="dare-sweep-") as folder:
+    with temporary_folder("dare-sweep") as folder:
         gram = (
-            _gram(model, batches, Path(folder))
+            _gram(model, batches, folder)
             if any(DROP_VARIANTS[name].needs_gram for name in variants)
             else None
         )

@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..applying.in_place import applied, apply_
 from ..config import check_drop_rate
 from ..errors import ConfigError
-from ..evaluation.measurements import Evaluate, MeasurementRecord, numbers
+from ..evaluation.measurements import Evaluate, MeasurementRecord, alone_with, numbers
 from ..evaluation.model_loading import load_model
 from ..extracting.extract import extract
 from ..kernels import philox
@@ -149,7 +149,15 @@ class ContinualRun:
         self._examples = examples
 
     def run(self) -> Continual:
-        """Learn what is not learnt yet, and measure every task after each."""
+        """Learn what is not learnt yet, and measure every task after each.
+
+        Raises:
+            OutputExists: another process is at work in the same folder.
+        """
+        with alone_with(self._record_path):
+            return self._run()
+
+    def _run(self) -> Continual:
         record = self._record
         before = self._row(record, "base", [], self.tasks)
         after = []
@@ -183,7 +191,14 @@ class ContinualRun:
 
         The first task's Trainer sees the training data of all, and makes as many steps as all would, or as
         many epochs as its own. Its package is `{out}/packages/joint`; a training that was killed goes on.
+
+        Raises:
+            OutputExists: another process is at work in the same folder.
         """
+        with alone_with(self._record_path):
+            return self._joint()
+
+    def _joint(self) -> tuple[float, ...]:
         record = self._record
         package = self.out / "packages" / "joint"
         if not (package / "dare_config.json").exists():
@@ -267,7 +282,11 @@ class ContinualRun:
 
     @property
     def _record(self) -> MeasurementRecord:
-        return MeasurementRecord(self.out / "continual.json", self._setup)
+        return MeasurementRecord(self._record_path, self._setup)
+
+    @property
+    def _record_path(self) -> Path:
+        return self.out / "continual.json"
 
     def _row(
         self, record: MeasurementRecord, name: str, packages: Sequence[Path], tasks: Sequence[ContinualTask]

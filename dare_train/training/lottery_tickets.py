@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from ..applying.in_place import apply_
 from ..config import DRAW_RANGE
 from ..errors import ConfigError
-from ..evaluation.measurements import MeasurementRecord, numbers
+from ..evaluation.measurements import MeasurementRecord, alone_with, numbers
 from ..evaluation.model_loading import load_model
 from ..extracting.extract import extract
 from ..package.masks import generator_of
@@ -152,7 +152,15 @@ class TicketSearch:
         self._load = load
 
     def run(self) -> Tickets:
-        """Train what is not trained yet."""
+        """Train what is not trained yet.
+
+        Raises:
+            OutputExists: another process is at work in the same folder.
+        """
+        with alone_with(self.out / "search.json"):
+            return self._run()
+
+    def _run(self) -> Tickets:
         levels = [self._level("ticket", 0, None)]
         masks = None
         for number in range(1, self._levels + 1):

@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from ..config import check_drop_rate, threshold_of
 from ..dtypes import FloatArray, to_float
-from ..errors import ConfigError, TensorMismatch
+from ..errors import ConfigError, PackageError, TensorMismatch
+from ..package.manifest import TensorRecord
 from ..package.masks import Mask, generator_of, key_of, largest
 from ..package.reader import DeltaPackage
 from ..package.segments import Opened
+from ..parallel.threads import physical_memory
 from ..weights.alignment import align, cast_to
 from ..weights.layer_names import layer_of, natural, within_layer
 from ..weights.opening import WeightsLike, open_weights
@@ -48,19 +50,19 @@ class Masks(Mapping[str, Bits]):
 
     @classmethod
     def of_package(cls, package: str | os.PathLike[str] | DeltaPackage) -> Masks:
-        """What a package keeps of the tensors that travel as deltas.
+        """What a package keeps of the tensors that travel as deltas: of rows that the base lacks, all.
 
         Raises:
-            PackageError: it is damaged.
+            PackageError: it is damaged, or the masks need more memory than there is.
         """
         opened = DeltaPackage.open(package)
-        masks = {}
-        for record in (record for record in opened.manifest.tensors if record.kind == "delta"):
-            flat = np.zeros(record.info.numel, np.bool_)
-            for segment, frame in opened.frames(record.name, 0, record.info.numel):
-                flat[segment.start + Opened.of(opened.manifest, record, segment, frame).positions()] = True
-            masks[record.name] = flat.reshape(record.info.shape)
-        return cls(masks)
+        opened.check_integrity()
+        deltas = [record for record in opened.manifest.tensors if record.kind == "delta"]
+        needed, memory = sum(record.info.numel for record in deltas), physical_memory()
+        if needed > memory:  # a manifest may claim any shape
+            expected = f"masks of at most {memory:,} elements, a byte each, which this machine has"
+            raise PackageError(opened.name, expected=expected, found=f"{needed:,}")
+        return cls({record.name: _kept_of(opened, record) for record in deltas})
 
     def __getitem__(self, name: str) -> Bits:
         return self._masks[name]
@@ -192,6 +194,19 @@ def by_movement(base: WeightsLike, tuned: WeightsLike, *, density: float, scope:
     Args, raises: see `by_size`.
     """
     return _by_score(base, tuned, density, scope, lambda weight, delta: weight * delta)
+
+
+def _kept_of(package: DeltaPackage, record: TensorRecord) -> Bits:
+    """Shaped as the tensor. Nothing is kept outside of segments."""
+    numel = record.info.numel
+    flat = np.zeros(numel, np.bool_)
+    for segment, frame in package.frames(record.name, 0, numel):
+        if segment.start >= record.base_info.numel:
+            flat[segment.start : segment.stop] = True
+        else:
+            opened = Opened.of(package.manifest, record, segment, frame)
+            flat[segment.start + opened.positions()] = True
+    return flat.reshape(record.info.shape)
 
 
 def at_random(like: WeightsLike, *, density: float, seed: int = 0) -> Masks:

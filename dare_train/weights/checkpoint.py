@@ -1,8 +1,7 @@
-"""Checkpoints on disk: folders of safetensors files, read through memory maps."""
+"""Checkpoints on disk: folders of safetensors files."""
 
 from __future__ import annotations
 
-import mmap
 import os
 import shlex
 from collections.abc import Iterable, Mapping
@@ -12,10 +11,11 @@ import numpy as np
 
 from ..dtypes import Words
 from ..errors import CheckpointError, brief
-from ..reading.plain_files import is_text, opened
+from ..reading.plain_files import is_text
 from ..reading.structures import checked, json_in
 from .headers import header_of
 from .module_folders import module_folders
+from .read_file import ReadFile
 
 MERGE_RECORD = "dare_merge.json"
 """What a merge writes beside its result: the recipe, and what became of each tensor."""
@@ -57,7 +57,8 @@ _FETCH_AGAIN = "fetch the checkpoint again"
 
 
 class SafetensorsFile:
-    """One mapped file. Its header is checked by the safetensors library before this class looks at it.
+    """One file, open as long as this is used. Its header is checked by the safetensors library before this
+    class looks at it.
 
     `prefix` stands before the names that tensors have in the file.
     """
@@ -65,23 +66,26 @@ class SafetensorsFile:
     def __init__(self, path: Path, *, prefix: str = "") -> None:
         self.path = path
         self.prefix = prefix
-        with opened(path, expected="a safetensors file") as file:
-            header = header_of(file, path)
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = ReadFile(path)
+        header = header_of(self._file)
         self.metadata = header.metadata
         self._offsets = {f"{prefix}{name}": offset for name, offset in header.offsets.items()}
         self.tensors = {f"{prefix}{name}": info for name, info in header.tensors.items()}
 
     def read(self, name: str, start: int, count: int) -> Words:
-        """Words of a flat range, as a read-only view of the map."""
+        """Words of a flat range."""
         dtype = self.tensors[name].dtype
-        offset = self._offsets[name] + start * dtype.itemsize
-        view = np.frombuffer(self._map, dtype.word, count, offset)
-        return view if view.flags.aligned else view.copy()
+        words = np.empty(count, dtype.word)
+        self._file.read_into(words, self._offsets[name] + start * dtype.itemsize)
+        return words
 
-    def bytes_of(self, name: str) -> memoryview:
-        offset = self._offsets[name]
-        return memoryview(self._map)[offset : offset + self.tensors[name].nbytes]
+    def sha256(self) -> str:
+        """Of the whole file."""
+        return self._file.sha256()
+
+    def changed(self) -> bool:
+        """Whether somebody has written to it since it was opened."""
+        return self._file.changed()
 
 
 class Checkpoint:

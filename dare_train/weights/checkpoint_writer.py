@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..dtypes import Words
+from ..errors import TensorMismatch
 from .checkpoint import SINGLE, Checkpoint
 from .headers import METADATA
 from .protocol import TensorInfo
@@ -26,6 +27,19 @@ class Layout:
     prefixes: Mapping[str, str] = field(default_factory=dict)
     """Of files in sub-folders, which the index leaves out: what stands before the names that their tensors
     have in them."""
+
+    def read_back(self, folder: Path) -> None:
+        """Open what was written as those who use it do.
+
+        Raises:
+            CheckpointError: it cannot be read.
+            TensorMismatch: it holds others than these tensors.
+        """
+        found = Checkpoint.open(folder).tensors
+        for name, info in ((name, info) for held in self.files.values() for name, info in held.items()):
+            if found.get(name) != info:
+                where = f"{folder}: {name}"
+                raise TensorMismatch(where, expected=f"{info}", found=f"{found.get(name, 'none')}")
 
 
 def layout_like(

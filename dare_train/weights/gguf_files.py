@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError
 from ..parallel.staged_folder import staged_folder
+from .checkpoint import Checkpoint
 
 _MAGIC = b"GGUF"
 _MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
@@ -42,7 +43,7 @@ def dequantize(
         raise ConfigError(
             "dequantize", expected="the library gguf", found="not installed", remedy="pip install gguf"
         )
-    with staged_folder(Path(out), overwrite=overwrite) as folder:
+    with staged_folder(Path(out), overwrite=overwrite, inputs=[path], read_back=Checkpoint.open) as folder:
         model, tokenizer = _loaded(path)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -13,6 +13,7 @@ from ..errors import CheckpointError, brief
 from ..reading.plain_files import FETCH_AGAIN, reason
 from ..reading.structures import json_of, values_at_most
 from .protocol import LONGEST_NAME, MOST_DIMENSIONS, TensorInfo
+from .read_file import ReadFile
 
 METADATA = "__metadata__"
 """What no tensor is called: safetensors keeps other things under this name."""
@@ -30,14 +31,14 @@ class Header:
     """Of each tensor's first byte, from the beginning of the file."""
 
 
-def header_of(file: BinaryIO, path: Path) -> Header:
+def header_of(file: ReadFile) -> Header:
     """The header of an open file.
 
     Raises:
         CheckpointError: it is no safetensors file, or its header goes beyond a limit.
     """
-    size = int.from_bytes(file.read(8), "little")
-    raw = file.read(min(size, LARGEST_HEADER))
+    path = file.path
+    raw = _text_of(file)
     values = values_at_most(raw)
     if values > MOST_VALUES:
         expected = f"a header of at most {MOST_VALUES:,} values"
@@ -49,11 +50,20 @@ def header_of(file: BinaryIO, path: Path) -> Header:
         expected = "a safetensors file"
         found = reason(problem)
         raise CheckpointError(str(path), expected=expected, found=found, remedy=FETCH_AGAIN) from problem
+    file.check_same()
     fields: dict[str, Any] = json_of(raw, where=str(path), expected="a safetensors file")
     metadata = fields.pop(METADATA, None) or {}
     tensors = {name: _info(path, name, entry) for name, entry in fields.items()}
-    offsets = {name: 8 + size + entry["data_offsets"][0] for name, entry in fields.items()}
+    offsets = {name: 8 + len(raw) + entry["data_offsets"][0] for name, entry in fields.items()}
     return Header(metadata=metadata, tensors=tensors, offsets=offsets)
+
+
+def _text_of(file: ReadFile) -> bytes:
+    """The header's JSON; nothing where there is none, of which the safetensors library says why."""
+    if file.size < 8:
+        return b""
+    size = int.from_bytes(file.read(0, 8), "little")
+    return bytes(file.read(8, size)) if size <= min(file.size - 8, LARGEST_HEADER) else b""
 
 
 def _info(path: Path, name: str, entry: dict[str, Any]) -> TensorInfo:

@@ -21,6 +21,7 @@ from ..parallel.threads import once
 from . import lora_updates
 from . import sharding as engines
 from .layouts import Place
+from .live_lock import Places
 from .live_lora import MERGE
 from .low_rank import Update
 from .named_tensors import Live, NamedTensors, tied
@@ -215,6 +216,12 @@ class LiveWeights:
     def devices(self) -> set[torch.device]:
         """Those that the weights lie on, as far as they lie in this process."""
         return {piece.tensor.device for held in self._held.values() for piece in held.pieces}
+
+    def places(self) -> Places:
+        """Where the weights lie in this process: the same for all that leads to the same model."""
+        tensors = [piece.tensor for held in self._held.values() for piece in held.pieces]
+        storages = [(str(tensor.device), tensor.untyped_storage().data_ptr()) for tensor in tensors]
+        return frozenset(place for place in storages if place[1])
 
     def alone(self, name: str) -> bool:
         """Whether a tensor can be changed where it lies: no engine keeps masters that have to follow."""

@@ -37,3 +37,8 @@ def _is_sub_folder(path: object) -> bool:
         and path.isprintable()
         and len(path.encode()) <= 255
     )
+
+
+def places_of(folder: Path) -> list[Path]:
+    """The folders in which a model's files lie: its own, and those of its modules."""
+    return [folder, *(folder / place for place in module_folders(folder))]

@@ -53,7 +53,9 @@ class Weights(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str, start: int, count: int) -> Words:
-        """Words of elements [start, start + count) in flat order, shape (count,); not to be written to."""
+        """Words of elements [start, start + count) in flat order, shape (count,). They may be written to
+        only if the array owns its memory: then nobody else has it.
+        """
 
 
 @runtime_checkable

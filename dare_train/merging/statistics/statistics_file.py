@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
@@ -18,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CheckpointError, ConfigError, brief
-from ...parallel.staged_folder import partial_name, storage_errors
+from ...parallel.staged_file import staged_file
+from ...parallel.staged_folder import storage_errors
 from ...reading.structures import json_of
 from ...weights.checkpoint import SafetensorsFile
 from ...weights.protocol import TensorInfo
@@ -73,18 +73,8 @@ def save_statistics(
     metadata = {"format": FORMAT, "kind": kind, "examples": str(examples)}
     if transposed := sorted(getattr(tensors, "transposed", ())):
         metadata["transposed"] = json.dumps(transposed)
-    partial = partial_name(path)
-    try:
-        with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                _write(file, tensors, metadata)
-            partial.replace(path)
-            _sync_folder(path.parent)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+    with storage_errors(path), staged_file(path) as file:
+        _write(file, tensors, metadata)
     return path
 
 
@@ -101,8 +91,6 @@ def _write(file: BinaryIO, tensors: Mapping[str, Any], metadata: Mapping[str, st
     file.write(len(text).to_bytes(8, "little") + text)
     for name in names:
         file.write(_as_array(tensors[name]).reshape(-1).view(np.uint8).data)
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _as_array(tensor: Any) -> Floats:
@@ -111,14 +99,6 @@ def _as_array(tensor: Any) -> Floats:
     """
     array = tensor if isinstance(tensor, np.ndarray) else tensor.detach().cpu().numpy()
     return np.ascontiguousarray(array, "<f4")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class StatisticsFile:

@@ -1,0 +1,46 @@
+"""Files that take the place of older ones whole: written beside them, synced, and exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from .litter import clear, hidden_name, remove
+from .place_lock import locked
+from .synced import sync
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, which takes the place of `path` when the block ends without an exception. The
+    folder is made if need be.
+
+    Raises:
+        OutputExists: somebody else is writing there.
+        OSError: it cannot be written; `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path) as alone:
+        clear(path, alone=alone)
+        beside = hidden_name(path, "partial")
+        try:
+            with beside.open("xb") as file:
+                yield file
+            sync(beside)
+            beside.replace(path)
+        except BaseException:
+            remove(beside)
+            raise
+        sync(path.parent)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Make `content` that of a file, in one step.
+
+    Raises:
+        As `staged_file`.
+    """
+    with staged_file(path) as file:
+        file.write(content)
