@@ -23,6 +23,9 @@ Each message is one line: the thing, what was expected, what was found, what to 
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
 
 class DareError(Exception):
     """Base class. `name` is the tensor, file or argument at fault; the other parts complete the sentence."""
@@ -37,8 +40,8 @@ class DareError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        facts = [f"expected {self.expected}"] if self.expected is not None else []
-        facts += [f"found {self.found}"] if self.found is not None else []
+        facts = [f"expected {_said(self.expected)}"] if self.expected is not None else []
+        facts += [f"found {_said(self.found)}"] if self.found is not None else []
         sentence = f"{self.name}: {', '.join(facts)}" if facts else self.name
         return _one_line(f"{sentence}; {self.remedy}" if self.remedy else sentence)
 
@@ -46,14 +49,57 @@ class DareError(Exception):
         return _rebuild, (type(self), self.name, self.expected, self.found, self.remedy), vars(self)
 
 
-def printable(text: str) -> str:
-    """Names come from strangers' files: nothing in them may break the line, the terminal or the log."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+def printable(text: str, longest: int = 10_000) -> str:
+    """A text of a stranger's, for people: nothing in it breaks the line, gives the terminal orders, turns the
+    writing round, or goes on without end. What is longer than `longest` is cut in the middle.
+    """
+    text = _cut(text, longest)
+    if text.isascii() and text.isprintable():
+        return text
+    return _cut("".join(char if char.isprintable() else ascii(char)[1:-1] for char in text), longest)
+
+
+def brief(value: object, longest: int = 80) -> str:
+    """A value of a stranger's as a literal, for people: of containers the beginning, of texts the ends."""
+    return printable(_Brief(longest).repr(value), longest)
+
+
+class _Brief(reprlib.Repr):
+    def __init__(self, longest: int) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 6
+        self.maxstring = self.maxother = longest
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 200 else "a huge number"
+
+    def repr_str(self, x: str, level: int) -> str:
+        return repr(_cut(x, self.maxstring))
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """In the order of the file: its keys may be of kinds that do not compare."""
+        if not level:
+            return "{...}" if x else "{}"
+        shown = [
+            f"{self.repr1(key, level - 1)}: {self.repr1(x[key], level - 1)}" for key in [*x][: self.maxdict]
+        ]
+        return "{" + ", ".join([*shown, "..."] if len(x) > self.maxdict else shown) + "}"
+
+
+def _said(value: object) -> str:
+    return value if isinstance(value, str) else brief(value, 300)
+
+
+def _cut(text: str, longest: int) -> str:
+    if len(text) <= longest:
+        return text
+    end = longest // 4
+    return f"{text[: longest - end - 3]} … {text[len(text) - end :]}"
 
 
 def _one_line(text: str) -> str:
-    clean = printable(text)
-    return clean if len(clean) <= 900 else f"{clean[:600]} … {clean[-200:]}"
+    return printable(text, 900)
 
 
 def _rebuild(kind: type[DareError], name: str, expected: object, found: object, remedy: str) -> DareError:

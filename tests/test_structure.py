@@ -14,7 +14,7 @@ import dare_train
 
 ROOMS = [
     ["_version", "errors", "integrations.on_path"],
-    ["config", "dtypes", "hub", "wandb_run"],
+    ["config", "dtypes", "hub", "reading", "wandb_run"],
     ["parallel"],
     ["kernels"],
     ["weights"],

@@ -9,12 +9,13 @@ import ctypes
 import gc
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional, cast
 
 import typer
 
-from ..errors import ConfigError, DareError
+from ..errors import ConfigError, DareError, printable
 from . import study_commands as studies
 from . import training_commands as training
 from .leaving import code_of, leave_cleanly
@@ -33,6 +34,7 @@ from .terminal import (
     first_word,
     joined_ranks,
     progress_bar,
+    settle_streams,
     show,
 )
 
@@ -279,7 +281,7 @@ def merge(
         )
         return
     for note in notes:
-        typer.echo(f"dare-train: {note}", err=True)
+        typer.echo(f"dare-train: {printable(note)}", err=True)
     with joined_ranks() as ranks:
         with progress_bar("merging", ranks) as progress:
             report = run(
@@ -451,13 +453,15 @@ def command() -> NoReturn:
         _settle_process()
         leave_cleanly()
     code = code_of(main())
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # whoever read it is gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
 def main() -> int:
     """Run the command line in `sys.argv`; returns the exit code."""
+    settle_streams()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when it is imported
     try:
@@ -467,6 +471,6 @@ def main() -> int:
     except (DareError, OSError) as error:
         if debugging():
             raise
-        print(f"dare-train: {error}", file=sys.stderr)
+        print(f"dare-train: {printable(str(error))}", file=sys.stderr)
         return exit_code(error)
     return 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, printable
 from .terminal import Base, Out, expect_models, progress_bar
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ Dtype = Annotated[
     str,
     typer.Option("--dtype", help="To compute in: auto (that of the files), float32, bfloat16 or float16."),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the code that came with the model, if it asks for it."),
+]
 Wandb = Annotated[Optional[str], typer.Option("--wandb", help="Log to this wandb project.")]
 Seeds = Annotated[int, typer.Option("--seeds", help="Masks at each rate.")]
 FirstSeed = Annotated[int, typer.Option("--first-seed", help="Seed of the first mask.")]
@@ -75,6 +79,7 @@ def sweep(
     max_length: MaxLength = 128,
     examples: Examples = None,
     dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
     wandb: Wandb = None,
 ) -> None:
     """How much can be dropped: a metric against the drop rate, into OUT. Goes on where it was when it runs
@@ -90,8 +95,10 @@ def sweep(
     labels = _labels(tuned)
     sweeps = dict[str, Sweep]()
     for label, folder in zip(labels, tuned, strict=True):
-        model = _loaded(folder, dtype)
-        metric, texts = _metric(model, folder, evaluate, data, column, max_length, examples)
+        model = _loaded(folder, dtype, trust_remote_code)
+        metric, texts = _metric(
+            model, folder, evaluate, data, column, max_length, examples, trust_remote_code
+        )
         place = out / label if len(tuned) > 1 else out
         with progress_bar(f"sweeping {label}", of_bytes=False) as progress:
             sweeps[label] = run(
@@ -124,6 +131,7 @@ def inside(
     column: Columns = [],  # noqa: B006
     max_length: MaxLength = 128,
     dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
     wandb: Wandb = None,
 ) -> None:
     """What happens inside: embeddings and layer outputs after dropping, against what is calculated, into
@@ -133,8 +141,8 @@ def inside(
 
     _check_inputs(None, data, column, dtype)
     rates = _numbers("--p", p)
-    model = _loaded(tuned, dtype)
-    texts = _texts(model, tuned, data, column, max_length, None, labels=False)
+    model = _loaded(tuned, dtype, trust_remote_code)
+    texts = _texts(model, tuned, data, column, max_length, None, trust_remote_code, labels=False)
     with progress_bar(f"looking into {_labels([tuned])[0]}", of_bytes=False) as progress:
         result = run(
             model, base, texts.batches, p=rates, seeds=seeds, first_seed=first_seed, masks=masks,
@@ -166,6 +174,7 @@ def compare(
     max_length: MaxLength = 128,
     examples: Examples = None,
     dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
     wandb: Wandb = None,
 ) -> None:
     """Quality against bytes: DARE's packages, low rank, 1 bit, magnitude pruning and LoRA, into OUT. Goes on
@@ -177,8 +186,8 @@ def compare(
     _check_inputs(evaluate, data, column, dtype)
     rates = _numbers("--p", p) if p is not None else RATES
     ranks = [int(number) for number in _numbers("--rank", rank)] if rank is not None else RANKS
-    model = _loaded(tuned, dtype)
-    metric, _ = _metric(model, tuned, evaluate, data, column, max_length, examples)
+    model = _loaded(tuned, dtype, trust_remote_code)
+    metric, _ = _metric(model, tuned, evaluate, data, column, max_length, examples, trust_remote_code)
     with progress_bar("comparing", of_bytes=False) as progress:
         result = run(
             model, base, tuned, metric, out=out, p=rates, ranks=ranks, seeds=seeds, first_seed=first_seed,
@@ -205,11 +214,11 @@ def _check_inputs(evaluate: str | None, data: Path | None, columns: Sequence[str
             )
 
 
-def _loaded(folder: str, dtype: str) -> torch.nn.Module:
+def _loaded(folder: str, dtype: str, trusted: bool) -> torch.nn.Module:
     expect_models()
     from ..evaluation.model_loading import load_model
 
-    return load_model(folder, dtype)
+    return load_model(folder, dtype, trust_remote_code=trusted)
 
 
 def _metric(
@@ -220,11 +229,12 @@ def _metric(
     columns: Sequence[str],
     max_length: int,
     limit: int | None,
+    trusted: bool,
 ) -> tuple[Evaluate, Texts | None]:
     """What is measured, and the texts, if there are any."""
     from ..merging.search import metric_of
 
-    texts = _texts(model, folder, data, columns, max_length, limit) if data is not None else None
+    texts = _texts(model, folder, data, columns, max_length, limit, trusted) if data is not None else None
     if evaluate is not None:
         return metric_of(evaluate), texts
     assert texts is not None
@@ -238,25 +248,15 @@ def _texts(
     columns: Sequence[str],
     max_length: int,
     limit: int | None,
+    trusted: bool,
     *,
     labels: bool = True,
 ) -> Texts:
-    from transformers import AutoTokenizer
-
+    from ..evaluation.model_loading import load_tokenizer
     from ..evaluation.texts import load_texts
 
     named = dict(pair.split("=", 1) for pair in columns)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError):
-        tokenizer = None
-    if tokenizer is None or {*tokenizer.get_vocab()} <= {
-        *tokenizer.all_special_tokens
-    }:  # for some models an empty one is made
-        remedy = "save the model's there: tokenizer.save_pretrained(folder)"
-        raise CheckpointError(
-            folder, expected="a tokenizer beside the model", found="none that loads", remedy=remedy
-        )
+    tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
     return load_texts(
         model, tokenizer, data, columns=named, max_length=max_length, limit=limit, labels=labels
     )
@@ -294,7 +294,7 @@ def _publish(result: Found, title: str, out: Path, project: str | None, *, quiet
     with studying(project):
         page = write_study(study, out)
     if not quiet:
-        typer.echo(study.markdown())
+        typer.echo("\n".join(map(printable, study.markdown().split("\n"))))
     typer.echo(f"{page}", err=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -17,6 +17,8 @@ from ..parallel.place_lock import locked
 from ..parallel.ranks import launched_world
 from ..parallel.staged_file import tidy, write_whole
 from ..parallel.staged_folder import storage_errors
+from ..reading.plain_files import content, reason
+from ..reading.structures import LARGEST, json_in, json_of
 from ..weights.protocol import Weights
 from .swapped_model import SwappedModel
 
@@ -125,26 +127,62 @@ class Journal:
         self._head = {"base": base, "tuned": tuned, "setup": json.loads(json.dumps(setup or {}))}
 
     def read(self) -> list[Point]:
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
+        lines = _text_of(self.path).split("\n") if self.path.exists() else []
         if not lines or not lines[0]:
             write_whole(self.path, f"{json.dumps(self._head)}\n".encode())
             return []
-        kept = json.loads(lines[0])
-        if (kept["base"], kept["tuned"]) != (self._head["base"], self._head["tuned"]):
+        kept = _kept(lines[0], _Head, self.path, 1)
+        if (kept.base, kept.tuned) != (self._head["base"], self._head["tuned"]):
             expected = f"a study of {self._head['tuned'][:12]}… on {self._head['base'][:12]}…"
-            found = f"one of a model {kept['tuned'][:12]}…"
+            found = f"one of a model {kept.tuned[:12]}…"
             raise CheckpointError(
                 str(self.path), expected=expected, found=found, remedy="choose another folder"
             )
-        check_setup(self.path, kept.get("setup", {}), self._head["setup"])
+        check_setup(self.path, kept.setup, self._head["setup"])
         whole = lines[1:-1]
+        points = [_kept(line, Point, self.path, number) for number, line in enumerate(whole, 2)]
         if lines[-1]:  # a line without its end was being written when the process died
             write_whole(self.path, "".join(f"{line}\n" for line in (lines[0], *whole)).encode())
-        return [Point(**json.loads(line)) for line in whole]
+        return points
 
     def add(self, point: Point) -> None:
         with storage_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(point.as_json()) + "\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """A journal's first line."""
+
+    base: str
+    tuned: str
+    setup: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """What a `MeasurementRecord` keeps."""
+
+    written_by: str
+    setup: dict[str, Any]
+    measured: dict[str, Any]
+
+
+_DAMAGED = "it was damaged, or is something else; move it away to measure anew"
+
+
+def _text_of(path: Path) -> str:
+    raw = content(path, at_most=LARGEST, expected="measurements", remedy=_DAMAGED)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        found = reason(error)
+        raise CheckpointError(str(path), expected="measurements", found=found, remedy=_DAMAGED) from error
+
+
+def _kept(line: str, kind: Any, path: Path, number: int) -> Any:
+    where = f"{path}: line {number}"
+    return json_of(line, kind, where=where, expected="measurements", remedy=_DAMAGED)
 
 
 @contextmanager
@@ -214,9 +252,9 @@ class MeasurementRecord:
             "measured": {},
         }
         if path.exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            check_setup(path, content["setup"], plain_setup)
-            self._kept = content
+            kept = json_in(path, _Record, expected="measurements", remedy=_DAMAGED)
+            check_setup(path, kept.setup, plain_setup)
+            self._kept = asdict(kept)
 
     @property
     def all(self) -> Mapping[str, Any]:

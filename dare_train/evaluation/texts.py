@@ -5,6 +5,7 @@ model.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, brief
+from ..reading.plain_files import opened, reason
+from ..reading.structures import checked
 
 Row = Mapping[str, Any]
 Batch = dict[str, torch.Tensor]
@@ -153,21 +156,28 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
             if path.suffix == ".csv":
                 return list(csv.DictReader(file))
             if path.suffix == ".jsonl":
-                return [json.loads(line) for line in file if line.strip()]
+                return _rows([json.loads(line) for line in file if line.strip()], path)
             if path.suffix == ".json":
-                return list(json.load(file))
+                return _rows(json.load(file), path)
             if path.suffix == ".txt":
                 return [{"text": line.strip()} for line in file if line.strip()]
-    except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise CheckpointError(str(path), expected=f"a readable {path.suffix} file", found=reason) from error
+    except (csv.Error, ValueError, RecursionError) as error:
+        expected = f"a readable {path.suffix} file"
+        raise CheckpointError(str(path), expected=expected, found=reason(error)) from error
     raise CheckpointError(
         str(path), expected="a .jsonl, .json, .csv or .txt file", found=path.suffix or "no ending"
     )
+
+
+def _rows(parsed: object, path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = checked(
+        parsed, list[dict[str, Any]], where=str(path), expected="a list of rows"
+    )
+    return rows
 
 
 def _check_column(label: str, rows: Sequence[Row], role: str, name: str) -> None:
@@ -193,10 +203,11 @@ def _number(known: Mapping[str, int], label: Any) -> int:
     """Of a label that the data has by name or by number."""
     if str(label) in known:
         return known[str(label)]
-    if str(label).isdigit() and int(label) in known.values():
-        return int(label)
+    number = str(label)
+    if number.isascii() and number.isdigit() and len(number) < 10 and int(number) in known.values():
+        return int(number)
     raise ConfigError(
-        "label", expected=f"one that the model knows: {', '.join([*known][:5])}…", found=repr(label)
+        "label", expected=f"one that the model knows: {', '.join([*known][:5])}…", found=brief(label)
     )
 
 

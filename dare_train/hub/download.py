@@ -18,10 +18,10 @@ def locate(
     Raises:
         CheckpointError: neither a path that exists nor a repository that the Hub (or its cache) has.
     """
-    path = Path(where).expanduser()
-    name = os.fspath(where)
-    if os.path.exists(path):  # noqa: PTH110 - unlike Path.exists, false for names that no file can have
+    path = here(where)
+    if path is not None:
         return path
+    name = os.fspath(where)
     place = HubId.parse(name)
     if place is None:
         deep = name.count("/") > 1 and not name.startswith((".", "/", "~"))
@@ -29,6 +29,16 @@ def locate(
         expected = "a folder or a Hub id"
         raise CheckpointError(name, expected=expected, found="nothing at that path", remedy=remedy)
     return fetch(place, patterns=patterns, local_only=local_only) / place.folder
+
+
+def here(where: str | os.PathLike[str]) -> Path | None:
+    """The path of what is on this machine."""
+    try:
+        path = Path(where).expanduser()
+    except RuntimeError:  # there is no such user
+        path = Path(where)
+    # Unlike Path.exists, false for names that no file can have.
+    return path if os.path.exists(path) else None  # noqa: PTH110
 
 
 def fetch(place: HubId, *, patterns: Sequence[str] | None = None, local_only: bool = False) -> Path:

@@ -21,6 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import printable
+from .code_folder import CodeFolder, Unsafe
+
 Scalar = np.generic | int
 Native = Callable[..., int]
 
@@ -141,21 +144,40 @@ class _Machine:
         features = llvm.get_host_cpu_features().flatten()
         sources = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
         depends_on = "\0".join([llvmlite.__version__, triple, cpu, features, *sources])
-        self._objects = _cache_folder() / "kernels" / hashlib.sha256(depends_on.encode()).hexdigest()[:16]
+        key = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
+        root = _cache_folder()
+        self._kept = None if root is None else CodeFolder(root, key)
         self._llvm = llvm
         machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features, jit=True)
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(f'target triple = "{triple}"'), machine)
 
     def address(self, symbol: str, compile: Callable[[], bytes]) -> int:
         """Where the code of a symbol lies, compiled unless an earlier process did."""
-        path = self._objects / f"{symbol}.o"
-        code = _verified(path.read_bytes()) if path.exists() else None
+        code = self._read(f"{symbol}.o")
         if code is None:
             code = compile()
-            _keep(path, code)
+            self._keep(f"{symbol}.o", code)
         self._engine.add_object_file(self._llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         return int(self._engine.get_function_address(symbol))
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            return None if self._kept is None else self._kept.read(name)
+        except (Unsafe, OSError) as error:
+            self._do_without(error)
+            return None
+
+    def _keep(self, name: str, code: bytes) -> None:
+        try:
+            if self._kept is not None:
+                self._kept.keep(name, code)
+        except (Unsafe, OSError) as error:
+            self._do_without(error)
+
+    def _do_without(self, error: Exception) -> None:
+        self._kept = None
+        _not_kept(str(error))
 
 
 @functools.cache
@@ -163,29 +185,21 @@ def _machine() -> _Machine:
     return _Machine()
 
 
-def _verified(stored: bytes) -> bytes | None:
-    """The code in an object file of ours, or None if a bit of it rotted."""
-    digest = stored[:32]
-    code = stored[32:]
-    return code if hashlib.sha256(code).digest() == digest else None
-
-
-def _keep(path: Path, code: bytes) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(hashlib.sha256(code).digest() + code)
-        temporary.replace(path)
-    except OSError as error:
-        _say(
-            f"cannot keep compiled kernels ({error}); every process compiles them. Set "
-            "DARE_TRAIN_CACHE to a folder that can be written."
-        )
-
-
-def _cache_folder() -> Path:
+def _cache_folder() -> Path | None:
+    """None where there is no place for one: a container's user may have no home."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("DARE_TRAIN_CACHE") or Path(home) / "dare_train").expanduser()
+    try:
+        return Path(os.environ.get("DARE_TRAIN_CACHE") or Path(home) / "dare_train").expanduser()
+    except RuntimeError:
+        _not_kept("there is no home folder")
+        return None
+
+
+def _not_kept(reason: str) -> None:
+    _say(
+        f"cannot keep compiled kernels ({printable(reason)}); every process compiles them. Set "
+        "DARE_TRAIN_CACHE to a folder that only you can write."
+    )
 
 
 @functools.cache

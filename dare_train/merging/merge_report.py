@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import printable
 from .config.recipe import Recipe
 from .models.matching import Fate
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+_LONGEST = 200
+"""Characters of a cell: names are strangers'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +65,13 @@ class MergeReport:
 
     def table(self, *, every_tensor: bool = False) -> RenderableType:
         """For a terminal: a row for each kind of fate, or for every tensor."""
-        from rich.markup import escape
         from rich.table import Table
+        from rich.text import Text
 
         counts = ", ".join(f"{count} {how}" for how, count in self.counts().items() if count)
         table = Table(
-            title=f"{escape(self.recipe.method)}: {counts} tensors",
-            caption=escape("\n".join(self.notes)) or None,
+            title=Text(f"{printable(self.recipe.method, _LONGEST)}: {counts} tensors"),
+            caption=Text("\n".join(map(printable, self.notes))) if self.notes else None,
         )
         for title in (
             "tensor" if every_tensor else "tensors",
@@ -79,7 +83,7 @@ class MergeReport:
         ):
             table.add_column(title, justify="right" if title == "elements" else "left")
         for row in self._rows(every_tensor):
-            table.add_row(*map(escape, row))
+            table.add_row(*(Text(printable(cell, _LONGEST)) for cell in row))
         return table
 
     def _rows(self, every_tensor: bool) -> Iterator[tuple[str, ...]]:

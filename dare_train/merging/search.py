@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, printable
 from ..parallel.scratch_folder import scratch_beside
 from .config.recipe import RESCALES, Recipe
 from .config.task import MergeTask
@@ -177,8 +177,9 @@ def _with(recipe: Recipe, name: str, value: Scalar) -> Recipe:
     if name in _OF_THE_RECIPE:
         return replace(recipe, **{name: value})  # type: ignore[arg-type]
     parameter, dot, number = name.partition(".")
-    places = [int(number)] if dot and number.isdigit() else range(len(recipe.models))
-    if dot and (not number.isdigit() or int(number) >= len(recipe.models)):
+    numbered = number.isascii() and number.isdigit() and len(number) < 10
+    places = [int(number)] if dot and numbered else range(len(recipe.models))
+    if dot and (not numbered or int(number) >= len(recipe.models)):
         raise ConfigError(
             f"search {name}",
             expected=f"a model's number from 0 to {len(recipe.models) - 1}",
@@ -237,7 +238,8 @@ def _asked(trial: Any, axis: Axis) -> Scalar:
 
 
 def metric_of(name: str) -> Callable[..., Any]:
-    """The function that `module:function` names; modules are also looked for in the current folder.
+    """The function that `module:function` names. Modules are also looked for in the current folder, after all
+    other places: what lies there never takes the place of what is installed.
 
     Raises:
         ConfigError: there is none.
@@ -245,8 +247,8 @@ def metric_of(name: str) -> Callable[..., Any]:
     module, colon, function = name.partition(":")
     if not colon or not module or not function:
         raise ConfigError("eval", expected="MODULE:FUNCTION", found=repr(name))
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+    if not {"", str(Path.cwd())} & {*sys.path}:
+        sys.path.append(str(Path.cwd()))
     try:
         metric: Any = importlib.import_module(module)
         for part in function.split("."):
@@ -263,13 +265,15 @@ def metric_of(name: str) -> Callable[..., Any]:
 def results(outcome: Found) -> RenderableType:
     """A table of the trials for a terminal, the best first."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
         title=f"{len(outcome.trials)} merges",
-        caption=f"{outcome.report.out} is the first; its recipe is in dare_merge.yml",
+        caption=Text(f"{printable(outcome.report.out)} is the first; its recipe is in dare_merge.yml"),
     )
     for name in (*outcome.best.settings, "score"):
-        table.add_column(name, justify="right")
+        table.add_column(Text(printable(name, 200)), justify="right")
     for trial in sorted(outcome.trials, key=lambda trial: abs(trial.score - outcome.best.score)):
-        table.add_row(*(f"{value}" for value in trial.settings.values()), f"{trial.score:.6g}")
+        settings = (Text(printable(f"{value}", 200)) for value in trial.settings.values())
+        table.add_row(*settings, f"{trial.score:.6g}")
     return table

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from ..errors import PackageError
+from ..errors import CheckpointError, PackageError
+from ..reading.links import staying_inside
+from ..reading.structures import json_in
 from ..weights.checkpoint import ADAPTER_CONFIG, MERGE_RECORD, SINGLE
 from ..weights.module_folders import module_folders
 from .manifest import CARRIED, FileRecord, file_record
@@ -22,7 +24,7 @@ _NOT_THE_MODELS = {"README.md", MERGE_RECORD}
 
 def companions(folder: Path) -> list[Path]:
     """Files that belong to a model beside its weights: configuration, tokenizer, generation settings,
-    licence. Relative, sorted.
+    licence. Relative, sorted. Links that lead out of the folder are not followed, and named in a warning.
 
     Of subfolders only those count that a sentence-transformers `modules.json` names; others hold other
     things, such as a run's checkpoints.
@@ -35,7 +37,7 @@ def companions(folder: Path) -> list[Path]:
         for path in place.iterdir()
         if path.is_file() and _is_companion(path)
     ]
-    return sorted({path.relative_to(folder) for path in files})
+    return sorted({path.relative_to(folder) for path in staying_inside(files, folder)})
 
 
 def _is_companion(path: Path) -> bool:
@@ -104,14 +106,14 @@ def carry_files(base: Path | None, tuned: Path | None, staging: Path) -> tuple[F
 def _same_content(base: Path, tuned: Path) -> bool:
     if not base.is_file():
         return False
-    base_bytes = base.read_bytes()
-    tuned_bytes = tuned.read_bytes()
-    if base_bytes != tuned_bytes and base.suffix == ".json":
-        try:
-            return bool(_settled(json.loads(base_bytes)) == _settled(json.loads(tuned_bytes)))
-        except (ValueError, RecursionError):
-            return False
-    return base_bytes == tuned_bytes
+    if filecmp.cmp(base, tuned, shallow=False):
+        return True
+    if base.suffix != ".json":
+        return False
+    try:
+        return bool(_settled(json_in(base, Any)) == _settled(json_in(tuned, Any)))
+    except (CheckpointError, RecursionError):
+        return False
 
 
 def _settled(content: Any) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CheckpointError, PackageError
-from ..hub.download import fetch, locate
+from ..hub.download import fetch, here, locate
 from ..hub.ids import HubId
 from .manifest import MANIFEST, Manifest
 from .manifest_reader import load
@@ -36,8 +36,7 @@ def fetched(where: str | os.PathLike[str]) -> Path:
 
 def on_hub(where: str | os.PathLike[str]) -> HubId | None:
     """Where on the Hub it is; None for what is on this machine, or nowhere."""
-    name = os.fspath(where)
-    return None if os.path.exists(Path(name).expanduser()) else HubId.parse(name)  # noqa: PTH110 - see `locate`
+    return None if here(where) is not None else HubId.parse(os.fspath(where))
 
 
 def packages_in(place: HubId) -> tuple[Path, list[str]]:

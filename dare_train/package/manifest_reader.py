@@ -13,8 +13,10 @@ from typing import Any, NoReturn, get_args
 from ..config import Rescale, Rounding
 from ..dtypes import DTYPES
 from ..errors import PackageError
+from ..reading.plain_files import content, is_text
+from ..reading.structures import values_at_most
 from ..weights.fingerprint import Fingerprint
-from ..weights.protocol import TensorInfo
+from ..weights.protocol import LONGEST_NAME, MOST_DIMENSIONS, TensorInfo
 from .codec import FETCH_AGAIN, Encoding
 from .manifest import (
     BLANK,
@@ -31,6 +33,8 @@ from .masks import MaskKind
 
 LARGEST_MANIFEST = 64 << 20
 """Bytes; about 200,000 tensors. Parsing takes some thirty times as much memory."""
+MOST_VALUES = 6_000_000
+"""Of its JSON; a tensor has some twenty-five."""
 
 _ENCODINGS = tuple(name for name in get_args(Encoding) if name != "whole")
 _HUGE = 1e300
@@ -49,10 +53,10 @@ def load(path: Path) -> Manifest:
         expected = f"a package with a {MANIFEST}"
         remedy = "it was never completed, or is something else"
         raise PackageError(str(path.parent), expected=expected, found="none", remedy=remedy)
-    size = path.stat().st_size
-    if size > LARGEST_MANIFEST:
-        raise PackageError(where, expected=f"at most {LARGEST_MANIFEST:,} bytes", found=f"{size:,}")
-    raw = path.read_bytes()
+    raw = content(path, at_most=LARGEST_MANIFEST, expected="a manifest", error=PackageError)
+    values = values_at_most(raw)
+    if values > MOST_VALUES:
+        raise PackageError(where, expected=f"at most {MOST_VALUES:,} values", found=f"{values:,}")
     try:
         data = json.loads(raw, object_pairs_hook=_each_key_once)
     except (ValueError, RecursionError) as error:
@@ -131,7 +135,7 @@ def _landed(get: _Fields) -> tuple[Rounding, Rescale]:
 
 def _tensor(data: Mapping[str, Any], where: str) -> TensorRecord:
     name = _Fields(data, where)("name", str)
-    names_one = bool(name) and name != "__metadata__" and _is_text(name)
+    names_one = 0 < len(name) <= LONGEST_NAME and name != "__metadata__" and is_text(name)
     _Fields(data, where).insist(names_one, "the name of a tensor", ascii(name)[:80])
     get = _Fields(data, f"{where}: {name}")
     info = _info(get)
@@ -149,10 +153,15 @@ def _tensor(data: Mapping[str, Any], where: str) -> TensorRecord:
 
 def _info(get: _Fields) -> TensorInfo:
     shape = tuple(get.list_of("shape", int))
-    info = TensorInfo(DTYPES[get.choice("dtype", tuple(DTYPES))], shape)
-    plain = all(0 <= size < 1 << 62 and not isinstance(size, bool) for size in shape)
-    get.insist(plain and info.nbytes < 1 << 62, "a shape", _brief(list(shape)))
-    return info
+    few = len(shape) <= MOST_DIMENSIONS
+    get.insist(few, f"a shape of at most {MOST_DIMENSIONS} dimensions", f"{len(shape):,}")
+    dtype = DTYPES[get.choice("dtype", tuple(DTYPES))]
+    nbytes = dtype.itemsize
+    for size in shape:  # in this order, and also where one is 0: as the safetensors library counts
+        plain = not isinstance(size, bool) and 0 <= size < 1 << 62
+        nbytes *= size if plain else 0
+        get.insist(plain and nbytes < 1 << 62, "a shape", _brief(list(shape)))
+    return TensorInfo(dtype, shape)
 
 
 def _as_delta(record: TensorRecord, get: _Fields) -> TensorRecord:
@@ -191,20 +200,11 @@ def _file(get: _Fields) -> FileRecord:
     name = get("file", str)
     path = PurePosixPath(name)
     inside = bool(name) and not path.is_absolute() and ".." not in path.parts and name == path.as_posix()
-    plain = not any(char in name for char in "\\\0") and _is_text(name) and len(name) <= 1000
+    plain = not any(char in name for char in "\\\0") and is_text(name) and len(name) <= 1000
     if not inside or not plain or any(len(part.encode()) > _LONGEST_NAME for part in path.parts):
         expected = "names of files inside the package"
         raise PackageError(get.where, expected=expected, found=ascii(name)[:80], remedy=_SUSPECT)
     return FileRecord(file=name, bytes=get.count("bytes", below=1 << 62), sha256=get("sha256", str))
-
-
-def _is_text(name: str) -> bool:
-    """Whether the name can be written as UTF-8: JSON can hold halves of characters."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _brief(value: object) -> str:

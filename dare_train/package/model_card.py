@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..errors import printable
 from .manifest import Manifest
 
 _TEXT = """\
@@ -61,6 +63,9 @@ dare-train pull {repo} --out packages    # all of them
 _CHAIN = """
 These are a chain, where each package continues the one before: apply them together, in order, from the first.
 """
+
+
+_ON_HUB = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
 def text(
@@ -125,8 +130,8 @@ def _base_lines(base: str) -> str:
 
 
 def _shown(base: str) -> str:
-    return base if _is_on_hub(base) else Path(base).name
+    return base if _is_on_hub(base) else printable(Path(base).name, 200)
 
 
 def _is_on_hub(base: str) -> bool:
-    return base.count("/") == 1 and not base.startswith((".", "/")) and not Path(base).exists()
+    return _ON_HUB.fullmatch(base) is not None and not Path(base).exists()

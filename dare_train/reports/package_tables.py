@@ -24,6 +24,9 @@ _PANELS = (
     ("delta", "|δ|\n(median to 99 %)"),
 )
 
+_LONGEST = 200
+"""Characters of a cell."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -109,7 +112,7 @@ def inspect_table(package: DeltaPackage, *, every_tensor: bool = False) -> Rende
 
 def _text(words: str) -> Text:
     """For a cell: what comes from a package is neither markup nor an order to the terminal."""
-    return Text(printable(words))
+    return Text(printable(words, _LONGEST))
 
 
 def _summary(package: DeltaPackage) -> RenderableType:
@@ -248,14 +251,14 @@ def plot(package: DeltaPackage, path: Path) -> None:
         axis.set_axisbelow(True)
     axes[-1].set_xticks(
         range(len(layers)),
-        [printable(layer.label) for layer in layers],
+        [printable(layer.label, 40) for layer in layers],
         rotation=60 if len(layers) > 8 else 0,
         parse_math=False,
     )
     axes[-1].set_xlabel("layer")
     stats = package.stats
     figure.suptitle(
-        f"{Path(package.name).name}: {stats['bits_per_parameter']:.3f} bits per parameter, "
+        f"{printable(Path(package.name).name, 100)}: {stats['bits_per_parameter']:.3f} bits per parameter, "
         f"{stats['density']:.1%} of the delta kept",
         parse_math=False,
     )

@@ -15,6 +15,7 @@ from ..errors import BaseMismatch, CheckpointError, ConfigError, TensorMismatch
 from ..hub.download import locate
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging
+from ..reading.structures import checked
 from ..weights.adapters_on_files import AdaptersOnFiles, check_full_precision
 from ..weights.alignment import align, cast_to
 from ..weights.checkpoint import SINGLE, Checkpoint
@@ -279,6 +280,16 @@ def _configuration(model: Any) -> dict[str, str]:
     return {"config.json": inner.to_json_string()} if hasattr(inner, "to_json_string") else {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Recorded:
+    """What `recall` needs of a record."""
+
+    name: str
+    folder: str
+    fresh: list[str]
+    fingerprint: str
+
+
 def recall(record: Mapping[str, Any], live: LiveWeights, elsewhere: Sequence[str] = ()) -> Origin:
     """The origin that an earlier part of the run put on record; or `elsewhere`, where the same weights are.
 
@@ -286,19 +297,22 @@ def recall(record: Mapping[str, Any], live: LiveWeights, elsewhere: Sequence[str
         BaseMismatch: it is gone, or no longer what it was.
     """
     remedy = "put it back where it was, or pass base= to the callback"
+    kept: _Recorded = checked(
+        dict(record), _Recorded, where="base of the resumed run", error=BaseMismatch, remedy=remedy
+    )
     found = "nothing there"
-    for where in dict.fromkeys((record["folder"], *elsewhere)):
+    for where in dict.fromkeys((kept.folder, *elsewhere)):
         if not all(live.ranks.gather(_readable(live, where))):
             continue
         base = live.ranks.each(lambda where=where: _open(live, where))  # type: ignore[misc]
-        moved = where != record["folder"] and record["name"].startswith(("/", ".", "~"))
-        origin = _origin(where if moved else record["name"], base, set(record["fresh"]), live.ranks)
-        if origin.fingerprint == record["fingerprint"]:
+        moved = where != kept.folder and kept.name.startswith(("/", ".", "~"))
+        origin = _origin(where if moved else kept.name, base, set(kept.fresh), live.ranks)
+        if origin.fingerprint == kept.fingerprint:
             return origin
-        if where == record["folder"]:
+        if where == kept.folder:
             found = f"one with fingerprint {origin.fingerprint[:12]}…"
-    expected = f"one with fingerprint {record['fingerprint'][:12]}…, as at the start of the run"
-    name = f"base of the resumed run: {record['folder']}"
+    expected = f"one with fingerprint {kept.fingerprint[:12]}…, as at the start of the run"
+    name = f"base of the resumed run: {kept.folder}"
     raise BaseMismatch(name, expected=expected, found=found, remedy=remedy)
 
 

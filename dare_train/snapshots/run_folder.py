@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 from ..errors import DareError
@@ -90,7 +91,7 @@ class RunFolder:
 
 def step_folders(folder: Path) -> list[Path]:
     """Packages `step-N` in a folder, by N."""
-    packages = [path for path in folder.glob(f"{_STEP}*") if path.name.removeprefix(_STEP).isdigit()]
+    packages = [path for path in folder.glob(f"{_STEP}*") if re.fullmatch(f"{_STEP}[0-9]{{1,18}}", path.name)]
     return sorted(packages, key=step_of)
 
 

@@ -6,13 +6,14 @@ says it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..errors import CheckpointError
+from ..reading.structures import json_in
 from .alignment import align, without_prefix
 from .layouts import Place
 from .lora_config import AdapterConfig
@@ -108,7 +109,8 @@ def by_class(
         own: ask the base's class alone.
     """
     fields = _config(base)
-    (itself,) = (fields.get("architectures") or ("",))[:1]
+    named = fields.get("architectures")
+    itself = named[0] if isinstance(named, list) and named else ""
     tasks = [class_for_task(name, fields) for name in config.classes]
     for name in dict.fromkeys((itself,) if own else (*config.classes, *tasks, itself)):
         model = skeleton(fields, name) if isinstance(name, str) else None
@@ -141,7 +143,7 @@ def _config(base: Weights) -> Mapping[str, Any]:
     if path is None or not path.is_file():
         return {}
     try:
-        fields = json.loads(path.read_text())
-    except ValueError:
+        fields: Mapping[str, Any] = json_in(path)
+    except CheckpointError:
         return {}
-    return fields if isinstance(fields, dict) else {}
+    return fields

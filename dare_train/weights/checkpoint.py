@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from ..dtypes import Words, dtype_of
-from ..errors import CheckpointError
+from ..dtypes import Words
+from ..errors import CheckpointError, brief
 from ..hub.download import locate
+from ..reading.plain_files import is_text
+from ..reading.structures import checked, json_in
+from .headers import header_of
 from .module_folders import module_folders
-from .protocol import TensorInfo
 from .read_file import ReadFile
 
 MERGE_RECORD = "dare_merge.json"
 """What a merge writes beside its result: the recipe, and what became of each tensor."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-METADATA = "__metadata__"
-"""What no tensor is called: safetensors keeps other things under this name."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 """With its configuration, the files of a PEFT adapter."""
@@ -69,27 +67,11 @@ class SafetensorsFile:
     def __init__(self, path: Path, *, prefix: str = "") -> None:
         self.path = path
         self.prefix = prefix
-        try:
-            self._file = ReadFile(path)
-            with safe_open(path, framework="numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            expected = "a safetensors file"
-            remedy = "fetch it again"
-            raise CheckpointError(str(path), expected=expected, found=str(error), remedy=remedy) from error
-        self._file.check_same()
-        header_size = int.from_bytes(self._file.read(0, 8), "little")
-        header = json.loads(self._file.read(8, header_size))
-        self.metadata: dict[str, str] = header.pop(METADATA, {})
-        self._offsets = {
-            f"{prefix}{name}": 8 + header_size + entry["data_offsets"][0] for name, entry in header.items()
-        }
-        self.tensors = {
-            f"{prefix}{name}": TensorInfo(
-                dtype_of(entry["dtype"], tensor=f"{path.name}: {name}"), tuple(entry["shape"])
-            )
-            for name, entry in header.items()
-        }
+        self._file = ReadFile(path)
+        header = header_of(self._file)
+        self.metadata = header.metadata
+        self._offsets = {f"{prefix}{name}": offset for name, offset in header.offsets.items()}
+        self.tensors = {f"{prefix}{name}": info for name, info in header.tensors.items()}
 
     def read(self, name: str, start: int, count: int) -> Words:
         """Words of a flat range."""
@@ -155,7 +137,7 @@ class Checkpoint:
             CheckpointError: nothing is there, weights are not safetensors, or a file is missing or damaged.
         """
         path = locate(where)
-        if path.is_file():
+        if not path.is_dir():
             if path.suffix != ".safetensors":
                 raise _not_safetensors(path)
             single = path.name if path.name.startswith(DIFFUSERS) else SINGLE
@@ -216,17 +198,15 @@ def _open_modules(folder: Path) -> list[SafetensorsFile]:
 
 def _read_index(index: Path) -> tuple[Mapping[str, str], list[str]]:
     """File name by tensor name, and the names of all files."""
-    try:
-        weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-        return weight_map, sorted(set(weight_map.values()), key=str)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        expected = 'an index with a "weight_map"'
-        raise CheckpointError(str(index), expected=expected, found=repr(error)[:200]) from error
+    expected = 'an index with a "weight_map"'
+    weight_map = json_in(index, expected=expected).get("weight_map")
+    files = checked(weight_map, dict[str, str], where=f"{index}: weight_map", expected=expected)
+    return files, sorted({*files.values()})
 
 
-def _check_listed(name: object, index: Path) -> None:
-    if not isinstance(name, str) or not _names_a_file(name):
-        raise CheckpointError(str(index), expected="names of files in this folder", found=repr(name))
+def _check_listed(name: str, index: Path) -> None:
+    if not _names_a_file(name):
+        raise CheckpointError(str(index), expected="names of files in this folder", found=brief(name))
     path = index.parent / name
     if not path.exists():
         expected = "a file, since the index lists it"
@@ -234,7 +214,8 @@ def _check_listed(name: object, index: Path) -> None:
 
 
 def _names_a_file(name: str) -> bool:
-    return Path(name).name == name and name.endswith(".safetensors") and len(name.encode()) <= 255
+    is_one = is_text(name) and "\0" not in name and Path(name).name == name
+    return is_one and name.endswith(".safetensors") and len(name.encode()) <= 255
 
 
 def _not_safetensors(path: Path, files: list[Path] | None = None) -> CheckpointError:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ..dtypes import Words
 from ..errors import TensorMismatch
-from .checkpoint import METADATA, SINGLE, Checkpoint
+from .checkpoint import SINGLE, Checkpoint
+from .headers import METADATA
 from .protocol import TensorInfo
 
 

@@ -74,9 +74,16 @@ def _loaded(path: Path) -> tuple[Any, Any]:
     plain = {} if kind is None else {"quantization_config": kind(dequantize=True)}
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.bfloat16, output_loading_info=True, **plain
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.bfloat16,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **plain,
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
     except Exception as error:  # a stranger's file may raise anything
         expected = "a GGUF of a causal language model that transformers reads"
         remedy = "take the model's safetensors, or a newer transformers"

@@ -9,7 +9,10 @@ _NUMBER = re.compile(r"\.(\d+)\.")
 
 def natural(name: str) -> list[tuple[int, str]]:
     """A key to sort names by as people count: `layer.10` after `layer.9`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [
+        (int(part), "") if re.fullmatch("[0-9]{1,18}", part) else (-1, part)
+        for part in re.split("([0-9]+)", name)
+    ]
 
 
 def kind_of(name: str) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, brief
+from ..reading.structures import json_in
+from .module_patterns import ModulePatterns, Refused
 
 MERGE = "merge it with PEFT (merge_and_unload, then save_pretrained) and extract from the merged model"
 
@@ -67,8 +67,8 @@ class AdapterConfig:
     path: Path
     rank: int
     alpha: float
-    rank_pattern: Mapping[str, float]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: ModulePatterns[float]
+    alpha_pattern: ModulePatterns[float]
     rslora: bool
     """Rank-stabilized: divide by the root of the rank (arXiv 2312.03732)."""
     dora: bool
@@ -87,20 +87,14 @@ class AdapterConfig:
         Raises:
             CheckpointError: it cannot be read, or describes an adapter that cannot be merged here.
         """
-        try:
-            fields = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            expected = "a PEFT adapter's configuration"
-            raise CheckpointError(str(path), expected=expected, found=repr(error)[:200]) from error
-        if not isinstance(fields, dict):
-            raise CheckpointError(str(path), expected="a JSON object", found=repr(fields)[:80])
+        fields = json_in(path, expected="a PEFT adapter's configuration")
         _check_supported(path, fields)
         return cls(
             path=path,
             rank=_number(path, fields, "r", whole=True),
             alpha=_number(path, fields, "lora_alpha"),
-            rank_pattern=_pattern(path, fields, "rank_pattern", whole=True),
-            alpha_pattern=_pattern(path, fields, "alpha_pattern"),
+            rank_pattern=_patterns(path, fields, "rank_pattern", whole=True),
+            alpha_pattern=_patterns(path, fields, "alpha_pattern"),
             rslora=bool(fields.get("use_rslora")),
             dora=bool(fields.get("use_dora")),
             transposed=bool(fields.get("fan_in_fan_out")),
@@ -110,42 +104,45 @@ class AdapterConfig:
         )
 
     def rank_of(self, module: str) -> int:
-        return int(_matched(self.rank_pattern, module, self.rank))
+        return int(self._matched(self.rank_pattern, module, self.rank))
 
     def scaling_of(self, module: str) -> float:
         """s of one module: α / rank, or α / √rank."""
         rank = self.rank_of(module)
-        return _matched(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        return self._matched(self.alpha_pattern, module, self.alpha) / (
+            math.sqrt(rank) if self.rslora else rank
+        )
 
     def adds(self, tensor: str) -> bool:
         """Whether a tensor belongs to a module that was trained in full."""
-        parts = tensor.split(".")
-        return any(".".join(parts[:length]).endswith(self.added) for length in range(1, len(parts)))
+        return any(f"{module}." in tensor for module in self.added)
+
+    def _matched(self, patterns: ModulePatterns[float], module: str, default: float) -> float:
+        try:
+            return patterns.value(module, default)
+        except Refused as refusal:
+            where = f"{self.path}: rank_pattern or alpha_pattern"
+            raise _not_understood(where, module, refusal) from refusal
 
 
 def _check_supported(path: Path, fields: Mapping[str, Any]) -> None:
     kind = fields.get("peft_type")
     if kind != "LORA":
-        raise CheckpointError(f"{path}: peft_type", expected='"LORA"', found=repr(kind), remedy=MERGE)
+        raise CheckpointError(f"{path}: peft_type", expected='"LORA"', found=brief(kind), remedy=MERGE)
     start = fields.get("init_lora_weights")
     if start not in _HARMLESS_STARTS:
         where = f"{path}: init_lora_weights"
         expected = "a start that leaves the base as it is"
-        raise CheckpointError(where, expected=expected, found=repr(start), remedy=MERGE)
+        raise CheckpointError(where, expected=expected, found=brief(start), remedy=MERGE)
     for field, value in fields.items():
         if value and field not in _UNDERSTOOD:
-            found = repr(value)[:80]
+            found = brief(value)
             raise CheckpointError(f"{path}: {field}", expected="not set", found=found, remedy=MERGE)
 
 
-def _matched(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """The value of the first key that matches the module's name, or its end after a dot."""
-    return next((value for key, value in pattern.items() if re.match(_anchored(key), module)), default)
-
-
-def _anchored(key: str) -> str:
-    """A key of a pattern as PEFT matches it (`peft.utils.other.get_pattern_key`)."""
-    return rf"(.*\.)?({key})$"
+def _not_understood(where: str, what: object, refusal: Refused) -> CheckpointError:
+    expected = "patterns of characters, sets, groups, alternatives and repeats"
+    return CheckpointError(where, expected=expected, found=f"{refusal}: {brief(what)}", remedy=MERGE)
 
 
 def _number(path: Path | str, fields: Mapping[str, Any], name: str, *, whole: bool = False) -> Any:
@@ -153,21 +150,23 @@ def _number(path: Path | str, fields: Mapping[str, Any], name: str, *, whole: bo
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not number or not (1 if whole else -_LIMIT) <= value <= _LIMIT:  # type: ignore[operator]
         expected = "a positive integer" if whole else "a number"
-        raise CheckpointError(f"{path}: {name}", expected=expected, found=repr(value)[:80])
+        raise CheckpointError(f"{path}: {name}", expected=expected, found=brief(value))
     return value
 
 
-def _pattern(path: Path, fields: Mapping[str, Any], name: str, *, whole: bool = False) -> dict[str, float]:
+def _patterns(
+    path: Path, fields: Mapping[str, Any], name: str, *, whole: bool = False
+) -> ModulePatterns[float]:
     given = fields.get(name) or {}
     where = f"{path}: {name}"
     if not isinstance(given, dict):
-        raise CheckpointError(where, expected="name patterns with numbers", found=repr(given)[:80])
+        raise CheckpointError(where, expected="name patterns with numbers", found=brief(given))
     for key in given:
-        try:
-            re.compile(_anchored(key))
-        except (re.error, RecursionError, OverflowError) as error:
-            raise CheckpointError(where, expected="regular expressions", found=repr(key)[:80]) from error
-    return {key: _number(where, given, key, whole=whole) for key in given}
+        _number(where, given, key, whole=whole)
+    try:
+        return ModulePatterns(given)
+    except Refused as refusal:
+        raise _not_understood(where, given, refusal) from refusal
 
 
 def _classes(fields: Mapping[str, Any]) -> Iterator[str]:
@@ -179,5 +178,5 @@ def _classes(fields: Mapping[str, Any]) -> Iterator[str]:
 def _names(path: Path, fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
     given = fields.get(name) or ()
     if not isinstance(given, (list, tuple)) or not all(isinstance(item, str) and item for item in given):
-        raise CheckpointError(f"{path}: {name}", expected="a list of names", found=repr(given)[:80])
+        raise CheckpointError(f"{path}: {name}", expected="a list of names", found=brief(given))
     return tuple(given)

@@ -7,8 +7,11 @@ names that the whole model has for them: `2.linear.weight`, where the module is 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..reading.structures import json_in
 
 MODULES = "modules.json"
 
@@ -18,9 +21,9 @@ def module_folders(folder: Path) -> dict[str, str]:
     list of modules.
     """
     try:
-        modules = json.loads((folder / MODULES).read_text())
+        modules = json_in(folder / MODULES, list[dict[str, Any]])
         listed = {module["path"]: module.get("name", str(place)) for place, module in enumerate(modules)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (CheckpointError, KeyError, TypeError):
         return {}
     return {path: str(name) for path, name in listed.items() if _is_sub_folder(path)}
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
     from ..parallel.ranks import Ranks
 
+MOST_DIMENSIONS = 64
+"""Of a tensor, as in numpy and torch."""
+LONGEST_NAME = 8_192
+"""Characters of a tensor's name."""
 SEGMENT = 1 << 20
 """Elements of one segment: segments begin at multiples of it, whoever writes them."""
 

@@ -13,23 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..reading.plain_files import regular
 
 _BLOCK = 1 << 20
 
 
 class ReadFile:
-    """An open file.
+    """An open regular file.
 
     Raises:
-        OSError: it cannot be opened.
-        CheckpointError: in what reads, there is less than at first, or the disk fails.
+        CheckpointError: it is none, or cannot be opened; where it is read, there is less than at first,
+            or the disk fails.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor = regular(path, expected="a file of weights")
         weakref.finalize(self, os.close, self.descriptor)
-        self._state = _state(os.fstat(self.descriptor))
+        found = os.fstat(self.descriptor)
+        self.size = found.st_size
+        self._state = _state(found)
 
     def read_into(self, buffer: Any, offset: int) -> None:
         """Fill a contiguous buffer with what begins at a byte."""

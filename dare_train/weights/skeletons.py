@@ -4,8 +4,29 @@ themselves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+_MOST_LAYERS = 4096
+"""Modules of one kind that a configuration may ask for; ten times what any has."""
+_COUNTS = ("layer", "layers", "depth", "blocks", "experts")
+"""How settings end that say how many modules there are."""
+
+
+def asks_for(config: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
+    """What a configuration asks for that a stranger's must not have: name and value of code in a
+    repository, and of modules without end. Both are done when a model is made, before a weight is read.
+    """
+    for name, value in config.items():
+        last = str(name).split("_")[-1]
+        brings_code = "implementation" in str(name) and "/" in str(
+            value
+        )  # kernels, which transformers fetches
+        endless = last in _COUNTS and isinstance(value, int) and value > _MOST_LAYERS
+        if isinstance(value, Mapping):
+            yield from asks_for(value)
+        elif brings_code or endless:
+            yield str(name), repr(value)
 
 
 def skeleton(config: Mapping[str, Any], name: str | None = None) -> Any:
@@ -21,10 +42,11 @@ def skeleton(config: Mapping[str, Any], name: str | None = None) -> Any:
         import transformers
     except ImportError:
         return None
-    name = name or (config.get("architectures") or [""])[0]
+    named = config.get("architectures")
+    name = name or (named[0] if isinstance(named, list) and named else None)
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     configuration = getattr(kind, "config_class", None)
-    if kind is None or configuration is None:
+    if kind is None or configuration is None or any(asks_for(config)):
         return None
     try:
         with torch.device("meta"):

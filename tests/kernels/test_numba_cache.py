@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dare_train.kernels import numba_cache as compiled
+from dare_train.kernels.code_folder import CodeFolder, Unsafe, check_owner
 from dare_train.kernels.numba_cache import inlined, kernel
 
 USE = """
@@ -78,7 +79,7 @@ def test_a_cache_that_cannot_be_written_is_said(first: tuple[Path, Used], tmp_pa
     found, imported, said = use(tmp_path)
     assert imported
     assert "cannot keep compiled kernels" in said
-    assert "Set DARE_TRAIN_CACHE to a folder that can be written." in said
+    assert "Set DARE_TRAIN_CACHE to a folder that only you can write." in said
     assert found == first[1][0]
 
 
@@ -179,3 +180,65 @@ def test_vectors_are_wide_where_that_is_no_slower(newest: str, wide: str) -> Non
     features = f"+sse2,+avx,+avx2,+avx512f,+avx512bw,+avx512dq,+avx512vl,{newest}"
     done = subprocess.run([sys.executable, "-c", WIDE, features], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [wide, "None"]
+
+
+def test_what_is_kept_is_for_this_user_alone_whatever_the_umask(
+    first: tuple[Path, Used], tmp_path: Path
+) -> None:
+    before = os.umask(0)
+    try:
+        use(tmp_path / "above" / "cache")
+    finally:
+        os.umask(before)
+    kept = [tmp_path / "above", *(tmp_path / "above").rglob("*")]
+    assert len(kept) == 5
+    assert {path.stat().st_mode & 0o077 for path in kept} == {0}
+
+
+@pytest.mark.parametrize("place", [".", "kernels", "kernels/*", "kernels/*/*.o"])
+def test_what_others_may_have_written_is_not_run(first: tuple[Path, Used], cache: Path, place: str) -> None:
+    [path] = cache.glob(place) if place != "." else [cache]
+    path.chmod(path.stat().st_mode | 0o020)
+    before = only_file(cache).read_bytes()
+    found, imported, said = use(cache)
+    assert (found, imported) == (first[1][0], True)
+    assert f"others may write to {path}" in said
+    assert said.count("cannot keep compiled kernels") == 1
+    assert only_file(cache).read_bytes() == before
+
+
+def test_code_that_lies_under_another_name_is_compiled_again(first: tuple[Path, Used], cache: Path) -> None:
+    path = only_file(cache)
+    kept = CodeFolder(cache, path.parent.name)
+    kept.keep("another.o", kept.read(path.name) or b"")
+    (path.parent / "another.o").replace(path)
+    assert kept.read(path.name) is None
+    assert use(cache)[:2] == (first[1][0], True)
+
+
+def test_a_folder_in_the_place_of_code_is_done_without(first: tuple[Path, Used], cache: Path) -> None:
+    path = only_file(cache)
+    path.unlink()
+    path.mkdir()
+    found, imported, said = use(cache)
+    assert (found, imported) == (first[1][0], True)
+    assert f"{path} is no file" in said
+
+
+def test_code_of_another_user_is_not_run(cache: Path) -> None:
+    path = only_file(cache)
+    kept = CodeFolder(cache, path.parent.name)
+    status = os.stat_result((0o100600, 1, 1, 1, os.getuid() + 1, 0, 0, 0, 0, 0))
+    assert kept.read(path.name)
+    with pytest.raises(Unsafe, match=f"belongs to user {os.getuid() + 1}"):
+        check_owner(path, status)
+
+
+def test_without_a_home_kernels_are_compiled_and_not_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "DARE_TRAIN_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user without an entry in passwd
+    assert compiled._cache_folder() is None
+    assert "there is no home folder" in capsys.readouterr().err

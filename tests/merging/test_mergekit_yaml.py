@@ -268,7 +268,7 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
         ("a: 1\n---\nb: 2\n", "line 2: expected YAML, found but found another document"),
         (
             "a: !!python/object:os.system 1\n",
-            "line 1: expected YAML, found could not determine a constructor",
+            "line 1: expected YAML, found a tag, 'tag:yaml.org,2002:python/object:os.system'",
         ),
         ("a: 2024-99-99\n", "the configuration: expected YAML, found"),
         ("- a\n- b\n", "the configuration: expected a mapping with keys among merge_method, .*found"),

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError
+from ...errors import ConfigError, brief
+from ...reading import bounded_yaml
+from ...reading.plain_files import content
 from ..methods.parameters import Case, Gradient, Scalar, Setting, Settings
 from .recipe_parts import LayerRange, Model
 
@@ -71,22 +73,27 @@ def parsed(path_or_text: str | Path) -> object:
 
     text = _yaml_text(path_or_text)
     try:
-        return yaml.safe_load(text)
+        return bounded_yaml.parsed(text)
     # Dates and numbers that YAML's grammar takes for such raise ValueError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None)
         where = f"line {mark.line + 1}" if mark is not None else "the configuration"
-        raise ConfigError(where, expected="YAML", found=problem or f"{error}") from error
+        deep = "values nested too deep" if isinstance(error, RecursionError) else f"{error}"
+        raise ConfigError(where, expected="YAML", found=problem or deep) from error
 
 
 def _yaml_text(path_or_text: str | Path) -> str:
     if isinstance(path_or_text, str) and ("\n" in path_or_text or path_or_text.lstrip().startswith("{")):
         return path_or_text
+    expected = "a file of YAML text"
+    raw = content(
+        Path(path_or_text), at_most=bounded_yaml.LARGEST, expected=expected, error=ConfigError, remedy=""
+    )
     try:
-        return Path(path_or_text).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path_or_text}", expected="a file of YAML text", found=f"{error}") from error
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path_or_text}", expected=expected, found=f"{error}") from error
 
 
 def inputs_of(top: Mapping[str, Any]) -> Inputs:
@@ -174,7 +181,7 @@ def _source(value: object, where: str) -> _Source:
         or not all(type(end) is int for end in ends)
         or not 0 <= ends[0] < ends[1]
     ):
-        raise ConfigError(f"{where}.layer_range", expected="[first, last + 1]", found=repr(ends))
+        raise ConfigError(f"{where}.layer_range", expected="[first, last + 1]", found=brief(ends))
     settings = settings_of(fields.get("parameters", {}), f"{where}.parameters")
     return _Source(model=text_of(fields, "model", where), first=ends[0], last=ends[1], parameters=settings)
 
@@ -186,7 +193,7 @@ def settings_of(value: object, where: str) -> Settings:
         ConfigError: naming what is none of these.
     """
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(where, expected="settings by parameter name", found=repr(value))
+        raise ConfigError(where, expected="settings by parameter name", found=brief(value))
     return {name: _setting(setting, f"{where}.{name}") for name, setting in value.items()}
 
 
@@ -200,7 +207,7 @@ def _setting(value: object, where: str) -> Setting:
 def _case(value: object, where: str) -> Case:
     fields = fields_of(value, ("filter", "value"), where)
     if not isinstance(fields.get("filter", ""), str):
-        raise ConfigError(f"{where}.filter", expected="a part of tensor names", found=repr(fields["filter"]))
+        raise ConfigError(f"{where}.filter", expected="a part of tensor names", found=brief(fields["filter"]))
     return Case(value=_value(fields.get("value"), f"{where}.value"), filter=fields.get("filter"))
 
 
@@ -210,7 +217,7 @@ def _value(value: object, where: str) -> Scalar | Gradient:
     if isinstance(value, list) and value and all(isinstance(each, (bool, int, float, str)) for each in value):
         return Gradient(tuple(value))
     raise ConfigError(
-        where, expected="a value, a list of values, or cases of filter and value", found=repr(value)
+        where, expected="a value, a list of values, or cases of filter and value", found=brief(value)
     )
 
 
@@ -220,7 +227,7 @@ def fields_of(value: object, known: Sequence[str], where: str) -> dict[str, Any]
         raise ConfigError(
             where or "the configuration",
             expected=f"a mapping with keys among {', '.join(known)}",
-            found=repr(value),
+            found=brief(value),
         )
     given = {key: item for key, item in value.items() if item is not None}
     for key, item in given.items():
@@ -229,7 +236,7 @@ def fields_of(value: object, known: Sequence[str], where: str) -> dict[str, Any]
             raise ConfigError(
                 f"{where}.{key}" if where else f"{key}",
                 expected=f"one of {', '.join(known)}",
-                found=repr(item),
+                found=brief(item),
                 remedy=remedy,
             )
     return given
@@ -237,7 +244,7 @@ def fields_of(value: object, known: Sequence[str], where: str) -> dict[str, Any]
 
 def _list(value: object, where: str) -> list[object]:
     if not isinstance(value, list) or not value:
-        raise ConfigError(where, expected="a list with at least one entry", found=repr(value))
+        raise ConfigError(where, expected="a list with at least one entry", found=brief(value))
     return value
 
 
@@ -248,7 +255,7 @@ def text_of(fields: Mapping[str, Any], key: str, where: str = "") -> str:
         raise ConfigError(
             f"{where}.{key}" if where else key,
             expected="a name",
-            found="none" if text is None else repr(text),
+            found="none" if text is None else brief(text),
         )
     return text
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import CheckpointError
 from ...package.manifest import MANIFEST
 from ...package.reader import DeltaPackage
+from ...reading.links import staying_inside
+from ...reading.structures import json_in
 
 
 def files_in(folder: Path | None) -> dict[str, Path]:
-    """Files that lie directly in a folder, by name; none where it is none."""
+    """Files that lie directly in a folder, by name; none where it is none. Configurations and tokenizers that
+    are links out of it are not followed, and named in a warning.
+    """
     if folder is None or not folder.is_dir():
         return {}
-    return {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    copied = [path for path in files if path.suffix != ".safetensors"]
+    left_out = {*copied} - {*staying_inside(copied, folder)}
+    return {path.name: path for path in files if path not in left_out}
 
 
 def own_files(folder: Path | None) -> dict[str, Path]:
@@ -42,8 +47,5 @@ def config_of(files: Mapping[str, Path]) -> dict[str, Any]:
     path = files.get("config.json")
     if path is None:
         return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(str(path), expected="a JSON object", found=str(error)) from error
-    return content if isinstance(content, dict) else {}
+    content: dict[str, Any] = json_in(path)
+    return content

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, brief
+from ...reading.plain_files import FETCH_AGAIN, content, reason
+from ...reading.structures import LARGEST, json_in
 from .model_files import files_in, is_package, own_files
 
 TOKENIZER = "tokenizer.json"
@@ -31,6 +32,9 @@ _SEALED = {".model", ".spm", ".tiktoken"}
 """Endings of vocabularies whose ids depend on the class that loads them, and so cannot be told from the
 file."""
 SAVE_AGAIN = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes it anew"
+
+MOST_TOKENS = 1 << 22
+"""Ids are below; sixteen times the largest vocabulary. Arrays are made of as many rows."""
 
 Entry = dict[str, Any]
 """An added token as tokenizer.json describes it: content, id, special, and how text around it is treated."""
@@ -157,7 +161,7 @@ def _ids(vocabulary: Any, path: Path) -> tuple[dict[str, int], int]:
         _check_distinct(vocabulary.items(), path)
         return dict(vocabulary), len(vocabulary)
     raise CheckpointError(
-        str(path), expected="a vocabulary of tokens with ids", found=repr(vocabulary)[:80], remedy=SAVE_AGAIN
+        str(path), expected="a vocabulary of tokens with ids", found=brief(vocabulary), remedy=SAVE_AGAIN
     )
 
 
@@ -184,7 +188,7 @@ def _from_decoder(decoder: Any, path: Path) -> list[Any]:
         raise CheckpointError(
             str(path),
             expected="added_tokens_decoder with tokens by id",
-            found=repr(decoder)[:80],
+            found=brief(decoder),
             remedy=SAVE_AGAIN,
         )
     return [{**entry, "id": int(id)} for id, entry in decoder.items()]
@@ -215,7 +219,7 @@ def _checked(entries: Any, path: Path | None) -> list[Entry]:
     """Entries that have a content and an id, no two of them the same id."""
     if not isinstance(entries, list):
         raise CheckpointError(
-            str(path), expected="a list of added tokens", found=repr(entries)[:80], remedy=SAVE_AGAIN
+            str(path), expected="a list of added tokens", found=brief(entries), remedy=SAVE_AGAIN
         )
     for entry in entries:
         if not (
@@ -224,7 +228,7 @@ def _checked(entries: Any, path: Path | None) -> list[Entry]:
             raise CheckpointError(
                 str(path),
                 expected="added tokens with content and id",
-                found=repr(entry)[:80],
+                found=brief(entry),
                 remedy=SAVE_AGAIN,
             )
     _check_distinct(((entry["content"], entry["id"]) for entry in entries), path)
@@ -240,7 +244,7 @@ def _complete(entry: Mapping[str, Any]) -> Entry:
 
 
 def _is_id(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**31
+    return type(value) is int and 0 <= value < MOST_TOKENS
 
 
 def _is_number(text: str) -> bool:
@@ -260,23 +264,13 @@ def _check_distinct(ids: Iterable[tuple[str, int]], path: Path | None) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            str(path), expected="JSON", found=repr(error)[:200], remedy="fetch it again"
-        ) from error
-    if not isinstance(document, dict):
-        raise CheckpointError(
-            str(path), expected="a JSON object", found=repr(document)[:80], remedy="fetch it again"
-        )
+    document: dict[str, Any] = json_in(path)
     return document
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            str(path), expected="text in UTF-8", found=repr(error)[:200], remedy="fetch it again"
-        ) from error
+        return content(path, at_most=LARGEST).decode()
+    except UnicodeDecodeError as error:
+        found = reason(error)
+        raise CheckpointError(str(path), expected="text in UTF-8", found=found, remedy=FETCH_AGAIN) from error

@@ -16,8 +16,9 @@ from typing import Any, BinaryIO, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, brief
 from ...parallel.staged_file import staged_file
+from ...reading.structures import json_of
 from ...weights.checkpoint import SafetensorsFile
 from ...weights.protocol import TensorInfo
 
@@ -174,21 +175,13 @@ def _examples(file: SafetensorsFile) -> int:
         raise CheckpointError(
             f"{file.path}: examples",
             expected="a positive number",
-            found=repr(text),
+            found=brief(text),
             remedy="fetch the file again",
         )
     return int(text)
 
 
 def _transposed(file: SafetensorsFile) -> frozenset[str]:
-    try:
-        names = json.loads(file.metadata.get("transposed", "[]"))
-    except ValueError:
-        names = None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(
-            f"{file.path}: transposed",
-            expected="a list of tensor names",
-            found=repr(file.metadata["transposed"])[:80],
-        )
-    return frozenset(names)
+    text = file.metadata.get("transposed", "[]")
+    where = f"{file.path}: transposed"
+    return frozenset(json_of(text, list[str], where=where, expected="a list of tensor names"))
