@@ -15,6 +15,8 @@ from .faulting import FAULTS, with_layer
 from .rounds import Bench, Round
 from .scenarios import Scenario, of_folders, of_records
 
+_OF_SLOW_ONES = ("killed before", "disk fails once")
+
 
 def main() -> int:
     options = _options()
@@ -47,7 +49,7 @@ def _options() -> argparse.Namespace:
         "--faults",
         action="append",
         choices=list(FAULTS),
-        help="at every call; all by default; may be repeated",
+        help="at every call; all by default, of trainings two",
     )
     parser.add_argument("--slow-every", type=int, default=20, help="a training in so many random rounds")
     parser.add_argument("--folder", help="where to work, such as a small tmpfs; by default the temporary one")
@@ -70,7 +72,7 @@ def _chosen(inputs: Path, only: list[str] | None) -> list[Scenario]:
 
 def _every_call(bench: Bench, scenario: Scenario, faults: list[str] | None) -> list[Round]:
     done = []
-    for fault in faults or FAULTS:
+    for fault in faults or (_OF_SLOW_ONES if scenario.slow else FAULTS):
         for each in bench.everywhere(scenario, fault):
             done.append(each)
             _tell_wrong(each)

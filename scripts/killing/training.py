@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,12 @@ def _packages(place: Path) -> list[Path]:
 
 
 def _last_whole(run: Path) -> str | None:
-    """The last checkpoint that the Trainer had finished: it writes them in place, its random states last."""
-    whole = [path.parent for path in run.glob("checkpoint-*/rng_state.pth")]
-    return max(map(str, whole), default=None)
+    """The last checkpoint that the Trainer had finished: it writes them in place, its state last."""
+    whole = []
+    for state in run.glob("checkpoint-*/trainer_state.json"):
+        try:
+            json.loads(state.read_text())
+        except ValueError:
+            continue
+        whole.append(str(state.parent))
+    return max(whole, default=None)
