@@ -16,7 +16,12 @@ _CONFIGURATIONS = (".yml", ".yaml")
 
 
 def task_and_notes(
-    sources: Sequence[str], method: str | None, settings: Iterable[str], **options: Any
+    sources: Sequence[str],
+    method: str | None,
+    settings: Iterable[str],
+    *,
+    strict: bool = False,
+    **options: Any,
 ) -> tuple[MergeTask, list[str]]:
     """The merge of a configuration file, or of a base and models with options, and what the user should know
     of it.
@@ -24,6 +29,7 @@ def task_and_notes(
     Args:
         sources: one file that ends in .yml or .yaml; or the base, then the models.
         settings: `NAME=VALUE`, or `NAME=VALUE,VALUE,...` with a value for each model.
+        strict: refuse what a configuration says and no merge here uses.
         options: arguments of `merge`; those that are empty count as not given.
 
     Raises:

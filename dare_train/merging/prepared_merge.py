@@ -12,6 +12,7 @@ from ..errors import CheckpointError, ConfigError
 from ..parallel.ranks import Ranks
 from ..parallel.threads import thread_share
 from ..weights.checkpoint import Checkpoint
+from ..weights.full_precision import check_full_precision
 from ..weights.opening import open_weights
 from ..weights.protocol import Weights
 from .config.recipe import Recipe
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from .devices import Devices
 
+_PURPOSE = "since weights are added up"
 DeviceLike = Union[str, "torch.device"]
 
 
@@ -61,15 +63,20 @@ def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> Prepar
     recipe = task.recipe
     method = method_of(recipe.method)
     _check(recipe, method)
-    base = open_weights(task.base)
+    base = open_weights(task.base, dequantize=recipe.dequantize)
+    check_full_precision(base, purpose=_PURPOSE)
     folder = base.folder if isinstance(base, Checkpoint) else None
-    opening = open_models(base, task.models, rename=recipe.rename, cast_base=recipe.cast_base)
-    named, inputs = opening.base, opening.inputs
-    growth = Growth(named, folder, inputs, recipe.tokenizer)
     places = {model.model: number for number, model in enumerate(recipe.models)}
     choices = Choices(
         exclude=recipe.exclude, take={pattern: places[model] for pattern, model in recipe.take.items()}
     )
+    opening = open_models(
+        base, task.models, rename=recipe.rename, cast_base=recipe.cast_base, dequantize=recipe.dequantize,
+        known=choices.decide,
+    )  # fmt: skip
+    named, inputs = opening.base, opening.inputs
+    growth = Growth(named, folder, inputs, recipe.tokenizer)
+    inputs = growth.padded()
     out_dtype = DTYPES[recipe.out_dtype] if recipe.out_dtype else None
     merged = Merged(
         recipe,

@@ -133,7 +133,13 @@ def search(
 
     def score(settings: Mapping[str, Scalar]) -> float:
         try:
-            run(replace(task, recipe=_checked(task.recipe, settings)), scratch, overwrite=True, device=device)
+            run(
+                replace(task, recipe=_checked(task.recipe, settings)),
+                scratch,
+                overwrite=True,
+                device=device,
+                allow_unchanged=True,
+            )
             trial = Trial(settings=dict(settings), score=_number(metric(str(scratch))))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -149,7 +155,9 @@ def search(
         _ask_optuna(axes, score, trials, minimize=minimize, seed=task.recipe.seed)
     best = (min if minimize else max)(done, key=lambda trial: trial.score)
     chosen = replace(task, recipe=_checked(task.recipe, best.settings))
-    report = run(chosen, out, overwrite=overwrite, device=device, notes=[_told(best, len(done))])
+    report = run(
+        chosen, out, overwrite=overwrite, device=device, notes=[_told(best, len(done))], allow_unchanged=True
+    )
     return Found(trials=tuple(done), best=best, report=report)
 
 

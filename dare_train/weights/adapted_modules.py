@@ -6,7 +6,6 @@ says it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from .alignment import align, without_prefix
+from .config_file import config_beside
 from .layouts import Place
 from .lora_config import AdapterConfig
 from .protocol import TensorInfo, Weights
@@ -107,7 +107,7 @@ def by_class(
     Args:
         own: ask the base's class alone.
     """
-    fields = _config(base)
+    fields = config_beside(base)
     (itself,) = (fields.get("architectures") or ("",))[:1]
     tasks = [class_for_task(name, fields) for name in config.classes]
     for name in dict.fromkeys((itself,) if own else (*config.classes, *tasks, itself)):
@@ -133,15 +133,3 @@ def _of_model(base: Weights, model: Any, label: str, *, own: bool) -> Modules:
         aligned, places = base, {without_prefix(file, prefix): place for file, place in places.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
     return Modules(base=aligned, places=places, shapes=shapes, model=model)
-
-
-def _config(base: Weights) -> Mapping[str, Any]:
-    folder = getattr(base, "folder", None)
-    path = folder / "config.json" if folder is not None else None
-    if path is None or not path.is_file():
-        return {}
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError:
-        return {}
-    return fields if isinstance(fields, dict) else {}

@@ -78,6 +78,8 @@ class AdapterConfig:
     """`modules_to_save`: ends of the names of modules that were trained in full."""
     parameters: tuple[str, ...]
     """`target_parameters`: ends of the names of parameters that are adapted themselves."""
+    base: str
+    """What it was trained on, as it says; empty where it does not."""
     classes: tuple[str, ...]
     """Of the model that it was trained on, as far as it says so: a class, or a task in PEFT's words."""
 
@@ -106,6 +108,7 @@ class AdapterConfig:
             transposed=bool(fields.get("fan_in_fan_out")),
             added=_names(path, fields, "modules_to_save"),
             parameters=_names(path, fields, "target_parameters"),
+            base=_text(fields, "base_model_name_or_path"),
             classes=tuple(_classes(fields)),
         )
 
@@ -168,6 +171,11 @@ def _pattern(path: Path, fields: Mapping[str, Any], name: str, *, whole: bool = 
         except (re.error, RecursionError, OverflowError) as error:
             raise CheckpointError(where, expected="regular expressions", found=repr(key)[:80]) from error
     return {key: _number(where, given, key, whole=whole) for key in given}
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str:
+    given = fields.get(name)
+    return given if isinstance(given, str) else ""
 
 
 def _classes(fields: Mapping[str, Any]) -> Iterator[str]:

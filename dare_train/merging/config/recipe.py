@@ -40,7 +40,7 @@ DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 FLAVOUR = "dare_train"
 """Marks a configuration of our own, which `mergekit.read` takes literally."""
 
-CHOICES = ("exclude", "take", "rename", "cast_base", "fisher", "gram")
+CHOICES = ("exclude", "take", "rename", "cast_base", "dequantize", "fisher", "gram")
 """Fields of a recipe that mergekit has no word for, and that a configuration has by the same names, where it
 has them."""
 
@@ -87,6 +87,8 @@ class Recipe:
     """Parts of tensor names to replace in the models' names, one after another."""
     cast_base: bool = False
     """Round the base to the models' dtypes first."""
+    dequantize: bool = False
+    """Read quantised checkpoints in full precision."""
     fisher: tuple[str, ...] = ()
     """Files of the models' Fisher information, in their order; none: those beside the models."""
     gram: tuple[str, ...] = ()
@@ -111,8 +113,9 @@ class Recipe:
         object.__setattr__(self, "exclude", patterns_of("exclude", self.exclude))
         object.__setattr__(self, "take", texts_by_text("take", self.take, "models by name pattern"))
         object.__setattr__(self, "rename", texts_by_text("rename", self.rename, "new parts of names by old"))
-        if not isinstance(self.cast_base, bool):
-            raise ConfigError("cast_base", expected="true or false", found=repr(self.cast_base))
+        for name in ("cast_base", "dequantize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(name, expected="true or false", found=repr(getattr(self, name)))
         for name in ("fisher", "gram"):
             object.__setattr__(self, name, texts_of(name, getattr(self, name), "a list of files"))
         self._check_models_of_choices()

@@ -12,9 +12,10 @@ import numpy as np
 from ...config import Patterns, matches
 from ...dtypes import DType, cast
 from ...errors import ConfigError, DtypeMismatch, TensorMismatch
+from ...weights.derived_buffers import is_derived
+from ...weights.heads import embeddings_in, heads_in
 from ...weights.protocol import SEGMENT, TensorInfo, Weights, runs
 from .added_rows import AddedRows
-from .heads import embeddings_in, heads_in
 from .inputs import Input
 
 How = Literal["merged", "copied", "carried"]
@@ -45,6 +46,10 @@ class Choices:
     """Left as in the base, and left out where the base has none."""
     take: Mapping[str, int]
     """Carried from the model of that number."""
+
+    def decide(self, name: str) -> bool:
+        """Whether they say what becomes of a tensor."""
+        return matches(name, self.exclude) or self.taken(name) is not None
 
     def taken(self, name: str) -> int | None:
         return next((model for pattern, model in self.take.items() if fnmatchcase(name, pattern)), None)
@@ -101,6 +106,8 @@ def _fate(
         return Fate(name=name, info=info, how="copied", note="excluded") if info is not None else None
     if taken is not None:
         return _taken(name, taken, inputs)
+    if is_derived(name, (info or inputs[holders[0]].tensors[name]).shape):
+        return _derived(name, info, holders, inputs)
     if info is None:
         return _carried(name, holders, inputs)
     whole = [number for number in holders if inputs[number].whole(name)]
@@ -114,6 +121,15 @@ def _fate(
     if not info.dtype.can_be_delta:
         return _not_float(name, info, holders, base, inputs)
     return _merged(name, info, holders, inputs, grown)
+
+
+def _derived(name: str, info: TensorInfo | None, holders: list[int], inputs: Sequence[Input]) -> Fate:
+    """A buffer that the model works out for itself: one is as good as another."""
+    note = "worked out by the model itself"
+    if info is not None:
+        return Fate(name=name, info=info, how="copied", note=note)
+    first = holders[0]
+    return Fate(name=name, info=inputs[first].tensors[name], how="carried", models=(first,), note=note)
 
 
 def _taken(name: str, number: int, inputs: Sequence[Input]) -> Fate:
