@@ -33,7 +33,7 @@ from ..weights.protocol import InMemory, Weights
 from .assembly import Provenance, Spool, Tallies, Work, summed, tallied, work_of, write_manifest
 from .encoding import Encoded, KeptWords, PackedRun, encode, encode_gathered
 from .plan import TensorPlan, plan_tensors
-from .quantised_units import parts_of_units
+from .quantised_units import check_one_scheme, parts_of_units
 
 logger = logging.getLogger("dare_train")
 
@@ -221,6 +221,7 @@ def _task(
     tuned_folder, plain_tuned = _folder_of(tuned_weights), isinstance(tuned_weights, Dequantised)
     said = _quantisation(plain_base, tuned_weights)
     tuned_weights = renamed(merge_adapter(tuned_weights, plain_base, unrounded=config.lands), rename or {})
+    check_one_scheme(plain_base, tuned_weights, said)
     if not checked or isinstance(tuned_weights, AdapterWeights):
         aligned, prefix = align(plain_base, tuned_weights.tensors.keys(), model=tuned_weights.label)
     else:

@@ -6,12 +6,26 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..config import DareConfig
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..weights.full_precision import quantised_error
 from ..weights.protocol import Weights
 from ..weights.quantised import Quantised, Unit
 
 _LOSSLESS = "p=0 (--p 0), of which two checkpoints in one scheme come back bit for bit"
+
+
+def check_one_scheme(base: Weights, tuned: Weights, said: Mapping[str, Any]) -> None:
+    """Before names are looked at, which differ from scheme to scheme.
+
+    Args:
+        said: a configuration that says how weights are quantised.
+
+    Raises:
+        CheckpointError: one is quantised and the other is not, or in another scheme.
+    """
+    of_base, of_tuned = Quantised(base.tensors, said), Quantised(tuned.tensors, said)
+    if of_base.schemes != of_tuned.schemes:
+        raise _differ(base, tuned, of_base, of_tuned)
 
 
 def parts_of_units(
@@ -22,29 +36,26 @@ def parts_of_units(
     said: Mapping[str, Any],
     masks: Mapping[str, Any] | None = None,
 ) -> Collection[str]:
-    """The tensors of both that are parts of quantised weights.
-
-    Args:
-        said: a configuration that says how.
+    """The tensors of both that are parts of quantised weights, under the same names.
 
     Raises:
-        CheckpointError: one is quantised and the other is not, or in another scheme; or elements would be
-            dropped.
+        CheckpointError: they are quantised in other places; or elements would be dropped.
         ConfigError: an option would tear a unit apart.
     """
     of_base, of_tuned = Quantised(base.tensors, said), Quantised(tuned.tensors, said)
-    if not of_base and not of_tuned:
-        return ()
     if of_base.layout != of_tuned.layout:
-        weights, quantised = (tuned, of_tuned) if of_tuned else (base, of_base)
-        other = base if weights is tuned else tuned
-        expected = (
-            f"the same precision in both, and {other.label} {_described(of_base if of_tuned else of_tuned)}"
-        )
-        raise quantised_error(weights, quantised, expected=expected)
+        raise _differ(base, tuned, of_base, of_tuned)
     for unit in of_tuned.units:
         _check(unit, tuned, of_tuned, config, masks or {})
     return of_tuned.unit_of.keys()
+
+
+def _differ(base: Weights, tuned: Weights, of_base: Quantised, of_tuned: Quantised) -> CheckpointError:
+    weights, quantised, other, of_other = (tuned, of_tuned, base, of_base)
+    if not quantised:
+        weights, quantised, other, of_other = (base, of_base, tuned, of_tuned)
+    expected = f"the same precision in both, and {other.label} {_described(of_other)}"
+    return quantised_error(weights, quantised, expected=expected)
 
 
 def _described(quantised: Quantised) -> str:

@@ -26,8 +26,8 @@ def companions(folder: Path) -> list[Path]:
     """Files that belong to a model beside its weights: configuration, tokenizer, generation settings,
     licence. Relative, sorted.
 
-    Of subfolders only those count that a sentence-transformers `modules.json` names, with what is in them, and
-    those that transformers writes beside a tokenizer; others hold other things, such as checkpoints of runs.
+    Of subfolders only those count that a sentence-transformers `modules.json` names, with what is in them,
+    and those that transformers writes beside a tokenizer; others hold other things, such as a run's output.
     """
     inside = [folder / name for name in (*module_folders(folder), *_FOLDERS)]
     files = [*folder.iterdir(), *(path for place in inside if place.is_dir() for path in place.rglob("*"))]

@@ -134,11 +134,18 @@ def in_single(words: Words, dtype: DType) -> Float:
     if dtype.code in ("F8_E4M3", "F8_E5M2"):
         return _table(dtype.code)[words]
     if dtype.code == "F8_E8M0":
-        return np.ldexp(np.float32(1), words.astype(np.int32) - 127)
+        return _powers(words)
     if dtype.is_float:
         return to_float(words, dtype).astype(np.float32)
     signed = f"i{dtype.itemsize}" if dtype.code.startswith("I") else f"u{dtype.itemsize}"
     return words.view(signed).astype(np.float32)
+
+
+def _powers(exponents: NDArray[Any]) -> Float:
+    """2^(e - 127); the largest e stands for NaN (OCP MX: E8M0)."""
+    values = np.ldexp(np.float32(1), np.minimum(exponents, 254).astype(np.int32) - 127)
+    found: Float = np.where(exponents == 255, np.float32(np.nan), values).astype(np.float32)
+    return found
 
 
 @lru_cache(maxsize=2)
@@ -191,7 +198,7 @@ def _fp8(unit: Unit, of: Dequantised) -> _Matrices:
         values = of.part(unit.packed, number * rows * columns, rows * columns).reshape(rows, columns)
         scales = of.part(scale, 0 if shared else number * in_each, in_each).reshape(grid)
         if info.dtype.code == "U8":
-            scales = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
+            scales = _powers(scales)
         high, wide = _steps((rows, columns), grid, of.blocks, unit.weight)
         return values * np.repeat(np.repeat(scales, high, 0)[:rows], wide, 1)[:, :columns]
 
@@ -207,9 +214,10 @@ def _steps(
     """Rows and columns that share a scale."""
     steps = []
     for axis in (0, 1):
-        even = grid[axis] > 0 and shape[axis] % grid[axis] == 0
-        step = shape[axis] // grid[axis] if even else (blocks or (0, 0))[axis]
+        step = (blocks or (0, 0))[axis]
         if not step or -(-shape[axis] // step) != grid[axis]:
+            step = shape[axis] // grid[axis] if grid[axis] and shape[axis] % grid[axis] == 0 else 0
+        if not step:
             expected = f"scales for blocks of {list(shape)}"
             raise CheckpointError(name, expected=expected, found=f"a grid of {list(grid)}")
         steps.append(step)

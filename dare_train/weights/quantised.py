@@ -87,6 +87,11 @@ class Quantised:
         return {part: unit for unit in self.units for part in unit.parts}
 
     @property
+    def schemes(self) -> frozenset[str]:
+        """Those of the units, in words."""
+        return frozenset(unit.scheme for unit in self.units)
+
+    @property
     def layout(self) -> frozenset[tuple[frozenset[str], str]]:
         """Equal for weights that are quantised in the same places in the same way."""
         return frozenset((unit.parts, self._tensors[unit.packed].dtype.code) for unit in self.units)
