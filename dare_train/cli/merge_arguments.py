@@ -42,7 +42,7 @@ def task_and_notes(
             raise ConfigError(
                 sources[0], expected="all options in the configuration itself", found=", ".join(also)
             )
-        recipe, notes = mergekit.read(Path(sources[0]))
+        recipe, notes = mergekit.read(Path(sources[0]), strict=strict)
         return MergeTask.of(recipe), notes
     if len(sources) < 2:
         raise ConfigError(

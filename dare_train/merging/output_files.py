@@ -16,6 +16,7 @@ from ..weights.module_folders import MODULES, module_folders
 from .config.recipe import DTYPE_NAMES
 from .merge_report import MergeReport
 from .merged_weights import Merged
+from .models.chat_templates import write_template
 from .models.inputs import Input, PackageInput
 from .models.matching import Fate
 from .models.merged_tokenizer import write_tokenizer
@@ -62,6 +63,9 @@ def write(
         _keep_tokenizer(base_folder, staging)
     elif vocabulary is not None and base_folder is not None:
         write_tokenizer(vocabulary, base_folder, [model.folder for model in merged.inputs], staging)
+    if merged.recipe.chat_template:
+        folders = [base_folder, *(model.folder for model in merged.inputs)]
+        write_template(merged.recipe.chat_template, folders, staging)
     return settle_config(staging, _facts(merged, described=model is not None))
 
 

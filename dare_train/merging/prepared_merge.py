@@ -21,6 +21,7 @@ from .config.task import MergeTask
 from .merged_weights import Merged, Statistics
 from .methods.registry import Method, method_of
 from .models.added_tokens import Growth
+from .models.chat_templates import check_template
 from .models.inputs import Input
 from .models.matching import Choices, fates
 from .models.naming import open_models
@@ -77,14 +78,15 @@ def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> Prepar
     named, inputs = opening.base, opening.inputs
     growth = Growth(named, folder, inputs, recipe.tokenizer)
     inputs = growth.padded()
+    values = recipe.resolver(layer_counts(named.tensors))
     out_dtype = DTYPES[recipe.out_dtype] if recipe.out_dtype else None
     merged = Merged(
         recipe,
         method,
         named,
         inputs,
-        fates(named, inputs, choices, growth.rows, out_dtype),
-        values=recipe.resolver(layer_counts(named.tensors)),
+        fates(named, inputs, choices, growth.rows, out_dtype, values.takes_part),
+        values=values,
         fisher=_statistics("fisher", recipe.fisher, inputs, needed=method.needs == "fisher"),
         gram=_statistics(
             "gram",
@@ -115,8 +117,13 @@ def _devices(given: DeviceLike | None, base: Weights) -> Devices | None:
 
 def _check(recipe: Recipe, method: Method) -> None:
     recipe.check_parameters(method.parameters)
+    if recipe.chat_template:
+        check_template(recipe.chat_template)
     least, most = method.models
-    if len(recipe.models) < least or (most is not None and len(recipe.models) > most):
+    together = [sum(each is not None for each in layers.models) for layers in recipe.layers]
+    together = together or [len(recipe.models)]
+    wrong = [count for count in together if count < least or (most is not None and count > most)]
+    if wrong:
         wanted = (
             f"{least} to {most}"
             if most not in (None, least)
@@ -124,7 +131,7 @@ def _check(recipe: Recipe, method: Method) -> None:
             if most
             else f"at least {least}"
         )
-        raise ConfigError("models", expected=f"{wanted} for {method.name}", found=str(len(recipe.models)))
+        raise ConfigError("models", expected=f"{wanted} for {method.name}", found=str(wrong[0]))
 
 
 def gives_q(recipe: Recipe) -> bool:

@@ -174,7 +174,8 @@ class Checkpoint:
 def locate(
     where: str | os.PathLike[str], *, patterns: list[str] | None = None, local_only: bool = False
 ) -> Path:
-    """The local path of a folder, file or Hub id; with `local_only`, of a Hub id that the cache has.
+    """The local path of a folder, file or Hub id; with `local_only`, of a Hub id that the cache has. A Hub id
+    may end in `@` and a branch, tag or commit.
 
     Raises:
         CheckpointError: neither a path that exists nor a repository that the Hub (or its cache) has.
@@ -186,13 +187,23 @@ def locate(
     expected = "a folder or a Hub id"
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(name, expected=expected, found="nothing at that path")
+    repository, at, revision = name.partition("@")
+    if at and Path(repository).expanduser().exists():
+        remedy = f"give {repository} itself"
+        raise CheckpointError(name, expected=expected, found="a revision of a folder here", remedy=remedy)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_only))
+        return Path(
+            snapshot_download(
+                repository, revision=revision or None, allow_patterns=patterns, local_files_only=local_only
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         found = "no such folder here, and no such repository in the cache or on the Hub"
+        if at:
+            found = f"no folder here, and no revision {revision!r} of {repository} in the cache or on the Hub"
         remedy = "check the name and the network"
         raise CheckpointError(name, expected=expected, found=found, remedy=remedy) from error
 

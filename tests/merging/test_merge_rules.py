@@ -719,9 +719,7 @@ def test_infinities_of_the_base_are_no_reason_to_refuse(tmp_path: Path) -> None:
 def test_sums_that_overflow_are_refused(tmp_path: Path) -> None:
     base = {"w": torch.zeros(4, dtype=torch.float16)}
     models = [{"w": torch.tensor([0.0, 60000.0, 0.0, 1.0]).half()} for _ in range(2)]
-    with pytest.raises(
-        NonFiniteDelta, match="w: expected finite F16 of .*, found NaN or infinity at flat index 1"
-    ):
+    with pytest.raises(NonFiniteDelta, match=r"w: expected finite F16 of .*flat index 1"):
         merge(base, models, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     merge(base, models, tmp_path / "wide", out_dtype="F32")
@@ -729,7 +727,7 @@ def test_sums_that_overflow_are_refused(tmp_path: Path) -> None:
 
 def test_a_result_that_equals_the_base_is_refused(tmp_path: Path) -> None:
     base = {"w": torch.ones(3), "v": torch.ones(2)}
-    with pytest.raises(TensorMismatch, match="expected a result that differs from .*allow_unchanged"):
+    with pytest.raises(TensorMismatch, match=r"expected a result that differs from .*allow_unchanged"):
         merge(base, [base], tmp_path / "out")
     with pytest.raises(TensorMismatch, match="expected a result that differs from"):
         merge(base, [base], tmp_path / "package", package=True)

@@ -64,11 +64,16 @@ class SettingResolver:
             )
         return parameter.convert(parameter.default, where)
 
+    def takes_part(self, tensor: str, model: int) -> bool:
+        """Whether a model is one of those that a slice merges."""
+        layers, _ = self._place(tensor)
+        return layers is None or layers.models[model] is not None
+
     def _levels(self, layers: LayerRange | None, model: int | None) -> Iterator[Settings]:
         """From the first that counts to the last."""
         if model is not None:
             if layers is not None:
-                yield layers.models[model]
+                yield layers.models[model] or {}
             yield self.models[model].parameters
         if layers is not None:
             yield layers.parameters

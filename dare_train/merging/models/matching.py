@@ -56,9 +56,17 @@ class Choices:
 
 
 def fates(
-    base: Weights, inputs: Sequence[Input], choices: Choices, grown: GrownRows, out: DType | None
+    base: Weights,
+    inputs: Sequence[Input],
+    choices: Choices,
+    grown: GrownRows,
+    out: DType | None,
+    takes_part: Callable[[str, int], bool],
 ) -> list[Fate]:
     """The fate of every tensor that the base or a model has, sorted by name.
+
+    Args:
+        takes_part: whether a model is one of those that are merged into a tensor.
 
     Raises:
         TensorMismatch: shapes do not fit, or models carry different content that cannot be merged.
@@ -66,7 +74,8 @@ def fates(
         ConfigError: `take` names a model that has no such tensor.
     """
     names = sorted(set(base.tensors).union(*(model.tensors for model in inputs)))
-    settled = [fate for name in names if (fate := _fate(name, base, inputs, choices, grown)) is not None]
+    found = (_fate(name, base, inputs, choices, grown, takes_part) for name in names)
+    settled = [fate for fate in found if fate is not None]
     _check_heights(settled, base)
     return [_in_dtype(fate, out) for fate in settled]
 
@@ -97,7 +106,12 @@ def _in_dtype(fate: Fate, out: DType | None) -> Fate:
 
 
 def _fate(
-    name: str, base: Weights, inputs: Sequence[Input], choices: Choices, grown: GrownRows
+    name: str,
+    base: Weights,
+    inputs: Sequence[Input],
+    choices: Choices,
+    grown: GrownRows,
+    takes_part: Callable[[str, int], bool],
 ) -> Fate | None:
     info = base.tensors.get(name)
     holders = [number for number, model in enumerate(inputs) if name in model.tensors]
@@ -110,6 +124,7 @@ def _fate(
         return _derived(name, info, holders, inputs)
     if info is None:
         return _carried(name, holders, inputs)
+    holders = [number for number in holders if takes_part(name, number)]
     whole = [number for number in holders if inputs[number].whole(name)]
     if whole:
         moved = [
