@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..merging.config import mergekit
+from ..merging.config.stack import Stack, read_stack
 from ..merging.config.task import MergeTask, task_of
 from ..merging.methods.parameters import Scalar
 from ..merging.search import Axis, scalar
@@ -54,6 +55,13 @@ def task_and_notes(
     return task_of(
         base, models, method=method or "task_arithmetic", parameters=dict(map(_setting, settings)), **given
     ), []
+
+
+def stack_of(sources: Sequence[str], *, strict: bool) -> Stack | None:
+    """The layers to stack, where that is what one file asks for."""
+    if len(sources) != 1 or not sources[0].endswith(_CONFIGURATIONS):
+        return None
+    return read_stack(Path(sources[0]), strict=strict)
 
 
 def _setting(text: str) -> tuple[str, Scalar | list[Scalar]]:

@@ -110,6 +110,10 @@ def merge(
     from ..merging.merge import run
     from . import merge_arguments as arguments
 
+    stacked = arguments.stack_of(sources, strict=strict)
+    if stacked is not None:
+        _stack(stacked, out, allow_nonfinite=allow_nonfinite, overwrite=overwrite)
+        return
     if dtype is not None:
         rounding = rounding_of(dtype, out_dtype, cast("Rounding | None", rounding))
     models, axes = arguments.axes(sources, search) if search else (sources, [])
@@ -159,6 +163,17 @@ def merge(
             show(report.table(every_tensor=tensors))
             typer.echo(f"{out}: fingerprint {report.fingerprint[:12]}…")
             typer.echo(report.summary)
+
+
+def _stack(what: Any, out: Path, **options: bool) -> None:
+    """Layers put one on the other, with nothing merged."""
+    from ..merging.stacking import stack
+
+    report = stack(what, out, **options)
+    for note in report.notes:
+        typer.echo(f"dare-train: {note}", err=True)
+    typer.echo(f"{out}: fingerprint {report.fingerprint[:12]}…")
+    typer.echo(report.summary)
 
 
 def _searched(
