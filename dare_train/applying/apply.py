@@ -12,8 +12,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from ..dtypes import Words
+from ..errors import NonFiniteDelta
 from ..kernels import cpu
-from ..package.companion_files import copy_carried, copy_companions, copy_unchanged_modules
 from ..package.reader import DeltaPackage
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging, storage_errors
@@ -23,9 +26,10 @@ from ..weights.checkpoint import Checkpoint
 from ..weights.checkpoint_writer import CheckpointWriter, Layout, layout_like
 from ..weights.fingerprint import Fingerprint, model_fingerprint, total
 from ..weights.module_folders import MODULES, module_folders, places_of
-from ..weights.opening import WeightsLike, open_weights
+from ..weights.opening import WeightsLike, open_checkpoint, open_weights
 from .chain import Link, Packages, listed, open_chain
 from .resolver import Resolver
+from .result_files import write_files
 
 logger = logging.getLogger("dare_train")
 
@@ -40,6 +44,8 @@ def apply(
     *,
     weights: Sequence[float] | None = None,
     cast_base: bool | None = None,
+    dequantize: bool = False,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
@@ -54,6 +60,8 @@ def apply(
         cast_base: round the base to the packages' dtypes first. By default that is done where they differ,
             and a line of the log says so; the fingerprint shows whether it is the right base then. False
             refuses.
+        dequantize: read a quantised base in full precision, as `extract` did.
+        allow_nonfinite: write NaN and infinity that sums of packages become, instead of refusing them.
         overwrite: replace a folder that is already there.
         progress: called with (bytes done, bytes in all) after each tensor: of this rank's share of them.
         ranks: the processes that share the work, such as `Ranks.joined()`; by default this one alone. All of
@@ -64,12 +72,14 @@ def apply(
 
     Raises:
         CheckpointError, PackageError, ChainError, TensorMismatch, DtypeMismatch, BaseMismatch,
-        ResultMismatch, OutputExists, StorageError; RankError when it happened on another rank. Nothing is
-        left at `out` then.
+        NonFiniteDelta, ResultMismatch, OutputExists, StorageError; RankError when it happened on another
+        rank. Nothing is left at `out` then.
     """
     ranks = ranks or Ranks()
     out = Path(out)
-    checkpoint, resolver = ranks.each(lambda: _opened(base, packages, weights, cast_base=cast_base))
+    checkpoint, resolver = ranks.each(
+        lambda: _opened(base, packages, weights, cast_base=cast_base, dequantize=dequantize)
+    )
     packages_read = [package for link in resolver.links for package in link.packages]
     inputs = [*places_of(checkpoint.folder), *(path for package in packages_read for path in package.paths)]
     layout = ranks.each(lambda: _layout(checkpoint, resolver))
@@ -83,11 +93,11 @@ def apply(
 
         def write() -> dict[str, _Lanes]:
             with created or CheckpointWriter(staging, layout, join=True) as writer:
-                return _write_share(resolver, writer, ranks, progress)
+                return _write_share(resolver, writer, ranks, progress, finite=not allow_nonfinite)
 
         def copy_files() -> None:
             if ranks.first:
-                _copy_files(checkpoint.folder, resolver.links, staging)
+                write_files(checkpoint, resolver, prints, staging)
 
         created = ranks.each(on_disk(create))
         prints = _checked_prints(resolver, ranks.together(on_disk(write)))
@@ -103,8 +113,9 @@ def _opened(
     weights: Sequence[float] | None,
     *,
     cast_base: bool | None,
+    dequantize: bool,
 ) -> tuple[Checkpoint, Resolver]:
-    checkpoint = Checkpoint.open(base)
+    checkpoint = open_checkpoint(base, dequantize=dequantize)
     return checkpoint, Resolver(checkpoint, open_chain(listed(packages), weights), cast_base=cast_base)
 
 
@@ -113,13 +124,14 @@ def verify(
     base: WeightsLike | None = None,
     *,
     cast_base: bool | None = None,
+    dequantize: bool = False,
 ) -> None:
     """Check every byte of a package; with `base`, also that it is the right one and that applying arrives.
 
     Args:
         package: an opened package, its folder or its Hub id.
         base: what the package is for: a folder, a Hub id, a module, a state dict or arrays by name.
-        cast_base: see `apply`.
+        cast_base, dequantize: see `apply`.
 
     Raises:
         PackageError: a file is damaged.
@@ -128,7 +140,7 @@ def verify(
     opened = DeltaPackage.open(package)
     opened.check_integrity()
     if base is not None:
-        rehearse(base, [opened], cast_base=cast_base)
+        rehearse(base, [opened], cast_base=cast_base, dequantize=dequantize)
 
 
 def rehearse(
@@ -137,13 +149,15 @@ def rehearse(
     *,
     weights: Sequence[float] | None = None,
     cast_base: bool | None = None,
+    dequantize: bool = False,
 ) -> str:
     """Everything `apply` checks, with nothing written. Returns the result's fingerprint.
 
     Raises:
         As `apply`.
     """
-    resolver = Resolver(open_weights(base), open_chain(packages, weights), cast_base=cast_base)
+    opened = open_weights(base, dequantize=dequantize)
+    resolver = Resolver(opened, open_chain(packages, weights), cast_base=cast_base)
     prints = _checked_prints(resolver, [_write_share(resolver, None, Ranks(), None)])
     if cast_base is None:
         _say_rounding(resolver)
@@ -172,9 +186,17 @@ _Lanes = tuple[int, int, int, int]
 
 
 def _write_share(
-    resolver: Resolver, writer: CheckpointWriter | None, ranks: Ranks, progress: Progress | None
+    resolver: Resolver,
+    writer: CheckpointWriter | None,
+    ranks: Ranks,
+    progress: Progress | None,
+    *,
+    finite: bool = False,
 ) -> dict[str, _Lanes]:
-    """Resolve and write this rank's share of the runs. Returns what they add up to, by tensor."""
+    """Resolve and write this rank's share of the runs. Returns what they add up to, by tensor.
+
+    `finite`: refuse what is not, unless it is on record.
+    """
     scratch = ScratchWords()
 
     def write(run: _Run) -> _Done:
@@ -188,6 +210,8 @@ def _write_share(
         if start >= resolver.base_numel(name):
             base_share = Fingerprint()
         resolver.resolve(name, start, count, words)
+        if finite and not resolver.expected:
+            _check_finite(resolver, name, start, words)
         if writer is not None:
             writer.write(name, start, words)
         return _Done(base_share, Fingerprint.of(words, start), words.nbytes)
@@ -197,6 +221,17 @@ def _write_share(
     threads = thread_share(ranks) + 1  # one of them is writing
     with closing(ordered_map(write, work, threads=threads)) as done:
         return _added_up(resolver, work, done, progress)
+
+
+def _check_finite(resolver: Resolver, name: str, start: int, words: Words) -> None:
+    dtype = resolver.tensors[name].info.dtype
+    if not dtype.can_be_delta or not cpu.has_nonfinite(words, dtype.exponent_mask):
+        return
+    mask = dtype.word.type(dtype.exponent_mask)
+    first = start + int(np.argmax((words & mask) == mask))
+    remedy = "smaller weights; allow_nonfinite=True (--allow-nonfinite) writes it"
+    found = f"NaN or infinity at flat index {first}"
+    raise NonFiniteDelta(name, expected=f"finite sums in {dtype.code}", found=found, remedy=remedy)
 
 
 class _Done(NamedTuple):
@@ -260,12 +295,3 @@ def _modules(base: Path, links: Sequence[Link]) -> dict[str, str]:
         if any(record.file == MODULES for record in package.manifest.files)
     ]
     return module_folders([base, *carrying][-1])
-
-
-def _copy_files(base: Path, links: Sequence[Link], staging: Path) -> None:
-    """What belongs to a model beside its weights: the base's, then what packages carry."""
-    copy_companions(base, staging)
-    for link in links:
-        for package in link.packages:
-            copy_carried(package, staging)
-    copy_unchanged_modules(base, staging)

@@ -12,8 +12,12 @@ from ..package.arithmetic import Term, combine
 from ..package.reader import DeltaPackage
 from ..package.segments import Segment, decode_delta, decode_whole
 from ..weights.alignment import cast_to, with_prefix, without_prefix
+from ..weights.config_file import config_beside
+from ..weights.derived_buffers import is_derived
 from ..weights.fingerprint import Fingerprint, fingerprints
+from ..weights.full_precision import quantised_error
 from ..weights.protocol import SEGMENT, Weights, runs
+from ..weights.quantised import Quantised
 from .chain import Link
 
 _WRONG_BASE = "this is not the base the package was made from"
@@ -46,6 +50,8 @@ class Resolver:
         self.tensors = {
             record.name: record for package in last_packages for record in package.manifest.tensors
         }
+        self._leave_derived()
+        self._check_quantised(base)
         self._check_base({*first.base_only, *self._beside(base, first.prefix)})
         for package in links[0].packages[1:]:
             _check_beside(links[0].packages[0], package)
@@ -61,6 +67,28 @@ class Resolver:
             for name, info in self.base.tensors.items()
             if info.dtype != before[name].dtype and self.source[name].base is not None
         }
+
+    def _leave_derived(self) -> None:
+        """Buffers that a model works out for itself, and that packages took from their base: where this one
+        has none, neither has the result.
+        """
+        for name, record in [*self.source.items()]:
+            lacking = record.base is not None and name not in self.base.tensors
+            if lacking and is_derived(name, record.info.shape):
+                del self.source[name]
+                if name in self.tensors and self.tensors[name].kind == "base":
+                    del self.tensors[name]
+
+    def _check_quantised(self, base: Weights) -> None:
+        """Parts of a quantised weight are not added up, nor the base of a package in full precision."""
+        for link in self.links:
+            for package in link.packages if link.weights != (1.0,) else ():
+                _check_moves_no_part(package)
+        quantised = Quantised(self.base.tensors, config_beside(base))
+        for unit in quantised.units:
+            record = self.source.get(unit.packed)
+            if record is None or record.info.dtype != self.base.tensors[unit.packed].dtype:
+                raise quantised_error(base, quantised, expected="full precision, as the package has its base")
 
     def _beside(self, base: Weights, prefix: str) -> set[str]:
         """Tensors of the base's later modules, which a package made from the first alone does not know."""
@@ -78,7 +106,8 @@ class Resolver:
                 expected = f"shape {list(info.shape)}"
                 found = f"{list(held[name].shape)} in {self.base.label}"
                 raise TensorMismatch(name, expected=expected, found=found, remedy=_WRONG_BASE)
-        extra = sorted(held.keys() - self.source.keys() - base_only)
+        derived = {name for name, info in held.items() if is_derived(name, info.shape)}
+        extra = sorted(held.keys() - self.source.keys() - base_only - derived)
         if extra:
             expected = "a tensor that the package knows"
             found = f"extra in {self.base.label}"
@@ -224,6 +253,20 @@ def _clip_whole(words: Words, segment: Segment, start: int, count: int) -> tuple
     begin = max(start, segment.start)
     end = min(start + count, segment.stop)
     return slice(begin - start, end - start), words[begin - segment.start : end - segment.start]
+
+
+def _check_moves_no_part(package: DeltaPackage) -> None:
+    """
+    Raises:
+        TensorMismatch: it changes weights that are quantised, of which nothing can be multiplied or added up.
+    """
+    quantised = Quantised({name: record.info for name, record in package.records.items()})
+    moved = [part for part in quantised.unit_of if package.records[part].kind != "base"]
+    if moved:
+        expected = "weight 1 and no package beside it"
+        remedy = "apply it alone, or make packages of models in full precision"
+        found = f"quantised weights: {quantised}"
+        raise TensorMismatch(package.name, expected=expected, found=found, remedy=remedy)
 
 
 def _check_beside(first: DeltaPackage, second: DeltaPackage) -> None:

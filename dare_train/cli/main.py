@@ -11,22 +11,26 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional, cast
+from typing import TYPE_CHECKING, Annotated, NoReturn, Optional, cast
 
 import typer
 
 from ..errors import ConfigError, DareError, printable
+from . import merge_command as merging
 from . import study_commands as studies
 from . import training_commands as training
 from .leaving import code_of, leave_cleanly
 from .terminal import (
+    AllowNonfinite,
     AsJson,
     Base,
     CastBase,
     CastBaseOrNot,
+    Dequantize,
     Out,
     Overwrite,
     Package,
+    Rename,
     Tuned,
     debugging,
     exit_code,
@@ -39,8 +43,6 @@ from .terminal import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from ..config import Rescale, Rounding, Target, Values
 
 _M_TRIM_THRESHOLD = -1
@@ -101,15 +103,16 @@ def extract(
     rounding: Annotated[
         str, typer.Option(help="With --dtype base, where elements land: stochastic or nearest.")
     ] = "stochastic",
+    rename: Rename = [],  # noqa: B006
     cast_base: CastBase = False,
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity.")
-    ] = False,
+    dequantize: Dequantize = False,
+    allow_nonfinite: AllowNonfinite = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the delta between two checkpoints as a package."""
     from ..extracting.extract import extract as run
     from ..integrations.written_options import drop_rates
+    from .merge_arguments import pairs
 
     rates = drop_rates(p, "--p")
     with joined_ranks() as ranks:
@@ -125,7 +128,9 @@ def extract(
                 include=include,
                 exclude=exclude,
                 whole=whole,
+                rename=pairs("rename", rename),
                 cast_base=cast_base,
+                dequantize=dequantize,
                 allow_nonfinite=allow_nonfinite,
                 dtype=cast("Target | None", dtype),
                 rounding=cast("Rounding", rounding),
@@ -154,6 +159,8 @@ def apply(
         typer.Option("--weight", help="Factor of each package, in order; 1 by default."),
     ] = None,
     cast_base: CastBaseOrNot = None,
+    dequantize: Dequantize = False,
+    allow_nonfinite: AllowNonfinite = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the checkpoint that packages make of a base, verified."""
@@ -167,6 +174,8 @@ def apply(
                 out,
                 weights=weight,
                 cast_base=cast_base,
+                dequantize=dequantize,
+                allow_nonfinite=allow_nonfinite,
                 overwrite=overwrite,
                 progress=progress,
                 ranks=ranks,
@@ -176,146 +185,7 @@ def apply(
             typer.echo(f"{out}: fingerprint {result[:12]}…, {verified}")
 
 
-@app.command()
-def merge(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="BASE MODEL... | CONFIG.yml", help="Packages and checkpoints; or a configuration."
-        ),
-    ],
-    out: Out,
-    method: Annotated[Optional[str], typer.Option(help="task_arithmetic by default.")] = None,
-    weight: Annotated[
-        Optional[list[float]], typer.Option("--weight", help="Factor of each model, in order; 1 by default.")
-    ] = None,
-    p: Annotated[
-        Optional[list[float]],
-        typer.Option("--p", help="Drop rate of DARE before the method: one, or one for each model."),
-    ] = None,
-    settings: Annotated[
-        list[str], typer.Option("--set", help="NAME=VALUE of the method, such as density=0.2 or lambda=0.5.")
-    ] = [],  # noqa: B006
-    rescale: Annotated[
-        Optional[str], typer.Option(help="paper: 1/(1-p). norm: mergekit's. q: DAREx's. none.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Selects the masks.")] = 0,
-    out_dtype: Annotated[
-        Optional[str], typer.Option(help="BF16, F16, F32 or F64; the base's by default.")
-    ] = None,
-    dtype: Annotated[
-        Optional[str], typer.Option(help="base: the result has the base's dtypes, rounded by draws.")
-    ] = None,
-    rounding: Annotated[
-        Optional[str],
-        typer.Option(help="Of the result: nearest (default), or stochastic."),
-    ] = None,
-    tokenizer: Annotated[
-        Optional[str], typer.Option(help="base or union, where models added tokens.")
-    ] = None,
-    exclude: Annotated[list[str], typer.Option(help="Name pattern of tensors to leave as in the base.")] = [],  # noqa: B006
-    take: Annotated[list[str], typer.Option(help="PATTERN=MODEL: take these tensors from that model.")] = [],  # noqa: B006
-    rename: Annotated[
-        list[str], typer.Option(help="OLD=NEW: replace a part of the models' tensor names.")
-    ] = [],  # noqa: B006
-    fisher: Annotated[
-        list[str], typer.Option(help="Fisher statistics of each model; those beside it by default.")
-    ] = [],  # noqa: B006
-    gram: Annotated[
-        list[str], typer.Option(help="Gram matrices of each model; those beside it by default.")
-    ] = [],  # noqa: B006
-    package: Annotated[
-        bool, typer.Option("--package", help="Write a delta package instead of a checkpoint.")
-    ] = False,
-    search: Annotated[
-        Optional[str],
-        typer.Option(help="Settings to search: NAME=LOW:HIGH:STEP or NAME=A,B; more may follow."),
-    ] = None,
-    evaluate: Annotated[
-        Optional[str], typer.Option("--eval", help="MODULE:FUNCTION that scores a merged folder.")
-    ] = None,
-    trials: Annotated[
-        Optional[int], typer.Option(help="Let Optuna choose this many, instead of the whole grid.")
-    ] = None,
-    minimize: Annotated[bool, typer.Option("--minimize", help="The smallest score is the best.")] = False,
-    wandb: Annotated[Optional[str], typer.Option(help="Log the search to this wandb project.")] = None,
-    tensors: Annotated[bool, typer.Option("--tensors", help="A row for each tensor.")] = False,
-    device: Annotated[
-        Optional[str], typer.Option(help="Where to work it out, such as cuda; by default on the CPU.")
-    ] = None,
-    cast_base: CastBase = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Merge packages and models of one base into a checkpoint or a package."""
-    from ..merging.config.task import rounding_of
-    from ..merging.merge import run
-    from ..parallel.inputs_of import check_apart
-    from . import merge_arguments as arguments
-
-    if dtype is not None:
-        rounding = rounding_of(dtype, out_dtype, cast("Rounding | None", rounding))
-    check_apart(out, [Path(source) for source in sources if Path(source).is_file()])
-    models, axes = arguments.axes(sources, search) if search else (sources, [])
-    task, notes = arguments.task_and_notes(
-        models, method, settings, weights=weight, p=p[0] if p and len(p) == 1 else p, rescale=rescale,
-        seed=seed, out_dtype=out_dtype, rounding=rounding,
-        tokenizer=tokenizer, exclude=exclude, take=arguments.pairs("take", take),
-        rename=arguments.pairs("rename", rename), fisher=fisher,
-        gram=gram, cast_base=cast_base,
-    )  # fmt: skip
-    if axes:
-        if evaluate is None or package:
-            raise ConfigError(
-                "--search", expected="--eval, and no --package", found="--package" if package else "no --eval"
-            )
-        show(
-            _searched(
-                task,
-                axes,
-                evaluate,
-                out,
-                trials=trials,
-                minimize=minimize,
-                overwrite=overwrite,
-                device=device,
-                project=wandb,
-            )
-        )
-        return
-    for note in notes:
-        typer.echo(f"dare-train: {printable(note)}", err=True)
-    with joined_ranks() as ranks:
-        with progress_bar("merging", ranks) as progress:
-            report = run(
-                task,
-                out,
-                notes=notes,
-                package=package,
-                overwrite=overwrite,
-                device=device,
-                progress=progress,
-                ranks=ranks,
-            )
-        if ranks.first:
-            show(report.table(every_tensor=tensors))
-            typer.echo(f"{out}: fingerprint {report.fingerprint[:12]}…")
-
-
-def _searched(
-    task: Any, axes: Any, evaluate: str, out: Path, *, project: str | None, **options: Any
-) -> RenderableType:
-    """A table of the trials. The user's function may be anything, so the process is no longer settled for a
-    small command.
-    """
-    from ..merging.search import metric_of, results, search
-    from ..wandb_run import searching
-
-    gc.enable()
-    with searching(project) as tell:
-        trials_done = search(task, axes, metric_of(evaluate), out, told=tell, **options)
-    return results(trials_done)
-
-
+app.add_typer(merging.app)
 app.add_typer(studies.app)
 app.add_typer(training.app)
 
@@ -350,13 +220,14 @@ def verify(
         typer.Option("--base", help="Also check that this is the right base, and that applying arrives."),
     ] = None,
     cast_base: CastBaseOrNot = None,
+    dequantize: Dequantize = False,
 ) -> None:
     """Check every byte of a package, and with a base the result too."""
     from ..applying.apply import verify as run
     from ..package.reader import DeltaPackage
 
     opened = DeltaPackage.open(package)
-    run(opened, base, cast_base=cast_base)
+    run(opened, base, cast_base=cast_base, dequantize=dequantize)
     typer.echo(
         f"{package}: intact"
         + (f", and gives {opened.manifest.result[:12]}… on {base}" if base is not None else "")
@@ -409,12 +280,20 @@ def pull(
 
 
 @app.command()
-def diagnose(base: Base, tuned: Tuned, cast_base: CastBase = False, as_json: AsJson = False) -> None:
+def diagnose(
+    base: Base,
+    tuned: Tuned,
+    rename: Rename = [],  # noqa: B006
+    cast_base: CastBase = False,
+    dequantize: Dequantize = False,
+    as_json: AsJson = False,
+) -> None:
     """Will DARE work here, and at which p?"""
     from ..reports import package_tables as report
     from ..studies.diagnosis import diagnose as run
+    from .merge_arguments import pairs
 
-    diagnosis = run(base, tuned, cast_base=cast_base)
+    diagnosis = run(base, tuned, rename=pairs("rename", rename), cast_base=cast_base, dequantize=dequantize)
     show(report.diagnosis_json(diagnosis) if as_json else report.diagnosis_table(diagnosis))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..merging.config import mergekit
+from ..merging.config.stack import Stack, read_stack
 from ..merging.config.task import MergeTask, task_of
 from ..merging.methods.parameters import Scalar
 from ..merging.search import Axis, scalar
@@ -16,7 +17,12 @@ _CONFIGURATIONS = (".yml", ".yaml")
 
 
 def task_and_notes(
-    sources: Sequence[str], method: str | None, settings: Iterable[str], **options: Any
+    sources: Sequence[str],
+    method: str | None,
+    settings: Iterable[str],
+    *,
+    strict: bool = False,
+    **options: Any,
 ) -> tuple[MergeTask, list[str]]:
     """The merge of a configuration file, or of a base and models with options, and what the user should know
     of it.
@@ -24,6 +30,7 @@ def task_and_notes(
     Args:
         sources: one file that ends in .yml or .yaml; or the base, then the models.
         settings: `NAME=VALUE`, or `NAME=VALUE,VALUE,...` with a value for each model.
+        strict: refuse what a configuration says and no merge here uses.
         options: arguments of `merge`; those that are empty count as not given.
 
     Raises:
@@ -36,7 +43,7 @@ def task_and_notes(
             raise ConfigError(
                 sources[0], expected="all options in the configuration itself", found=", ".join(also)
             )
-        recipe, notes = mergekit.read(Path(sources[0]))
+        recipe, notes = mergekit.read(Path(sources[0]), strict=strict)
         return MergeTask.of(recipe), notes
     if len(sources) < 2:
         raise ConfigError(
@@ -48,6 +55,13 @@ def task_and_notes(
     return task_of(
         base, models, method=method or "task_arithmetic", parameters=dict(map(_setting, settings)), **given
     ), []
+
+
+def stack_of(sources: Sequence[str], *, strict: bool) -> Stack | None:
+    """The layers to stack, where that is what one file asks for."""
+    if len(sources) != 1 or not sources[0].endswith(_CONFIGURATIONS):
+        return None
+    return read_stack(Path(sources[0]), strict=strict)
 
 
 def _setting(text: str) -> tuple[str, Scalar | list[Scalar]]:

@@ -37,6 +37,16 @@ CastBaseOrNot = Annotated[
         help="Round the base to the package's dtypes first; by default where they differ, saying so.",
     ),
 ]
+Dequantize = Annotated[
+    bool,
+    typer.Option(
+        "--dequantize", help="Read quantised checkpoints in full precision, where that is a formula."
+    ),
+]
+Rename = Annotated[
+    list[str], typer.Option("--rename", help="OLD=NEW: replace a part of the models' tensor names.")
+]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is already there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

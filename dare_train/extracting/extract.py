@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -16,19 +17,26 @@ from ..config import DareConfig, Patterns, Rescale, Rounding, Target, Values
 from ..errors import ConfigError, NonFiniteDelta
 from ..kernels import cpu
 from ..package.companion_files import carry_files
+from ..package.manifest import Manifest
 from ..package.reader import DeltaPackage, read_back
 from ..package.writer import PackageWriter
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging, storage_errors
 from ..parallel.threads import ordered_map, thread_share
 from ..weights.alignment import align, cast_to
+from ..weights.config_file import config_beside
+from ..weights.dequantise import Dequantised
 from ..weights.lora_checkpoint import AdapterWeights, merge_adapter
+from ..weights.meeting import meet, renamed
 from ..weights.module_folders import places_of
 from ..weights.opening import WeightsLike, open_weights
 from ..weights.protocol import InMemory, Weights
 from .assembly import Provenance, Spool, Tallies, Work, summed, tallied, work_of, write_manifest
 from .encoding import Encoded, KeptWords, PackedRun, encode, encode_gathered
 from .plan import TensorPlan, plan_tensors
+from .quantised_units import check_one_scheme, parts_of_units
+
+logger = logging.getLogger("dare_train")
 
 _NO_WORDS = np.empty(0, np.uint8)
 _AT_ONCE = 1 << 26
@@ -51,7 +59,9 @@ def extract(
     exclude: Patterns = (),
     whole: Patterns = (),
     masks: Mapping[str, Any] | None = None,
+    rename: Mapping[str, str] | None = None,
     cast_base: bool = False,
+    dequantize: bool = False,
     allow_nonfinite: bool = False,
     dtype: Target | None = None,
     rounding: Rounding = "stochastic",
@@ -71,8 +81,11 @@ def extract(
         p, seed, rescale, values, include, exclude, whole, allow_nonfinite, dtype, rounding: see `DareConfig`.
         masks: hand-made masks, bool arrays shaped as their tensors (True = kept) by tensor name. They are
             stored in the package; `p` and `rescale` do not count for those tensors.
+        rename: parts of tensor names to replace in the tuned model's names.
         cast_base: round the base to the tuned weights' dtypes first. The package is then relative to the
             rounded base.
+        dequantize: read quantised checkpoints in full precision, where that is a formula. The package is then
+            relative to the base so read, and `apply` needs the same.
         base_model: what the package calls its base; by default the folder or Hub id given.
         overwrite: replace a folder that is already there.
         progress: called with (bytes read, bytes in all) of the tuned weights as work goes on: of this rank's
@@ -106,15 +119,69 @@ def extract(
     ranks = ranks or Ranks()
     task = ranks.each(
         lambda: _task(
-            base, tuned, config, masks=masks, cast_base=cast_base, base_model=base_model, kernels=kernels
+            base,
+            tuned,
+            config,
+            masks=masks,
+            rename=rename,
+            cast_base=cast_base,
+            dequantize=dequantize,
+            base_model=base_model,
+            kernels=kernels,
         )
     )
-    with shared_staging(
-        Path(out), ranks, overwrite=overwrite, inputs=task.inputs, read_back=read_back
-    ) as staging:
-        on_disk, writer = storage_errors(Path(out)), PackageWriter(staging)
+    package = _written(task, Path(out), ranks, overwrite=overwrite, progress=progress)
+    if ranks.first and all(record.kind == "base" for record in package.manifest.tensors):
+        logger.warning("%s: it changes nothing: %s equals %s", out, task.tuned.label, task.base.label)
+    return package
+
+
+def extract_merged(
+    base: Weights,
+    merged: Weights,
+    out: Path,
+    *,
+    allow_nonfinite: bool,
+    base_model: str,
+    cast_base: bool,
+    overwrite: bool,
+    progress: Progress | None,
+    ranks: Ranks,
+    check: Callable[[Manifest], object],
+) -> DeltaPackage:
+    """The lossless package of weights that are worked out as they are read. `check` may refuse it before it
+    appears.
+
+    Raises:
+        As `extract`.
+    """
+    config = DareConfig(p=0.0, values="exact", allow_nonfinite=allow_nonfinite)
+    if cast_base:
+        config = replace(config, dtype="trained")
+    task = ranks.each(
+        lambda: _task(base, merged, config, cast_base=cast_base, base_model=base_model, checked=False)
+    )
+    return _written(task, out, ranks, overwrite=overwrite, progress=progress, check=check)
+
+
+def _written(
+    task: _Task,
+    out: Path,
+    ranks: Ranks,
+    *,
+    overwrite: bool,
+    progress: Progress | None,
+    check: Callable[[Manifest], object] | None = None,
+) -> DeltaPackage:
+    def complete() -> None:
+        _complete(task, staging, writer, ranks, tallies)
+        if check is not None:
+            check(DeltaPackage.open(staging).manifest)
+
+    with shared_staging(out, ranks, overwrite=overwrite, inputs=task.inputs, read_back=read_back) as staging:
+        on_disk, writer = storage_errors(out), PackageWriter(staging)
         tallies = ranks.each(on_disk(lambda: _write_share(task, staging, writer, ranks, progress)))
-        ranks.each(on_disk(lambda: _complete(task, staging, writer, ranks, tallies) if ranks.first else None))
+        ranks.each(on_disk(lambda: complete() if ranks.first else None))
     return ranks.each(lambda: DeltaPackage.open(out))
 
 
@@ -128,6 +195,8 @@ class _Task:
     source: Provenance
     base_folder: Path | None
     tuned_folder: Path | None
+    dequantised: bool
+    """Whether the tuned weights were quantised, and are read in full precision."""
 
     @property
     def inputs(self) -> list[Path]:
@@ -140,20 +209,31 @@ def _task(
     tuned: WeightsLike,
     config: DareConfig,
     *,
-    masks: Mapping[str, Any] | None,
     cast_base: bool,
     base_model: str | None,
-    kernels: str | None,
+    masks: Mapping[str, Any] | None = None,
+    rename: Mapping[str, str] | None = None,
+    dequantize: bool = False,
+    kernels: str | None = None,
+    checked: bool = True,
 ) -> _Task:
-    tuned_weights = open_weights(tuned, kernels=kernels)
-    plain_base = open_weights(base, kernels=kernels)
-    tuned_weights = merge_adapter(tuned_weights, plain_base, unrounded=config.lands)
-    aligned, prefix = align(plain_base, tuned_weights.tensors.keys(), model=tuned_weights.label)
+    """`checked`: look whether names meet; where the tuned weights were made of the base's, they do."""
+    tuned_weights = open_weights(tuned, kernels=kernels, dequantize=dequantize)
+    plain_base = open_weights(base, kernels=kernels, dequantize=dequantize)
+    tuned_folder, plain_tuned = _folder_of(tuned_weights), isinstance(tuned_weights, Dequantised)
+    said = _quantisation(plain_base, tuned_weights)
+    tuned_weights = renamed(merge_adapter(tuned_weights, plain_base, unrounded=config.lands), rename or {})
+    check_one_scheme(plain_base, tuned_weights, said)
+    if not checked or isinstance(tuned_weights, AdapterWeights):
+        aligned, prefix = align(plain_base, tuned_weights.tensors.keys(), model=tuned_weights.label)
+    else:
+        aligned, prefix = meet(plain_base, tuned_weights, known=lambda name: _is_decided(name, config))
     as_found = aligned.tensors
     if cast_base:
         aligned = cast_to(aligned, tuned_weights.tensors)
     fresh = tuned_weights.whole if isinstance(tuned_weights, AdapterWeights) else ()
-    plans = plan_tensors(aligned, tuned_weights, config, fresh=fresh, masks=masks)
+    together = parts_of_units(aligned, tuned_weights, config, said=said, masks=masks)
+    plans = plan_tensors(aligned, tuned_weights, config, fresh=fresh, masks=masks, together=together)
     base_only = tuple(sorted(aligned.tensors.keys() - {plan.name for plan in plans}))
     source = Provenance(
         base_model=base_model or plain_base.label,
@@ -165,8 +245,20 @@ def _task(
     )
     return _Task(
         base=aligned, tuned=tuned_weights, plans=plans, source=source,
-        base_folder=_folder_of(plain_base), tuned_folder=_folder_of(tuned_weights),
+        base_folder=_folder_of(plain_base), tuned_folder=tuned_folder, dequantised=plain_tuned,
     )  # fmt: skip
+
+
+def _is_decided(name: str, config: DareConfig) -> bool:
+    """Whether the user has said that a tensor is new, or is to stay as in the base."""
+    rule = config.rule(name)
+    return rule.whole or not rule.covered
+
+
+def _quantisation(*several: Weights) -> Mapping[str, Any]:
+    """The first configuration beside weights that says how they are quantised."""
+    configs = map(config_beside, several)
+    return next((config for config in configs if config.get("quantization_config")), {})
 
 
 def _folder_of(weights: Weights) -> Path | None:
@@ -188,7 +280,7 @@ def _complete(task: _Task, staging: Path, writer: PackageWriter, ranks: Ranks, t
     package.
     """
     others = [Spool(staging, rank).move_to(writer) for rank in range(1, ranks.world)]
-    files = carry_files(task.base_folder, task.tuned_folder, staging)
+    files = carry_files(task.base_folder, task.tuned_folder, staging, dequantised=task.dequantised)
     write_manifest(staging, task.plans, summed([tallies, *others]), writer.close(), task.source, files)
 
 

@@ -20,6 +20,7 @@ from ..package.landing import Landing
 from ..package.manifest import Kind
 from ..package.masks import Mask, MaskKind, key_of
 from ..weights.alignment import dtype_mismatch
+from ..weights.derived_buffers import is_derived
 from ..weights.low_rank import finest
 from ..weights.protocol import SEGMENT, Shared, TensorInfo, Weights, runs
 
@@ -88,6 +89,7 @@ def plan_tensors(
     fresh: Collection[str] = (),
     masks: Mapping[str, Any] | None = None,
     merged: Collection[str] = (),
+    together: Collection[str] = (),
 ) -> list[TensorPlan]:
     """One plan for each tensor of `tuned`, sorted by name.
 
@@ -95,6 +97,7 @@ def plan_tensors(
         fresh: names of tensors known to have begun apart from the base.
         masks: see `extract`.
         merged: names of tensors that adapters will be merged into, without rounding if they are to land.
+        together: names of tensors that mean nothing without one another: they travel bit for bit.
 
     Raises:
         CheckpointError: a tensor is quantised on one side.
@@ -112,7 +115,11 @@ def plan_tensors(
         )
     landing = landings(base, tuned, config, merged)
     return [
-        _plan(index, name, base, tuned, config, name in fresh, (masks or {}).get(name), landing.get(name))
+        _together(index, name, base, tuned, config)
+        if name in together
+        else _plan(
+            index, name, base, tuned, config, name in fresh, (masks or {}).get(name), landing.get(name)
+        )
         for index, name in enumerate(sorted(tuned.tensors))
     ]
 
@@ -187,6 +194,9 @@ def _plan(
     )
     if base_info is None or fresh or rule.whole:
         return whole
+    if mask is None and is_derived(name, info.shape) and not isinstance(tuned, Shared):
+        unmoved = same_form and (not rule.covered or _equal(name, base, tuned))
+        return replace(whole, kind="base" if unmoved else "whole", in_base=unmoved)
     if base_info.dtype.can_be_delta != info.dtype.can_be_delta:
         found = f"{info} in {tuned.label}, {base_info} in {base.label}"
         remedy = "one is quantised: give that model in full precision; of QLoRA, the adapter by itself"
@@ -202,6 +212,22 @@ def _plan(
     rows = None if base_info.shape == info.shape else _added_rows(name, base, tuned)
     delta = replace(whole, kind="delta", in_base=True, base_rows=rows)
     return _dropped(delta, rule, config.seed) if mask is None else _masked(delta, rule, config.seed, mask)
+
+
+def _together(index: int, name: str, base: Weights, tuned: Weights, config: DareConfig) -> TensorPlan:
+    """As it is: a part of a quantised weight."""
+    info = tuned.tensors[name]
+    same_form = base.tensors.get(name) == info
+    rule = config.rule(name)
+    allowed = config.allow_nonfinite
+    whole = TensorPlan(
+        index=index, name=name, info=info, kind="whole", in_base=same_form, allow_nonfinite=allowed
+    )
+    if rule.whole or not same_form:
+        return whole
+    if not rule.covered or (not info.dtype.can_be_delta and _equal(name, base, tuned)):
+        return replace(whole, kind="base")
+    return replace(whole, kind="delta") if info.dtype.can_be_delta else whole
 
 
 def _check_options(rule: TensorRule, info: TensorInfo, mask: Any) -> None:

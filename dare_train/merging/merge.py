@@ -17,6 +17,7 @@ from typing import Any, Literal
 from .._version import __version__
 from ..config import Patterns, Rounding
 from ..errors import BaseMismatch
+from ..package.manifest import Manifest
 from ..parallel.inputs_of import check_apart
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging, storage_errors
@@ -28,6 +29,7 @@ from ..weights.fingerprint import Fingerprint, fingerprints, model_fingerprint, 
 from ..weights.module_folders import module_folders
 from ..weights.opening import WeightsLike
 from . import output_files
+from .checked_runs import Allowed, check_changed, check_finite, check_something_merged, differs
 from .config.task import MergeTask, rounding_of, task_of
 from .merge_report import MergeReport
 from .merged_weights import Merged
@@ -62,6 +64,9 @@ def merge(
     gram: Sequence[str | os.PathLike[str]] | None = None,
     package: bool = False,
     cast_base: bool = False,
+    dequantize: bool = False,
+    allow_nonfinite: bool = False,
+    allow_unchanged: bool = False,
     overwrite: bool = False,
     device: DeviceLike | None = None,
     progress: Progress | None = None,
@@ -101,6 +106,10 @@ def merge(
             (`statistics_file.beside`).
         package: write a delta package on the base instead of a checkpoint. One that was killed begins anew.
         cast_base: round the base to the models' dtypes first.
+        dequantize: read quantised checkpoints in full precision, where that is a formula; else they are
+            refused.
+        allow_nonfinite: write NaN and infinity, which models have or sums become, instead of refusing them.
+        allow_unchanged: write a result of which nothing, or nearly nothing, was merged.
         overwrite: replace a folder that is already there.
         device: where to work it out, such as "cuda" or "cpu", as far as the method can (docs/gpu.md); by
             default where the base's tensors lie, of files on the CPU. The result is the same.
@@ -112,7 +121,8 @@ def merge(
 
     Raises:
         ConfigError, CheckpointError, PackageError, ChainError, TensorMismatch, DtypeMismatch, BaseMismatch,
-        OutputExists, StorageError, DeviceMemoryError; RankError when it happened on another rank.
+        NonFiniteDelta, OutputExists, StorageError, DeviceMemoryError; RankError when it happened on another
+        rank.
     """
     rounding = rounding_of(dtype, out_dtype, rounding)
     task = task_of(
@@ -120,9 +130,13 @@ def merge(
         rounding=rounding,
         tokenizer=tokenizer,
         exclude=exclude, take=take, rename=rename, fisher=fisher, gram=gram, cast_base=cast_base,
+        dequantize=dequantize,
         **parameters,
     )  # fmt: skip
-    return run(task, out, package=package, overwrite=overwrite, device=device, progress=progress, ranks=ranks)
+    return run(
+        task, out, package=package, allow_nonfinite=allow_nonfinite, allow_unchanged=allow_unchanged,
+        overwrite=overwrite, device=device, progress=progress, ranks=ranks,
+    )  # fmt: skip
 
 
 def run(
@@ -131,6 +145,8 @@ def run(
     *,
     notes: Sequence[str] = (),
     package: bool = False,
+    allow_nonfinite: bool = False,
+    allow_unchanged: bool = False,
     overwrite: bool = False,
     device: DeviceLike | None = None,
     progress: Progress | None = None,
@@ -140,10 +156,13 @@ def run(
     ranks = ranks or Ranks()
     out = Path(out)
     ready = ranks.each(lambda: prepared(task, ranks, device))
+    if not allow_unchanged:
+        ranks.each(lambda: check_something_merged(ready.merged))
+    allowed = Allowed(nonfinite=allow_nonfinite, unchanged=allow_unchanged)
     write = _write_package if package else _write_checkpoint
     by_matrices = ready.merged.method.reach == "matrix" or task.recipe.rescale == "q"
     with one_thread() if by_matrices else nullcontext():
-        return write(ready, task, out, tuple(notes), overwrite, progress, ranks)
+        return write(ready, task, out, tuple(notes), allowed, overwrite, progress, ranks)
 
 
 def merged_weights(task: MergeTask) -> Merged:
@@ -163,6 +182,7 @@ def _write_checkpoint(
     task: MergeTask,
     out: Path,
     notes: tuple[str, ...],
+    allowed: Allowed,
     overwrite: bool,
     progress: Progress | None,
     ranks: Ranks,
@@ -192,15 +212,22 @@ def _write_checkpoint(
         if ranks.first:
             journal.begin()
 
-        def write() -> dict[str, Fingerprint]:
+        def write() -> _Share:
             with first_writer or CheckpointWriter(staging, layout, join=True) as writer:
-                return _write_share(merged, writer, journal, before, progress, ranks)
+                return _write_share(merged, writer, journal, before, allowed, progress, ranks)
 
-        shares = ranks.together(on_disk(lambda: {name: list(print_) for name, print_ in write().items()}))
-        prints = before | {name: Fingerprint(*lanes) for share in shares for name, lanes in share.items()}
-        report = _report(ready, out, notes, prints)
-        ranks.each(on_disk(lambda: _finish(ready, report, journal, staging) if ranks.first else None))
-    return report
+        shares = ranks.together(on_disk(write))
+        prints = before | {
+            name: Fingerprint(*lanes) for share in shares for name, (lanes, _) in share.items()
+        }
+        changed = {name for share in shares for name, (_, moved) in share.items() if moved}
+        changed |= {name for name in before if merged.fates[name].how != "copied"}
+        if not allowed.unchanged:
+            ranks.each(lambda: check_changed(merged, changed))
+        report = replace(_report(ready, out, notes, prints), changed=frozenset(changed))
+        return ranks.each(
+            on_disk(lambda: _finish(ready, report, journal, staging) if ranks.first else report)
+        )
 
 
 def _identity(task: MergeTask, ready: PreparedMerge) -> str:
@@ -218,17 +245,20 @@ def _identity(task: MergeTask, ready: PreparedMerge) -> str:
     return hashlib.sha256(json.dumps([task.recipe.digest(), __version__, seen]).encode()).hexdigest()
 
 
+_Share = dict[str, tuple[list[int], bool]]
+"""By tensor, its fingerprint, and whether it differs from the base's."""
+
+
 def _write_share(
     merged: Merged,
     writer: CheckpointWriter,
     journal: Journal,
     before: Mapping[str, Fingerprint],
+    allowed: Allowed,
     progress: Progress | None,
     ranks: Ranks,
-) -> dict[str, Fingerprint]:
-    """Work out and write this rank's tensors, except those that were finished before. Returns their
-    fingerprints.
-    """
+) -> _Share:
+    """Work out and write this rank's tensors, except those that were finished before."""
     mine = ranks.share(
         [name for name in merged.tensors if name not in before],
         size=lambda name: max(merged.tensors[name].numel, 1),
@@ -239,6 +269,10 @@ def _write_share(
     def write_run(run: tuple[str, int, int]) -> tuple[str, Fingerprint, Fingerprint]:
         name, start, count = run
         words = merged.run(name, start, count)
+        if not allowed.nonfinite:
+            check_finite(merged, name, start, words)
+        if name not in moved and differs(merged, name, start, words):
+            moved.add(name)
         writer.write(name, start, words)
         compared = name in checked and start < merged.base_numel(name)
         base_words = merged.base.read(name, start, count) if compared else None
@@ -248,6 +282,7 @@ def _write_share(
             Fingerprint.of(base_words, start) if base_words is not None else Fingerprint(),
         )
 
+    moved: set[str] = set()
     prints: dict[str, Fingerprint] = {}
     done = 0
     threads = thread_share(ranks) + 1  # one of them is writing
@@ -260,7 +295,7 @@ def _write_share(
             done += merged.tensors[name].nbytes
             if progress is not None:
                 progress(done, everything)
-    return {name: prints.get(name, Fingerprint()) for name in mine}
+    return {name: ([*prints.get(name, Fingerprint())], name in moved) for name in mine}
 
 
 def _work(merged: Merged, names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
@@ -294,12 +329,15 @@ def _check_base(
             )
 
 
-def _finish(ready: PreparedMerge, report: MergeReport, journal: Journal, staging: Path) -> None:
+def _finish(ready: PreparedMerge, report: MergeReport, journal: Journal, staging: Path) -> MergeReport:
+    """Put what belongs to the result beside its weights. Returns the report with what there was to say."""
     journal.remove()
-    output_files.write(
+    notes = output_files.write(
         ready.merged, ready.base_folder, ready.growth.vocabulary, staging, prefixed=bool(ready.prefix)
     )
+    report = replace(report, notes=(*report.notes, *notes))
     output_files.write_record(report, staging)
+    return report
 
 
 def _report(
@@ -347,11 +385,16 @@ def _write_package(
     task: MergeTask,
     out: Path,
     notes: tuple[str, ...],
+    allowed: Allowed,
     overwrite: bool,
     progress: Progress | None,
     ranks: Ranks,
 ) -> MergeReport:
-    from ..extracting.extract import extract
+    from ..extracting.extract import extract_merged
+
+    def check(manifest: Manifest) -> None:
+        if not allowed.unchanged:
+            check_changed(merged, _moved(manifest))
 
     merged = ready.merged
     check_apart(out, ready.inputs)
@@ -360,16 +403,22 @@ def _write_package(
         storage_errors(out),
         output_files.folder(
             merged, ready.base_folder, ready.growth.vocabulary, prefixed=bool(ready.prefix)
-        ) as folder,
+        ) as (folder, said),
     ):
         view = merged.beside(folder)
-        report = _report(ready, out, notes, None)
+        report = _report(ready, out, (*notes, *said), None)
         output_files.write_record(report, folder)
-        package = extract(
-            ready.base, view, out, p=0.0, values="exact", allow_nonfinite=True, base_model=task.recipe.base,
-            cast_base=task.recipe.cast_base, overwrite=overwrite, progress=progress, ranks=ranks,
+        package = extract_merged(
+            ready.base, view, out, allow_nonfinite=allowed.nonfinite, base_model=task.recipe.base,
+            cast_base=task.recipe.cast_base, overwrite=overwrite, progress=progress, ranks=ranks, check=check,
         )  # fmt: skip
-    return replace(report, fingerprint=package.manifest.result)
+    manifest = package.manifest
+    return replace(report, fingerprint=manifest.result, changed=frozenset(_moved(manifest)))
+
+
+def _moved(manifest: Manifest) -> set[str]:
+    """Names of tensors that a package changes."""
+    return {record.name for record in manifest.tensors if record.kind != "base"}
 
 
 def _check_bases(merged: Merged, ranks: Ranks) -> None:

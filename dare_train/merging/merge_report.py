@@ -33,10 +33,20 @@ class MergeReport:
     fingerprint: str
     """Of the result's weights (docs/format.md §3.3): the same on every machine. A package has it in its own
     manifest."""
+    changed: frozenset[str] = frozenset()
+    """Names of tensors that differ from the base's."""
 
     def counts(self) -> dict[str, int]:
         """How many tensors were merged, copied and carried."""
         return {how: sum(fate.how == how for fate in self.tensors) for how in ("merged", "copied", "carried")}
+
+    @property
+    def summary(self) -> str:
+        """How much of the base was changed, in a line."""
+        carried = self.counts()["carried"]
+        merged = sum(fate.how == "merged" and fate.name in self.changed for fate in self.tensors)
+        rest = len(self.tensors) - merged - carried
+        return f"{merged} of {len(self.tensors)} tensors merged, {carried} carried, {rest} copied unchanged"
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values; `recipe` is the text of a configuration that `dare-train merge` runs

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ..package.companion_files import copy_carried, copy_companions
+from ..package.model_config import Facts, settle_config, vocabulary_sizes
 from ..parallel.scratch_folder import temporary_folder
 from ..weights.checkpoint import MERGE_RECORD
 from ..weights.module_folders import MODULES, module_folders
-from ..weights.protocol import TensorInfo
 from .config.recipe import DTYPE_NAMES
 from .merge_report import MergeReport
 from .merged_weights import Merged
-from .models.heads import embeddings_in
+from .models.chat_templates import write_template
 from .models.inputs import Input, PackageInput
 from .models.matching import Fate
 from .models.merged_tokenizer import write_tokenizer
-from .models.model_files import config_of, files_in, own_files
+from .models.model_files import own_files
 from .models.tokenizer_files import is_tokenizer_file
 from .models.vocabulary import Vocabulary
 
@@ -47,9 +46,9 @@ RECIPE = "dare_merge.yml"
 
 def write(
     merged: Merged, base_folder: Path | None, vocabulary: Vocabulary | None, staging: Path, *, prefixed: bool
-) -> None:
+) -> list[str]:
     """Put the base's files into a folder, then what a model brings whose configuration fits the result
-    better, then a tokenizer.
+    better, then a tokenizer. Returns sentences on what the configuration contradicted.
 
     `prefixed`: the result has more around it than the base, such as a head.
     """
@@ -64,7 +63,10 @@ def write(
         _keep_tokenizer(base_folder, staging)
     elif vocabulary is not None and base_folder is not None:
         write_tokenizer(vocabulary, base_folder, [model.folder for model in merged.inputs], staging)
-    _settle_config(merged, staging, described=model is not None)
+    if merged.recipe.chat_template:
+        folders = [base_folder, *(model.folder for model in merged.inputs)]
+        write_template(merged.recipe.chat_template, folders, staging)
+    return settle_config(staging, _facts(merged, described=model is not None))
 
 
 def modules_of(merged: Merged, base_folder: Path | None, *, prefixed: bool) -> dict[str, str]:
@@ -99,53 +101,24 @@ def _keep_tokenizer(base_folder: Path | None, staging: Path) -> None:
             shutil.copyfile(base_folder / path.name, path)
 
 
-def _settle_config(merged: Merged, staging: Path, *, described: bool) -> None:
-    """Say in the configuration what the weights are. `described`: it is a model's own."""
-    config = before = config_of(files_in(staging))
+def _facts(merged: Merged, *, described: bool) -> Facts:
+    """What a configuration has to say of the weights. `described`: it is a model's own."""
     codes = {
         info.dtype.code
         for name, info in merged.tensors.items()
         if info.dtype.can_be_delta and name in merged.base.tensors
     }
+    dtype = None
     if merged.recipe.out_dtype is not None or (len(codes) == 1 and (merged.recipe.cast_base or described)):
         dtype = DTYPE_NAMES[merged.recipe.out_dtype or codes.pop()]
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config = _with(config, key, dtype, add=True)
-    rows = _vocabulary_sizes(merged.tensors)
-    if len(rows) == 1 and (
-        described or any(fate.added is not None and fate.added.rows.size for fate in merged.fates.values())
-    ):
-        sizes = rows.union(
-            *map(_vocabulary_sizes, [merged.base.tensors, *(model.tensors for model in merged.inputs)])
-        )
-        config = _with(config, "vocab_size", min(rows), instead_of=sizes)
-    if merged.untied and config.get("tie_word_embeddings", True):
-        config = _with(config, "tie_word_embeddings", False, add=True)
-    if before and config != before:
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _vocabulary_sizes(tensors: Mapping[str, TensorInfo]) -> set[int]:
-    return {tensors[name].shape[0] for name in embeddings_in(tensors)}
-
-
-def _with(
-    config: Mapping[str, Any],
-    key: str,
-    value: object,
-    *,
-    add: bool = False,
-    instead_of: Collection[int] | None = None,
-) -> dict[str, Any]:
-    """A configuration with another value of a key, also in its parts, such as `text_config`; where they have
-    it, or it is to be added, and where it is one of certain values."""
-    parts = {
-        name: _with(part, key, value, instead_of=instead_of)
-        for name, part in config.items()
-        if name.endswith("_config") and isinstance(part, dict)
-    }
-    here = (instead_of is None or config[key] in instead_of) if key in config else add
-    return {**config, **parts, **({key: value} if here else {})}
+    before = [merged.base.tensors, *(model.tensors for model in merged.inputs)]
+    return Facts(
+        tensors=merged.tensors,
+        sizes=set[int]().union(*map(vocabulary_sizes, before)),
+        untied=merged.untied,
+        dtype=dtype,
+        dequantised=merged.recipe.dequantize,
+    )
 
 
 def write_record(report: MergeReport, staging: Path) -> None:
@@ -170,8 +143,10 @@ def write_record(report: MergeReport, staging: Path) -> None:
 @contextmanager
 def folder(
     merged: Merged, base_folder: Path | None, vocabulary: Vocabulary | None, *, prefixed: bool
-) -> Iterator[Path]:
-    """A folder with these files alone, for a package to carry what differs from the base's."""
+) -> Iterator[tuple[Path, list[str]]]:
+    """A folder with these files alone, for a package to carry what differs from the base's; and what `write`
+    returns.
+    """
     with temporary_folder("dare-merge") as place:
-        write(merged, base_folder, vocabulary, place, prefixed=prefixed)
-        yield place
+        notes = write(merged, base_folder, vocabulary, place, prefixed=prefixed)
+        yield place, notes

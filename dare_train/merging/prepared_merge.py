@@ -12,6 +12,7 @@ from ..errors import CheckpointError, ConfigError
 from ..parallel.ranks import Ranks
 from ..parallel.threads import thread_share
 from ..weights.checkpoint import Checkpoint
+from ..weights.full_precision import check_full_precision
 from ..weights.module_folders import places_of
 from ..weights.opening import open_weights
 from ..weights.protocol import Weights
@@ -21,6 +22,7 @@ from .config.task import MergeTask
 from .merged_weights import Merged, Statistics
 from .methods.registry import Method, method_of
 from .models.added_tokens import Growth
+from .models.chat_templates import check_template
 from .models.inputs import Input, PackageInput
 from .models.matching import Choices, fates
 from .models.naming import open_models
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from .devices import Devices
 
+_PURPOSE = "since weights are added up"
 DeviceLike = Union[str, "torch.device"]
 
 
@@ -74,23 +77,29 @@ def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> Prepar
     recipe = task.recipe
     method = method_of(recipe.method)
     _check(recipe, method)
-    base = open_weights(task.base)
+    base = open_weights(task.base, dequantize=recipe.dequantize)
+    check_full_precision(base, purpose=_PURPOSE)
     folder = base.folder if isinstance(base, Checkpoint) else None
-    opening = open_models(base, task.models, rename=recipe.rename, cast_base=recipe.cast_base)
-    named, inputs = opening.base, opening.inputs
-    growth = Growth(named, folder, inputs, recipe.tokenizer)
     places = {model.model: number for number, model in enumerate(recipe.models)}
     choices = Choices(
         exclude=recipe.exclude, take={pattern: places[model] for pattern, model in recipe.take.items()}
     )
+    opening = open_models(
+        base, task.models, rename=recipe.rename, cast_base=recipe.cast_base, dequantize=recipe.dequantize,
+        known=choices.decide,
+    )  # fmt: skip
+    named, inputs = opening.base, opening.inputs
+    growth = Growth(named, folder, inputs, recipe.tokenizer)
+    inputs = growth.padded()
+    values = recipe.resolver(layer_counts(named.tensors))
     out_dtype = DTYPES[recipe.out_dtype] if recipe.out_dtype else None
     merged = Merged(
         recipe,
         method,
         named,
         inputs,
-        fates(named, inputs, choices, growth.rows, out_dtype),
-        values=recipe.resolver(layer_counts(named.tensors)),
+        fates(named, inputs, choices, growth.rows, out_dtype, values.takes_part),
+        values=values,
         fisher=_statistics("fisher", recipe.fisher, inputs, needed=method.needs == "fisher"),
         gram=_statistics(
             "gram",
@@ -121,8 +130,13 @@ def _devices(given: DeviceLike | None, base: Weights) -> Devices | None:
 
 def _check(recipe: Recipe, method: Method) -> None:
     recipe.check_parameters(method.parameters)
+    if recipe.chat_template:
+        check_template(recipe.chat_template)
     least, most = method.models
-    if len(recipe.models) < least or (most is not None and len(recipe.models) > most):
+    together = [sum(each is not None for each in layers.models) for layers in recipe.layers]
+    together = together or [len(recipe.models)]
+    wrong = [count for count in together if count < least or (most is not None and count > most)]
+    if wrong:
         wanted = (
             f"{least} to {most}"
             if most not in (None, least)
@@ -130,7 +144,7 @@ def _check(recipe: Recipe, method: Method) -> None:
             if most
             else f"at least {least}"
         )
-        raise ConfigError("models", expected=f"{wanted} for {method.name}", found=str(len(recipe.models)))
+        raise ConfigError("models", expected=f"{wanted} for {method.name}", found=str(wrong[0]))
 
 
 def gives_q(recipe: Recipe) -> bool:

@@ -133,7 +133,12 @@ def search(
     def score(settings: Mapping[str, Scalar]) -> float:
         with scratch_beside(out) as scratch:
             tried = scratch / "model"
-            run(replace(task, recipe=_checked(task.recipe, settings)), tried, device=device)
+            run(
+                replace(task, recipe=_checked(task.recipe, settings)),
+                tried,
+                device=device,
+                allow_unchanged=True,
+            )
             trial = Trial(settings=dict(settings), score=_number(metric(str(tried))))
         done.append(trial)
         if told is not None:
@@ -147,7 +152,9 @@ def search(
         _ask_optuna(axes, score, trials, minimize=minimize, seed=task.recipe.seed)
     best = (min if minimize else max)(done, key=lambda trial: trial.score)
     chosen = replace(task, recipe=_checked(task.recipe, best.settings))
-    report = run(chosen, out, overwrite=overwrite, device=device, notes=[_told(best, len(done))])
+    report = run(
+        chosen, out, overwrite=overwrite, device=device, notes=[_told(best, len(done))], allow_unchanged=True
+    )
     return Found(trials=tuple(done), best=best, report=report)
 
 

@@ -12,11 +12,14 @@ from ..errors import CheckpointError, PackageError
 from ..reading.links import staying_inside
 from ..reading.structures import json_in
 from ..weights.checkpoint import ADAPTER_CONFIG, MERGE_RECORD, SINGLE
+from ..weights.config_file import CONFIG
 from ..weights.module_folders import module_folders
 from .manifest import CARRIED, FileRecord, file_record
+from .model_config import Facts, settle_config
 from .reader import DeltaPackage, check_digest
 
-_COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+_COMPANION_SUFFIXES = {*CARRIED, ".py"}
+_FOLDERS = ("additional_chat_templates",)
 _OTHER_FILES = {"trainer_state.json", "dare_config.json", "requirements.txt", ADAPTER_CONFIG}
 _COMPANION_NAMES = {"LICENSE", "LICENCE", "NOTICE"}
 _NOT_THE_MODELS = {"README.md", MERGE_RECORD}
@@ -26,17 +29,12 @@ def companions(folder: Path) -> list[Path]:
     """Files that belong to a model beside its weights: configuration, tokenizer, generation settings,
     licence. Relative, sorted. Links that lead out of the folder are not followed, and named in a warning.
 
-    Of subfolders only those count that a sentence-transformers `modules.json` names; others hold other
-    things, such as a run's checkpoints.
+    Of subfolders only those count that a sentence-transformers `modules.json` names, with what is in them,
+    and those that transformers writes beside a tokenizer; others hold other things, such as a run's output.
     """
-    places = [folder, *(folder / name for name in module_folders(folder))]
-    files = [
-        path
-        for place in places
-        if place.is_dir()
-        for path in place.iterdir()
-        if path.is_file() and _is_companion(path)
-    ]
+    inside = [folder / name for name in (*module_folders(folder), *_FOLDERS)]
+    found = [*folder.iterdir(), *(path for place in inside if place.is_dir() for path in place.rglob("*"))]
+    files = [path for path in found if path.is_file() and _is_companion(path)]
     return sorted({path.relative_to(folder) for path in staying_inside(files, folder)})
 
 
@@ -87,8 +85,13 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def carry_files(base: Path | None, tuned: Path | None, staging: Path) -> tuple[FileRecord, ...]:
-    """Copy into the package the configuration and tokenizer files that the base lacks or has otherwise."""
+def carry_files(
+    base: Path | None, tuned: Path | None, staging: Path, *, dequantised: bool = False
+) -> tuple[FileRecord, ...]:
+    """Copy into the package the configuration and tokenizer files that the base lacks or has otherwise.
+
+    `dequantised`: the model was read in full precision, so its configuration does not speak of any other.
+    """
     if tuned is None:
         return ()
     carried = []
@@ -99,6 +102,8 @@ def carry_files(base: Path | None, tuned: Path | None, staging: Path) -> tuple[F
             target = staging / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((tuned / relative).read_bytes())
+            if dequantised and relative == Path(CONFIG):
+                settle_config(staging, Facts(tensors={}, dequantised=True))
             carried.append(file_record(target, staging))
     return tuple(carried)
 

@@ -17,7 +17,9 @@ from .masks import Mask, MaskKind, key_of
 
 MANIFEST = "dare_config.json"
 FORMAT_VERSION = 1
-CARRIED = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken"})
+CARRIED = frozenset(
+    {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".codes", ".bpe", ".vocab", ".tokenizer"}
+)
 """Endings of the files that a package may bring beside its parts: configuration and tokenizers, no code."""
 BLANK = "0" * 64
 LANDED = ("rounding", "rescale")

@@ -19,8 +19,9 @@ LONGEST_NUMBER = 100
 """Characters."""
 
 
-def parsed(text: str) -> object:
-    """What a text of YAML without tags holds: dicts, lists, and what plain scalars are taken for.
+def documents(text: str) -> list[object]:
+    """What a text of YAML without tags holds, document by document: dicts, lists, and what plain scalars are
+    taken for. Empty documents are left out.
 
     Raises:
         yaml.YAMLError, ValueError: it is no such text, or goes beyond a limit.
@@ -30,7 +31,10 @@ def parsed(text: str) -> object:
         raise ValueError(f"{size:,} bytes of YAML, more than {LARGEST:,}")
     loader = _Loader(text)
     try:
-        return loader.get_single_data()
+        found = []
+        while loader.check_data():
+            found.append(loader.get_data())
+        return [document for document in found if document is not None]
     except _ACCIDENTS as accident:
         raise ValueError(f"{type(accident).__name__}: {accident}") from accident
     finally:

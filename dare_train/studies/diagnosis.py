@@ -4,7 +4,7 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,10 @@ import numpy as np
 from ..dtypes import to_float
 from ..package.magnitudes import Magnitudes, merged
 from ..parallel.threads import ordered_map
-from ..weights.alignment import align, cast_to, dtype_mismatch
+from ..weights.alignment import cast_to, dtype_mismatch
+from ..weights.full_precision import check_full_precision
 from ..weights.lora_checkpoint import merge_adapter
+from ..weights.meeting import meet, renamed
 from ..weights.opening import WeightsLike, open_weights
 from ..weights.protocol import SEGMENT, Weights, runs
 
@@ -84,17 +86,29 @@ class Diagnosis:
         return f"p = {p:g} is safe: layer outputs are expected to move by {self.error(p):.1%}.{limit}"
 
 
-def diagnose(base: WeightsLike, tuned: WeightsLike, *, cast_base: bool = False) -> Diagnosis:
+def diagnose(
+    base: WeightsLike,
+    tuned: WeightsLike,
+    *,
+    rename: Mapping[str, str] | None = None,
+    cast_base: bool = False,
+    dequantize: bool = False,
+) -> Diagnosis:
     """Compare two sets of weights as `extract` would, and predict what dropping does to each layer.
+
+    Args:
+        rename, cast_base, dequantize: see `extract`.
 
     Raises:
         CheckpointError, TensorMismatch: they cannot be read, or have nothing in common.
         DtypeMismatch: they have different dtypes, and `cast_base` is false.
     """
-    tuned_weights = open_weights(tuned)
-    plain = open_weights(base)
-    tuned_weights = merge_adapter(tuned_weights, plain)
-    aligned, _ = align(plain, tuned_weights.tensors.keys(), model=tuned_weights.label)
+    tuned_weights = open_weights(tuned, dequantize=dequantize)
+    plain = open_weights(base, dequantize=dequantize)
+    for weights in (plain, tuned_weights):
+        check_full_precision(weights, purpose="of which elements can be dropped")
+    tuned_weights = renamed(merge_adapter(tuned_weights, plain), rename or {})
+    aligned, _ = meet(plain, tuned_weights)
     if cast_base:
         aligned = cast_to(aligned, tuned_weights.tensors)
     shared = list(_shared(aligned, tuned_weights))

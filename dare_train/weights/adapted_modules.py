@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..errors import CheckpointError
-from ..reading.structures import json_in
 from .alignment import align, without_prefix
+from .config_file import config_beside
 from .layouts import Place
 from .lora_config import AdapterConfig
 from .protocol import TensorInfo, Weights
@@ -108,7 +107,7 @@ def by_class(
     Args:
         own: ask the base's class alone.
     """
-    fields = _config(base)
+    fields = config_beside(base)
     named = fields.get("architectures")
     itself = named[0] if isinstance(named, list) and named else ""
     tasks = [class_for_task(name, fields) for name in config.classes]
@@ -135,15 +134,3 @@ def _of_model(base: Weights, model: Any, label: str, *, own: bool) -> Modules:
         aligned, places = base, {without_prefix(file, prefix): place for file, place in places.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
     return Modules(base=aligned, places=places, shapes=shapes, model=model)
-
-
-def _config(base: Weights) -> Mapping[str, Any]:
-    folder = getattr(base, "folder", None)
-    path = folder / "config.json" if folder is not None else None
-    if path is None or not path.is_file():
-        return {}
-    try:
-        fields: Mapping[str, Any] = json_in(path)
-    except CheckpointError:
-        return {}
-    return fields

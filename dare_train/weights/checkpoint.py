@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 from collections.abc import Iterable, Mapping
@@ -14,9 +15,13 @@ from ..errors import CheckpointError, brief
 from ..hub.download import locate
 from ..reading.plain_files import is_text
 from ..reading.structures import checked, json_in
+from .config_file import CONFIG, read_config
 from .headers import header_of
 from .module_folders import module_folders
 from .read_file import ReadFile
+from .wrapper_names import without_wrappers, wrappers_in
+
+logger = logging.getLogger("dare_train")
 
 MERGE_RECORD = "dare_merge.json"
 """What a merge writes beside its result: the recipe, and what became of each tensor."""
@@ -117,7 +122,11 @@ class Checkpoint:
                     found = f"{self.files[name].path.name} and {file.path.name}"
                     raise CheckpointError(name, expected="one file that holds it", found=found)
                 self.files[name] = file
-        self.tensors = {name: file.tensors[name] for name, file in self.files.items()}
+        self._names_in_files = without_wrappers(self.files)
+        if self._names_in_files.keys() != self.files.keys():
+            logger.warning("%s: names without %s, as the model has them", label, wrappers_in(self.files))
+        self.files = {name: self.files[given] for name, given in self._names_in_files.items()}
+        self.tensors = {name: self.files[name].tensors[given] for name, given in self._names_in_files.items()}
 
     @property
     def beside(self) -> set[str]:
@@ -125,7 +134,7 @@ class Checkpoint:
         return {name for name, file in self.files.items() if file.prefix}
 
     def read(self, name: str, start: int, count: int) -> Words:
-        return self.files[name].read(name, start, count)
+        return self.files[name].read(self._names_in_files[name], start, count)
 
     @classmethod
     def open(cls, where: str | os.PathLike[str]) -> Checkpoint:
@@ -187,8 +196,11 @@ def _open_modules(folder: Path) -> list[SafetensorsFile]:
         path = folder / place / SINGLE
         if path.exists():
             files.append(SafetensorsFile(path, prefix=f"{name}."))
-            continue
-        others = sorted(file for file in path.parent.rglob("*") if file.suffix in _WEIGHT_SUFFIXES)
+        others = sorted(
+            file
+            for file in path.parent.rglob("*")
+            if file.suffix in _WEIGHT_SUFFIXES and not (path.exists() and file.parent == path.parent)
+        )
         if others:
             remedy = "convert it: SentenceTransformer(folder).save_pretrained(new_folder) writes safetensors"
             found = str(others[0].relative_to(path.parent))
@@ -223,11 +235,29 @@ def _not_safetensors(path: Path, files: list[Path] | None = None) -> CheckpointE
         weights = [path]
     else:
         weights = sorted(file for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
-    convert = "convert it: AutoModel.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
+    kind = _class_of(path if path.is_dir() else path.parent)
+    convert = f"convert it: {kind}.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
     if weights and all(file.suffix == ".gguf" for file in weights):
         convert = f"dequantize it: dare-train dequantize {shlex.quote(str(weights[0]))} --out FOLDER"
     remedy = convert if weights and not files else ""
     if (path / ADAPTER_CONFIG).exists():
         remedy = "load the adapter with PEFT and save it again: that writes " + ADAPTER_WEIGHTS
-    listed = ", ".join(file.name for file in weights[:3]) or "no weights"
+    parts = [] if weights else _folders_with_weights(path)
+    if parts:
+        remedy = f"give one of the models in it: {', '.join(str(path / part) for part in parts[:4])}"
+    inside = f", but in {', '.join(parts[:4])}" if parts else ""
+    listed = ", ".join(file.name for file in weights[:3]) or f"no weights{inside}"
     return CheckpointError(str(path), expected=f"{SINGLE} or {INDEX}", found=listed, remedy=remedy)
+
+
+def _class_of(folder: Path) -> str:
+    """The class whose weights these are: another one would leave a part of them out, such as a head."""
+    names = read_config(folder / CONFIG).get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    return name if isinstance(name, str) and name.isidentifier() else "the model's own class, CLASS"
+
+
+def _folders_with_weights(folder: Path) -> list[str]:
+    """Of a pipeline of several models, such as diffusers'."""
+    inside = (path for path in sorted(folder.iterdir()) if path.is_dir())
+    return [path.name for path in inside if any(file.suffix == ".safetensors" for file in path.iterdir())]

@@ -7,6 +7,7 @@ trained in full, such as a new head, and takes the place of the base's.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -23,10 +24,15 @@ from .adapted_base import AdaptedBase
 from .adapted_modules import Modules, Parameter, by_class, plain
 from .alignment import align
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SINGLE, Checkpoint
+from .config_file import config_beside
+from .full_precision import check_full_precision
 from .lora_config import MERGE, AdapterConfig
 from .low_rank import LowRank, Matrix, Stacked, Update, finest, merged_words, stacked_factors
 from .protocol import SEGMENT, TensorInfo, Weights, runs
+from .tied_base import with_own_heads
 from .viewed_updates import in_files
+
+logger = logging.getLogger("dare_train")
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<part>embedding_A|embedding_B|magnitude_vector|[AB])(?:\.weight|(?P<bias>\.bias))?"
@@ -47,6 +53,7 @@ def merge_adapter(tuned: Weights, base: Weights, *, unrounded: bool = False) -> 
     opened = {file.path.name for file in tuned.files.values()}
     described = (tuned.folder / ADAPTER_CONFIG).exists()
     if ADAPTER_WEIGHTS in opened or (described and not opened):
+        check_full_precision(base, purpose="since the adapter is merged into it")
         return AdapterWeights(base, tuned, unrounded=unrounded)
     if described and not Path(tuned.label).is_file():
         expected = "a model or an adapter"
@@ -68,10 +75,13 @@ class AdapterWeights:
         self.folder = adapter.folder
         self.label = adapter.label
         config = AdapterConfig.read(adapter.folder / ADAPTER_CONFIG)
+        _tell_other_base(adapter, base, config)
         factors, full = _sorted_keys(adapter)
         if not factors:
             expected = "factors lora_A and lora_B"
             raise CheckpointError(adapter.label, expected=expected, found=f"{len(full)} other tensors")
+        of_files = base.tensors.keys()
+        base = with_own_heads(base, {f"{module}.weight" for module in factors})
         modules = _modules(base, adapter, factors, full, config)
         self._adapter = adapter
         self._modules = modules
@@ -82,7 +92,10 @@ class AdapterWeights:
         self._adapted = {
             name for name, place in self._plain.places.items() if place.sources & self._updates.keys()
         }
-        merging = {name: self._plain.tensors[name] for name in self._adapted} if unrounded else {}
+        copies_of_tied = base.tensors.keys() - of_files
+        merging = (
+            {name: self._plain.tensors[name] for name in self._adapted - copies_of_tied} if unrounded else {}
+        )
         self.tensors = {**self._plain.tensors, **{name: finest(info) for name, info in merging.items()}}
         added = {name for name in full if config.adds(name)}
         self.whole = frozenset(name for name, place in self._plain.places.items() if place.sources <= added)
@@ -104,6 +117,22 @@ class AdapterWeights:
             shapes = {source: info.shape for source, info in self._plain.in_modules.items()}
             last = self._last = (name, in_files(found, {name: place}, shapes)[name])
         return last[1]
+
+
+def _tell_other_base(adapter: Checkpoint, base: Weights, config: AdapterConfig) -> None:
+    """An update of one model says little about another, though all shapes fit."""
+    if not isinstance(base, Checkpoint) or not config.base:
+        return
+    origin = config_beside(base).get("_name_or_path")
+    names = {_last_name(str(name)) for name in (base.label, base.folder.resolve(), origin) if name}
+    if _last_name(config.base) not in names:
+        logger.warning("%s: trained on %s, and merged into %s", adapter.label, config.base, base.label)
+
+
+def _last_name(name: str) -> str:
+    """What a folder or a repository is called, wherever it lies."""
+    cached = next((part for part in Path(name).parts if part.startswith("models--")), "")
+    return (cached.split("--")[-1] if cached else Path(name).name).lower()
 
 
 def _modules(

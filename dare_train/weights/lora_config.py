@@ -78,6 +78,8 @@ class AdapterConfig:
     """`modules_to_save`: ends of the names of modules that were trained in full."""
     parameters: tuple[str, ...]
     """`target_parameters`: ends of the names of parameters that are adapted themselves."""
+    base: str
+    """What it was trained on, as it says; empty where it does not."""
     classes: tuple[str, ...]
     """Of the model that it was trained on, as far as it says so: a class, or a task in PEFT's words."""
 
@@ -100,6 +102,7 @@ class AdapterConfig:
             transposed=bool(fields.get("fan_in_fan_out")),
             added=_names(path, fields, "modules_to_save"),
             parameters=_names(path, fields, "target_parameters"),
+            base=_text(fields, "base_model_name_or_path"),
             classes=tuple(_classes(fields)),
         )
 
@@ -167,6 +170,11 @@ def _patterns(
         return ModulePatterns(given)
     except Refused as refusal:
         raise _not_understood(where, given, refusal) from refusal
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str:
+    given = fields.get(name)
+    return given if isinstance(given, str) else ""
 
 
 def _classes(fields: Mapping[str, Any]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from .live_lora import MergedNames, is_adapted
 from .packed import packed_modules
 from .sharding import Held
 from .wrapped import Inner, inner_model
+from .wrapper_names import without_wrappers
 
 Live = Union[torch.nn.Module, Mapping[str, torch.Tensor]]
 
@@ -110,7 +111,8 @@ def _of_state_dict(live: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torc
     for name, tensor in live.items():
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(str(name), expected="a tensor", found=f"a {type(tensor).__name__}")
-        yield name, tensor
+    for name, given in without_wrappers(live).items():
+        yield name, live[given]
 
 
 def tied(model: Any) -> Mapping[str, str]:

@@ -77,7 +77,7 @@ def tuned_from(base: State, count: int = 3) -> list[State]:
 
 
 def result(base: Any, models: Sequence[Any], out: Path, **options: Any) -> tuple[State, MergeReport]:
-    report = merge(base, models, out, overwrite=True, **options)
+    report = merge(base, models, out, **{"overwrite": True, "allow_unchanged": True, **options})
     return load_file(out / "model.safetensors"), report
 
 

@@ -19,7 +19,7 @@ from torch_words import words_of
 
 from dare_train import DeltaPackage, apply, extract, merge, register_merge_method, save_statistics
 from dare_train.dtypes import DTYPES, FloatArray, cast, from_float, to_float
-from dare_train.errors import CheckpointError, ConfigError
+from dare_train.errors import CheckpointError, ConfigError, NonFiniteDelta, TensorMismatch
 from dare_train.merging.methods.combinations import model_stock, nuslerp
 from dare_train.merging.methods.dropping import rescale_q
 from dare_train.merging.methods.registry import MERGE_METHODS
@@ -320,7 +320,8 @@ def test_a_registered_method_sees_tensors_in_their_shapes_after_dropping(tmp_pat
     register_merge_method("look", look, drops="magnitude")
     names = ("F32.weight", "F32.stack", "F32.scalar", "F32.one")
     base, *models = ({name: one[name] for name in names} for one in (BASE, *MODELS[:2]))
-    found, _ = result(base, models, tmp_path / "out", method="look", weights=[1, 3], density=[0.25, 1.0])
+    options: dict[str, Any] = {"density": [0.25, 1.0], "allow_unchanged": True}
+    found, _ = result(base, models, tmp_path / "out", method="look", weights=[1, 3], **options)
     check_equal(found, base)
     assert seen.keys() == {(29, 60), (3, 11, 24), (), (1,)}
     for name in names[:2]:
@@ -396,8 +397,9 @@ def test_a_result_of_another_dtype_is_rounded_once(method: str, code: str, tmp_p
     base = {**BASE, "steps": torch.arange(3)}
     models = [{**one, "steps": torch.arange(3)} for one in MODELS]
     weights = [0.5, 0.3, 0.7]
-    found, _ = result(base, models, tmp_path / "out", method=method, weights=weights, out_dtype=code)
-    widest, _ = result(base, models, tmp_path / "wide", method=method, weights=weights, out_dtype="F64")
+    options: dict[str, Any] = {"weights": weights, "allow_nonfinite": True}
+    found, _ = result(base, models, tmp_path / "out", method=method, out_dtype=code, **options)
+    widest, _ = result(base, models, tmp_path / "wide", method=method, out_dtype="F64", **options)
     assert found["steps"].dtype == torch.int64
     for name, tensor in BASE.items():
         own = DTYPES[name.split(".")[0]]
@@ -419,7 +421,7 @@ def test_a_result_of_another_dtype_is_rounded_once(method: str, code: str, tmp_p
                 [{name: one[name]} for one in MODELS],
                 tmp_path / "own",
                 method=method,
-                weights=weights,
+                **options,
             )
             wanted = words_of(plain[name])
         assert np.array_equal(words_of(found[name]), wanted), name
@@ -453,7 +455,10 @@ def test_a_nan_in_a_model_is_one_in_the_result(method: str, code: str, tmp_path:
         options[kind] = [save_statistics(tmp_path / str(n), kind, ones, examples=1) for n in range(3)]
     if MERGE_METHODS[method].drops == "magprune":
         options |= {"density": 0.6, "epsilon": 0.3, "seed": kept_seed(names)}
-    found, _ = result(base, models, tmp_path / "out", method=method, **options)
+    with pytest.raises(NonFiniteDelta, match=f"{code}.*: expected finite {code}.*found NaN or infinity"):
+        result(base, models, tmp_path / "refused", method=method, **options)
+    assert not (tmp_path / "refused").exists()
+    found, _ = result(base, models, tmp_path / "out", method=method, allow_nonfinite=True, **options)
     for name in names:
         assert torch.isnan(found[name].view(-1)[700]), name
 
@@ -482,7 +487,7 @@ def test_words_that_no_model_moved_stay(method: str, code: str, tmp_path: Path) 
     )
     start = torch.cat([special, BASE[f"{code}.bias"]])
     models = [{"w": torch.cat([special, one[f"{code}.bias"]])} for one in MODELS]
-    found, _ = result({"w": start}, models, tmp_path / "out", method=method)
+    found, _ = result({"w": start}, models, tmp_path / "out", method=method, allow_nonfinite=True)
     assert np.array_equal(words_of(found["w"])[: special.numel()], words_of(special))
     assert torch.isfinite(found["w"][special.numel() :]).all()
 
@@ -493,7 +498,7 @@ def with_infinity(method: str, out: Path, **options: Any) -> torch.Tensor:
         [{"w": one["F32.bias"].clone()} for one in MODELS[: MERGE_METHODS[method].models[1] or 3]],
     )
     tuned[0]["w"][9] = torch.inf
-    return result(base, tuned, out, method=method, **options)[0]["w"]
+    return result(base, tuned, out, method=method, allow_nonfinite=True, **options)[0]["w"]
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "breadcrumbs", "consensus_ties", "della"])
@@ -702,3 +707,40 @@ def test_a_tensor_without_everyones_statistics_is_averaged(
     )
     assert torch.allclose(found["v"], torch.full((3, 3), 0.5 * 2.5))
     assert report.notes == (f"averaged, since not every model has {kind} statistics of them: v",)
+
+
+def test_infinities_of_the_base_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    """A mask of -inf that no model moves."""
+    base = {"w": torch.tensor([-torch.inf, 1.0, 2.0])}
+    found, _ = result(base, [{"w": torch.tensor([-torch.inf, 1.5, 2.0])}], tmp_path / "out")
+    assert found["w"].tolist() == [-torch.inf, 1.5, 2.0]
+
+
+def test_sums_that_overflow_are_refused(tmp_path: Path) -> None:
+    base = {"w": torch.zeros(4, dtype=torch.float16)}
+    models = [{"w": torch.tensor([0.0, 60000.0, 0.0, 1.0]).half()} for _ in range(2)]
+    with pytest.raises(NonFiniteDelta, match=r"w: expected finite F16 of .*flat index 1"):
+        merge(base, models, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    merge(base, models, tmp_path / "wide", out_dtype="F32")
+
+
+def test_a_result_that_equals_the_base_is_refused(tmp_path: Path) -> None:
+    base = {"w": torch.ones(3), "v": torch.ones(2)}
+    with pytest.raises(TensorMismatch, match=r"expected a result that differs from .*allow_unchanged"):
+        merge(base, [base], tmp_path / "out")
+    with pytest.raises(TensorMismatch, match="expected a result that differs from"):
+        merge(base, [base], tmp_path / "package", package=True)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "package").exists()
+    report = merge(base, [base], tmp_path / "out", allow_unchanged=True)
+    assert report.summary == "0 of 2 tensors merged, 0 carried, 2 copied unchanged"
+
+
+def test_models_that_have_nearly_nothing_of_the_base_are_refused(tmp_path: Path) -> None:
+    base = {"big": torch.ones(100), "small": torch.ones(1)}
+    model = {"small": torch.zeros(1)}
+    with pytest.raises(TensorMismatch, match="1 of its 2 tensors in none of them, such as big"):
+        merge(base, [model], tmp_path / "out")
+    report = merge(base, [model], tmp_path / "out", allow_unchanged=True)
+    assert report.summary == "1 of 2 tensors merged, 0 carried, 1 copied unchanged"

@@ -7,7 +7,7 @@ import time
 import pytest
 import yaml
 
-from dare_train.reading.bounded_yaml import DEEPEST, LARGEST, MOST_NODES, parsed
+from dare_train.reading.bounded_yaml import DEEPEST, LARGEST, MOST_NODES, documents
 
 PLAIN = """
 merge_method: ties
@@ -25,7 +25,7 @@ nothing: ~
 
 
 def test_what_people_write_means_what_it_did() -> None:
-    assert parsed(PLAIN) == yaml.safe_load(PLAIN)
+    assert documents(PLAIN) == [yaml.safe_load(PLAIN)]
 
 
 def _levels(first: str, above: str) -> str:
@@ -60,5 +60,5 @@ _MERGED = _levels("{k: v}", "{{<<: [{}]}}")
 def test_what_makes_small_texts_large_is_refused_at_once(text: str, message: str) -> None:
     began = time.process_time()
     with pytest.raises((yaml.YAMLError, ValueError), match=message):
-        parsed(text)
+        documents(text)
     assert time.process_time() - began < 10

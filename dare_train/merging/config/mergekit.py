@@ -10,8 +10,9 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..methods.parameters import Case, Gradient, Parameter, Scalar, Setting, Settings
+from .foreign import Foreign, without_stray
 from .recipe import CHOICES, DTYPE_NAMES, FLAVOUR, Recipe, Tokenizer
-from .yaml_parts import Inputs, fields_of, inputs_of, parsed, says, settings_of, text_of
+from .yaml_parts import Inputs, base_in_slices, fields_of, inputs_of, parsed, says, settings_of, text_of
 
 _NAMES = (
     "average task_arithmetic ties magnitude dare_linear dare_ties drop_only breadcrumbs "
@@ -41,22 +42,29 @@ _KEYS = (
 _DENSITY = Parameter(name="density")
 
 
-def read(path_or_text: str | Path) -> tuple[Recipe, list[str]]:
+def read(path_or_text: str | Path, *, strict: bool = False) -> tuple[Recipe, list[str]]:
     """A recipe from a configuration for mergekit, or one that `Recipe.to_yaml` wrote. Both may have our own
     keys besides: `seed`, `rescale`, `rounding`, and those of `CHOICES`.
 
     Args:
         path_or_text: a file, or YAML itself: text of several lines, or in braces.
+        strict: refuse what mergekit ignores, instead of leaving it out and saying so.
 
     Returns:
-        The recipe, and sentences that say where the result will differ from mergekit's, on purpose.
+        The recipe, and sentences that say what was left out, and where the result will differ from
+        mergekit's, on purpose.
 
     Raises:
         ConfigError: the file cannot be read, or asks for something that this package does not do.
     """
-    top = fields_of(parsed(path_or_text), (*_KEYS.split(), *CHOICES), "")
+    known = (*_KEYS.split(), *CHOICES)
+    document, ignored = parsed(path_or_text), list[str]()
+    if isinstance(document, dict) and not strict and "flavour" not in document:
+        document, ignored = without_stray(document, known)
+    top = fields_of(document, known, "")
     if "flavour" not in top:
-        return _translated(top)
+        recipe, notes = _translated(top, strict=strict)
+        return recipe, [*ignored, *notes]
     if top["flavour"] != FLAVOUR:
         raise ConfigError(
             "flavour", expected=FLAVOUR, found=repr(top["flavour"]), remedy="leave it out for mergekit's own"
@@ -81,7 +89,7 @@ def _as_written(top: Mapping[str, Any]) -> Recipe:
     )
 
 
-def _translated(top: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+def _translated(top: Mapping[str, Any], *, strict: bool) -> tuple[Recipe, list[str]]:
     name = text_of(top, "merge_method")
     if name not in METHODS:
         raise ConfigError(
@@ -92,8 +100,9 @@ def _translated(top: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
         )
     method = METHODS[name]
     listed = inputs_of(top)
+    base_model = top.get("base_model", base_in_slices(top["slices"]) if "slices" in top else None)
+    top = {**top, "base_model": base_model} if base_model is not None else top
     base = _base(top, method, listed)
-    base_model = top.get("base_model")
     _check_names(base_model, [each.model for each in listed.models])
     shared = dict(settings_of(top.get("parameters", {}), "parameters"))
     rescale = _only(top, shared, "rescale")
@@ -102,13 +111,16 @@ def _translated(top: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
     inputs = listed.arranged(order, base)
     given = {parameter for settings in (shared, *inputs.settings()) for parameter in settings}
     change = _spelling(method, given)
-    changed = inputs.changed(change)
+    foreign = Foreign(method)
+    changed, in_common = inputs.changed(change), change(shared)
+    if not strict:
+        changed, in_common = foreign.out_of(changed), foreign.of_all(in_common)
     recipe = Recipe(
         method=method,
         base=base,
         models=changed.models,
         layers=changed.layers,
-        parameters=_with_implied(method, base_model, changed, change(shared)),
+        parameters=_with_implied(method, base_model, changed, in_common),
         rescale=_rescale(rescale, method),
         seed=0 if seed is None else seed,
         out_dtype=_out_dtype(top),
@@ -116,7 +128,7 @@ def _translated(top: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
         tokenizer=_tokenizer(top, base),
         **_choices(top, order, len(listed.models)),
     )
-    return recipe, list(_notes(recipe, given, top.get("dtype", "")))
+    return recipe, [*foreign.notes, *_notes(recipe, given, top.get("dtype", ""))]
 
 
 def _notes(recipe: Recipe, given: set[str], dtype: str) -> Iterator[str]:

@@ -28,7 +28,7 @@ from .checks import (
     texts_by_text,
     texts_of,
 )
-from .recipe_parts import LayerRange, Model
+from .recipe_parts import TAKES_PART, LayerRange, Model
 from .setting_resolver import SettingResolver
 
 Tokenizer = Literal["base", "union"]
@@ -40,7 +40,7 @@ DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 FLAVOUR = "dare_train"
 """Marks a configuration of our own, which `mergekit.read` takes literally."""
 
-CHOICES = ("exclude", "take", "rename", "cast_base", "fisher", "gram")
+CHOICES = ("exclude", "take", "rename", "cast_base", "dequantize", "chat_template", "fisher", "gram")
 """Fields of a recipe that mergekit has no word for, and that a configuration has by the same names, where it
 has them."""
 
@@ -87,6 +87,10 @@ class Recipe:
     """Parts of tensor names to replace in the models' names, one after another."""
     cast_base: bool = False
     """Round the base to the models' dtypes first."""
+    dequantize: bool = False
+    """Read quantised checkpoints in full precision."""
+    chat_template: str = ""
+    """Of the result: `auto`, the one that most inputs have; a name; or Jinja. Empty: the tokenizer's own."""
     fisher: tuple[str, ...] = ()
     """Files of the models' Fisher information, in their order; none: those beside the models."""
     gram: tuple[str, ...] = ()
@@ -111,10 +115,13 @@ class Recipe:
         object.__setattr__(self, "exclude", patterns_of("exclude", self.exclude))
         object.__setattr__(self, "take", texts_by_text("take", self.take, "models by name pattern"))
         object.__setattr__(self, "rename", texts_by_text("rename", self.rename, "new parts of names by old"))
-        if not isinstance(self.cast_base, bool):
-            raise ConfigError("cast_base", expected="true or false", found=repr(self.cast_base))
+        for name in ("cast_base", "dequantize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(name, expected="true or false", found=repr(getattr(self, name)))
         for name in ("fisher", "gram"):
             object.__setattr__(self, name, texts_of(name, getattr(self, name), "a list of files"))
+        if not isinstance(self.chat_template, str):
+            raise ConfigError("chat_template", expected="a text", found=repr(self.chat_template))
         self._check_models_of_choices()
         self._check_ranges()
         self._check_places()
@@ -230,7 +237,11 @@ class Recipe:
             {
                 "model": model.model,
                 "layer_range": [layers.first, layers.last],
-                **_plain_parameters(_folded(settings, model.parameters)),
+                **(
+                    {TAKES_PART: False}
+                    if settings is None
+                    else _plain_parameters(_folded(settings, model.parameters))
+                ),
             }
             for model, settings in zip(self.models, layers.models, strict=True)
         ]
@@ -243,6 +254,8 @@ class Recipe:
         for layers in self.layers:
             yield _Level(settings=layers.parameters, where=f" in {layers.label}", per_model=False)
             for model, settings in zip(self.models, layers.models, strict=True):
+                if settings is None:
+                    continue
                 yield _Level(
                     settings=settings, where=f" of {model.model!r} in {layers.label}", per_model=True
                 )

@@ -8,6 +8,9 @@ from ...errors import ConfigError
 from ..methods.parameters import Settings, checked_settings
 from .checks import check_text, is_integer, sequence_of
 
+TAKES_PART = "takes_part"
+"""In a slice of a configuration of our own: false for a model that it leaves out."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -32,8 +35,8 @@ class LayerRange:
     last: int
     parameters: Settings = field(default_factory=dict)
     """For all models."""
-    models: tuple[Settings, ...]
-    """For each model, in the recipe's order."""
+    models: tuple[Settings | None, ...]
+    """For each model, in the recipe's order; None for one that takes no part in these layers."""
 
     def __post_init__(self) -> None:
         if not (is_integer(self.first) and is_integer(self.last) and 0 <= self.first < self.last):
@@ -42,7 +45,7 @@ class LayerRange:
             )
         object.__setattr__(self, "parameters", checked_settings(self.parameters, f" in {self.label}"))
         settings = (
-            checked_settings(each, f" of model {place} in {self.label}")
+            None if each is None else checked_settings(each, f" of model {place} in {self.label}")
             for place, each in enumerate(sequence_of("models", self.models))
         )
         object.__setattr__(self, "models", tuple(settings))

@@ -64,11 +64,16 @@ class SettingResolver:
             )
         return parameter.convert(parameter.default, where)
 
+    def takes_part(self, tensor: str, model: int) -> bool:
+        """Whether a model is one of those that a slice merges."""
+        layers, _ = self._place(tensor)
+        return layers is None or layers.models[model] is not None
+
     def _levels(self, layers: LayerRange | None, model: int | None) -> Iterator[Settings]:
         """From the first that counts to the last."""
         if model is not None:
             if layers is not None:
-                yield layers.models[model]
+                yield layers.models[model] or {}
             yield self.models[model].parameters
         if layers is not None:
             yield layers.parameters
@@ -78,8 +83,7 @@ class SettingResolver:
         """The range that a tensor belongs to, and where in it, or in the model, it lies: from 0 to 1."""
         place = layer_of(tensor)
         if place is None:
-            before = _BEFORE_LAYERS.search(tensor) is not None
-            return (self.ranges[0 if before else -1] if self.ranges else None), 0.0
+            return (self.ranges[0 if comes_before_layers(tensor) else -1] if self.ranges else None), 0.0
         stack, index = place
         count = self.layers if isinstance(self.layers, int) else self.layers.get(stack, 0)
         if index >= count:
@@ -93,6 +97,11 @@ class SettingResolver:
             if each.first <= index < each.last:
                 return each, _share(index - each.first, each.last - each.first)
         return None, _share(index, count)
+
+
+def comes_before_layers(tensor: str) -> bool:
+    """Whether a tensor outside of layers is read before them, such as an embedding."""
+    return _BEFORE_LAYERS.search(tensor) is not None
 
 
 def layer_of(tensor: str) -> tuple[str, int] | None:

@@ -67,7 +67,7 @@ def task_of(
     """
     options = {
         name: rest.pop(name)
-        for name in ("seed", "rescale", "out_dtype", "rounding", "tokenizer", "cast_base")
+        for name in ("seed", "rescale", "out_dtype", "rounding", "tokenizer", "cast_base", "dequantize")
         if name in rest
     }
     given = {

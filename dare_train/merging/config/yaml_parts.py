@@ -13,19 +13,18 @@ from ...errors import ConfigError, brief
 from ...reading import bounded_yaml
 from ...reading.plain_files import content
 from ..methods.parameters import Case, Gradient, Scalar, Setting, Settings
-from .recipe_parts import LayerRange, Model
+from .recipe_parts import TAKES_PART, LayerRange, Model
 
 _WHOLE_MODELS = (
     "merge whole models; mergekit's passthrough can move, repeat or leave out layers before or after"
 )
-_REMEDIES = {
+REMEDIES = {
     "modules": "list models; every part of a model is merged by the same method",
-    "chat_template": "take it out; set the template in the result's tokenizer",
     "residual_weight": _WHOLE_MODELS,
-    "base_model": "one base_model for the merge, outside slices",
     "tokens": "take it out; a token's embedding is merged like any other's",
     "pad_to_multiple_of": "take it out; resize the embeddings of the result",
 }
+"""What to do about keys of mergekit's that are not read here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,23 +39,27 @@ class Inputs:
         models = tuple(Model(model=base) if place is None else self.models[place] for place in order)
         return Inputs(models=models, layers=tuple(_arranged(each, order) for each in self.layers))
 
-    def changed(self, change: Callable[[Settings], Settings]) -> Inputs:
-        """With every model's and slice's settings replaced."""
+    def changed(
+        self, change: Callable[[Settings], Settings], of_all: Callable[[Settings], Settings] | None = None
+    ) -> Inputs:
+        """With every model's and slice's settings replaced; `of_all`: those of a slice for all models."""
         models = tuple(Model(model=each.model, parameters=change(each.parameters)) for each in self.models)
-        return Inputs(models=models, layers=tuple(_changed(each, change) for each in self.layers))
+        layers = tuple(_changed(each, change, of_all or change) for each in self.layers)
+        return Inputs(models=models, layers=layers)
 
     def settings(self) -> Iterator[Settings]:
         for model in self.models:
             yield model.parameters
         for layers in self.layers:
             yield layers.parameters
-            yield from layers.models
+            yield from filter(None, layers.models)
 
     def say(self, parameter: str) -> bool:
         """Whether a parameter is given for every model and tensor, so that what they share does not count."""
-        ranges = [[layers.parameters, *layers.models] for layers in self.layers] or [
-            [{}, *(each.parameters for each in self.models)]
-        ]
+        ranges = [
+            [layers.parameters, *(each for each in layers.models if each is not None)]
+            for layers in self.layers
+        ] or [[{}, *(each.parameters for each in self.models)]]
         return all(
             says(shared, parameter) or all(says(each, parameter) for each in of_models)
             for shared, *of_models in ranges
@@ -73,7 +76,7 @@ def parsed(path_or_text: str | Path) -> object:
 
     text = _yaml_text(path_or_text)
     try:
-        return bounded_yaml.parsed(text)
+        documents = bounded_yaml.documents(text)
     # Dates and numbers that YAML's grammar takes for such raise ValueError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -81,6 +84,16 @@ def parsed(path_or_text: str | Path) -> object:
         where = f"line {mark.line + 1}" if mark is not None else "the configuration"
         deep = "values nested too deep" if isinstance(error, RecursionError) else f"{error}"
         raise ConfigError(where, expected="YAML", found=problem or deep) from error
+    if len(documents) > 1:
+        names = [str(each["name"]) for each in documents if isinstance(each, dict) and "name" in each]
+        raise ConfigError(
+            "the configuration",
+            expected="one merge in a file",
+            found=f"{len(documents)}{f', such as {names[0]}' if names else ''}",
+            remedy="split it into a file for each document, run them one after the other, and give the "
+            "folder of a result where its name stands",
+        )
+    return documents[0] if documents else None
 
 
 def _yaml_text(path_or_text: str | Path) -> str:
@@ -123,27 +136,49 @@ def _models(value: object) -> Iterator[Model]:
 
 
 def _sliced(value: object) -> Inputs:
-    names: list[str] = []
-    layers: list[LayerRange] = []
+    slices: list[tuple[list[_Source], Settings]] = []
     for place, each in enumerate(_list(value, "slices")):
         where = f"slices[{place}]"
-        fields = fields_of(each, ("sources", "parameters"), where)
-        sources = _sources(fields.get("sources"), f"{where}.sources", layers[-1].last if layers else 0)
-        models = [source.model for source in sources]
-        names = names or models
-        if models != names:
-            raise ConfigError(
-                f"{where}.sources", expected=f"the models {names}", found=f"{models}", remedy=_WHOLE_MODELS
-            )
-        layers.append(
-            LayerRange(
-                first=sources[0].first,
-                last=sources[0].last,
-                parameters=settings_of(fields.get("parameters", {}), f"{where}.parameters"),
-                models=tuple(source.parameters for source in sources),
-            )
+        fields = fields_of(each, ("sources", "parameters", "base_model"), where)
+        end = slices[-1][0][0].last if slices else 0
+        sources = _sources(fields.get("sources"), f"{where}.sources", end)
+        _check_once([source.model for source in sources], f"{where}.sources")
+        slices.append((sources, settings_of(fields.get("parameters", {}), f"{where}.parameters")))
+    names = [*dict.fromkeys(source.model for sources, _ in slices for source in sources)]
+    layers = tuple(_range(sources, settings, names) for sources, settings in slices)
+    return Inputs(models=tuple(Model(model=name) for name in names), layers=layers)
+
+
+def base_in_slices(value: object) -> str | None:
+    """The base that slices name, if they do.
+
+    Raises:
+        ConfigError: several.
+    """
+    named = {
+        str(each["base_model"])
+        for each in _list(value, "slices")
+        if isinstance(each, dict) and each.get("base_model")
+    }
+    if len(named) > 1:
+        raise ConfigError(
+            "base_model", expected="one for all slices", found=", ".join(sorted(named)), remedy="choose one"
         )
-    return Inputs(models=tuple(Model(model=name) for name in names), layers=tuple(layers))
+    return named.pop() if named else None
+
+
+def _range(sources: Sequence[_Source], settings: Settings, names: Sequence[str]) -> LayerRange:
+    """A slice, of those models that it names."""
+    own = {source.model: source.parameters for source in sources if source.takes_part}
+    models = tuple(own.get(name) for name in names)
+    return LayerRange(first=sources[0].first, last=sources[0].last, parameters=settings, models=models)
+
+
+def _check_once(names: Sequence[str], where: str) -> None:
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        remedy = "give it the sum of its weights"
+        raise ConfigError(where, expected="each model once", found=f"{twice[0]!r} again", remedy=remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +187,7 @@ class _Source:
     first: int
     last: int
     parameters: Settings
+    takes_part: bool
 
 
 def _sources(value: object, where: str, first: int) -> list[_Source]:
@@ -173,8 +209,16 @@ def _sources(value: object, where: str, first: int) -> list[_Source]:
 
 
 def _source(value: object, where: str) -> _Source:
-    fields = fields_of(value, ("model", "layer_range", "parameters"), where)
+    fields = fields_of(value, ("model", "layer_range", "parameters", TAKES_PART), where)
     ends = fields.get("layer_range")
+    if isinstance(ends, list) and len(ends) == 2 and ends[0] == ends[1]:
+        raise ConfigError(
+            f"{where}.layer_range",
+            expected="layers",
+            found=f"none: {ends}",
+            remedy="to have what lies outside of layers from one model, give the others weight 0 there, with "
+            "a filter such as lm_head; or take: {lm_head.weight: MODEL} (--take)",
+        )
     if (
         not isinstance(ends, list)
         or len(ends) != 2
@@ -183,7 +227,13 @@ def _source(value: object, where: str) -> _Source:
     ):
         raise ConfigError(f"{where}.layer_range", expected="[first, last + 1]", found=brief(ends))
     settings = settings_of(fields.get("parameters", {}), f"{where}.parameters")
-    return _Source(model=text_of(fields, "model", where), first=ends[0], last=ends[1], parameters=settings)
+    return _Source(
+        model=text_of(fields, "model", where),
+        first=ends[0],
+        last=ends[1],
+        parameters=settings,
+        takes_part=fields.get(TAKES_PART) is not False,
+    )
 
 
 def settings_of(value: object, where: str) -> Settings:
@@ -232,7 +282,7 @@ def fields_of(value: object, known: Sequence[str], where: str) -> dict[str, Any]
     given = {key: item for key, item in value.items() if item is not None}
     for key, item in given.items():
         if key not in known:
-            remedy = _REMEDIES.get(key, "take it out")
+            remedy = REMEDIES.get(key, "take it out")
             raise ConfigError(
                 f"{where}.{key}" if where else f"{key}",
                 expected=f"one of {', '.join(known)}",
@@ -264,10 +314,11 @@ def _arranged(layers: LayerRange, order: Sequence[int | None]) -> LayerRange:
     return replace(layers, models=tuple({} if place is None else layers.models[place] for place in order))
 
 
-def _changed(layers: LayerRange, change: Callable[[Settings], Settings]) -> LayerRange:
-    return replace(
-        layers, parameters=change(layers.parameters), models=tuple(change(each) for each in layers.models)
-    )
+def _changed(
+    layers: LayerRange, change: Callable[[Settings], Settings], of_all: Callable[[Settings], Settings]
+) -> LayerRange:
+    models = tuple(None if each is None else change(each) for each in layers.models)
+    return replace(layers, parameters=of_all(layers.parameters), models=models)
 
 
 def says(settings: Settings, name: str) -> bool:

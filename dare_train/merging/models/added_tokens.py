@@ -12,12 +12,13 @@ from typing import Literal, NoReturn
 import numpy as np
 
 from ...errors import ConfigError, TensorMismatch
+from ...weights.heads import biases_in, embeddings_in, heads_in
 from ...weights.protocol import Weights
 from .added_rows import AddedRows
-from .heads import biases_in, embeddings_in, heads_in
-from .inputs import Input
+from .inputs import CheckpointInput, Input
 from .matching import Read, equal
 from .model_files import files_in, own_files
+from .padded_rows import padded
 from .tokenizer_files import TOKENIZER, read_tokens
 from .vocabulary import Vocabulary, unite
 
@@ -46,6 +47,7 @@ class Growth:
         self._base = base
         self._inputs = inputs
         self._tokenizer = tokenizer
+        self._folder = base_folder
         self.vocabulary = None if tokenizer == "base" else self._united(base_folder)
 
     def rows(self, name: str, larger: Sequence[int]) -> AddedRows | None:
@@ -63,6 +65,44 @@ class Growth:
         if self.vocabulary is not None and self._is_vocabulary(name):
             return self._of_tokens(self.vocabulary, name)
         return self._in_place(name, larger) if larger else _NONE
+
+    def padded(self) -> list[Input]:
+        """The models, with the base's rows for those of its tokens that they lack.
+
+        Raises:
+            TensorMismatch: a model has fewer rows than the base, and nothing says whose they are.
+        """
+        return [self._padded(number, model) for number, model in enumerate(self._inputs)]
+
+    def _padded(self, number: int, model: Input) -> Input:
+        shorter = [name for name in sorted(self._axis) if self._is_shorter(model, name)]
+        if not shorter or not isinstance(model, CheckpointInput):
+            return model
+        if self.vocabulary is None and not self._knows_base_tokens(model):
+            rows, own = (of.tensors[shorter[0]].shape[0] for of in (self._base, model))
+            raise TensorMismatch(
+                f"{model.label}: {shorter[0]}",
+                expected=f"{rows} rows, as in the base",
+                found=f"{own}",
+                remedy="put both tokenizers beside the models, and its rows are told by their tokens; "
+                f"exclude={shorter[0]!r} (--exclude) leaves the base's",
+            )
+        return padded(model, self._base, shorter)
+
+    def _is_shorter(self, model: Input, name: str) -> bool:
+        own, base = model.tensors.get(name), self._base.tensors[name]
+        return own is not None and own.shape[1:] == base.shape[1:] and own.shape[:1] < base.shape[:1]
+
+    def _knows_base_tokens(self, model: Input) -> bool:
+        """Whether the tokens that a model has are the base's, under the same ids."""
+        if self._folder is None or model.folder is None:
+            return False
+        base, own = read_tokens(self._folder), read_tokens(model.folder, self._folder)
+        if base is None or own is None:
+            return False
+        rows = [max(own.values(), default=0) + 1]
+        unite(base, [own], labels=[model.label], base_rows=self._height, input_rows=rows)
+        return True
 
     def _refuse(self, name: str, model: Input) -> NoReturn:
         raise TensorMismatch(

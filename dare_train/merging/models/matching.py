@@ -12,9 +12,10 @@ import numpy as np
 from ...config import Patterns, matches
 from ...dtypes import DType, cast
 from ...errors import ConfigError, DtypeMismatch, TensorMismatch
+from ...weights.derived_buffers import is_derived
+from ...weights.heads import embeddings_in, heads_in
 from ...weights.protocol import SEGMENT, TensorInfo, Weights, runs
 from .added_rows import AddedRows
-from .heads import embeddings_in, heads_in
 from .inputs import Input
 
 How = Literal["merged", "copied", "carried"]
@@ -46,14 +47,26 @@ class Choices:
     take: Mapping[str, int]
     """Carried from the model of that number."""
 
+    def decide(self, name: str) -> bool:
+        """Whether they say what becomes of a tensor."""
+        return matches(name, self.exclude) or self.taken(name) is not None
+
     def taken(self, name: str) -> int | None:
         return next((model for pattern, model in self.take.items() if fnmatchcase(name, pattern)), None)
 
 
 def fates(
-    base: Weights, inputs: Sequence[Input], choices: Choices, grown: GrownRows, out: DType | None
+    base: Weights,
+    inputs: Sequence[Input],
+    choices: Choices,
+    grown: GrownRows,
+    out: DType | None,
+    takes_part: Callable[[str, int], bool],
 ) -> list[Fate]:
     """The fate of every tensor that the base or a model has, sorted by name.
+
+    Args:
+        takes_part: whether a model is one of those that are merged into a tensor.
 
     Raises:
         TensorMismatch: shapes do not fit, or models carry different content that cannot be merged.
@@ -61,7 +74,8 @@ def fates(
         ConfigError: `take` names a model that has no such tensor.
     """
     names = sorted(set(base.tensors).union(*(model.tensors for model in inputs)))
-    settled = [fate for name in names if (fate := _fate(name, base, inputs, choices, grown)) is not None]
+    found = (_fate(name, base, inputs, choices, grown, takes_part) for name in names)
+    settled = [fate for fate in found if fate is not None]
     _check_heights(settled, base)
     return [_in_dtype(fate, out) for fate in settled]
 
@@ -92,7 +106,12 @@ def _in_dtype(fate: Fate, out: DType | None) -> Fate:
 
 
 def _fate(
-    name: str, base: Weights, inputs: Sequence[Input], choices: Choices, grown: GrownRows
+    name: str,
+    base: Weights,
+    inputs: Sequence[Input],
+    choices: Choices,
+    grown: GrownRows,
+    takes_part: Callable[[str, int], bool],
 ) -> Fate | None:
     info = base.tensors.get(name)
     holders = [number for number, model in enumerate(inputs) if name in model.tensors]
@@ -101,8 +120,11 @@ def _fate(
         return Fate(name=name, info=info, how="copied", note="excluded") if info is not None else None
     if taken is not None:
         return _taken(name, taken, inputs)
+    if is_derived(name, (info or inputs[holders[0]].tensors[name]).shape):
+        return _derived(name, info, holders, inputs)
     if info is None:
         return _carried(name, holders, inputs)
+    holders = [number for number in holders if takes_part(name, number)]
     whole = [number for number in holders if inputs[number].whole(name)]
     if whole:
         moved = [
@@ -114,6 +136,15 @@ def _fate(
     if not info.dtype.can_be_delta:
         return _not_float(name, info, holders, base, inputs)
     return _merged(name, info, holders, inputs, grown)
+
+
+def _derived(name: str, info: TensorInfo | None, holders: list[int], inputs: Sequence[Input]) -> Fate:
+    """A buffer that the model works out for itself: one is as good as another."""
+    note = "worked out by the model itself"
+    if info is not None:
+        return Fate(name=name, info=info, how="copied", note=note)
+    first = holders[0]
+    return Fate(name=name, info=inputs[first].tensors[name], how="carried", models=(first,), note=note)
 
 
 def _taken(name: str, number: int, inputs: Sequence[Input]) -> Fate:

@@ -5,22 +5,26 @@ tensor under several.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Union
 
 from ...applying.chain import open_chain
 from ...dtypes import DTYPES
-from ...errors import ChainError, CheckpointError, ConfigError
+from ...errors import ChainError, CheckpointError
 from ...hub.download import locate
 from ...package.reader import DeltaPackage
-from ...weights.alignment import align, cast_to, with_prefix, without_prefix
+from ...weights.alignment import cast_to, with_prefix, without_prefix
 from ...weights.checkpoint import Checkpoint
 from ...weights.declared_ties import Ties
+from ...weights.full_precision import check_full_precision
 from ...weights.lora_checkpoint import AdapterWeights, merge_adapter
 from ...weights.low_rank import UNROUNDED
+from ...weights.meeting import aligned_or_explained, put_name, renamed_names
 from ...weights.opening import WeightsLike, open_weights
 from ...weights.protocol import Cast, TensorInfo, Weights, under
+from ...weights.quantised import Quantised
+from ...weights.renaming import check_names_meet
 from .inputs import CheckpointInput, Input, PackageInput
 from .model_files import config_of, files_in, is_package, own_files
 from .ties import Reconciled, Tied, reconcile, said_ties, same_content, ties_by_name
@@ -28,6 +32,7 @@ from .ties import Reconciled, Tied, reconcile, said_ties, same_content, ties_by_
 ModelLike = Union[WeightsLike, DeltaPackage]
 """A package, or weights: a folder, file or Hub id of either, a module, a state dict, arrays by name."""
 
+_PURPOSE = "since weights are added up"
 _ENDINGS = {".gamma": ".weight", ".beta": ".bias", ".weight": ".gamma", ".bias": ".beta"}
 """Of layer norms: what TensorFlow called them, today's, and the other way round."""
 
@@ -35,7 +40,9 @@ _ENDINGS = {".gamma": ".weight", ".beta": ".bias", ".weight": ".gamma", ".bias":
 class Opened:
     """A model before it is known what the result's names are."""
 
-    def __init__(self, given: ModelLike, base: Weights, rename: Mapping[str, str]) -> None:
+    def __init__(
+        self, given: ModelLike, base: Weights, rename: Mapping[str, str], *, dequantize: bool = False
+    ) -> None:
         self.package = _package(given)
         if self.package is not None:
             open_chain([self.package], None)
@@ -47,19 +54,23 @@ class Opened:
                     found="one that continues another",
                     remedy=remedy,
                 )
+            _check_package(self.package)
             self.weights = None
             self.folder: Path | None = self.package.path
             self.label = self.package.name
             self.names = {name: name for name in self.package.records}
             self.prefix = self.package.manifest.prefix
         else:
-            weights = merge_adapter(open_weights(given), base, unrounded=True)  # type: ignore[arg-type]
+            opened = open_weights(given, dequantize=dequantize)  # type: ignore[arg-type]
+            check_full_precision(opened, purpose=_PURPOSE)
+            weights = merge_adapter(opened, base, unrounded=True)
             self.folder = weights.folder if isinstance(weights, (Checkpoint, AdapterWeights)) else None
             self._is_adapter = isinstance(weights, AdapterWeights)
             self.weights = _in_single(weights) if isinstance(weights, AdapterWeights) else weights
             self.label = self.weights.label
-            self.names = _renamed(self.weights.tensors, rename)
-            _, self.prefix = align(base, self.names, model=self.label)
+            self.names = renamed_names(self.weights.tensors, rename)
+            infos = {name: self.weights.tensors[given] for name, given in self.names.items()}
+            _, self.prefix = aligned_or_explained(base, infos, label=self.label)
         self.plain = {name: _name_in_base(name, self.prefix, base.tensors) for name in self.names}
         """The base's name of each, or what it would be there."""
         self._given = given
@@ -75,7 +86,7 @@ class Opened:
         for renamed, name_in_model in self.names.items():
             plain = self.plain[renamed]
             as_it_is = plain not in base.tensors and (self.prefix == prefix or renamed in apart)
-            _put(names, renamed if as_it_is else f"{prefix}{plain}", name_in_model)
+            put_name(names, renamed if as_it_is else f"{prefix}{plain}", name_in_model)
         return names
 
     def tied(self, names: Mapping[str, str], base: Weights, prefix: str, apart: Collection[str]) -> Tied:
@@ -133,6 +144,24 @@ class Opened:
         shared = {name: name_in_model for name, name_in_model in names.items() if name_in_model in tensors}
         return {name: tensors[name_in_model] for name, name_in_model in shared.items()}
 
+    def check_names(self, base: Weights, known: Callable[[str], bool]) -> None:
+        """
+        Args:
+            known: whether the user has said of a tensor what becomes of it.
+
+        Raises:
+            TensorMismatch: many of the base's tensors lie in the model under other names.
+        """
+        if self.weights is None or self._is_adapter:
+            return
+        infos = {
+            self.plain[name]: self.weights.tensors[given]
+            for name, given in self.names.items()
+            if not known(name) and not known(self.plain[name])
+        }
+        asked = {name: info for name, info in base.tensors.items() if not known(name)}
+        check_names_meet(asked, infos, base_label=base.label, label=self.label)
+
     def as_input(
         self, names: Mapping[str, str], named_base: Weights, base: Weights, *, cast_base: bool
     ) -> Input:
@@ -156,18 +185,29 @@ class Opening(NamedTuple):
 
 
 def open_models(
-    base: Weights, models: Sequence[ModelLike], *, rename: Mapping[str, str], cast_base: bool
+    base: Weights,
+    models: Sequence[ModelLike],
+    *,
+    rename: Mapping[str, str],
+    cast_base: bool,
+    dequantize: bool = False,
+    known: Callable[[str], bool] = lambda name: False,
 ) -> Opening:
     """The base and the models under the result's names, and the prefix that these have before the base's.
 
     That is the prefix of the task models, where some are: the heads that they bring need it. Nothing of the
     base is left out.
 
+    Args:
+        known: whether the user has said of a tensor what becomes of it.
+
     Raises:
         CheckpointError, PackageError, ChainError, TensorMismatch, DtypeMismatch: a model cannot be read, or
         is not of this base.
     """
-    opened = [Opened(model, base, rename) for model in models]
+    opened = [Opened(model, base, rename, dequantize=dequantize) for model in models]
+    for model in opened:
+        model.check_names(base, known)
     prefixes = {model.prefix for model in opened if model.prefix and not model.prefix.startswith("-")}
     prefix = prefixes.pop() if len(prefixes) == 1 else ""
     apart = {
@@ -245,31 +285,24 @@ def _package(given: object) -> DeltaPackage | None:
     return DeltaPackage.open(given) if is_package(path) else None
 
 
-def _renamed(names: Iterable[str], rename: Mapping[str, str]) -> dict[str, str]:
-    """The model's names after `rename`, each with the name it had."""
-    result: dict[str, str] = {}
-    for name_in_model in names:
-        name = name_in_model
-        for old, new in rename.items():
-            name = name.replace(old, new)
-        _put(result, name, name_in_model)
-    return result
+def _check_package(package: DeltaPackage) -> None:
+    """
+    Raises:
+        CheckpointError: it is of a quantised model.
+    """
+    quantised = Quantised({name: record.info for name, record in package.records.items()})
+    if quantised:
+        remedy = "merge the models in full precision"
+        found = f"a package of quantised weights: {quantised}"
+        raise CheckpointError(
+            package.name, expected=f"full precision, {_PURPOSE}", found=found, remedy=remedy
+        )
 
 
 def _in_single(adapted: AdapterWeights) -> Weights:
     """What an adapter makes of a base in float32, in which deltas are worked out."""
     wide = [name for name, info in adapted.tensors.items() if info.dtype == UNROUNDED]
     return Cast(adapted, dict.fromkeys(wide, DTYPES["F32"]))
-
-
-def _put(names: dict[str, str], name: str, name_in_model: str) -> None:
-    if name in names:
-        raise ConfigError(
-            "rename",
-            expected="different names for all tensors",
-            found=f"{names[name]} and {name_in_model} as {name}",
-        )
-    names[name] = name_in_model
 
 
 def _name_in_base(name: str, prefix: str, base: Collection[str]) -> str:

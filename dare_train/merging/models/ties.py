@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...weights.declared_ties import Ties, declared_ties, ties_of
+from ...weights.heads import embeddings_in, heads_in
 from ...weights.protocol import SEGMENT, Weights, runs
-from .heads import embeddings_in, heads_in
 
 Same = Callable[[str, str], bool]
 """Whether a model has the same content under two of the result's names."""

@@ -1,0 +1,160 @@
+"""A configuration of mergekit's `passthrough`: layers of models, stacked in any order, none of them
+merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError
+from ..methods.parameters import Parameter, Settings, value_at
+from ..models.chat_templates import check_template
+from .foreign import without_stray
+from .recipe import DTYPE_NAMES
+from .yaml_parts import fields_of, parsed, settings_of, text_of
+
+PASSTHROUGH = "passthrough"
+SCALE = Parameter(name="scale", default=1.0, per_model=True, meaning="factor of each weight")
+_KEYS = (
+    "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
+    "chat_template",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackedLayers:
+    """Layers `first` up to but without `last` of one model; `last` is None for all of them."""
+
+    model: str
+    first: int
+    last: int | None
+    settings: tuple[Settings, ...]
+    """The first that says something of a tensor counts."""
+
+    def scale(self, tensor: str, share: float) -> float:
+        """The factor of a tensor; `share`: where in the layers it lies, from 0 to 1."""
+        for settings in self.settings:
+            if SCALE.name in settings:
+                where = f"{SCALE.name} for {tensor}"
+                value = value_at(SCALE, settings[SCALE.name], tensor=tensor, t=share, where=where)
+                if value is not None:
+                    return float(value)
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """What a result is stacked from."""
+
+    layers: tuple[StackedLayers, ...]
+    described_by: str
+    """The model whose configuration and tokenizer the result gets."""
+    out_dtype: str | None
+    """A safetensors code; None leaves each tensor its own."""
+    chat_template: str
+    notes: tuple[str, ...]
+    """What was left out."""
+    text: str
+    """The configuration as it was read."""
+
+
+def read_stack(path: Path, *, strict: bool = False) -> Stack | None:
+    """The stack that a file asks for; None where it asks for something else.
+
+    Args:
+        strict: refuse what nobody reads, instead of leaving it out and saying so.
+
+    Raises:
+        ConfigError: it cannot be read, or asks for what is not done here.
+    """
+    document = parsed(path)
+    if not isinstance(document, dict) or document.get("merge_method") != PASSTHROUGH:
+        return None
+    known, ignored = (document, []) if strict else without_stray(document, _KEYS)
+    top = fields_of(known, _KEYS, "")
+    shared = _settings(top, "")
+    layers = tuple(_sliced(top["slices"], shared) if "slices" in top else _whole(top, shared))
+    template = top.get("chat_template", "")
+    if template:
+        check_template(template)
+    base = top.get("base_model")
+    described_by = base if isinstance(base, str) and base else layers[0].model
+    source = top.get("tokenizer_source")
+    if source not in (None, "base", "union", described_by):
+        remedy = f"base_model: {source} takes configuration and tokenizer from that model"
+        raise ConfigError("tokenizer_source", expected="base", found=repr(source), remedy=remedy)
+    return Stack(
+        layers=layers,
+        described_by=described_by,
+        out_dtype=_dtype(top),
+        chat_template=template,
+        notes=tuple(ignored),
+        text=path.read_text(encoding="utf-8"),
+    )
+
+
+def _sliced(value: object, shared: Settings) -> Iterator[StackedLayers]:
+    if not isinstance(value, list) or not value:
+        raise ConfigError("slices", expected="a list with at least one entry", found=repr(value))
+    for place, each in enumerate(value):
+        where = f"slices[{place}]"
+        fields = fields_of(each, ("sources", "parameters"), where)
+        sources = fields.get("sources")
+        if not isinstance(sources, list) or len(sources) != 1:
+            found = len(sources) if isinstance(sources, list) else repr(sources)
+            expected = f"one model: {PASSTHROUGH} merges nothing"
+            raise ConfigError(f"{where}.sources", expected=expected, found=found)
+        own = fields_of(sources[0], ("model", "layer_range", "parameters"), f"{where}.sources[0]")
+        first, last = _range(own.get("layer_range"), f"{where}.sources[0].layer_range")
+        yield StackedLayers(
+            model=text_of(own, "model", f"{where}.sources[0]"),
+            first=first,
+            last=last,
+            settings=(_settings(own, f"{where}.sources[0]."), _settings(fields, f"{where}."), shared),
+        )
+
+
+def _whole(top: Mapping[str, Any], shared: Settings) -> Iterator[StackedLayers]:
+    models = top.get("models")
+    if not isinstance(models, list) or len(models) != 1:
+        found = len(models) if isinstance(models, list) else repr(models)
+        raise ConfigError(
+            "models", expected=f"one model, or slices: {PASSTHROUGH} merges nothing", found=found
+        )
+    fields = fields_of(models[0], ("model", "parameters"), "models[0]")
+    name = text_of(fields, "model", "models[0]")
+    yield StackedLayers(model=name, first=0, last=None, settings=(_settings(fields, "models[0]."), shared))
+
+
+def _settings(fields: Mapping[str, Any], where: str) -> Settings:
+    settings = settings_of(fields.get("parameters", {}), f"{where}parameters")
+    for name in settings:
+        if name != SCALE.name:
+            found = f"{where}parameters.{name}"
+            raise ConfigError(
+                found, expected=f"a parameter of {PASSTHROUGH}: {SCALE.name}", remedy="take it out"
+            )
+    return settings
+
+
+def _range(value: object, where: str) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2 or not all(type(end) is int for end in value):
+        raise ConfigError(where, expected="[first, last + 1]", found=repr(value))
+    first, last = value
+    if not 0 <= first <= last:
+        raise ConfigError(where, expected="[first, last + 1]", found=repr(value))
+    return first, last
+
+
+def _dtype(top: Mapping[str, Any]) -> str | None:
+    codes = {name: code for code, name in DTYPE_NAMES.items()}
+    given = top.get("out_dtype", top.get("dtype"))
+    if given is None:
+        return None
+    name = str(given).removeprefix("torch.")
+    if name not in codes:
+        raise ConfigError("dtype", expected=f"one of {', '.join(codes)}", found=repr(given))
+    return codes[name]

@@ -1,0 +1,297 @@
+"""Layers of models stacked into another model (mergekit's `passthrough`): copied in any order, repeated,
+scaled; nothing is merged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..dtypes import DTYPES, DType, Words, cast, from_float, to_float
+from ..errors import ConfigError, NonFiniteDelta, TensorMismatch
+from ..kernels import cpu
+from ..package.companion_files import copy_companions
+from ..package.model_config import Facts, settle_config
+from ..parallel.staged_folder import staged_folder, storage_errors
+from ..parallel.threads import ordered_map
+from ..weights.checkpoint import INDEX, SINGLE, Checkpoint
+from ..weights.checkpoint_writer import CheckpointWriter, Layout
+from ..weights.config_file import CONFIG, read_config
+from ..weights.fingerprint import Fingerprint, model_fingerprint, total
+from ..weights.full_precision import check_full_precision
+from ..weights.heads import embeddings_in, heads_in
+from ..weights.module_folders import places_of
+from ..weights.opening import open_checkpoint
+from ..weights.protocol import SEGMENT, TensorInfo, runs
+from .config.recipe import DTYPE_NAMES
+from .config.setting_resolver import comes_before_layers, layer_counts, layer_of
+from .config.stack import Stack, StackedLayers
+from .models.chat_templates import write_template
+from .output_files import RECIPE
+
+_LARGEST_FILE = 5 << 30
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""What configurations call the number of layers."""
+_CARD = """\
+---
+library_name: transformers
+tags:
+- merge
+- dare_train
+---
+
+# Stacked layers
+
+Made by `dare_train` of layers of {models}. This makes it again:
+
+```bash
+dare-train merge {recipe} --out model
+```
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackedModel:
+    """What `stack` wrote."""
+
+    out: str
+    tensors: Mapping[str, TensorInfo]
+    layers: int
+    fingerprint: str
+    notes: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        return f"{self.layers} layers in {len(self.tensors)} tensors, copied"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Copied:
+    """A tensor of the result, and where it comes from."""
+
+    model: Checkpoint
+    name: str
+    scale: float
+    info: TensorInfo
+
+    def words(self, start: int, count: int) -> Words:
+        words = self.model.read(self.name, start, count)
+        dtype = self.model.tensors[self.name].dtype
+        if self.scale != 1:
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = to_float(words, dtype)
+                return from_float(values * values.dtype.type(self.scale), self.info.dtype)
+        return cast(words, dtype, self.info.dtype)
+
+
+def stack(what: Stack, out: Path, *, allow_nonfinite: bool = False, overwrite: bool = False) -> StackedModel:
+    """Write a model whose layers are those of others.
+
+    Raises:
+        CheckpointError: a model cannot be read, or is quantised.
+        ConfigError: a model has no such layers, or several stacks of them.
+        TensorMismatch: layers of two models do not have the same form.
+        NonFiniteDelta, OutputExists, StorageError.
+    """
+    models = {each.model: open_checkpoint(each.model) for each in what.layers}
+    described = models.get(what.described_by) or open_checkpoint(what.described_by)
+    for model in models.values():
+        check_full_precision(model, purpose="of which layers can be stacked")
+    copied = dict(sorted(_copied(what, models)))
+    _check_forms(copied)
+    tensors = {name: each.info for name, each in copied.items()}
+    numbers = [number for _, number in _sources(what, models)]
+    layout = _layout(tensors)
+    inputs = [place for model in (described, *models.values()) for place in places_of(model.folder)]
+    with (
+        staged_folder(out, overwrite=overwrite, inputs=inputs, read_back=layout.read_back) as staging,
+        storage_errors(out),
+    ):
+        prints = _write(copied, layout, staging, allow_nonfinite=allow_nonfinite)
+        notes = _write_files(what, models, described, copied, numbers, staging)
+    rows = [(name, info.dtype.code, info.shape, prints[name]) for name, info in tensors.items()]
+    return StackedModel(
+        out=str(out),
+        tensors=tensors,
+        layers=len(numbers),
+        fingerprint=model_fingerprint(rows),
+        notes=(*what.notes, *notes),
+    )
+
+
+def _sources(what: Stack, models: Mapping[str, Checkpoint]) -> list[tuple[StackedLayers, int]]:
+    """By layer of the result: the slice that it comes from, and its number there."""
+    found = []
+    for each in what.layers:
+        _, count = _stack_of(models[each.model])
+        last = count if each.last is None else each.last
+        if last > count:
+            expected = f"at most {count}, as many as {each.model} has"
+            raise ConfigError(
+                f"layer_range of {each.model}", expected=expected, found=f"[{each.first}, {last}]"
+            )
+        found += [(each, number) for number in range(each.first, last)]
+    if not found:
+        raise ConfigError("slices", expected="at least one layer", found="none")
+    return found
+
+
+def _stack_of(model: Checkpoint) -> tuple[str, int]:
+    """What stands before the numbers of a model's layers, and how many there are."""
+    counts = layer_counts(model.tensors)
+    if len(counts) != 1:
+        found = ", ".join(sorted(counts)) or "none"
+        raise ConfigError(model.label, expected="one stack of layers", found=found)
+    return next(iter(counts.items()))
+
+
+def _copied(what: Stack, models: Mapping[str, Checkpoint]) -> Iterator[tuple[str, _Copied]]:
+    out = DTYPES[what.out_dtype] if what.out_dtype is not None else None
+    sources = _sources(what, models)
+    prefix, _ = _stack_of(models[what.layers[0].model])
+    for place, (each, number) in enumerate(sources):
+        model = models[each.model]
+        begin = f"{_stack_of(model)[0]}.{number}."
+        count = (each.last or len(sources)) - each.first
+        share = (number - each.first) / (count - 1) if count > 1 else 1.0
+        for name in model.tensors:
+            if name.startswith(begin):
+                result = f"{prefix}.{place}.{name.removeprefix(begin)}"
+                yield result, _of(model, name, each.scale(name, share), out)
+    for before, each in ((True, what.layers[0]), (False, what.layers[-1])):
+        model = models[each.model]
+        for name in model.tensors:
+            if layer_of(name) is None and comes_before_layers(name) == before:
+                yield name, _of(model, name, each.scale(name, 0.0), out)
+
+
+def _of(model: Checkpoint, name: str, scale: float, out: DType | None) -> _Copied:
+    info = model.tensors[name]
+    if out is not None and info.dtype.can_be_delta:
+        info = TensorInfo(out, info.shape)
+    return _Copied(model=model, name=name, scale=scale if info.dtype.can_be_delta else 1.0, info=info)
+
+
+def _check_forms(copied: Mapping[str, _Copied]) -> None:
+    """Layers of all models have the tensors of the first, in its shapes."""
+    forms: dict[int, dict[str, tuple[int, ...]]] = {}
+    for name, each in copied.items():
+        place = layer_of(name)
+        if place is not None:
+            within = name.removeprefix(f"{place[0]}.{place[1]}.")
+            forms.setdefault(place[1], {})[within] = each.info.shape
+    first = forms[0]
+    for number, form in sorted(forms.items()):
+        for within in sorted(first.keys() | form.keys()):
+            if first.get(within) != form.get(within):
+                raise TensorMismatch(
+                    f"layer {number}: {within}",
+                    expected=f"shape {list(first[within])}" if within in first else "no such tensor",
+                    found=str(list(form[within])) if within in form else "none",
+                    remedy="stack layers of models of one architecture and size",
+                )
+
+
+def _write(
+    copied: Mapping[str, _Copied], layout: Layout, staging: Path, *, allow_nonfinite: bool
+) -> dict[str, Fingerprint]:
+    work = [
+        (name, start, count)
+        for name, each in copied.items()
+        for start, count in runs(each.info.numel, SEGMENT)
+    ]
+    shares: dict[str, list[Fingerprint]] = {name: [] for name in copied}
+    with CheckpointWriter(staging, layout) as writer:
+
+        def write(run: tuple[str, int, int]) -> tuple[str, Fingerprint]:
+            name, start, count = run
+            words = copied[name].words(start, count)
+            dtype = copied[name].info.dtype
+            if not allow_nonfinite and dtype.can_be_delta and cpu.has_nonfinite(words, dtype.exponent_mask):
+                remedy = "allow_nonfinite=True (--allow-nonfinite) writes it"
+                found = f"NaN or infinity of {copied[name].model.label}"
+                raise NonFiniteDelta(name, expected=f"finite {dtype.code}", found=found, remedy=remedy)
+            writer.write(name, start, np.ascontiguousarray(words))
+            return name, Fingerprint.of(words, start)
+
+        with closing(ordered_map(write, work)) as done:
+            for name, share in done:
+                shares[name].append(share)
+    return {name: total(several) for name, several in shares.items()}
+
+
+def _layout(tensors: Mapping[str, TensorInfo]) -> Layout:
+    """One file, or as many of some gigabytes as it takes."""
+    files: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for name, info in tensors.items():
+        if files[-1] and size + info.nbytes > _LARGEST_FILE:
+            files.append({})
+            size = 0
+        files[-1][name] = info
+        size += info.nbytes
+    if len(files) == 1:
+        return Layout(files={SINGLE: files[0]})
+    stem = SINGLE.removesuffix(".safetensors")
+    named = {f"{stem}-{n + 1:05}-of-{len(files):05}.safetensors": held for n, held in enumerate(files)}
+    return Layout(files=named, index=INDEX)
+
+
+def _write_files(
+    what: Stack,
+    models: Mapping[str, Checkpoint],
+    described: Checkpoint,
+    copied: Mapping[str, _Copied],
+    numbers: list[int],
+    staging: Path,
+) -> list[str]:
+    """Configuration, tokenizer, card and recipe. Returns what there is to say."""
+    copy_companions(described.folder, staging)
+    config = read_config(staging / CONFIG)
+    if config:
+        settled = _with_layers(config, _stack_of(described)[1], numbers)
+        (staging / CONFIG).write_text(json.dumps(settled, indent=2) + "\n")
+    tensors = {name: each.info for name, each in copied.items()}
+    dtype = DTYPE_NAMES[what.out_dtype] if what.out_dtype is not None else None
+    notes = settle_config(staging, Facts(tensors=tensors, untied=_is_untied(copied), dtype=dtype))
+    if what.chat_template:
+        folders = [described.folder, *(model.folder for model in models.values())]
+        write_template(what.chat_template, folders, staging)
+    (staging / RECIPE).write_text(what.text)
+    names = ", ".join(Path(name).name for name in models)
+    (staging / "README.md").write_text(_CARD.format(models=names, recipe=RECIPE))
+    return notes
+
+
+def _with_layers(config: Mapping[str, Any], before: int, numbers: list[int]) -> dict[str, Any]:
+    """A configuration with other layers: their count, and what it lists for each of them."""
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _COUNTS and value == before:
+            result[key] = len(numbers)
+        elif isinstance(value, list) and len(value) == before and key.startswith(("layer", "no_rope")):
+            result[key] = [value[number] if number < before else value[-1] for number in numbers]
+        elif isinstance(value, dict) and key.endswith("_config"):
+            result[key] = _with_layers(value, before, numbers)
+        else:
+            result[key] = value
+    return result
+
+
+def _is_untied(copied: Mapping[str, _Copied]) -> bool:
+    """Whether the head is another tensor than the embedding."""
+    heads, embeddings = heads_in(copied), embeddings_in(copied)
+    if len(heads) != 1 or len(embeddings) != 1:
+        return False
+    head, embedding = copied[heads[0]], copied[embeddings[0]]
+    if head.info != embedding.info:
+        return True
+    return any(
+        not np.array_equal(head.words(*run), embedding.words(*run)) for run in runs(head.info.numel, SEGMENT)
+    )
