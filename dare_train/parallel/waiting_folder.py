@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import uuid
 from pathlib import Path
 
 from .litter import machine, remove
@@ -21,7 +20,7 @@ _held: dict[Path, int] = {}
 def waiting_folder(folder: Path) -> Path:
     """A new one, with a name of its own: configuration and tokenizer of packages to come."""
     folder.mkdir(parents=True, exist_ok=True)
-    place = folder / f"{_PREFIX}{machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    place = folder / f"{_PREFIX}{machine()}-{os.getpid()}-{os.urandom(4).hex()}"
     place.mkdir()
     descriptor = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     if _lock(descriptor):
