@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DareError, PackageError
 from ..parallel.threads import once, ordered_map
 from .codec import FETCH_AGAIN
 from .fetching import fetched
-from .manifest import MANIFEST, FileRecord, Manifest, TensorRecord, sha256_of
+from .manifest import MANIFEST, FileRecord, Manifest, sha256_of
 from .manifest_reader import load
 from .part import Part
+from .segment_index import SegmentIndex
 from .segments import Segment
 
 if TYPE_CHECKING:
     from ..weights.protocol import Weights
-
-
-class _Place(NamedTuple):
-    """Where a segment's frame lies."""
-
-    segment: Segment
-    part: Part
-    offset: int
 
 
 class DeltaPackage:
@@ -76,33 +68,21 @@ class DeltaPackage:
         return {part.file: Part(self.path / part.file) for part in self.manifest.parts}
 
     @once
-    def _places(self) -> Mapping[str, list[_Place]]:
-        by_tensor: dict[str, list[_Place]] = defaultdict(list)
-        for part in self._parts.values():
-            for segment, offset in part.segments(self.manifest):
-                by_tensor[self.manifest.tensors[segment.tensor].name].append(_Place(segment, part, offset))
-        for name, places in by_tensor.items():
-            places.sort(key=lambda place: place.segment.start)
-            _check_apart([place.segment for place in places], f"{self.name}: {name}")
-        return dict(by_tensor)
-
-    def _meeting(self, tensor: str, start: int, stop: int) -> Iterator[_Place]:
-        for place in self._places.get(tensor, ()):
-            if place.segment.start < stop and start < place.segment.stop:
-                yield place
+    def _segments(self) -> SegmentIndex:
+        return SegmentIndex([*self._parts.values()], self.manifest, self.name)
 
     def segments(self, tensor: str, start: int, stop: int) -> Iterator[Segment]:
         """Segments of a tensor that meet [start, stop), in order."""
-        for place in self._meeting(tensor, start, stop):
+        for place in self._segments.meeting(tensor, start, stop):
             yield place.segment
 
     def frames(self, tensor: str, start: int, stop: int) -> Iterator[tuple[Segment, memoryview]]:
         """The same, each with its compressed frame."""
-        for segment, part, offset in self._meeting(tensor, start, stop):
+        for segment, part, offset in self._segments.meeting(tensor, start, stop):
             yield segment, part.frame(offset, segment.size)
 
     def compressed_bytes(self, tensor: str) -> int:
-        return sum(place.segment.size for place in self._places.get(tensor, ()))
+        return self._segments.size(tensor)
 
     @property
     def size(self) -> int:
@@ -170,8 +150,7 @@ class DeltaPackage:
             PackageError: naming the first tensor whose segments are not what the manifest says.
         """
         for record in self.manifest.tensors:
-            segments = [place.segment for place in self._places.get(record.name, ())]
-            _check_coverage(record, segments, f"{self.name}: {record.name}")
+            self._segments.check_coverage(record)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """The same as `dare_train.push([package], repo_id, **options)`."""
@@ -233,31 +212,3 @@ def _check_size(path: Path, record: FileRecord) -> None:
     size = path.stat().st_size
     if size != record.bytes:
         raise PackageError(str(path), expected=expected, found=f"{size}", remedy=FETCH_AGAIN)
-
-
-def _check_apart(segments: Sequence[Segment], where: str) -> None:
-    for before, after in zip(segments, segments[1:], strict=False):
-        if before.stop > after.start:
-            expected = "segments that do not overlap"
-            raise PackageError(where, expected=expected, found=f"two at {after.start}", remedy=FETCH_AGAIN)
-
-
-def _check_coverage(record: TensorRecord, segments: list[Segment], where: str) -> None:
-    numel = record.info.numel
-    base_numel = record.base_info.numel if record.kind == "delta" else 0
-    inside = [segment for segment in segments if segment.start < base_numel]
-    whole = sum(segment.length for segment in segments) - sum(segment.length for segment in inside)
-    if record.kind != "base" and whole != numel - base_numel:
-        expected = f"{numel - base_numel} elements carried whole"
-        raise PackageError(where, expected=expected, found=f"{whole}", remedy=FETCH_AGAIN)
-    if record.kind == "delta":
-        kept = sum(segment.kept for segment in inside)
-        covered = sum(segment.length for segment in inside)
-        if not kept <= record.kept <= kept + base_numel - covered:
-            expected = f"{record.kept} kept elements"
-            raise PackageError(where, expected=expected, found=f"{kept}", remedy=FETCH_AGAIN)
-        changed = sum(segment.changed for segment in inside)
-        too_few = record.changed > changed
-        if too_few or (record.counts_changes and record.changed < changed):
-            expected = f"{record.changed} changed elements"
-            raise PackageError(where, expected=expected, found=f"{changed}", remedy=FETCH_AGAIN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,10 @@ from .manifest import Manifest, TensorRecord
 
 Column = NDArray[np.int64]
 Holds = NDArray[np.bool_]
+
+
+_GROUP = 1 << 16
+"""Rows that are looked at together: their rules take some times their memory."""
 
 
 class Rule(NamedTuple):
@@ -58,21 +62,31 @@ def check_table(table: NDArray[np.int64], manifest: Manifest, nbytes: int, where
     Raises:
         PackageError: naming the first row that is not, and the rule that it breaks.
     """
-    rules = list(_rules(table, manifest, nbytes))
-    bad = np.flatnonzero(~np.logical_and.reduce([rule.holds for rule in rules]))
-    if bad.size:
-        row = int(bad[0])
-        broken = next(rule for rule in rules if not rule.holds[row])
-        found = f"row {row}, {tuple(table[row].tolist())}"
-        raise PackageError(where, expected=f"a segment of {broken.expected}", found=found, remedy=FETCH_AGAIN)
+    limits = np.array([tuple(limit) for limit in [*map(_Limits.of, manifest.tensors), _NONE]], np.int64)
+    left = nbytes
+    for first in range(0, len(table), _GROUP):
+        group = table[first : first + _GROUP]
+        rules = list(_rules(group, limits, left, nbytes))
+        bad = np.flatnonzero(~np.logical_and.reduce([rule.holds for rule in rules]))
+        if bad.size:
+            row = int(bad[0])
+            broken = next(rule for rule in rules if not rule.holds[row])
+            found = f"row {first + row}, {tuple(group[row].tolist())}"
+            raise PackageError(
+                where, expected=f"a segment of {broken.expected}", found=found, remedy=FETCH_AGAIN
+            )
+        left -= int(group[:, -1].sum())
 
 
-def _rules(table: NDArray[np.int64], manifest: Manifest, nbytes: int) -> Iterator[Rule]:
-    """In the order in which a row is told of them: later ones count on the earlier ones."""
+def _rules(table: NDArray[np.int64], of_tensors: Column, left: int, nbytes: int) -> Iterator[Rule]:
+    """In the order in which a row is told of them: later ones count on the earlier ones. `left` of the file's
+    bytes are for these rows.
+    """
     tensor, start, length, kept, changed, size = table.T
-    known = (tensor >= 0) & (tensor < len(manifest.tensors))
-    yield Rule(f"one of the manifest's {len(manifest.tensors)} tensors", known)
-    limits = _columns([*map(_Limits.of, manifest.tensors), _NONE], np.where(known, tensor, -1))
+    tensors = len(of_tensors) - 1
+    known = (tensor >= 0) & (tensor < tensors)
+    yield Rule(f"one of the manifest's {tensors} tensors", known)
+    limits = _columns(of_tensors, np.where(known, tensor, -1))
     yield Rule("a tensor that is not as in the base", limits.has_segments)
     yield Rule(f"1 to {SEGMENT:,} elements", (length > 0) & (length <= SEGMENT))
     yield Rule("elements within its tensor", (start >= 0) & (start <= limits.numel - length))
@@ -84,8 +98,8 @@ def _rules(table: NDArray[np.int64], manifest: Manifest, nbytes: int) -> Iterato
     yield Rule("elements that are all kept and changed", ~whole | ((kept == length) & (changed == length)))
     yield Rule("as many changed as kept elements", whole | limits.counts_changes | (changed == kept))
     yield Rule("at least one byte", size > 0)
-    ends = np.cumsum(np.clip(size, 0, nbytes + 1))  # so that no sum is too large
-    yield Rule(f"bytes within its file's {nbytes:,}", ends <= nbytes)
+    ends = np.cumsum(np.clip(size, 0, left + 1))  # so that no sum is too large
+    yield Rule(f"bytes within its file's {nbytes:,}", ends <= left)
 
 
 class _Columns(NamedTuple):
@@ -98,7 +112,6 @@ class _Columns(NamedTuple):
     counts_changes: Holds
 
 
-def _columns(limits: Iterable[_Limits], tensor: Column) -> _Columns:
-    numbers = np.array([tuple(limit) for limit in limits], np.int64)[tensor]
-    numel, base_numel, has_segments, whole, counts_changes = numbers.T
+def _columns(limits: Column, tensor: Column) -> _Columns:
+    numel, base_numel, has_segments, whole, counts_changes = limits[tensor].T
     return _Columns(numel, base_numel, has_segments != 0, whole != 0, counts_changes != 0)

@@ -110,6 +110,6 @@ def _told(message: str) -> tuple[str, str, str]:
     field = printable(path.replace("`", "").replace("$.", "").replace("$", ""), 100)
     match = re.fullmatch(r"Expected (.*), got (.*)", sentence)
     if match is None:
-        return field, "what this kind of file holds", printable(sentence, 200)
+        return field, "what this kind of file holds", printable(sentence.replace("`", ""), 200)
     needed, found = (text.replace("`", "") for text in match.groups())
     return field, needed, found

@@ -28,7 +28,7 @@ class ReadFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.descriptor = regular(path, expected="a file of weights")
+        self.descriptor = regular(path, expected="a safetensors file")
         weakref.finalize(self, os.close, self.descriptor)
         found = os.fstat(self.descriptor)
         self.size = found.st_size

@@ -604,7 +604,7 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: Callable[[bytes], byt
 
 
 def test_a_missing_file_and_an_unknown_kind(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nothing: expected a safetensors file, found No such file"):
+    with pytest.raises(CheckpointError, match="nothing: expected a safetensors file, found no such file"):
         StatisticsFile.open(tmp_path / "nothing", "gram")
     with pytest.raises(ConfigError, match="kind: expected one of fisher, gram"):
         StatisticsFile.open(tmp_path / "nothing", "hessian")  # type: ignore[arg-type]

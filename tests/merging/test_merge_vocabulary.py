@@ -239,9 +239,9 @@ def packed(base: Path, model: Path, out: Path) -> Path:
 
 
 DAMAGED = {
-    "cut": ("tokenizer.json", '{"model": {"vocab": {"a": ', "expected JSON"),
-    "deep": ("tokenizer.json", "[" * 100_000, "expected JSON"),
-    "not text": ("tokenizer.json", b"\xff\xfe", "expected text in UTF-8"),
+    "cut": ("tokenizer.json", '{"model": {"vocab": {"a": ', "expected a JSON object, found"),
+    "deep": ("tokenizer.json", "[" * 100_000, "expected a JSON object, found"),
+    "not text": ("tokenizer.json", b"\xff\xfe", "expected a JSON object, found"),
     "not an object": ("tokenizer.json", "[]", "expected a JSON object, found []"),
     "no model": ("tokenizer.json", "{}", "expected a vocabulary of tokens with ids, found None"),
     "ids as text": (

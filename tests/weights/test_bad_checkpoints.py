@@ -90,8 +90,8 @@ _INDEXES: list[tuple[Any, str]] = [
         "model-00009.safetensors: expected a file, since the index lists it, found none",
     ),
     ({"a.weight": "n" * 300}, "nnn"),
-    ({"a.weight": 5}, "5"),
-    ({"a.weight": None}, "None"),
+    ({"a.weight": 5}, "expected str, found int"),
+    ({"a.weight": None}, "expected str, found null"),
     ({"a.weight": ["x"]}, INDEX),
     ({"a.weight": "model.safetensors"}, "b.weight: expected in None, found in model.safetensors"),
     (

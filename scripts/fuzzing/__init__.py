@@ -1,0 +1,1 @@
+"""`scripts/fuzz`: hostile inputs by the million, on all processors, each within limits of time and memory."""

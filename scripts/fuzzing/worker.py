@@ -1,0 +1,141 @@
+"""A process that tries inputs of one kind, and tells of each before and after."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from judging import Input, Wrong, tried
+from made_up import inputs
+
+from dare_train.errors import DareError
+
+SECONDS = 10
+"""An input that takes longer hangs."""
+MEMORY = 1 << 30
+"""Bytes that an input may take beyond those that the process has."""
+_SHRINKING = 30
+"""Seconds in which an input that fails is made smaller; one that hangs stays as it is."""
+
+
+class Hangs(BaseException):
+    """An input has taken too long."""
+
+
+class Batch:
+    """Inputs that Hypothesis makes up from a seed.
+
+    Args:
+        last: a file that says which input is being tried, should the process die.
+    """
+
+    def __init__(self, good: Path, place: Path, last: Path) -> None:
+        self._good = good
+        self._place = place
+        self._last = last
+        self._numbers = count()
+        self.done = 0
+        self.taken = 0
+        self.slowest = 0.0
+        self.failing: tuple[Input, str] | None = None
+        self._give_up = float("inf")
+
+    def run(self, kind: str, number: int, size: int) -> dict[str, Any]:
+        """Try so many inputs; where one fails, make it as small as possible."""
+
+        @seed(number)
+        @settings(
+            max_examples=size,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=[*HealthCheck],
+        )
+        @given(inputs(kind))
+        def try_one(one: Input) -> None:
+            self._try(one)
+
+        try:
+            try_one()
+        except (Exception, Hangs):
+            if self.failing is None:
+                raise
+        failing = self.failing
+        return {
+            "kind": kind,
+            "seed": number,
+            "done": self.done,
+            "taken": self.taken,
+            "slowest": self.slowest,
+            "failing": failing and [failing[0].written(), failing[1]],
+        }
+
+    def _try(self, one: Input) -> None:
+        if time.monotonic() > self._give_up:
+            return
+        self._last.write_text(one.written())
+        place = self._place / str(next(self._numbers))
+        began = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            self.taken += tried(one, self._good, place)
+        except (Exception, Hangs) as error:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            slow = isinstance(error, (Hangs, MemoryError))
+            self._give_up = min(self._give_up, time.monotonic() + (0 if slow else _SHRINKING))
+            self.failing = one, told(error)
+            raise
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self.done += 1
+            self.slowest = max(self.slowest, time.monotonic() - began)
+
+
+def told(error: BaseException) -> str:
+    """The kind of failure, and where it happened."""
+    if isinstance(error, Wrong):
+        return f"wrong: {error}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "dare_train/" in frame.filename]
+    where = f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "?"
+    return f"{type(error).__name__} in {where}: {ascii(str(error))[:200]}"
+
+
+def limit_memory() -> None:
+    """From now on, this process may take so much more."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
+
+
+def main() -> None:
+    """Read a kind, a seed and a size from each line of stdin; write a line of JSON for each."""
+    good, place, last = map(Path, sys.argv[1:])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def hang(*_: Any) -> None:
+        raise Hangs(f"more than {SECONDS} seconds")
+
+    signal.signal(signal.SIGALRM, hang)
+    assert issubclass(DareError, Exception)
+    warmed_up = False
+    for line in sys.stdin:
+        kind, number, size = json.loads(line)
+        if not warmed_up:
+            tried(Input(kind, ()), good, place / "warm")
+            limit_memory()
+            warmed_up = True
+        answers.write(json.dumps(Batch(good, place, last).run(kind, number, size)) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The good files that inputs are made of: a base, a tuned model, an adapter, packages, a chain, records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from checkpoint_files import save_weights
+
+from dare_train import extract
+from dare_train.evaluation.measurements import Journal, MeasurementRecord, Point
+from dare_train.merging.statistics.statistics_file import save_statistics
+
+Arrays = dict[str, np.ndarray]
+MODULE = "model.layers.0.self_attn.q_proj"
+TOKENS = 6
+
+
+def make(folder: Path) -> Path:
+    """Write them into a folder."""
+    base = _base()
+    tuned = {name: array + np.float32(0.01) for name, array in base.items()}
+    later = {name: array + np.float32(0.01) for name, array in tuned.items()}
+    _model(folder / "base", base, TOKENS)
+    _model(folder / "tuned", tuned, TOKENS)
+    _model(folder / "later", later, TOKENS)
+    rows = np.concatenate([tuned["embed_tokens.weight"], np.ones((2, 4), np.float32)])
+    grown = {**tuned, "embed_tokens.weight": rows, "head.weight": np.ones((3, 4), np.float32)}
+    _model(folder / "grown", grown, TOKENS + 2)
+    _sharded(folder / "sharded", tuned)
+    _adapter(folder / "adapter")
+    extract(folder / "base", folder / "grown", folder / "package", p=0.5)
+    extract(folder / "base", folder / "tuned", folder / "first", p=0)
+    extract(folder / "tuned", folder / "later", folder / "second", p=0)
+    _records(folder / "records")
+    (folder / "merge").mkdir()
+    (folder / "merge" / "config.yml").write_text(RECIPE)
+    return folder
+
+
+RECIPE = """merge_method: ties
+base_model: base
+models:
+  - model: tuned
+    parameters: {weight: [0.1, 0.5, 1], density: [{filter: self_attn, value: 0.5}, {value: 0.3}]}
+  - {model: grown, parameters: {weight: 0.3}}
+parameters: {normalize: true, lambda: 1.0}
+dtype: bfloat16
+seed: 7
+"""
+
+
+def _base() -> Arrays:
+    random = np.random.default_rng(3)
+    shapes = {f"{MODULE}.weight": (8, 6), "embed_tokens.weight": (TOKENS, 4), "norm": (9,)}
+    return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def _model(folder: Path, arrays: Arrays, tokens: int) -> None:
+    folder.mkdir()
+    save_weights(arrays, folder / "model.safetensors")
+    _write(folder / "config.json", {"model_type": "llama", "vocab_size": tokens, "layers": [0.0, 1.5]})
+    added = [{"id": number, "content": f"<{number}>", "special": True} for number in range(4, tokens)]
+    vocabulary = {"a": 0, "b": 1, "c": 2, "d": 3}
+    _write(folder / "tokenizer.json", {"added_tokens": added, "model": {"type": "BPE", "vocab": vocabulary}})
+    decoder = {str(token["id"]): {"content": token["content"], "special": True} for token in added}
+    _write(folder / "tokenizer_config.json", {"eos_token": "<4>", "added_tokens_decoder": decoder})
+
+
+def _sharded(folder: Path, arrays: Arrays) -> None:
+    folder.mkdir()
+    files = {name: f"model-{number}.safetensors" for number, name in enumerate(sorted(arrays))}
+    for name, file in files.items():
+        save_weights({name: arrays[name]}, folder / file)
+    _write(folder / "model.safetensors.index.json", {"metadata": {"total_size": 1}, "weight_map": files})
+    _write(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": "t"}])
+
+
+def _adapter(folder: Path) -> None:
+    folder.mkdir()
+    factors = {"A": np.ones((2, 6), np.float32), "B": np.ones((8, 2), np.float32)}
+    tensors = {f"base_model.model.{MODULE}.lora_{part}.weight": array for part, array in factors.items()}
+    save_weights(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {r"k.*|v": 3},
+        "modules_to_save": None, "target_modules": ["q_proj"], "auto_mapping": {"base_model_class": "X"},
+    }  # fmt: skip
+    _write(folder / "adapter_config.json", config)
+
+
+def _records(folder: Path) -> None:
+    folder.mkdir()
+    journal = Journal(folder / "points.jsonl", "b", "t", {"eval": "m"})
+    journal.read()
+    for seed in range(3):
+        journal.add(Point(variant="dare", p=0.5, seed=seed, metrics={"loss": 0.1 * seed}))
+    MeasurementRecord(folder / "search.json", {"a": 1}).measured("x", lambda: {"loss": 0.5})
+    save_statistics(folder / "fisher.safetensors", "fisher", {"norm": np.ones(9, np.float32)}, examples=3)
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content))

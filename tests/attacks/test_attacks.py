@@ -1,0 +1,49 @@
+"""Everything that was ever found, and some hundred inputs of each kind; `scripts/fuzz` tries millions."""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+
+import good_files
+import pytest
+from corpus import CORPUS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from judging import KINDS, Input, tried
+from made_up import inputs
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return good_files.make(tmp_path_factory.mktemp("good"))
+
+
+@pytest.mark.parametrize("name", sorted(CORPUS))
+def test_what_was_found(name: str, good: Path, tmp_path: Path) -> None:
+    for number, given_ in enumerate(CORPUS[name]):
+        tried(given_, good, tmp_path / str(number))
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_inputs_of_a_kind(kind: str, good: Path, tmp_path: Path) -> None:
+    numbers = count()
+
+    @settings(max_examples=60)
+    @given(inputs(kind))
+    def try_one(one: Input) -> None:
+        tried(one, good, tmp_path / str(next(numbers)))
+
+    try_one()
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_good_files_are_taken(kind: str, good: Path, tmp_path: Path) -> None:
+    """What is refused is so for what was changed."""
+    for action in range(len(KINDS[kind].actions)):
+        assert tried(Input(kind, (), action=action), good, tmp_path / "place")
+
+
+@given(st.sampled_from(sorted(KINDS)).flatmap(inputs))
+def test_inputs_can_be_written_down(one: Input) -> None:
+    assert Input.read(one.written()) == one
