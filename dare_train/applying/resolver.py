@@ -73,10 +73,10 @@ class Resolver:
         has none, neither has the result.
         """
         for name, record in [*self.source.items()]:
-            lacking = record.base is not None and name not in self.base.tensors
+            lacking = name not in self.base.tensors and (self.live or record.base is not None)
             if lacking and is_derived(name, record.info.shape):
                 del self.source[name]
-                if name in self.tensors and self.tensors[name].kind == "base":
+                if name in self.tensors and (self.live or self.tensors[name].kind == "base"):
                     del self.tensors[name]
 
     def _check_quantised(self, base: Weights) -> None:

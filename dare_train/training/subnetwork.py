@@ -24,6 +24,7 @@ from ..package.reader import DeltaPackage
 from ..package.segments import Opened
 from ..parallel.threads import physical_memory
 from ..weights.alignment import align, cast_to
+from ..weights.full_precision import check_full_precision
 from ..weights.layer_names import layer_of, natural, within_layer
 from ..weights.opening import WeightsLike, open_weights
 from ..weights.protocol import Weights
@@ -248,9 +249,11 @@ def _by_score(
             expected="a share in (0, 1], and tensor or model",
             found=f"{density!r}, {scope!r}",
         )
-    tuned_weights = open_weights(tuned)
+    tuned_weights, opened_base = open_weights(tuned), open_weights(base)
+    for weights in (opened_base, tuned_weights):
+        check_full_precision(weights, purpose="of which elements can be left out")
     base_weights = cast_to(
-        align(open_weights(base), tuned_weights.tensors.keys(), model=tuned_weights.label)[0],
+        align(opened_base, tuned_weights.tensors.keys(), model=tuned_weights.label)[0],
         tuned_weights.tensors,
     )
     names = [

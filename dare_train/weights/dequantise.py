@@ -1,6 +1,6 @@
 """Quantised checkpoints read in full precision, where that is a formula; in the bits of transformers.
 
-    fp8 with scales        w = q · s, a scale for each block, row or tensor
+    fp8 and int8           w = q · s, a scale for each block, row or tensor
     mxfp4                  w = q · 2^(e - 127), q of 16 values, a scale for 32 of them, and turned
     bitsandbytes 8-bit     w = q · s / 127, a scale for each row
 
@@ -64,7 +64,7 @@ class Dequantised(Checkpoint):
             if formula is None:
                 raise CheckpointError(
                     checkpoint.label,
-                    expected="a scheme that is a formula: fp8 with scales, mxfp4, bitsandbytes 8-bit",
+                    expected="a scheme that is a formula: fp8 or int8 with scales, mxfp4, bitsandbytes 8-bit",
                     found=str(quantised),
                     remedy="give the model as it was before it was quantised",
                 )
@@ -169,20 +169,22 @@ def _formula_of(unit: Unit, tensors: Mapping[str, TensorInfo]) -> _Formula | Non
         return _mxfp4
     if unit.scheme == "bitsandbytes 8-bit" and packed.dtype.code == "I8" and len(packed.shape) == 2:
         return _int8_by_rows
-    is_fp8 = packed.dtype.code in ("F8_E4M3", "F8_E5M2") and len(packed.shape) >= 2
-    if is_fp8 and unit.packed == unit.weight and _scale_of(unit, tensors) is not None:
-        return _fp8
+    scale = _scale_of(unit, tensors) or ""
+    is_fp8 = packed.dtype.code in ("F8_E4M3", "F8_E5M2") and scale
+    is_int8 = packed.dtype.code == "I8" and scale.endswith("_scale")
+    if (is_fp8 or is_int8) and unit.packed == unit.weight and len(packed.shape) >= 2:
+        return _scaled
     return None
 
 
 def _scale_of(unit: Unit, tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The scales of an fp8 weight; None where something else is beside it that would count."""
+    """The scales of a weight; None where something else is beside it that would count."""
     known = {f"{unit.weight}{ending}" for ending in _SCALES} & unit.parts
     of_inputs = {part for part in unit.parts if part.rpartition(".")[2].startswith(("input_", "activation_"))}
     return known.pop() if len(known) == 1 and unit.parts - of_inputs == {unit.packed, *known} else None
 
 
-def _fp8(unit: Unit, of: Dequantised) -> _Matrices:
+def _scaled(unit: Unit, of: Dequantised) -> _Matrices:
     packed = of.info(unit.packed)
     scale = next(part for part in unit.parts if part in {f"{unit.weight}{ending}" for ending in _SCALES})
     info = of.info(scale)

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from .config_file import config_beside
+from .derived_buffers import is_derived
 from .protocol import TensorInfo, Weights
 
 UNKNOWN = "a scheme that is not known here"
@@ -148,7 +149,8 @@ def _weight_of(
 ) -> str | None:
     """The weight that a tensor has the integers of; None where it has none."""
     info = tensors[name]
-    if info.dtype.can_be_delta or info.dtype.code == "BOOL" or not info.shape:
+    buffer = info.dtype.code == "BOOL" or not info.shape or is_derived(name, info.shape)
+    if info.dtype.can_be_delta or buffer:
         return None
     leaf = _leaf(name, module)
     within = f"{module}." if module else ""

@@ -17,6 +17,8 @@ from .derived_buffers import is_derived
 from .protocol import TensorInfo
 
 _NUMBERS = re.compile(r"(?<![0-9A-Za-z])[0-9]+(?![0-9A-Za-z])")
+_ENDINGS = {".gamma": ".weight", ".beta": ".bias", ".weight": ".gamma", ".bias": ".beta"}
+"""Of layer norms: what TensorFlow called them, today's, and the other way round."""
 _FEW = 8
 """Tensors of one shape in one layer, up to which names are compared one by one."""
 _SHARE = 0.1
@@ -113,14 +115,22 @@ def _pair(model: str, base: str) -> Pair:
 def _apart(
     base: Mapping[str, TensorInfo], model: Mapping[str, TensorInfo]
 ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
-    """What only the one has, and what only the other."""
-    missing = {
-        name: info for name, info in base.items() if name not in model and not is_derived(name, info.shape)
+    """What only the one has, and what only the other, but for what goes by its older name there."""
+    return _only_in(base, model), _only_in(model, base)
+
+
+def _only_in(these: Mapping[str, TensorInfo], others: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    return {
+        name: info
+        for name, info in these.items()
+        if name not in others and respelt(name) not in others and not is_derived(name, info.shape)
     }
-    new = {
-        name: info for name, info in model.items() if name not in base and not is_derived(name, info.shape)
-    }
-    return missing, new
+
+
+def respelt(name: str) -> str:
+    """What TensorFlow called a part of a layer norm, or what it is called today."""
+    ending = f".{name.rpartition('.')[2]}"
+    return name.removesuffix(ending) + _ENDINGS.get(ending, ending)
 
 
 def _is_no_chance(pairs: list[Pair], tensors: int) -> bool:

@@ -58,7 +58,10 @@ def test_what_is_no_weight_is_no_unit(tmp_path: Path) -> None:
         "q_proj.k_scale": torch.ones(1),
         "cast.weight": torch.ones(3, 3).to(torch.float8_e4m3fn),
     }
-    assert not Quantised.of(open_weights(save_model(plain, tmp_path / "model", {})))
+    said = {"quantization_config": {"quant_method": "bitsandbytes"}}
+    for number, config in enumerate(({}, said)):
+        found = Quantised.of(open_weights(save_model(plain, tmp_path / f"model{number}", config)))
+        assert [unit.weight for unit in found.units] == (["cast.weight"] if config else [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu])
@@ -137,6 +140,30 @@ def test_eight_bits_of_bitsandbytes_are_read_in_its_bits(tmp_path: Path) -> None
     config: dict[str, Any] = {"quantization_config": {"quant_method": "bitsandbytes"}, "dtype": "float16"}
     folder = save_model(state, tmp_path / "model", config)
     assert torch.equal(dequantised(folder), int8_vectorwise_dequant(packed, scales).half())
+
+
+@pytest.mark.parametrize("shape", [(32, 1), (1,), (32,), (32, 4)])
+def test_int8_with_scales_is_their_product(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """compressed-tensors: in the dtype of the scales, which has room for any of 256 integers."""
+    generator = torch.Generator().manual_seed(4)
+    packed = torch.randint(-128, 128, (32, 16), generator=generator, dtype=torch.int8)
+    scales = torch.rand(shape, generator=generator).bfloat16()
+    state = {f"{NAME}.weight": packed, f"{NAME}.weight_scale": scales}
+    config = {"quantization_config": {"quant_method": "compressed-tensors"}, "dtype": "bfloat16"}
+    found = dequantised(save_model(state, tmp_path / "model", config))
+    wide = scales.reshape(-1, scales.shape[-1] if scales.dim() > 1 else 1)
+    wide = wide.repeat_interleave(32 // wide.shape[0], 0).repeat_interleave(16 // wide.shape[1], 1)
+    assert torch.equal(found, packed.bfloat16() * wide)
+
+
+def test_integers_with_zero_points_are_no_formula_here(tmp_path: Path) -> None:
+    state = {
+        f"{NAME}.weight": torch.ones(4, 4, dtype=torch.int8),
+        f"{NAME}.weight_scale": torch.ones(4, 1),
+        f"{NAME}.weight_zero_point": torch.ones(4, 1, dtype=torch.int8),
+    }
+    with pytest.raises(CheckpointError, match="expected a scheme that is a formula"):
+        open_weights(save_model(state, tmp_path / "model", {}), dequantize=True)
 
 
 def test_what_is_no_formula_is_refused(tmp_path: Path) -> None:

@@ -114,6 +114,14 @@ def test_what_the_user_has_spoken_of_is_no_question(tmp_path: Path) -> None:
     merge(state(), [other], tmp_path / "out", exclude=["*.fc1.*", "*.up.*"])
 
 
+def test_older_names_of_layer_norms_are_no_renaming(tmp_path: Path) -> None:
+    base = {name.replace(".ln1.weight", ".ln1.gamma"): tensor for name, tensor in state().items()}
+    package = extract(base, state(1), tmp_path / "package", p=0)
+    assert sum(record.kind == "whole" for record in package.manifest.tensors) == 3
+    merge(base, [state(1)], tmp_path / "out")
+    assert load_file(tmp_path / "out/model.safetensors").keys() == base.keys()
+
+
 def test_another_head_is_no_renaming(tmp_path: Path) -> None:
     """A base with the head of its training, and a model with one for a task."""
     base = state() | {"cls.dense.weight": torch.ones(4, 4), "cls.dense.bias": torch.ones(4)}

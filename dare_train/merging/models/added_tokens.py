@@ -61,7 +61,7 @@ class Growth:
         if larger and self._axis and not self._is_vocabulary(name):
             self._refuse(name, self._inputs[larger[0]])
         if self._tokenizer == "base":
-            return None if larger else _NONE
+            return None if larger else self._of_base_alone(name)
         if self.vocabulary is not None and self._is_vocabulary(name):
             return self._of_tokens(self.vocabulary, name)
         return self._in_place(name, larger) if larger else _NONE
@@ -88,6 +88,19 @@ class Growth:
                 f"exclude={shorter[0]!r} (--exclude) leaves the base's",
             )
         return padded(model, self._base, shorter)
+
+    def _of_base_alone(self, name: str) -> AddedRows:
+        """Rows of which no model but the base has any, where methods that look at whole tensors would move
+        them.
+        """
+        others = [model for model in self._inputs if name in model.tensors and model.folder != self._folder]
+        height = max(
+            (model.tensors[name].shape[0] for model in others if model.tensors[name].shape), default=0
+        )
+        if name not in self._axis or not others or height >= self._base.tensors[name].shape[0]:
+            return _NONE
+        rows = np.arange(height, self._base.tensors[name].shape[0])
+        return AddedRows(rows=rows, sources=np.full((len(self._inputs), rows.size), -1))
 
     def _is_shorter(self, model: Input, name: str) -> bool:
         own, base = model.tensors.get(name), self._base.tensors[name]

@@ -24,7 +24,7 @@ from ...weights.meeting import aligned_or_explained, put_name, renamed_names
 from ...weights.opening import WeightsLike, open_weights
 from ...weights.protocol import Cast, TensorInfo, Weights, under
 from ...weights.quantised import Quantised
-from ...weights.renaming import check_names_meet
+from ...weights.renaming import check_names_meet, respelt
 from .inputs import CheckpointInput, Input, PackageInput
 from .model_files import config_of, files_in, is_package, own_files
 from .ties import Reconciled, Tied, reconcile, said_ties, same_content, ties_by_name
@@ -33,8 +33,6 @@ ModelLike = Union[WeightsLike, DeltaPackage]
 """A package, or weights: a folder, file or Hub id of either, a module, a state dict, arrays by name."""
 
 _PURPOSE = "since weights are added up"
-_ENDINGS = {".gamma": ".weight", ".beta": ".bias", ".weight": ".gamma", ".bias": ".beta"}
-"""Of layer norms: what TensorFlow called them, today's, and the other way round."""
 
 
 class Opened:
@@ -312,6 +310,5 @@ def _name_in_base(name: str, prefix: str, base: Collection[str]) -> str:
     plain = without_prefix(name, prefix)
     if prefix.startswith("-") and name in base and plain not in base:
         plain = name
-    ending = f".{plain.rpartition('.')[2]}"
-    respelt = plain.removesuffix(ending) + _ENDINGS.get(ending, ending)
-    return respelt if plain not in base and respelt in base else plain
+    other = respelt(plain)
+    return other if plain not in base and other in base else plain

@@ -1,0 +1,158 @@
+"""What a result's config.json says is what its weights are, of `merge` and of `extract` and `apply`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantised_models import save_model
+from safetensors.torch import load_file, save_file
+
+from dare_train import apply, extract, merge
+from dare_train.dtypes import DTYPES
+from dare_train.package.model_config import Facts, settled
+from dare_train.weights.protocol import TensorInfo
+
+State = dict[str, torch.Tensor]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "intermediate_size": 8,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1, "vocab_size": 6,
+    "torch_dtype": "float32",
+}  # fmt: skip
+
+
+def state(*, tied: bool, rows: int = 6, seed: int = 0) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    layer = "model.layers.0"
+    shapes = {EMBEDDING: (rows, 8), "model.norm.weight": (8,)}
+    shapes |= {f"{layer}.self_attn.{which}_proj.weight": (8, 8) for which in "qkvo"}
+    shapes |= {f"{layer}.mlp.{which}_proj.weight": (8, 8) for which in ("gate", "up", "down")}
+    shapes |= {f"{layer}.{which}_layernorm.weight": (8,) for which in ("input", "post_attention")}
+    shapes |= {} if tied else {HEAD: (rows, 8)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def adapter(folder: Path, tensors: State, **fields: Any) -> Path:
+    """As PEFT writes one."""
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    wrapped = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(wrapped, folder / "adapter_model.safetensors")
+    return folder
+
+
+def factors(module: str, seed: int = 3, rows: int = 8) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, 8, generator=generator), torch.randn(rows, 2, generator=generator)
+    return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+
+
+QUERY = "model.layers.0.self_attn.q_proj"
+
+
+def by_merge(base: Path, model: Path, out: Path) -> None:
+    merge(base, [model], out)
+
+
+def by_package(base: Path, model: Path, out: Path) -> None:
+    apply(base, extract(base, model, out.with_name("package"), p=0), out)
+
+
+def by_merged_package(base: Path, model: Path, out: Path) -> None:
+    merge(base, [model], out.with_name("package"), package=True)
+    apply(base, out.with_name("package"), out)
+
+
+WAYS: dict[str, Callable[[Path, Path, Path], None]] = {
+    "merge": by_merge,
+    "extract and apply": by_package,
+    "merge into a package": by_merged_package,
+}
+
+
+def loaded(folder: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    found: torch.nn.Module = model
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_that_an_adapter_brings_are_in_the_configuration(way: str, tmp_path: Path) -> None:
+    base = save_model(state(tied=False), tmp_path / "base", {**LLAMA, "tie_word_embeddings": False})
+    larger = {name: torch.cat([state(tied=False)[name], torch.ones(3, 8)]) for name in (EMBEDDING, HEAD)}
+    model = adapter(
+        tmp_path / "adapter", {**factors(QUERY), **larger}, modules_to_save=["embed_tokens", "lm_head"]
+    )
+    WAYS[way](base, model, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 9
+    assert torch.equal(loaded(tmp_path / "out").get_output_embeddings().weight, larger[HEAD])  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("trained", ["by factors", "in full"])
+def test_a_tied_head_that_was_trained_is_one_no_more(way: str, trained: str, tmp_path: Path) -> None:
+    base = save_model(state(tied=True), tmp_path / "base", {**LLAMA, "tie_word_embeddings": True})
+    embedding = state(tied=True)[EMBEDDING]
+    if trained == "by factors":
+        of_head = factors("lm_head", rows=6)
+        a, b = (of_head[f"lm_head.lora_{which}.weight"].double() for which in "AB")
+        expected = (embedding.double() + b @ a).float()
+        model = adapter(tmp_path / "adapter", {**factors(QUERY), **of_head})
+    else:
+        expected = embedding * 2
+        model = adapter(tmp_path / "adapter", {**factors(QUERY), HEAD: expected}, modules_to_save=["lm_head"])
+    WAYS[way](base, model, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    found = loaded(tmp_path / "out")
+    assert torch.equal(found.get_output_embeddings().weight, expected)  # type: ignore[operator]
+    assert torch.equal(found.get_input_embeddings().weight, embedding)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_head_that_stays_tied_stays_so(way: str, tmp_path: Path) -> None:
+    base = save_model(state(tied=True), tmp_path / "base", {**LLAMA, "tie_word_embeddings": True})
+    WAYS[way](base, adapter(tmp_path / "adapter", factors(QUERY)), tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
+    assert HEAD not in load_file(tmp_path / "out/model.safetensors")
+
+
+def test_a_configuration_that_contradicts_its_own_weights_is_told_and_corrected(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = {**LLAMA, "vocab_size": 7, "tie_word_embeddings": False}
+    base = save_model(state(tied=False), tmp_path / "base", wrong)
+    model = save_model(state(tied=False, seed=1), tmp_path / "model", wrong)
+    report = merge(base, [model], tmp_path / "merged")
+    text = f"config.json says vocab_size 7, and {EMBEDDING} has 6 rows: it is written as 6"
+    assert any(text in note for note in report.notes)
+    with caplog.at_level(logging.WARNING, "dare_train"):
+        apply(base, extract(base, model, tmp_path / "package", p=0), tmp_path / "applied")
+    assert text in caplog.text
+    for out in ("merged", "applied"):
+        assert json.loads((tmp_path / out / "config.json").read_text())["vocab_size"] == 6
+        loaded(tmp_path / out)
+
+
+def test_a_class_that_is_not_known_is_told_and_left() -> None:
+    tensors = {EMBEDDING: info(6)}
+    config, notes = settled({"vocab_size": 7, "architectures": ["Unheard"]}, Facts(tensors=tensors))
+    assert config["vocab_size"] == 7
+    text = f"config.json says vocab_size 7, and {EMBEDDING} has 6 rows: correct one of them if the model "
+    assert notes == [f"{text}does not load"]
+    part = {"text_config": {"vocab_size": 4}}
+    config, notes = settled(part, Facts(tensors=tensors, sizes={4}))
+    assert (config, notes) == ({"text_config": {"vocab_size": 6}}, [])
+
+
+def info(rows: int) -> TensorInfo:
+    return TensorInfo(DTYPES["F32"], (rows, 8))
