@@ -144,7 +144,9 @@ def _with(
         for name, part in config.items()
         if name.endswith("_config") and isinstance(part, dict)
     }
-    here = (instead_of is None or config[key] in instead_of) if key in config else add
+    there = config.get(key)
+    replaced = instead_of is None or (isinstance(there, int) and there in instead_of)
+    here = replaced if key in config else add
     return {**config, **parts, **({key: value} if here else {})}
 
 

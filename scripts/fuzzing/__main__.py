@@ -24,7 +24,7 @@ _SIZE = 150
 """Inputs of a batch."""
 _PATIENCE = 120
 """Seconds that a batch may take."""
-_BATCHES = 20
+_BATCHES = 5
 """Of one process: what it leaks, if anything, stays small."""
 
 
