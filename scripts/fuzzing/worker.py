@@ -137,7 +137,8 @@ def main() -> None:
     for line in sys.stdin:
         kind, number, size = json.loads(line)
         if not warmed_up:
-            class_for_task("CAUSAL_LM", {})  # imports transformers, where there is one
+            if kind == "adapter":
+                class_for_task("CAUSAL_LM", {})  # imports transformers, where there is one
             tried(Input(kind, ()), good, place / "warm")
             limit_memory()
             warmed_up = True
