@@ -125,7 +125,8 @@ class Journal:
         self._head = {"base": base, "tuned": tuned, "setup": json.loads(json.dumps(setup or {}))}
 
     def read(self) -> list[Point]:
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
+        with storage_errors(self.path):
+            lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
         if not lines or not lines[0]:
             write_whole(self.path, f"{json.dumps(self._head)}\n".encode())
             return []
@@ -214,7 +215,9 @@ class MeasurementRecord:
             "measured": {},
         }
         if path.exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            with storage_errors(path):
+                text = path.read_text(encoding="utf-8")
+            content = json.loads(text)
             check_setup(path, content["setup"], plain_setup)
             self._kept = content
 
