@@ -18,7 +18,7 @@ from ..package.manifest import MANIFEST, sha256_of
 from ..package.reader import DeltaPackage, checking
 from ..weights.fingerprint import Fingerprint
 from ..weights.live import LiveWeights
-from ..weights.live_lock import alone_on, last_change, note_change
+from ..weights.live_lock import alone_on, last_change, note_as_before, note_change
 from ..weights.named_tensors import Live
 from . import device_packages as device
 from .chain import Link, open_chain
@@ -76,7 +76,7 @@ class PackageCache:
         self._digests: dict[str, str] = {}
         """Of manifests that were looked at, by their files' SHA-256 and by the names of packages."""
         self._places = self._live.places()
-        self._change = last_change(self._places)
+        self._as_base = self._change = last_change(self._places)
         """Number of the last change to the model when this left it."""
         left = sorted(everything.keys() - {name for group in self._groups for name in group.rows})
         if left:
@@ -191,7 +191,8 @@ class PackageCache:
             for resident in self._entries[self._active].residents:
                 resident.before.undo()
             self._active = None
-            self._change = note_change(self._places)
+            self._change = self._as_base
+            note_as_before(self._places, self._as_base)
 
     def _check_mine(self) -> None:
         if last_change(self._places) != self._change:

@@ -249,10 +249,12 @@ def merge(
     """Merge packages and models of one base into a checkpoint or a package."""
     from ..merging.config.task import rounding_of
     from ..merging.merge import run
+    from ..parallel.inputs_of import check_apart
     from . import merge_arguments as arguments
 
     if dtype is not None:
         rounding = rounding_of(dtype, out_dtype, cast("Rounding | None", rounding))
+    check_apart(out, [Path(source) for source in sources if Path(source).is_file()])
     models, axes = arguments.axes(sources, search) if search else (sources, [])
     task, notes = arguments.task_and_notes(
         models, method, settings, weights=weight, p=p[0] if p and len(p) == 1 else p, rescale=rescale,

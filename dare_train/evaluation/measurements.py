@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -15,7 +15,8 @@ from .._version import __version__
 from ..errors import CheckpointError, ConfigError
 from ..parallel.place_lock import locked
 from ..parallel.ranks import launched_world
-from ..parallel.staged_file import write_whole
+from ..parallel.staged_file import tidy, write_whole
+from ..parallel.staged_folder import storage_errors
 from ..reading.plain_files import content, reason
 from ..reading.structures import LARGEST, json_in, json_of
 from ..weights.protocol import Weights
@@ -145,7 +146,7 @@ class Journal:
         return points
 
     def add(self, point: Point) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with storage_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(point.as_json()) + "\n")
 
 
@@ -191,9 +192,14 @@ def alone_with(record: Path) -> Iterator[None]:
     Raises:
         OutputExists: somebody else does; it says who.
     """
-    record.parent.mkdir(parents=True, exist_ok=True)
-    together = launched_world() > 1
-    with nullcontext() if together else locked(record.with_name(f"{record.name}.study")):
+    if launched_world() > 1:
+        yield
+        return
+    with ExitStack() as stack:
+        with storage_errors(record):
+            record.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(record.with_name(f"{record.name}.study")))
+            tidy(record)
         yield
 
 

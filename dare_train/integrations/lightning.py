@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..kernels.backends import checked
 from ..package.reader import DeltaPackage
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import storage_errors, sweep_folder
+from ..parallel.waiting_folder import remove_waiting
 from ..snapshots.base_model import Origin, at_hand, kept, loaded_from, recall
 from ..snapshots.callback_options import OnError, When, check_options, schedule
 from ..snapshots.grids import reading_of
@@ -210,7 +210,7 @@ class DareCallback(Callback):  # type: ignore[misc]
                 self._collect(snapshotter.close())
             finally:
                 if snapshotter.ranks.first and self._companions.is_dir():
-                    shutil.rmtree(self._companions)
+                    remove_waiting(self._companions)
 
     def _end_interrupted(self) -> None:
         """A training before this one ended without an event."""

@@ -54,7 +54,11 @@ class DeltaPackage:
             expected = "a package folder or a Hub id"
             remedy = error.remedy
             raise PackageError(error.name, expected=expected, found=error.found, remedy=remedy) from error
-        manifest = load(path / MANIFEST)
+        try:
+            manifest = load(path / MANIFEST)
+        except OSError as error:
+            found = os.strerror(error.errno or 0)
+            raise PackageError(str(path / MANIFEST), expected="a manifest", found=found) from error
         for record in (*manifest.parts, *manifest.files):
             _check_size(path / record.file, record)
         return cls(path, manifest, name=str(where))

@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -60,7 +59,7 @@ class Leftover(NamedTuple):
 
 def hidden_name(out: Path, kind: Kind, within: Path | None = None) -> Path:
     """A name that nobody else uses."""
-    name = f".{out.name}.{machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.{kind}"
+    name = f".{out.name}.{machine()}-{os.getpid()}-{os.urandom(4).hex()}.{kind}"
     _mine.add(name)
     return (within or out.parent) / name
 

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from .litter import clear, hidden_name, remove
 from .place_lock import locked
+from .staged_folder import storage_errors
 from .synced import sync
 
 
@@ -19,10 +20,9 @@ def staged_file(path: Path) -> Iterator[BinaryIO]:
 
     Raises:
         OutputExists: somebody else is writing there.
-        OSError: it cannot be written; `path` is as it was.
+        StorageError: it cannot be written; `path` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path) as alone:
+    with storage_errors(path), _beside(path) as alone:
         clear(path, alone=alone)
         beside = hidden_name(path, "partial")
         try:
@@ -34,6 +34,23 @@ def staged_file(path: Path) -> Iterator[BinaryIO]:
             remove(beside)
             raise
         sync(path.parent)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[bool]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path) as alone:
+        yield alone
+
+
+def tidy(path: Path) -> None:
+    """Remove what killed processes left of a file.
+
+    Raises:
+        As `staged_file`.
+    """
+    with storage_errors(path), locked(path) as alone:
+        clear(path, alone=alone)
 
 
 def write_whole(path: Path, content: bytes) -> None:

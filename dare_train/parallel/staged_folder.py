@@ -18,6 +18,7 @@ from .litter import clear, hidden_name, leftovers, remove
 from .place_lock import lock_names, locked
 from .ranks import Ranks
 from .synced import sync, sync_tree
+from .waiting_folder import clear_waiting
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
@@ -220,10 +221,6 @@ def check_visible(staging: Path) -> None:
         )
 
 
-COMPANIONS = ".companions-"
-"""How folders begin that hold configuration and tokenizer for packages to come."""
-
-
 def sweep_folder(folder: Path, within: Path | None = None) -> None:
     """Remove what killed processes left of everything that they were writing into `folder`, there or in
     `within`, with the files that were waiting to go along. What somebody is at work on stays.
@@ -237,8 +234,7 @@ def sweep_folder(folder: Path, within: Path | None = None) -> None:
                 clear(folder / name, place, alone=alone)
         except OutputExists:  # its writer lives
             continue
-    for waiting in sorted(place.glob(f"{COMPANIONS}*")):
-        shutil.rmtree(waiting)
+    clear_waiting(place)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from rich.text import Text
 from ..errors import ConfigError, printable
 from ..package.manifest import LANDED, TensorRecord
 from ..package.reader import DeltaPackage
+from ..parallel.staged_file import staged_file
 from ..studies.diagnosis import DROP_RATES, PAPER_MAGNITUDES, TOLERANCE, Diagnosis
 from ..weights.layer_names import kind_of, layer_of, natural
 
@@ -262,7 +263,8 @@ def plot(package: DeltaPackage, path: Path) -> None:
         f"{stats['density']:.1%} of the delta kept",
         parse_math=False,
     )
-    figure.savefig(path, dpi=150)
+    with staged_file(Path(path)) as file:
+        figure.savefig(file, dpi=150, format=Path(path).suffix.removeprefix(".") or "png")
 
 
 def _draw(axes: Sequence[Any], layers: Iterable[Row]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..parallel.staged_file import write_whole
 from ..studies.comparison import Comparison
 from ..studies.drop_rates import FoundRate
 from ..studies.inside import Inside
@@ -94,15 +95,15 @@ def write_study(study: Study, out: str | os.PathLike[str]) -> Path:
 
     Raises:
         ConfigError: matplotlib is not installed.
+        StorageError: the disk is full; each file is the old one or the new one.
     """
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     pictures = {chart.name: png(chart) for chart in study.charts}
     page = folder / f"{study.name}.html"
     for name, picture in pictures.items():
-        (folder / f"{name}.png").write_bytes(picture)
-    (folder / f"{study.name}.json").write_text(study.json(), encoding="utf-8")
-    (folder / f"{study.name}.md").write_text(study.markdown(), encoding="utf-8")
-    page.write_text(html(study, pictures), encoding="utf-8")
+        write_whole(folder / f"{name}.png", picture)
+    write_whole(folder / f"{study.name}.json", study.json().encode())
+    write_whole(folder / f"{study.name}.md", study.markdown().encode())
+    write_whole(page, html(study, pictures).encode())
     log_study(study, {name: folder / f"{name}.png" for name in pictures}, page)
     return page

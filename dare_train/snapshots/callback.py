@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import weakref
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -19,6 +18,7 @@ from ..kernels.backends import checked
 from ..package.reader import DeltaPackage
 from ..parallel.ranks import Ranks, Roll
 from ..parallel.staged_folder import storage_errors, sweep_folder
+from ..parallel.waiting_folder import remove_waiting
 from ..weights.live import LiveWeights
 from ..weights.wrapped import inner_model
 from . import reporting, wandb_snapshots
@@ -316,7 +316,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
 
     def _forget_companions(self) -> None:
         if self._joined().first and self._companions.is_dir():
-            shutil.rmtree(self._companions)
+            remove_waiting(self._companions)
 
     # Establishing the base.
 

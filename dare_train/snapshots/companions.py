@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..parallel.staged_folder import COMPANIONS
+from ..parallel.waiting_folder import waiting_folder
 from ..weights.wrapped import inner_model, unwrapped
 
 
 def save_companions(model: Any, processing_class: Any, folder: Path, base: Path) -> str:
     """Write them into a folder beside the packages to come. Returns its path; `base` is the base's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=COMPANIONS, dir=folder))
+    place = waiting_folder(folder)
     inner: Any = inner_model(model).model
     parts: tuple[Any, ...] = (getattr(inner, "config", None), processing_class)
     for part in parts:

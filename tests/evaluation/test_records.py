@@ -1,75 +1,99 @@
-"""Damaged records of earlier measurements: one error that names file and line, or field."""
+"""What is kept of measurements is never lost: by a kill, by a full disk, by two who measure at once."""
 
 from __future__ import annotations
 
-import json
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from dare_train.errors import CheckpointError
-from dare_train.evaluation.measurements import Journal, MeasurementRecord, Point
-from dare_train.evaluation.texts import read_rows
+from dare_train.errors import OutputExists, StorageError
+from dare_train.evaluation.measurements import Journal, MeasurementRecord, Point, alone_with
 
-HEAD = {"base": "b", "tuned": "t", "setup": {}}
-POINT = {"variant": "dare", "p": 0.5, "seed": 1, "metrics": {"loss": 0.25}}
+POINTS = [Point(variant="dare", p=0.5, seed=seed, metrics={"accuracy": 0.5}) for seed in range(20)]
 
 
-def journal(path: Path, *lines: object) -> Journal:
-    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
-    return Journal(path, "b", "t", {})
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
 
 
-def test_points_come_back(tmp_path: Path) -> None:
-    point = Point(variant="dare", p=0.5, seed=1, metrics={"loss": 0.25})
-    assert journal(tmp_path / "points.jsonl", HEAD, POINT).read() == [point]
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    found = Journal(tmp_path / "points.jsonl", "b", "t", {})
+    assert found.read() == []
+    for point in POINTS:
+        found.add(point)
+    return found
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (['{"base": "b'], r"points\.jsonl: line 1: expected measurements, found Unterminated string"),
-        (["[]"], r"points\.jsonl: line 1: expected measurements, found array"),
-        ([{"base": "b"}], r"line 1: expected measurements, found .* missing required field tuned"),
-        ([{**HEAD, "setup": 3}], r"line 1: setup: expected object, found int"),
-        ([HEAD, {"variant": "x"}], r"line 2: expected measurements, found .* missing required field p"),
-        ([HEAD, POINT, {**POINT, "p": "half"}], r"line 3: p: expected float, found str"),
-        (
-            [HEAD, {**POINT, "metrics": {"loss": []}}],
-            r"line 2: metrics.*: expected float, found array",
-        ),
-        ([HEAD, "[" * 5000], r"line 2: expected measurements, found values nested too deep"),
-    ],
-    ids=range(8),
-)
-def test_damaged_journals(tmp_path: Path, lines: list[object], message: str) -> None:
-    damaged = journal(tmp_path / "points.jsonl", *lines)
-    before = (tmp_path / "points.jsonl").read_bytes()
-    with pytest.raises(CheckpointError, match=message):
-        damaged.read()
-    assert (tmp_path / "points.jsonl").read_bytes() == before
+def test_reading_a_whole_journal_writes_nothing(journal: Journal) -> None:
+    before = journal.path.stat()
+    assert journal.read() == POINTS
+    after = journal.path.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-@pytest.mark.parametrize("raw", [b'{"setup": {', b"{}", b"1", b"\xff", b"[" * 5000, b'{"setup": []}'])
-def test_damaged_measurements(tmp_path: Path, raw: bytes) -> None:
-    (tmp_path / "search.json").write_bytes(raw)
-    with pytest.raises(CheckpointError, match=r"search\.json.*move it away to measure anew"):
-        MeasurementRecord(tmp_path / "search.json", {"a": 1})
+def test_a_line_that_was_cut_goes_and_the_rest_stays(journal: Journal) -> None:
+    with journal.path.open("a") as file:
+        file.write('{"variant": "cut')
+    assert journal.read() == POINTS
+    journal.add(POINTS[0])
+    assert len(journal.read()) == len(POINTS) + 1
 
 
-@pytest.mark.parametrize(
-    ("name", "raw"),
-    [
-        ("d.csv", b"text,label\n" + b"x" * 200_000 + b",1\n"),
-        ("d.json", b"1"),
-        ("d.json", b"[" * 5000),
-        ("d.json", b'["a"]'),
-        ("d.jsonl", b'"a"\n'),
-        ("d.jsonl", b"{]\n"),
-        ("d.txt", b"\xff"),
-    ],
-)
-def test_data_that_cannot_be_read(tmp_path: Path, name: str, raw: bytes) -> None:
-    (tmp_path / name).write_bytes(raw)
-    with pytest.raises(CheckpointError, match=rf"{name}.*: expected"):
-        read_rows(tmp_path / name)
+def test_a_full_disk_loses_no_point(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    with journal.path.open("a") as file:
+        file.write('{"variant": "cut')
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="free some space"):
+            journal.read()
+    assert journal.read() == POINTS
+    assert names(journal.path.parent) == ["points.jsonl"]
+
+
+def test_two_do_not_measure_into_one_record(journal: Journal) -> None:
+    told = pytest.raises(OutputExists, match=rf"found process {os.getpid()} on")
+    with alone_with(journal.path), told, alone_with(journal.path):
+        pass
+    with alone_with(journal.path):
+        assert journal.read() == POINTS
+    assert names(journal.path.parent) == ["points.jsonl"]
+
+
+def test_processes_of_one_launcher_are_one(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with alone_with(journal.path), alone_with(journal.path):
+        assert journal.read() == POINTS
+
+
+def test_what_a_kill_left_beside_a_record_goes(journal: Journal) -> None:
+    for name in (
+        ".points.jsonl.lock",
+        ".points.jsonl.00000000-1-00000000.partial",
+        ".points.jsonl.study.lock",
+    ):
+        (journal.path.parent / name).write_text("")
+    with alone_with(journal.path):
+        pass
+    assert names(journal.path.parent) == ["points.jsonl"]
+
+
+def test_a_record_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "search.json"
+    MeasurementRecord(path, {"a": 1}).measured("one", lambda: {"x": 1.0})
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(StorageError):
+            MeasurementRecord(path, {"a": 1}).measured("two", lambda: {"x": 2.0})
+    assert set(MeasurementRecord(path, {"a": 1}).all) == {"one"}
+    assert names(tmp_path) == ["search.json"]

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from ...errors import CheckpointError, ConfigError, brief
 from ...parallel.staged_file import staged_file
-from ...parallel.staged_folder import storage_errors
 from ...reading.structures import json_of
 from ...weights.checkpoint import SafetensorsFile
 from ...weights.protocol import TensorInfo
@@ -73,7 +72,7 @@ def save_statistics(
     metadata = {"format": FORMAT, "kind": kind, "examples": str(examples)}
     if transposed := sorted(getattr(tensors, "transposed", ())):
         metadata["transposed"] = json.dumps(transposed)
-    with storage_errors(path), staged_file(path) as file:
+    with staged_file(path) as file:
         _write(file, tensors, metadata)
     return path
 

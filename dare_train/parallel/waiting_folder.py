@@ -1,0 +1,79 @@
+"""Folders that wait beside what a process writes, for as long as it is at work: locked, so that others leave
+them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from .litter import machine, remove
+
+_PREFIX = ".companions-"
+_LOCK = ".lock"
+_held: dict[Path, int] = {}
+"""Descriptors of those of this process."""
+
+
+def waiting_folder(folder: Path) -> Path:
+    """A new one, with a name of its own: configuration and tokenizer of packages to come."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"{_PREFIX}{machine()}-{os.getpid()}-{os.urandom(4).hex()}"
+    place.mkdir()
+    descriptor = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    if _lock(descriptor):
+        _held[place] = descriptor
+    else:
+        os.close(descriptor)
+    return place
+
+
+def remove_waiting(place: Path) -> None:
+    """What it waited for is over."""
+    remove(place)
+    if place in _held:
+        os.close(_held.pop(place))
+
+
+def clear_waiting(folder: Path) -> None:
+    """Remove those whose process is dead, and what an earlier training of this one has left."""
+    for place in sorted(folder.glob(f"{_PREFIX}*")):
+        if not place.is_symlink() and place.is_dir() and not _in_use(place):
+            remove_waiting(place)
+
+
+def _in_use(place: Path) -> bool:
+    """Whether another process that lives has it. Where the file system has no locks, only those of this
+    machine are known.
+    """
+    owner = place.name.removeprefix(_PREFIX).split("-")
+    mine = len(owner) == 3 and owner[0] == machine()
+    if mine and owner[1] == str(os.getpid()):
+        return False
+    descriptor = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        if not _lock(descriptor):
+            return True
+    finally:
+        os.close(descriptor)
+    return mine and Path(f"/proc/{owner[1]}").exists()
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether it is held now, or file systems have no locks: false where somebody else holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+def _let_go() -> None:
+    """What is forked would hold them beyond the life of the process that made them."""
+    while _held:
+        os.close(_held.popitem()[1])
+
+
+os.register_at_fork(after_in_child=_let_go)
