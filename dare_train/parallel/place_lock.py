@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ..errors import OutputExists, StorageError
+from .litter import remove
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 """How file systems say that they have none."""
@@ -52,8 +53,10 @@ def locked(out: Path, within: Path | None = None) -> Iterator[bool]:
     finally:
         if os.getpid() == owner:  # what was forked meanwhile holds nothing
             _held.discard(descriptor)
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
+            try:
+                remove(path)
+            finally:
+                os.close(descriptor)
 
 
 def lock_name(out: Path, within: Path | None = None) -> Path:

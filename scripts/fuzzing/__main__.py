@@ -20,12 +20,12 @@ from typing import Any
 import good_files
 from judging import KINDS, Input, build
 
-_SIZE = 150
+_SIZE = 100
 """Inputs of a batch."""
 _PATIENCE = 120
 """Seconds that a batch may take."""
-_BATCHES = 20
-"""Of one process: what it leaks, if anything, stays small."""
+_SLICE = 20
+"""Seconds of one kind, and of one process: what it leaks, if anything, stays small."""
 
 
 @dataclass
@@ -62,9 +62,8 @@ class Campaign:
             assert process.stdin is not None
             assert process.stdout is not None
             assert process.stderr is not None
-            for _ in range(_BATCHES):
-                if time.monotonic() >= self.until:
-                    break
+            end = min(time.monotonic() + _SLICE, self.until)
+            while time.monotonic() < end:
                 process.stdin.write(json.dumps([kind, self._next(kind), _SIZE]) + "\n")
                 process.stdin.flush()
                 timer = threading.Timer(_PATIENCE, process.kill)

@@ -11,6 +11,7 @@ plain values, so that an input can be written down, made again and made smaller.
     ("name", file, place, text)             ... its key replaced
     ("again", file, place, times)           ... repeated in its list
     ("swap", file, place, other)            ... exchanged for another
+    ("at", file, keys, value)               what is at a path of keys replaced by a value
     ("row", row, column, number)            a number of the segment table
     ("frame", row, place, bit)              a bit of a frame
     ("recompress", row, place, bit)         a bit of a frame's content
@@ -65,6 +66,8 @@ def apply_changes(folder: Path, changes: list[Change]) -> None:
             path.write_bytes(_ON_BYTES[kind](path.read_bytes(), *details))
         elif kind in _ON_JSON and path.is_file():
             _change_json(path, _ON_JSON[kind], details)
+        elif kind == "at":
+            _write_json(path, lambda whole, details=details: _at(whole[""], *details))
         elif kind == "kind":
             _replace(path, details[0])
 
@@ -147,10 +150,26 @@ def _swap(place: Parent, other: int, places: list[Parent]) -> None:
     place[0][place[1]] = json.loads(json.dumps(there[0][there[1]]))
 
 
+def _at(structure: Any, keys: list[Any], value: Any) -> None:
+    for key in keys[:-1]:
+        structure = structure[key]
+    structure[keys[-1]] = value
+
+
 _ON_JSON: dict[str, Any] = {"set": _set, "drop": _drop, "name": _name, "again": _again, "swap": _swap}
 
 
 def _change_json(path: Path, change: Any, details: list[Any]) -> None:
+    def changed(whole: dict[str, Any]) -> None:
+        places = list(_places(whole))[1:] or list(_places(whole))
+        place, *others = details
+        change(places[place % len(places)], *(others or [None]), places)
+
+    _write_json(path, changed)
+
+
+def _write_json(path: Path, change: Any) -> None:
+    """Change the structure in a file, which is the value of "" in what `change` is given."""
     raw = path.read_bytes()
     of_tensors = path.suffix == ".safetensors"
     size = int.from_bytes(raw[:8], "little") if of_tensors else len(raw)
@@ -160,9 +179,7 @@ def _change_json(path: Path, change: Any, details: list[Any]) -> None:
     except (ValueError, RecursionError):
         return
     whole = {"": structure}
-    places = list(_places(whole))[1:] or list(_places(whole))
-    place, *others = details
-    change(places[place % len(places)], *(others or [None]), places)
+    change(whole)
     written = json.dumps(whole.get("")).encode()
     if of_tensors:
         written += b" " * (-len(written) % 8)

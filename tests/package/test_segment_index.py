@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -22,9 +21,7 @@ NAMES = ("a", "b", "c")
 
 def index(parts: list[list[Row]]) -> SegmentIndex:
     tables = [np.array(rows, np.int64).reshape(-1, 6) for rows in parts]
-    opened = [
-        cast("Part", SimpleNamespace(table=lambda _, table=table: table, path=Path("p"))) for table in tables
-    ]
+    opened = [cast("Part", SimpleNamespace(table=lambda _, table=table: table)) for table in tables]
     records = [SimpleNamespace(name=name) for name in NAMES]
     return SegmentIndex(opened, cast("Manifest", SimpleNamespace(tensors=records)), "package")
 

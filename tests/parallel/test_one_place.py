@@ -305,3 +305,18 @@ def test_links_do_not_hide_an_input(tmp_path: Path) -> None:
             write(out, overwrite=True, inputs=[tmp_path / given])
     assert (out / "blobs/weights").read_text() == "w"
     write(out, overwrite=True, inputs=[data])
+
+
+def test_a_lock_whose_file_cannot_be_removed_is_free_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        with place_lock.locked(tmp_path / "out"):
+            pass
+    assert "could not be removed: Read-only file system" in caplog.text
+    write(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
