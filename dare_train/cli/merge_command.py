@@ -161,8 +161,8 @@ def merge(
             )
         if ranks.first:
             show(report.table(every_tensor=tensors))
-            typer.echo(f"{out}: fingerprint {report.fingerprint[:12]}…")
             typer.echo(report.summary)
+            typer.echo(f"{out}: fingerprint {report.fingerprint[:12]}…")
 
 
 def _stack(what: Any, out: Path, **options: bool) -> None:
@@ -172,8 +172,8 @@ def _stack(what: Any, out: Path, **options: bool) -> None:
     report = stack(what, out, **options)
     for note in report.notes:
         typer.echo(f"dare-train: {note}", err=True)
-    typer.echo(f"{out}: fingerprint {report.fingerprint[:12]}…")
     typer.echo(report.summary)
+    typer.echo(f"{out}: fingerprint {report.fingerprint[:12]}…")
 
 
 def _searched(
