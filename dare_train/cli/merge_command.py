@@ -163,8 +163,8 @@ def merge(
             )
         if ranks.first:
             show(report.table(every_tensor=tensors))
-            typer.echo(f"{out}: fingerprint {report.fingerprint[:12]}…")
             typer.echo(report.summary)
+            typer.echo(f"{out}: fingerprint {report.fingerprint[:12]}…")
 
 
 def _stack(what: Any, out: Path, **options: bool) -> None:
@@ -174,8 +174,8 @@ def _stack(what: Any, out: Path, **options: bool) -> None:
     report = stack(what, out, **options)
     for note in report.notes:
         typer.echo(f"dare-train: {printable(note)}", err=True)
-    typer.echo(f"{out}: fingerprint {report.fingerprint[:12]}…")
     typer.echo(report.summary)
+    typer.echo(f"{out}: fingerprint {report.fingerprint[:12]}…")
 
 
 def _searched(

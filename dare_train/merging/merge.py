@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from .._version import __version__
 from ..config import Patterns, Rounding
-from ..errors import BaseMismatch
 from ..package.manifest import Manifest
 from ..parallel.inputs_of import check_apart
 from ..parallel.ranks import Ranks
@@ -25,7 +24,7 @@ from ..parallel.threads import ordered_map, thread_share
 from ..weights.alignment import without_prefix
 from ..weights.checkpoint import Checkpoint
 from ..weights.checkpoint_writer import CheckpointWriter, layout_like
-from ..weights.fingerprint import Fingerprint, fingerprints, model_fingerprint, total
+from ..weights.fingerprint import Fingerprint, model_fingerprint, total
 from ..weights.module_folders import module_folders
 from ..weights.opening import WeightsLike
 from . import output_files
@@ -34,9 +33,9 @@ from .config.task import MergeTask, rounding_of, task_of
 from .merge_report import MergeReport
 from .merged_weights import Merged
 from .methods.matrices import one_thread
-from .models.inputs import PackageInput
 from .models.naming import ModelLike
 from .prepared_merge import DeviceLike, PreparedMerge, gives_q, prepared
+from .recorded_bases import check_base, check_bases, recorded_bases
 from .resuming import Journal, resumable
 
 Progress = Callable[[int, int], object]
@@ -264,7 +263,7 @@ def _write_share(
         size=lambda name: max(merged.tensors[name].numel, 1),
     )
     everything = sum(merged.tensors[name].nbytes for name in mine)
-    checked = _recorded_bases(merged)
+    checked = recorded_bases(merged)
 
     def write_run(run: tuple[str, int, int]) -> tuple[str, Fingerprint, Fingerprint]:
         name, start, count = run
@@ -289,7 +288,7 @@ def _write_share(
     with closing(ordered_map(write_run, _work(merged, mine), threads=threads)) as results:
         for name, several in groupby(results, key=itemgetter(0)):
             runs = list(several)
-            _check_base(merged, name, checked.get(name, ()), total(base for _, _, base in runs))
+            check_base(merged, name, checked.get(name, ()), total(base for _, _, base in runs))
             prints[name] = total(result for _, result, _ in runs)
             journal.finished(name, prints[name])
             done += merged.tensors[name].nbytes
@@ -301,32 +300,6 @@ def _write_share(
 def _work(merged: Merged, names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     for name in names:
         yield from ((name, start, count) for start, count in merged.runs(name))
-
-
-def _recorded_bases(merged: Merged) -> dict[str, list[tuple[str, Fingerprint]]]:
-    """What packages have on record of the base's tensors, by the result's names: package and fingerprint."""
-    recorded: dict[str, list[tuple[str, Fingerprint]]] = {}
-    for model in merged.inputs:
-        if not isinstance(model, PackageInput):
-            continue
-        for name, name_in_package in model.names.items():
-            print_ = model.package.records[name_in_package].base
-            if print_ is not None and name in merged.base.tensors:
-                recorded.setdefault(name, []).append((model.label, print_))
-    return recorded
-
-
-def _check_base(
-    merged: Merged, name: str, recorded: Sequence[tuple[str, Fingerprint]], base: Fingerprint
-) -> None:
-    for label, expected in recorded:
-        if expected != base:
-            raise BaseMismatch(
-                f"{merged.base.label}: {name}",
-                expected=f"fingerprint {expected.hex[:12]}…, as {label} has it on record",
-                found=f"{base.hex[:12]}…",
-                remedy="this is not the base that the package was made from",
-            )
 
 
 def _finish(ready: PreparedMerge, report: MergeReport, journal: Journal, staging: Path) -> MergeReport:
@@ -398,7 +371,7 @@ def _write_package(
 
     merged = ready.merged
     check_apart(out, ready.inputs)
-    ranks.each(lambda: _check_bases(merged, ranks))
+    ranks.each(lambda: check_bases(merged, ranks))
     with (
         storage_errors(out),
         output_files.folder(
@@ -419,11 +392,3 @@ def _write_package(
 def _moved(manifest: Manifest) -> set[str]:
     """Names of tensors that a package changes."""
     return {record.name for record in manifest.tensors if record.kind != "base"}
-
-
-def _check_bases(merged: Merged, ranks: Ranks) -> None:
-    """Compare the base with what packages have on record of it, before anything is written."""
-    recorded = _recorded_bases(merged)
-    spans = {name: ((0, merged.base_numel(name)),) for name in recorded}
-    for name, print_ in fingerprints(merged.base, spans, threads=thread_share(ranks)).items():
-        _check_base(merged, name, recorded[name], print_)

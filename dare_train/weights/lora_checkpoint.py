@@ -23,13 +23,12 @@ from ..errors import CheckpointError, TensorMismatch
 from .adapted_base import AdaptedBase
 from .adapted_modules import Modules, Parameter, by_class, plain
 from .alignment import align
+from .bases_of_adapters import tell_other_base, with_own_heads
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SINGLE, Checkpoint
-from .config_file import config_beside
 from .full_precision import check_full_precision
 from .lora_config import MERGE, AdapterConfig
 from .low_rank import LowRank, Matrix, Stacked, Update, finest, merged_words, stacked_factors
 from .protocol import SEGMENT, TensorInfo, Weights, runs
-from .tied_base import with_own_heads
 from .viewed_updates import in_files
 
 logger = logging.getLogger("dare_train")
@@ -75,7 +74,7 @@ class AdapterWeights:
         self.folder = adapter.folder
         self.label = adapter.label
         config = AdapterConfig.read(adapter.folder / ADAPTER_CONFIG)
-        _tell_other_base(adapter, base, config)
+        tell_other_base(adapter, base, config.base)
         factors, full = _sorted_keys(adapter)
         if not factors:
             expected = "factors lora_A and lora_B"
@@ -117,22 +116,6 @@ class AdapterWeights:
             shapes = {source: info.shape for source, info in self._plain.in_modules.items()}
             last = self._last = (name, in_files(found, {name: place}, shapes)[name])
         return last[1]
-
-
-def _tell_other_base(adapter: Checkpoint, base: Weights, config: AdapterConfig) -> None:
-    """An update of one model says little about another, though all shapes fit."""
-    if not isinstance(base, Checkpoint) or not config.base:
-        return
-    origin = config_beside(base).get("_name_or_path")
-    names = {_last_name(str(name)) for name in (base.label, base.folder.resolve(), origin) if name}
-    if _last_name(config.base) not in names:
-        logger.warning("%s: trained on %s, and merged into %s", adapter.label, config.base, base.label)
-
-
-def _last_name(name: str) -> str:
-    """What a folder or a repository is called, wherever it lies."""
-    cached = next((part for part in Path(name).parts if part.startswith("models--")), "")
-    return (cached.split("--")[-1] if cached else Path(name).name).lower()
 
 
 def _modules(

@@ -92,6 +92,8 @@ def test_models_are_added_up_and_the_table_tells_every_tensor(place: Path, tmp_p
         torch.testing.assert_close(tensor, expected.float(), rtol=1e-6, atol=1e-6)
     report = json.loads((tmp_path / "out/dare_merge.json").read_text())
     assert told.splitlines()[-1] == f"{tmp_path / 'out'}: fingerprint {report['fingerprint'][:12]}…"
+    count = len(report["tensors"])
+    assert told.splitlines()[-2] == f"{count} of {count} tensors merged, 0 carried, 0 copied unchanged"
     assert f"task_arithmetic: {len(result)} merged tensors" in told
     assert "all models" in told
     assert (tmp_path / "out/tokenizer.json").is_file()

@@ -32,7 +32,7 @@ def test_a_pickled_checkpoint_is_refused_with_a_remedy(package: DeltaPackage, tm
     folder = tmp_path / "old"
     folder.mkdir()
     torch.save(base_state(), folder / "pytorch_model.bin")
-    remedy = "AutoModel.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
+    remedy = "CLASS.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
     texts = ("expected model.safetensors or model.safetensors.index.json", "found pytorch_model.bin", remedy)
     apply_refused(folder, package, CheckpointError, str(folder), *texts)
     extract_refused(folder, base_state(), tmp_path / "p", CheckpointError, str(folder), *texts)

@@ -1,15 +1,21 @@
-"""A base whose head is its embedding, for an adapter that was trained on the head alone."""
+"""What a base has to be for an adapter: the one that it was trained on, with a head of its own if that was
+trained.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import Checkpoint
 from .config_file import config_beside
 from .declared_ties import declared_ties
 from .heads import embeddings_in, heads_in
 from .protocol import Mapped, Weights
+
+logger = logging.getLogger("dare_train")
 
 
 class _Untied(Mapped):
@@ -40,3 +46,23 @@ def _is_tied(config: Mapping[str, Any], head: str, embedding: str) -> bool:
     if ties is None:
         return config.get("tie_word_embeddings") is True
     return any({head, embedding} <= group for group in ties)
+
+
+def tell_other_base(adapter: Checkpoint, base: Weights, said: str) -> None:
+    """An update of one model says little about another, though all shapes fit.
+
+    Args:
+        said: what the adapter was trained on, by its configuration; may be empty.
+    """
+    if not isinstance(base, Checkpoint) or not said:
+        return
+    origin = config_beside(base).get("_name_or_path")
+    names = {_last_name(str(name)) for name in (base.label, base.folder.resolve(), origin) if name}
+    if _last_name(said) not in names:
+        logger.warning("%s: trained on %s, and merged into %s", adapter.label, said, base.label)
+
+
+def _last_name(name: str) -> str:
+    """What a folder or a repository is called, wherever it lies."""
+    cached = next((part for part in Path(name).parts if part.startswith("models--")), "")
+    return (cached.split("--")[-1] if cached else Path(name).name).lower()
