@@ -22,7 +22,7 @@ from .methods import combinations
 from .methods import elementwise as elements
 from .methods.parameters import Scalar
 from .methods.registry import Method
-from .methods.top_k import EVERY, Largest, Sizes, largest, sizes_of
+from .tensor_passes import pass_over
 from .walk import Walk, quiet
 
 
@@ -69,8 +69,7 @@ class MergedTensor:
             ModelDelta.of(member, self._walk, drops=method.drops, rescale=rescale) for member in members
         ]
         self._coefficients = self._of_the_tensor()
-        self._selected = self._most_varying() if method.needs == "variance" else EVERY
-        self._energies = self._mean_squares() if method.needs == "variance" else np.zeros(0)
+        self._pass = pass_over(method, self._walk, self._rows, settings)
 
     @property
     def runs(self) -> list[tuple[int, int]]:
@@ -219,42 +218,13 @@ class MergedTensor:
             given["undropped"] = self._dense([delta.raw(start, words) for delta in self._deltas], words)[
                 :, at
             ]
-        elif self._method.needs == "variance":
-            given |= {"selected": self._is_selected(deltas, start), "energies": self._energies}
+        elif self._pass is not None:
+            given |= self._pass.given(deltas, start, words, at)
         function = elements.COMPILED.get(self._method.function) if deltas.dtype == np.float32 else None
         return self._scaled(
             (function or self._method.function)(
                 np.ascontiguousarray(deltas), self._weights.astype(deltas.dtype), **given
             )
-        )
-
-    def _most_varying(self) -> Largest:
-        """SCE's choice of elements."""
-        share = float(self._settings["select_topk"])
-        if share >= 1:
-            return EVERY
-        moving = self._walk.total(lambda start, words: np.count_nonzero(_variance(self._rows(start, words))))
-        return largest(
-            lambda function: self._walk.each(
-                lambda start, words: function(start, _variance(self._rows(start, words)))
-            ),
-            int(int(moving) * share),
-        )
-
-    def _mean_squares(self) -> NDArray[np.float64]:
-        """Of what each model has of SCE's choice, over the tensor."""
-        squares: NDArray[np.float64] = self._walk.total(self._squares)
-        return squares / max(self.info.numel, 1)
-
-    def _squares(self, start: int, words: Words) -> NDArray[np.float64]:
-        rows = self._rows(start, words)
-        return np.asarray(np.square((rows * self._is_selected(rows, start)).astype(np.float64)).sum(axis=1))
-
-    def _is_selected(self, deltas: FloatArray, start: int) -> NDArray[np.bool_]:
-        return (
-            np.ones(deltas.shape[1], np.bool_)
-            if self._selected is EVERY
-            else self._selected.among(_variance(deltas), start)
         )
 
     # Methods that look at the whole
@@ -339,7 +309,8 @@ def _row_length(info: TensorInfo, method: Method, per: str) -> int:
     """
     if method.drops == "magprune":
         return max(prod(info.shape[1:]) if len(info.shape) > 1 else info.numel, 1)
-    return max(info.shape[-1], 1) if per == "row" and info.shape else 1
+    by_rows = per == "row" or method.needs == "importance"
+    return max(info.shape[-1], 1) if by_rows and info.shape else 1
 
 
 def _few(moved: Sequence[NDArray[np.int64] | None], count: int) -> NDArray[np.int64] | None:
@@ -359,14 +330,6 @@ def _dots(vectors: FloatArray, *, axis: int) -> NDArray[np.float64]:
     return np.stack(
         [np.stack([(left * right).sum(axis=axis) for right in wide], axis=-1) for left in wide], axis=-2
     )
-
-
-def _variance(deltas: FloatArray) -> Sizes:
-    """Over the models, in their order, in float32; of a NaN without the sign that hardware may give it."""
-    count = deltas.dtype.type(len(deltas))
-    mean = elements.summed(deltas) / count
-    variance = elements.summed(np.square(row - mean) for row in deltas) / count
-    return sizes_of(variance)
 
 
 def lacks(method: Method, members: Sequence[Member], name: str) -> str | None:
