@@ -59,7 +59,7 @@ class MergedTensor:
         self._landing_key = landing_key
         self._members = members
         self._weights = np.array([member.settings.get("weight", 1.0) for member in members], np.float64)
-        self._averaged = lacks(method, members, name) is not None
+        self._averaged = averages(method, self.info, members, name)
         self._is_matrix = method.reach == "matrix" and not self._averaged
         whole = self._is_matrix or method.reach == "tensor" or self._per == "column"
         self._walk = Walk(
@@ -232,7 +232,7 @@ class MergedTensor:
     def _of_whole(self, words: Words) -> FloatArray:
         deltas = self._rows(0, words).reshape(len(self._deltas), *self.info.shape)
         given: dict[str, Any] = {name: self._settings[name] for name in self._method.arguments}
-        if self._is_matrix:
+        if self._is_matrix and self._method.needs == "gram":
             grams = [_of(member.gram) for member in self._members]
             name = self._walk.name
             given |= {
@@ -286,7 +286,7 @@ class MergedTensor:
 def averaged_coefficients(
     weights: NDArray[np.float64], settings: Mapping[str, Scalar]
 ) -> NDArray[np.float64]:
-    """Where a model lacks statistics that the method needs."""
+    """Where a method cannot do what it does otherwise."""
     return combinations.average(None, weights, normalize=True) * float(settings["lambda"])
 
 
@@ -330,6 +330,14 @@ def _dots(vectors: FloatArray, *, axis: int) -> NDArray[np.float64]:
     return np.stack(
         [np.stack([(left * right).sum(axis=axis) for right in wide], axis=-1) for left in wide], axis=-2
     )
+
+
+def averages(method: Method, info: TensorInfo, members: Sequence[Member], name: str) -> bool:
+    """Whether a tensor is averaged: a model lacks statistics of it, or it is no matrix, and the method is one
+    of matrices.
+    """
+    no_matrix = method.reach == "matrix" and len(info.shape) != 2
+    return no_matrix or lacks(method, members, name) is not None
 
 
 def lacks(method: Method, members: Sequence[Member], name: str) -> str | None:

@@ -331,6 +331,21 @@ COMBINED: dict[str, Callable[[Dense, Sequence[Delta]], Words]] = {
 }
 
 
+def _by_matrices(function: Callable[..., FloatArray]) -> Callable[[Dense, Sequence[Delta]], Words]:
+    def merged(one: Dense, deltas: Sequence[Delta]) -> Words:
+        if len(one.shape) != 2 or not one.base.size:
+            return one.sum(deltas, one.mean())
+        rows = np.stack([delta.row for delta in deltas]).reshape(len(deltas), *one.shape)
+        names = ("common_space_fraction", "steps", "learning_rate")
+        told = {name: one.told[name] for name in names if name in one.told}
+        return one.plus(function(rows, np.array(one.weights, rows.dtype), **told).reshape(-1))
+
+    return merged
+
+
+COMBINED |= {name: _by_matrices(MERGE_METHODS[name].function) for name in ("tsv", "iso_c", "iso_cts", "wudi")}
+
+
 def expected(
     method: str,
     told: Mapping[str, Any],

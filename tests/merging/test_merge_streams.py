@@ -76,6 +76,10 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"weight": [1.0, 0.5, 2.0], "of": "weights"},
         {"weight": [1.0, 0.5, -0.25], "normalize_weights": False, "p": 0.5},
     ],
+    "tsv": [{}, {"p": 0.5, "lambda": 0.5}],
+    "iso_c": [{}, {"p": 0.5, "lambda": 0.5}],
+    "iso_cts": [{}, {"p": 0.5, "lambda": 0.5, "common_space_fraction": 0.5}],
+    "wudi": [{"steps": 3}, {"p": 0.5, "lambda": 0.5, "steps": 5, "learning_rate": 1e-3}],
     "ram": [{}, {"epsilon": 0.2, "p": 0.5, "lambda": 0.5}],
     "ramplus_tl": [{}, {"r": 0.5, "alpha": 1.0, "epsilon": 0.2, "p": [0.0, 0.5, 0.9]}],
 }

@@ -10,7 +10,7 @@ from math import inf
 from typing import Any, Literal
 
 from ...errors import ConfigError
-from . import combinations, matrices
+from . import combinations, interference, matrices, spectra
 from . import elementwise as elements
 from .common_parameters import (
     COMMON,
@@ -39,8 +39,9 @@ Dropping = Literal["none", "random", "magnitude", "outliers", "magprune"]
 """How elements of each delta are chosen before the method combines them; `drops` has the rules."""
 
 Reach = Literal["elements", "coefficients", "matrix", "tensor"]
-"""What the function is given: any run of elements; the Gram matrix of the vectors that it combines; the
-matrix of a linear layer, with those of its inputs; or whole tensors in their shapes."""
+"""What the function is given: any run of elements; the Gram matrix of the vectors that it combines; matrices,
+with those of their inputs where it `needs` them, while what is no matrix is averaged; or whole tensors in
+their shapes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +290,38 @@ _BUILT_IN = [
             ),
         ),
         arguments=("epsilon",),
+    ),
+    Method(name="tsv", function=spectra.tsv, reach="matrix", parameters=(P, Q, LAMBDA)),
+    Method(name="iso_c", function=spectra.iso_c, reach="matrix", parameters=(P, Q, LAMBDA)),
+    Method(
+        name="iso_cts",
+        function=spectra.iso_cts,
+        reach="matrix",
+        parameters=(
+            P,
+            Q,
+            LAMBDA,
+            Parameter(
+                name="common_space_fraction",
+                default=0.8,
+                between=(0, 1),
+                meaning="share of the directions that are the sum's",
+            ),
+        ),
+        arguments=("common_space_fraction",),
+    ),
+    Method(
+        name="wudi",
+        function=interference.wudi,
+        reach="matrix",
+        parameters=(
+            P,
+            Q,
+            LAMBDA,
+            Parameter(name="steps", kind=int, default=300, between=(0, inf), meaning="steps of Adam"),
+            Parameter(name="learning_rate", default=1e-5, between=(0, inf), meaning="of Adam"),
+        ),
+        arguments=("steps", "learning_rate"),
     ),
 ]
 
