@@ -30,7 +30,7 @@ pytestmark = pytest.mark.gpu
 THERE = {
     "average", "task_arithmetic", "dare_linear", "drop_only", "magnitude", "breadcrumbs", "ties", "dare_ties",
     "breadcrumbs_ties",
-    "consensus_ta", "consensus_ties", "nearswap", "ram",
+    "consensus_ta", "consensus_ties", "nearswap", "ram", "emr",
 }  # fmt: skip
 """Methods that a device works out."""
 

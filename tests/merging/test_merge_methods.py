@@ -256,6 +256,18 @@ def test_ramplus_tl(dtype: Any, count: int, seed: int, epsilon: float, r: float,
 
 
 @TYPES
+@given(count=COUNTS, seed=SEEDS)
+def test_emr(dtype: Any, count: int, seed: int) -> None:
+    """Huang et al., §3.2: the sign of the sum, and the largest magnitude that has it."""
+    deltas = drawn(count, 60, seed)
+    merged = np.zeros(60)
+    for place, column in enumerate(deltas.T):
+        sign = 1 if column.sum() >= 0 else -1
+        merged[place] = sign * max([0.0, *np.abs(column[np.sign(column) == sign])])
+    close(elements.emr(deltas.astype(dtype), np.ones(count, dtype)), merged, dtype)
+
+
+@TYPES
 @given(seed=SEEDS, rows=st.integers(1, 4), row=st.integers(1, 20))
 def test_arcee_fusion(dtype: Any, seed: int, rows: int, row: int) -> None:
     """s = |δ|·KL(softmax(θ) ‖ softmax(θ_PRE)) by rows; what reaches the median plus 1.5 times the distance
@@ -288,7 +300,7 @@ def test_arcee_fusion_takes_over_what_is_beyond_the_quartiles(numel: int, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "method", ["ties", "fisher", "consensus_ta", "consensus_ties", "sce", "ram", "ramplus_tl"]
+    "method", ["ties", "fisher", "consensus_ta", "consensus_ties", "sce", "ram", "ramplus_tl", "emr"]
 )
 def test_arguments_stay_as_they_were(method: str) -> None:
     deltas, weights = drawn(3, 50, 1), np.array([1.0, 0.5, 2.0])
@@ -297,7 +309,7 @@ def test_arguments_stay_as_they_were(method: str) -> None:
         "consensus_ta": dict(undropped=deltas, mask_threshold=0.4, agree=2),
         "consensus_ties": dict(undropped=deltas, mask_threshold=0.4, agree=2, normalize=True),
         "sce": dict(selected=np.ones(50, np.bool_), energies=np.ones(3)),
-        "ram": dict(epsilon=0.1), "ramplus_tl": dict(epsilon=0.1, factors=np.ones(3)),
+        "emr": {}, "ram": dict(epsilon=0.1), "ramplus_tl": dict(epsilon=0.1, factors=np.ones(3)),
     }  # fmt: skip
     before = deltas.copy(), weights.copy()
     getattr(elements, method)(deltas, weights, **told[method])

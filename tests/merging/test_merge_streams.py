@@ -76,6 +76,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"weight": [1.0, 0.5, 2.0], "of": "weights"},
         {"weight": [1.0, 0.5, -0.25], "normalize_weights": False, "p": 0.5},
     ],
+    "emr": [{}, {"p": [0.0, 0.5, 0.9], "lambda": 0.5}],
     "tsv": [{}, {"p": 0.5, "lambda": 0.5}],
     "iso_c": [{}, {"p": 0.5, "lambda": 0.5}],
     "iso_cts": [{}, {"p": 0.5, "lambda": 0.5, "common_space_fraction": 0.5}],

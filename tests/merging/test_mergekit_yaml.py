@@ -310,7 +310,7 @@ _OURS = {
         "consensus_ties",
     ),
     *("nearswap", "arcee_fusion", "multislerp", "ram", "ramplus_tl"),
-    *("tsv", "iso_c", "iso_cts", "wudi"),
+    *("tsv", "iso_c", "iso_cts", "wudi", "emr"),
 }
 _BASELESS = {"average", "karcher", "nuslerp", "multislerp"}
 

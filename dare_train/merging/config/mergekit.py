@@ -17,7 +17,7 @@ _NAMES = (
     "average task_arithmetic ties magnitude dare_linear dare_ties drop_only breadcrumbs "
     "breadcrumbs_ties della della_linear "
     "model_stock slerp nuslerp karcher sce fisher regmean consensus_ta consensus_ties "
-    "nearswap arcee_fusion multislerp ram ramplus_tl tsv iso_c iso_cts wudi"
+    "nearswap arcee_fusion multislerp ram ramplus_tl tsv iso_c iso_cts wudi emr"
 )
 
 METHODS = {"linear": "average", **{name: name for name in _NAMES.split()}}

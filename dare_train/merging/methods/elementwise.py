@@ -154,6 +154,22 @@ def ram_factors(
     return np.asarray(1 + r * np.clip(ratios, 0, alpha))
 
 
+def emr(deltas: FloatArray, weights: FloatArray) -> FloatArray:
+    """EMR-Merging's unified delta: elect a sign, then take the largest of those that agree with it.
+
+        γ = sgn(Σᵢ δᵢ)        δ = γ · max over the i with sgn(δᵢ) = γ of |δᵢ|
+
+    Huang et al., https://arxiv.org/abs/2405.17461, §3.2. A sum of zero elects plus. The user's weights do not
+    count.
+    """
+    sign = _elected(deltas)
+    agreeing = (deltas * sign).clip(0)
+    largest: FloatArray = agreeing[0]
+    for other in agreeing[1:]:
+        largest = _library(deltas).maximum(largest, other)
+    return largest * sign
+
+
 def arcee_fusion(deltas: FloatArray, weights: FloatArray, *, important: NDArray[np.bool_]) -> FloatArray:
     """Arcee Fusion: one model's delta, where it is important.
 
@@ -241,7 +257,7 @@ def _library(array: Any) -> Any:
     return np if isinstance(array, np.ndarray) else sys.modules["torch"]
 
 
-ANYWHERE = (ties, consensus_ta, consensus_ties, nearswap, ram)
+ANYWHERE = (ties, consensus_ta, consensus_ties, nearswap, ram, emr)
 """Those that take torch's tensors as well, on any device."""
 
 COMPILED: dict[Callable[..., FloatArray], Callable[..., FloatArray]] = {ties: sums.ties}

@@ -291,6 +291,7 @@ _BUILT_IN = [
         ),
         arguments=("epsilon",),
     ),
+    Method(name="emr", function=elements.emr, reach="elements", parameters=(P, Q, LAMBDA)),
     Method(name="tsv", function=spectra.tsv, reach="matrix", parameters=(P, Q, LAMBDA)),
     Method(name="iso_c", function=spectra.iso_c, reach="matrix", parameters=(P, Q, LAMBDA)),
     Method(
