@@ -336,9 +336,9 @@ def _own_notes(merged: Merged) -> Iterator[str]:
         yield f"dropped in their packages already, and not dropped at random again: {', '.join(dropped)}"
     averaged = [name for name, fate in merged.fates.items() if fate.how == "merged" and merged.averaged(name)]
     if averaged:
-        yield (
-            f"averaged, since not every model has {merged.method.needs} statistics of them: {_some(averaged)}"
-        )
+        needs = merged.method.needs
+        why = f"not every model has {needs} statistics of them" if needs else "they are no matrices"
+        yield f"averaged, since {why}: {_some(averaged)}"
     if merged.recipe.rescale == "q" and not gives_q(merged.recipe):
         plain = [
             name for name, fate in merged.fates.items() if fate.how == "merged" and not merged.has_gram(name)

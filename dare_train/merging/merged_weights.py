@@ -27,7 +27,7 @@ from .methods.registry import Method
 from .models.inputs import Input
 from .models.matching import Fate, carried_words
 from .statistics.statistics_file import Floats, StatisticsFile
-from .tensor_on_cpu import MergedTensor, lacks
+from .tensor_on_cpu import MergedTensor, averages
 
 if TYPE_CHECKING:
     from .devices import Devices
@@ -142,11 +142,9 @@ class Merged:
             )
 
     def averaged(self, name: str) -> bool:
-        """Whether a tensor is averaged, since statistics of it are missing."""
-        return (
-            lacks(self.method, [self._member(name, number) for number in self.fates[name].models], name)
-            is not None
-        )
+        """Whether a tensor is averaged, since statistics of it are missing or it is no matrix."""
+        members = [self._member(name, number) for number in self.fates[name].models]
+        return averages(self.method, self.base.tensors[name], members, name)
 
     def has_gram(self, name: str) -> bool:
         """Whether every model has a Gram matrix of a tensor."""

@@ -22,7 +22,7 @@ from .methods import combinations
 from .methods import elementwise as elements
 from .methods.parameters import Scalar
 from .methods.registry import Method
-from .methods.top_k import EVERY, Largest, Sizes, largest, sizes_of
+from .tensor_passes import pass_over
 from .walk import Walk, quiet
 
 
@@ -59,7 +59,7 @@ class MergedTensor:
         self._landing_key = landing_key
         self._members = members
         self._weights = np.array([member.settings.get("weight", 1.0) for member in members], np.float64)
-        self._averaged = lacks(method, members, name) is not None
+        self._averaged = averages(method, self.info, members, name)
         self._is_matrix = method.reach == "matrix" and not self._averaged
         whole = self._is_matrix or method.reach == "tensor" or self._per == "column"
         self._walk = Walk(
@@ -69,8 +69,7 @@ class MergedTensor:
             ModelDelta.of(member, self._walk, drops=method.drops, rescale=rescale) for member in members
         ]
         self._coefficients = self._of_the_tensor()
-        self._selected = self._most_varying() if method.needs == "variance" else EVERY
-        self._energies = self._mean_squares() if method.needs == "variance" else np.zeros(0)
+        self._pass = pass_over(method, self._walk, self._rows, settings)
 
     @property
     def runs(self) -> list[tuple[int, int]]:
@@ -219,8 +218,8 @@ class MergedTensor:
             given["undropped"] = self._dense([delta.raw(start, words) for delta in self._deltas], words)[
                 :, at
             ]
-        elif self._method.needs == "variance":
-            given |= {"selected": self._is_selected(deltas, start), "energies": self._energies}
+        elif self._pass is not None:
+            given |= self._pass.given(deltas, start, words, at)
         function = elements.COMPILED.get(self._method.function) if deltas.dtype == np.float32 else None
         return self._scaled(
             (function or self._method.function)(
@@ -228,41 +227,12 @@ class MergedTensor:
             )
         )
 
-    def _most_varying(self) -> Largest:
-        """SCE's choice of elements."""
-        share = float(self._settings["select_topk"])
-        if share >= 1:
-            return EVERY
-        moving = self._walk.total(lambda start, words: np.count_nonzero(_variance(self._rows(start, words))))
-        return largest(
-            lambda function: self._walk.each(
-                lambda start, words: function(start, _variance(self._rows(start, words)))
-            ),
-            int(int(moving) * share),
-        )
-
-    def _mean_squares(self) -> NDArray[np.float64]:
-        """Of what each model has of SCE's choice, over the tensor."""
-        squares: NDArray[np.float64] = self._walk.total(self._squares)
-        return squares / max(self.info.numel, 1)
-
-    def _squares(self, start: int, words: Words) -> NDArray[np.float64]:
-        rows = self._rows(start, words)
-        return np.asarray(np.square((rows * self._is_selected(rows, start)).astype(np.float64)).sum(axis=1))
-
-    def _is_selected(self, deltas: FloatArray, start: int) -> NDArray[np.bool_]:
-        return (
-            np.ones(deltas.shape[1], np.bool_)
-            if self._selected is EVERY
-            else self._selected.among(_variance(deltas), start)
-        )
-
     # Methods that look at the whole
 
     def _of_whole(self, words: Words) -> FloatArray:
         deltas = self._rows(0, words).reshape(len(self._deltas), *self.info.shape)
         given: dict[str, Any] = {name: self._settings[name] for name in self._method.arguments}
-        if self._is_matrix:
+        if self._is_matrix and self._method.needs == "gram":
             grams = [_of(member.gram) for member in self._members]
             name = self._walk.name
             given |= {
@@ -316,7 +286,7 @@ class MergedTensor:
 def averaged_coefficients(
     weights: NDArray[np.float64], settings: Mapping[str, Scalar]
 ) -> NDArray[np.float64]:
-    """Where a model lacks statistics that the method needs."""
+    """Where a method cannot do what it does otherwise."""
     return combinations.average(None, weights, normalize=True) * float(settings["lambda"])
 
 
@@ -339,7 +309,8 @@ def _row_length(info: TensorInfo, method: Method, per: str) -> int:
     """
     if method.drops == "magprune":
         return max(prod(info.shape[1:]) if len(info.shape) > 1 else info.numel, 1)
-    return max(info.shape[-1], 1) if per == "row" and info.shape else 1
+    by_rows = per == "row" or method.needs == "importance"
+    return max(info.shape[-1], 1) if by_rows and info.shape else 1
 
 
 def _few(moved: Sequence[NDArray[np.int64] | None], count: int) -> NDArray[np.int64] | None:
@@ -361,12 +332,12 @@ def _dots(vectors: FloatArray, *, axis: int) -> NDArray[np.float64]:
     )
 
 
-def _variance(deltas: FloatArray) -> Sizes:
-    """Over the models, in their order, in float32; of a NaN without the sign that hardware may give it."""
-    count = deltas.dtype.type(len(deltas))
-    mean = elements.summed(deltas) / count
-    variance = elements.summed(np.square(row - mean) for row in deltas) / count
-    return sizes_of(variance)
+def averages(method: Method, info: TensorInfo, members: Sequence[Member], name: str) -> bool:
+    """Whether a tensor is averaged: a model lacks statistics of it, or it is no matrix, and the method is one
+    of matrices.
+    """
+    no_matrix = method.reach == "matrix" and len(info.shape) != 2
+    return no_matrix or lacks(method, members, name) is not None
 
 
 def lacks(method: Method, members: Sequence[Member], name: str) -> str | None:

@@ -20,7 +20,7 @@ from dare_train.dtypes import DTYPES, DType, FloatArray, Words, from_float, to_f
 from dare_train.merging.merge_report import MergeReport
 from dare_train.merging.methods import dropping as drops
 from dare_train.merging.methods import elementwise as elements
-from dare_train.merging.methods.combinations import karcher, model_stock, nuslerp, slerp
+from dare_train.merging.methods.combinations import karcher, model_stock, multislerp, nuslerp, slerp
 from dare_train.merging.methods.matrices import regmean
 from dare_train.merging.methods.registry import MERGE_METHODS, Method
 from dare_train.package.masks import Mask, key_of
@@ -251,6 +251,23 @@ def _sce(one: Dense, rows: FloatArray, weights: FloatArray) -> FloatArray:
     return elements.sce(rows, weights, selected=selected, energies=energies)
 
 
+def _arcee_fusion(one: Dense, rows: FloatArray, weights: FloatArray) -> FloatArray:
+    if not one.base.size:
+        return rows[0]
+    row = one.shape[-1] if one.shape else 1
+    delta, base = rows[0].reshape(-1, row), to_float(one.base, one.dtype).reshape(-1, row)
+    sizes = elements.importance(delta, elements.divergence(delta, base)).reshape(-1)
+    first, median, third = (float(np.sort(sizes)[quarter * (sizes.size - 1) // 4]) for quarter in (1, 2, 3))
+    return elements.arcee_fusion(rows, weights, important=sizes >= median + 1.5 * (third - first))
+
+
+def _ramplus_tl(one: Dense, rows: FloatArray, weights: FloatArray) -> FloatArray:
+    epsilon = one.told["epsilon"]
+    overlaps = elements.ram_overlaps(rows, epsilon=epsilon)
+    factors = elements.ram_factors(overlaps, r=one.told["r"], alpha=one.told["alpha"], epsilon=epsilon)
+    return elements.ramplus_tl(rows, weights, epsilon=epsilon, factors=factors)
+
+
 def _undropped(one: Dense) -> dict[str, Any]:
     rows = np.stack([delta.row for delta in one.deltas(dropped=False)])
     return {"undropped": rows, "mask_threshold": one.told["mask_threshold"], "agree": one.told["agree"]}
@@ -264,6 +281,11 @@ ELEMENTS: dict[Callable[..., Any], Callable[[Dense, FloatArray, FloatArray], Flo
     elements.consensus_ties: lambda one, rows, weights: elements.consensus_ties(
         rows, weights, normalize=one.told["normalize"], **_undropped(one)
     ),
+    elements.nearswap: lambda one, rows, weights: elements.nearswap(rows, weights, t=one.told["t"]),
+    elements.ram: lambda one, rows, weights: elements.ram(rows, weights, epsilon=one.told["epsilon"]),
+    elements.emr: lambda one, rows, weights: elements.emr(rows, weights),
+    elements.ramplus_tl: _ramplus_tl,
+    elements.arcee_fusion: _arcee_fusion,
 }
 
 
@@ -296,11 +318,33 @@ COMBINED: dict[str, Callable[[Dense, Sequence[Delta]], Words]] = {
     "regmean": _regmean,
     "slerp": lambda one, deltas: one.by_gram(deltas, slerp, on_weights=True, t=one.told["t"]),
     "nuslerp": lambda one, deltas: one.by_gram(deltas, nuslerp, on_weights=one.told["of"] == "weights"),
+    "multislerp": lambda one, deltas: one.by_gram(
+        deltas,
+        multislerp,
+        on_weights=one.told["of"] == "weights",
+        normalize_weights=one.told["normalize_weights"],
+        eps=one.told["eps"],
+    ),
     "model_stock": lambda one, deltas: one.by_gram(deltas, model_stock, on_weights=False),
     "karcher": lambda one, deltas: one.by_gram(
         deltas, karcher, on_weights=True, max_iter=one.told["max_iter"], tol=one.told["tol"]
     ),
 }
+
+
+def _by_matrices(function: Callable[..., FloatArray]) -> Callable[[Dense, Sequence[Delta]], Words]:
+    def merged(one: Dense, deltas: Sequence[Delta]) -> Words:
+        if len(one.shape) != 2 or not one.base.size:
+            return one.sum(deltas, one.mean())
+        rows = np.stack([delta.row for delta in deltas]).reshape(len(deltas), *one.shape)
+        names = ("common_space_fraction", "steps", "learning_rate")
+        told = {name: one.told[name] for name in names if name in one.told}
+        return one.plus(function(rows, np.array(one.weights, rows.dtype), **told).reshape(-1))
+
+    return merged
+
+
+COMBINED |= {name: _by_matrices(MERGE_METHODS[name].function) for name in ("tsv", "iso_c", "iso_cts", "wudi")}
 
 
 def expected(

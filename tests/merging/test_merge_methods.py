@@ -197,7 +197,111 @@ def test_sce_of_models_that_did_not_move() -> None:
     assert found.tolist() == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("method", ["ties", "fisher", "consensus_ta", "consensus_ties", "sce"])
+@TYPES
+@given(seed=SEEDS, t=st.sampled_from([0.0, 1e-4, 0.25, 0.3, 5.0]))
+def test_nearswap(dtype: Any, seed: int, t: float) -> None:
+    """Of the weights a and b: w·b + (1 - w)·a with w = t/|a - b| within [0, 1]."""
+    base, delta = drawn(1, 60, seed + 1)[0], drawn(1, 60, seed)
+    share = np.clip(t / np.maximum(np.abs(delta[0]), 1e-6), 0, 1)
+    expected = share * (base + delta[0]) + (1 - share) * base
+    close(base + elements.nearswap(delta.astype(dtype), np.ones(1, dtype), t=t), expected, dtype)
+
+
+def ram(deltas: Floats, epsilon: float, factors: Floats) -> Floats:
+    """Of each element the mean of the models that move it, times a model's factor where it is the only
+    one.
+    """
+    merged = np.zeros(deltas.shape[1])
+    for place, column in enumerate(deltas.T):
+        (movers,) = np.nonzero(np.abs(column) > epsilon)
+        if movers.size:
+            merged[place] = column[movers].mean() * (factors[movers[0]] if movers.size == 1 else 1)
+    return merged
+
+
+@TYPES
+@given(count=COUNTS, seed=SEEDS, epsilon=st.sampled_from([0.0, 1e-5, 0.3]))
+def test_ram(dtype: Any, count: int, seed: int, epsilon: float) -> None:
+    deltas = drawn(count, 60, seed)
+    found = elements.ram(deltas.astype(dtype), np.ones(count, dtype), epsilon=epsilon)
+    close(found, ram(deltas, epsilon, np.ones(count)), dtype)
+
+
+@TYPES
+@given(
+    count=COUNTS,
+    seed=SEEDS,
+    epsilon=st.sampled_from([0.0, 1e-5, 0.3]),
+    r=st.floats(0, 2),
+    alpha=st.floats(0, 2),
+)
+def test_ramplus_tl(dtype: Any, count: int, seed: int, epsilon: float, r: float, alpha: float) -> None:
+    """λᵢ = 1 + r·min(shared/unique, α), counted over the tensor."""
+    deltas = drawn(count, 60, seed) * (np.random.default_rng(seed).random((count, 60)) < 0.4)
+    moves = np.abs(deltas) > epsilon
+    unique = np.array([np.sum(own & (moves.sum(axis=0) == 1)) for own in moves])
+    shared = np.array([np.sum(own & (moves.sum(axis=0) > 1)) for own in moves])
+    factors = np.array(
+        [
+            1 + r * (min(s / u, alpha) if u else min(s / epsilon, alpha) if epsilon else alpha * (s > 0))
+            for s, u in zip(shared, unique, strict=True)
+        ]
+    )
+    found = elements.ram_factors(
+        elements.ram_overlaps(deltas, epsilon=epsilon), r=r, alpha=alpha, epsilon=epsilon
+    )
+    close(found, factors)
+    merged = elements.ramplus_tl(deltas.astype(dtype), np.ones(count, dtype), epsilon=epsilon, factors=found)
+    close(merged, ram(deltas, epsilon, factors), dtype)
+
+
+@TYPES
+@given(count=COUNTS, seed=SEEDS)
+def test_emr(dtype: Any, count: int, seed: int) -> None:
+    """Huang et al., §3.2: the sign of the sum, and the largest magnitude that has it."""
+    deltas = drawn(count, 60, seed)
+    merged = np.zeros(60)
+    for place, column in enumerate(deltas.T):
+        sign = 1 if column.sum() >= 0 else -1
+        merged[place] = sign * max([0.0, *np.abs(column[np.sign(column) == sign])])
+    close(elements.emr(deltas.astype(dtype), np.ones(count, dtype)), merged, dtype)
+
+
+@TYPES
+@given(seed=SEEDS, rows=st.integers(1, 4), row=st.integers(1, 20))
+def test_arcee_fusion(dtype: Any, seed: int, rows: int, row: int) -> None:
+    """s = |δ|·KL(softmax(θ) ‖ softmax(θ_PRE)) by rows; what reaches the median plus 1.5 times the distance
+    of the quartiles is taken over.
+    """
+    base, delta = (drawn(rows, row, one).astype(dtype) for one in (seed, seed + 1))
+    p, q = (
+        np.exp(one) / np.exp(one).sum(axis=1, keepdims=True) + 1e-8
+        for one in ((base + delta).astype(np.float64), base.astype(np.float64))
+    )
+    divergence = (p * np.log(p / q)).sum(axis=1)
+    np.testing.assert_allclose(elements.divergence(delta, base), divergence, rtol=1e-9, atol=1e-15)
+    expected = np.abs(delta) * divergence[:, None]
+    np.testing.assert_allclose(elements.importance(delta, divergence), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("numel", [1, 2, 3, 4, 5, 6, 1301, 5000])
+def test_arcee_fusion_takes_over_what_is_beyond_the_quartiles(numel: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(numel)
+    base = {"w": rng.normal(size=numel).astype(np.float32)}
+    tuned = {"w": (base["w"] + rng.normal(size=numel) * 0.1).astype(np.float32)}
+    merge(base, [tuned], tmp_path / "out", method="arcee_fusion")
+    # In a vector the divergence is one factor for all.
+    sizes = np.abs(tuned["w"] - base["w"])
+    one, two, three = (np.sort(sizes)[quarter * (numel - 1) // 4] for quarter in (1, 2, 3))
+    chosen = sizes >= two + 1.5 * (float(three) - one) if numel > 1 else np.array([True])
+    found = load_file(tmp_path / "out/model.safetensors")["w"]
+    assert np.array_equal(found != base["w"], chosen)
+    np.testing.assert_allclose(found, np.where(chosen, tuned["w"], base["w"]), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "method", ["ties", "fisher", "consensus_ta", "consensus_ties", "sce", "ram", "ramplus_tl", "emr"]
+)
 def test_arguments_stay_as_they_were(method: str) -> None:
     deltas, weights = drawn(3, 50, 1), np.array([1.0, 0.5, 2.0])
     told: dict[str, dict[str, Any]] = {
@@ -205,6 +309,7 @@ def test_arguments_stay_as_they_were(method: str) -> None:
         "consensus_ta": dict(undropped=deltas, mask_threshold=0.4, agree=2),
         "consensus_ties": dict(undropped=deltas, mask_threshold=0.4, agree=2, normalize=True),
         "sce": dict(selected=np.ones(50, np.bool_), energies=np.ones(3)),
+        "emr": {}, "ram": dict(epsilon=0.1), "ramplus_tl": dict(epsilon=0.1, factors=np.ones(3)),
     }  # fmt: skip
     before = deltas.copy(), weights.copy()
     getattr(elements, method)(deltas, weights, **told[method])
@@ -379,6 +484,35 @@ def test_karcher_leaves_out_models_of_zeros_but_not_from_the_length() -> None:
         combined(combinations.karcher(gram_of(models), np.ones(2), max_iter=10, tol=1e-5), models), model / 2
     )
     assert combinations.karcher(np.zeros((2, 2)), np.ones(2), max_iter=10, tol=1e-5).tolist() == [0, 0]
+
+
+@given(count=COUNTS, seed=SEEDS, normalize=st.booleans())
+def test_multislerp(count: int, seed: int, normalize: bool) -> None:
+    """The directions' weighted mean, made as long as the models are on average; one model is itself."""
+    models, weights = vectors(count, 20, seed, common=1.0), weights_of(count, seed)
+    found = combinations.multislerp(gram_of(models), weights, normalize_weights=normalize, eps=0.0)
+    shares = weights / weights.sum() if normalize else weights
+    lengths = np.linalg.norm(models, axis=1)
+    direction = unit((shares[:, None] * models / lengths[:, None]).sum(axis=0))
+    close(combined(found, models), shares @ lengths * direction if count > 1 else models[0])
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [1.0, 1.0, 2.0]])
+def test_multislerp_of_opposites(weights: list[float]) -> None:
+    """Of two the sum; mergekit, too, refuses more."""
+    model = vectors(1, 20, 1)[0]
+    models = np.stack([model, -2 * model] if len(weights) == 2 else [model, model, -model])
+    if len(weights) == 2:
+        found = combinations.multislerp(gram_of(models), np.array(weights), normalize_weights=True, eps=1e-8)
+        close(combined(found, models), -model / 2)
+        return
+    with pytest.raises(ConfigError, match=r"weights: expected directions .* not zero.*, found 1, 1, 2"):
+        combinations.multislerp(gram_of(models), np.array(weights), normalize_weights=True, eps=1e-8)
+
+
+def test_multislerp_of_models_that_did_not_move_is_the_base() -> None:
+    found = combinations.multislerp(np.zeros((3, 3)), np.ones(3), normalize_weights=True, eps=1e-8)
+    assert found.tolist() == [0, 0, 0]
 
 
 @given(count=st.integers(2, 5), seed=SEEDS)

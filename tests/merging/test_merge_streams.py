@@ -69,6 +69,20 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "sce": [{}, {"select_topk": 0.3}, {"select_topk": 0.05, "p": 0.5, "lambda": 0.5}],
     "consensus_ta": [{}, {"weight": W, "mask_threshold": 1.0, "agree": 1, "p": 0.5}],
     "consensus_ties": [{}, {"weight": W, "density": 0.5, "normalize": False, "agree": 3}],
+    "nearswap": [{"t": 0.1}, {"t": 0.3, "p": 0.5, "lambda": 0.5}],
+    "arcee_fusion": [{}, {"p": 0.5}],
+    "multislerp": [
+        {},
+        {"weight": [1.0, 0.5, 2.0], "of": "weights"},
+        {"weight": [1.0, 0.5, -0.25], "normalize_weights": False, "p": 0.5},
+    ],
+    "emr": [{}, {"p": [0.0, 0.5, 0.9], "lambda": 0.5}],
+    "tsv": [{}, {"p": 0.5, "lambda": 0.5}],
+    "iso_c": [{}, {"p": 0.5, "lambda": 0.5}],
+    "iso_cts": [{}, {"p": 0.5, "lambda": 0.5, "common_space_fraction": 0.5}],
+    "wudi": [{"steps": 3}, {"p": 0.5, "lambda": 0.5, "steps": 5, "learning_rate": 1e-3}],
+    "ram": [{}, {"epsilon": 0.2, "p": 0.5, "lambda": 0.5}],
+    "ramplus_tl": [{}, {"r": 0.5, "alpha": 1.0, "epsilon": 0.2, "p": [0.0, 0.5, 0.9]}],
 }
 
 
@@ -109,7 +123,7 @@ def models_for(method: str) -> list[State]:
     return MODELS[: MERGE_METHODS[method].models[1] or len(MODELS)]
 
 
-SUMS = {"slerp", "nuslerp", "model_stock", "karcher", "sce"}
+SUMS = {"slerp", "nuslerp", "multislerp", "model_stock", "karcher", "sce"}
 """What they do follows from float64 sums over a tensor, whose order is not the same here."""
 
 

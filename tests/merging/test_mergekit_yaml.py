@@ -310,7 +310,10 @@ _OURS = {
         "consensus_ta",
         "consensus_ties",
     ),
+    *("nearswap", "arcee_fusion", "multislerp", "ram", "ramplus_tl"),
+    *("tsv", "iso_c", "iso_cts", "wudi", "emr"),
 }
+_BASELESS = {"average", "karcher", "nuslerp", "multislerp"}
 
 
 def test_every_method_of_ours_can_be_named() -> None:
@@ -324,9 +327,7 @@ def test_a_method_keeps_its_name(name: str) -> None:
     assert recipe(merge_method=name, parameters={"weight": 1}).method == name
 
 
-@pytest.mark.parametrize(
-    "name", ["passthrough", "multislerp", "nearswap", "arcee_fusion", "ram", "ramplus_tl", "TIES", "none"]
-)
+@pytest.mark.parametrize("name", ["passthrough", "TIES", "none"])
 def test_a_method_that_we_lack(name: str) -> None:
     with pytest.raises(
         ConfigError, match=f"merge_method: expected one of linear, average, .*, found '{name}'"
@@ -404,13 +405,13 @@ def test_our_own_average_has_the_inputs_it_lists() -> None:
     assert names(recipe(merge_method="average")) == ["a", "b"]
 
 
-@pytest.mark.parametrize("name", ["linear", "average", "karcher", "nuslerp"])
+@pytest.mark.parametrize("name", ["linear", *sorted(_BASELESS)])
 def test_without_a_base_the_first_model_is_it(name: str) -> None:
     made = recipe(merge_method=name, base_model=None)
     assert (made.base, names(made)) == ("a", ["a", "b"])
 
 
-@pytest.mark.parametrize("name", sorted(_OURS - {"average", "karcher", "nuslerp"}))
+@pytest.mark.parametrize("name", sorted(_OURS - _BASELESS))
 def test_others_need_a_base(name: str) -> None:
     with pytest.raises(ConfigError, match="base_model: expected a name, found none"):
         recipe(merge_method=name, base_model=None)
@@ -424,6 +425,17 @@ def test_nuslerp_is_of_weights_or_of_deltas() -> None:
         **options,
     }
     assert recipe(merge_method="nuslerp", parameters={"of": "weights"}).parameters == {"of": "weights"}
+
+
+@pytest.mark.parametrize(("base", "of"), [("base", "deltas"), (None, "weights")])
+def test_multislerp_without_a_base_is_of_weights(base: str | None, of: str) -> None:
+    made = recipe(merge_method="multislerp", base_model=base, parameters={"normalize_weights": False})
+    assert made.parameters == {"of": of, "normalize_weights": False}
+
+
+def test_arcee_fusion_says_what_it_does_otherwise() -> None:
+    (said,) = notes(merge_method="arcee_fusion", models=[{"model": "a"}])
+    assert said.startswith("mergekit samples quartiles of large tensors at random")
 
 
 # Parameters.
@@ -504,12 +516,14 @@ def test_where_every_model_gives_a_density_nothing_is_added(name: str, parameter
     )
 
 
-@pytest.mark.parametrize("name", sorted(_OURS - {name for name, _, _ in _KEEPING_ALL} - {"nuslerp"}))
+@pytest.mark.parametrize(
+    "name", sorted(_OURS - {name for name, _, _ in _KEEPING_ALL} - {"nuslerp", "multislerp"})
+)
 def test_other_methods_keep_their_own_defaults(name: str) -> None:
     assert recipe(merge_method=name).parameters == {}
 
 
-@pytest.mark.parametrize("name", [*(name for name, _, _ in _KEEPING_ALL), "nuslerp"])
+@pytest.mark.parametrize("name", [*(name for name, _, _ in _KEEPING_ALL), "nuslerp", "multislerp"])
 def test_our_own_flavour_implies_nothing(name: str) -> None:
     assert recipe(flavour="dare_train", merge_method=name).parameters == {}
 

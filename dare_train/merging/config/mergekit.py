@@ -17,13 +17,14 @@ from .yaml_parts import Inputs, base_in_slices, fields_of, inputs_of, parsed, sa
 _NAMES = (
     "average task_arithmetic ties magnitude dare_linear dare_ties drop_only breadcrumbs "
     "breadcrumbs_ties della della_linear "
-    "model_stock slerp nuslerp karcher sce fisher regmean consensus_ta consensus_ties"
+    "model_stock slerp nuslerp karcher sce fisher regmean consensus_ta consensus_ties "
+    "nearswap arcee_fusion multislerp ram ramplus_tl tsv iso_c iso_cts wudi emr"
 )
 
 METHODS = {"linear": "average", **{name: name for name in _NAMES.split()}}
 """Names of methods in configurations, and ours."""
 
-_BASE_MAY_BE_MISSING = {"average", "karcher", "nuslerp"}
+_BASE_MAY_BE_MISSING = {"average", "karcher", "nuslerp", "multislerp"}
 _DENSITY_BECOMES_P = {"dare_linear", "dare_ties", "drop_only"}
 _RANDOM = {"dare_linear", "dare_ties", "drop_only", "della", "della_linear"}
 _RESCALED = {"dare_linear", "dare_ties", "della", "della_linear"}
@@ -155,6 +156,11 @@ def _notes(recipe: Recipe, given: set[str], dtype: str) -> Iterator[str]:
         )
     if "int8_mask" in given:
         yield "int8_mask is ignored: it saves mergekit memory and changes no value"
+    if recipe.method == "arcee_fusion":
+        yield (
+            "mergekit samples quartiles of large tensors at random and compares divergences in float32; here "
+            "both are exact, in float64"
+        )
     if recipe.method == "karcher" and "weight" in given:
         yield "mergekit's karcher ignores weight; here it counts"
 
@@ -219,7 +225,8 @@ def _with_implied(method: str, base: str | None, inputs: Inputs, shared: Setting
     """What the models share, and with it what mergekit decides where a file says nothing, and this package
     otherwise.
     """
-    implied = {**_IMPLIED, "nuslerp": ("of", "weights" if base is None else "deltas")}
+    of = ("of", "weights" if base is None else "deltas")
+    implied = {**_IMPLIED, "nuslerp": of, "multislerp": of}
     if method not in implied:
         return shared
     name, value = implied[method]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import ConfigError
+
 Coefficients = NDArray[np.float64]
 
 
@@ -66,6 +68,42 @@ def nuslerp(gram: Coefficients, weights: Coefficients) -> Coefficients:
     first = np.where(straight, 1 - t, np.sin((1 - t) * angle) / np.sin(angle))
     second = np.where(straight, t, np.sin(t * angle) / np.sin(angle))
     return np.stack([first, second], axis=-1)
+
+
+def multislerp(
+    gram: Coefficients, weights: Coefficients, *, normalize_weights: bool, eps: float
+) -> Coefficients:
+    """Spherical interpolation of any number of models: the mean of their directions, as long as they are on
+    average.
+
+        θ = Σᵢ wᵢ‖θᵢ‖ · m/‖m‖        m = Σᵢ wᵢθᵢ/(‖θᵢ‖ + ε)
+
+    https://goddard.blog/posts/multislerp-wow-what-a-cool-idea, and mergekit's method of that name, whose
+    further step in the space tangent at m has length zero: Σᵢ wᵢ(uᵢ - (uᵢ·m)m/‖m‖²) = 0. Where two models'
+    directions cancel, the sum Σᵢ wᵢθᵢ. `normalize_weights` divides the weights by their sum.
+
+    Raises:
+        ConfigError: the directions of more than two models cancel.
+    """
+    if weights.size == 1:
+        return np.ones(1)
+    shares = weights / _nonzero(float(weights.sum())) if normalize_weights else weights
+    norms = np.sqrt(np.diagonal(gram))
+    if not norms.any():
+        return np.zeros_like(weights)
+    directed = shares / np.maximum(norms + eps, np.finfo(np.float64).tiny)
+    length = _length(directed, gram)
+    # Below it, what is left of a sum of float64 products that cancel is noise.
+    if length < max(eps, 1e-7):
+        if weights.size == 2:
+            return shares
+        raise ConfigError(
+            "weights",
+            expected="directions of the models whose weighted sum is not zero, for multislerp",
+            found=", ".join(f"{weight:g}" for weight in weights),
+            remedy="give other weights",
+        )
+    return float((shares * norms).sum()) * directed / length
 
 
 def karcher(gram: Coefficients, weights: Coefficients, *, max_iter: int, tol: float) -> Coefficients:

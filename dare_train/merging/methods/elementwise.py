@@ -90,6 +90,114 @@ def sce(
     return summed(chosen * counts) / np.maximum(summed(counts), deltas.dtype.type(1e-6))
 
 
+def nearswap(deltas: FloatArray, weights: FloatArray, *, t: float) -> FloatArray:
+    """NearSwap: one model's weights take the place of the base's where the two are near.
+
+        δ = min(1, t / max(|δ₁|, 10⁻⁶)) · δ₁
+
+    https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001, and mergekit's method of that name. What
+    moved by less than `t` is swapped, what moved further moves by `t`. The user's weights do not count.
+    """
+    (delta,) = deltas
+    ones = _library(delta).ones_like(delta)
+    near: FloatArray = (ones * t / abs(delta).clip(1e-6)).clip(0, 1) * delta
+    return near
+
+
+def ram(deltas: FloatArray, weights: FloatArray, *, epsilon: float) -> FloatArray:
+    """Reinforced Agent Merging: the mean of the models that move an element.
+
+        mᵢ = 1{|δᵢ| > ε}        δ = Σᵢ mᵢδᵢ / max(Σᵢ mᵢ, 1)
+
+    https://arxiv.org/abs/2601.13572, as mergekit's method of that name. The user's weights do not count.
+    """
+    moved, counts = _movers(deltas, epsilon)
+    mean: FloatArray = summed(moved) / counts.clip(1)
+    return mean
+
+
+def ramplus_tl(
+    deltas: FloatArray, weights: FloatArray, *, epsilon: float, factors: NDArray[np.float64]
+) -> FloatArray:
+    """RAM+ ("tensor-local"): as `ram`, and what only one model moves counts more, the more of that model's
+    other elements are shared.
+
+        δ = λᵢδᵢ where only mᵢ is 1, else Σᵢ mᵢδᵢ / max(Σᵢ mᵢ, 1)
+
+    https://arxiv.org/abs/2601.13572, as mergekit's method of that name. `factors`, shape (n,), are the
+    `ram_factors` of the tensor.
+    """
+    moved, counts = _movers(deltas, epsilon)
+    alone = summed(moved * factors.astype(deltas.dtype)[:, None])
+    merged: FloatArray = np.where(counts == 1, alone, summed(moved) / counts.clip(1))
+    return merged
+
+
+def ram_overlaps(deltas: FloatArray, *, epsilon: float) -> NDArray[np.int64]:
+    """How many of the elements that each model moves others move, too, and how many none does: shape
+    (n, 2).
+    """
+    moves = np.abs(deltas) > epsilon
+    counts = moves.sum(axis=0)
+    return np.stack([(moves & (counts > 1)).sum(axis=1), (moves & (counts == 1)).sum(axis=1)], axis=1)
+
+
+def ram_factors(
+    overlaps: NDArray[np.int64], *, r: float, alpha: float, epsilon: float
+) -> NDArray[np.float64]:
+    """Of what only one model moves, from the `ram_overlaps` of the whole tensor.
+
+    λᵢ = 1 + r · min(sharedᵢ / max(uniqueᵢ, ε), α)
+    """
+    shared, unique = overlaps.astype(np.float64).T
+    ratios = shared / np.maximum(unique, max(epsilon, np.finfo(np.float64).tiny))
+    return np.asarray(1 + r * np.clip(ratios, 0, alpha))
+
+
+def emr(deltas: FloatArray, weights: FloatArray) -> FloatArray:
+    """EMR-Merging's unified delta: elect a sign, then take the largest of those that agree with it.
+
+        γ = sgn(Σᵢ δᵢ)        δ = γ · max over the i with sgn(δᵢ) = γ of |δᵢ|
+
+    Huang et al., https://arxiv.org/abs/2405.17461, §3.2. A sum of zero elects plus. The user's weights do not
+    count.
+    """
+    sign = _elected(deltas)
+    agreeing = (deltas * sign).clip(0)
+    largest: FloatArray = agreeing[0]
+    for other in agreeing[1:]:
+        largest = _library(deltas).maximum(largest, other)
+    return largest * sign
+
+
+def arcee_fusion(deltas: FloatArray, weights: FloatArray, *, important: NDArray[np.bool_]) -> FloatArray:
+    """Arcee Fusion: one model's delta, where it is important.
+
+        δ = δ₁ where s ≥ median(s) + 1.5·(Q₃(s) - Q₁(s)), else 0
+
+    mergekit's method of that name. `important`, shape (k,): where that is so of the `importance` s, whose
+    quartiles are those of the tensor. The user's weights do not count.
+    """
+    (delta,) = deltas
+    chosen: FloatArray = delta * important
+    return chosen
+
+
+def importance(delta: FloatArray, divergence: NDArray[np.float64]) -> NDArray[np.float32]:
+    """s = |δ|·D of whole rows, [rows, row], of which `divergence` has D, [rows]."""
+    return (np.abs(delta) * divergence[:, None]).astype(np.float32)
+
+
+def divergence(delta: FloatArray, base: FloatArray) -> NDArray[np.float64]:
+    """How far each row's distribution moved, [rows] of [rows, row].
+
+    D = Σⱼ pⱼ log(pⱼ/qⱼ)        p = softmax(θ_PRE + δ) + 10⁻⁸,  q = softmax(θ_PRE) + 10⁻⁸
+    """
+    before = base.astype(np.float64)
+    moved, stayed = (_softmax(row) + 1e-8 for row in (before + delta, before))
+    return np.asarray(np.maximum((moved * np.log(moved / stayed)).sum(axis=-1), 0.0))
+
+
 def _consensus(merged: FloatArray, undropped: FloatArray, mask_threshold: float, agree: int) -> FloatArray:
     library = _library(merged)
     ones = library.ones_like(merged)
@@ -117,6 +225,18 @@ def _elected(deltas: FloatArray) -> FloatArray:
     return signs
 
 
+def _movers(deltas: FloatArray, epsilon: float) -> tuple[FloatArray, FloatArray]:
+    """The deltas of those models that move an element, zero for the others, and how many these are."""
+    library = _library(deltas)
+    moving = library.where(abs(deltas) > epsilon, library.ones_like(deltas), library.zeros_like(deltas))
+    return deltas * moving, summed(moving)
+
+
+def _softmax(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    grown = np.exp(rows - rows.max(axis=-1, keepdims=True))
+    return np.asarray(grown / grown.sum(axis=-1, keepdims=True))
+
+
 def summed(rows: Iterable[NDArray[Any]]) -> FloatArray:
     """Their sum, one after the other: numpy would choose the order by the shape."""
     first, *others = rows
@@ -137,7 +257,7 @@ def _library(array: Any) -> Any:
     return np if isinstance(array, np.ndarray) else sys.modules["torch"]
 
 
-ANYWHERE = (ties, consensus_ta, consensus_ties)
+ANYWHERE = (ties, consensus_ta, consensus_ties, nearswap, ram, emr)
 """Those that take torch's tensors as well, on any device."""
 
 COMPILED: dict[Callable[..., FloatArray], Callable[..., FloatArray]] = {ties: sums.ties}

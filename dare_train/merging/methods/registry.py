@@ -10,16 +10,38 @@ from math import inf
 from typing import Any, Literal
 
 from ...errors import ConfigError
-from . import combinations, matrices
+from . import combinations, interference, matrices, spectra
 from . import elementwise as elements
+from .common_parameters import (
+    COMMON,
+    DARE,
+    DENSITY,
+    EPSILON,
+    FLOOR,
+    GAMMA,
+    LAMBDA,
+    LARGEST,
+    MOVES,
+    OF,
+    PRUNED,
+    TALL,
+    TOPK,
+    WEIGHT,
+    P,
+    Q,
+    T,
+    normalized,
+    with_default,
+)
 from .parameters import Parameter
 
 Dropping = Literal["none", "random", "magnitude", "outliers", "magprune"]
 """How elements of each delta are chosen before the method combines them; `drops` has the rules."""
 
 Reach = Literal["elements", "coefficients", "matrix", "tensor"]
-"""What the function is given: any run of elements; the Gram matrix of the vectors that it combines; the
-matrix of a linear layer, with those of its inputs; or whole tensors in their shapes."""
+"""What the function is given: any run of elements; the Gram matrix of the vectors that it combines; matrices,
+with those of their inputs where it `needs` them, while what is no matrix is averaged; or whole tensors in
+their shapes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +59,7 @@ class Method:
     drops: Dropping = "none"
     space: Literal["deltas", "weights"] = "deltas"
     """What a method of coefficients combines."""
-    needs: Literal["fisher", "gram", "undropped", "variance"] | None = None
+    needs: Literal["fisher", "gram", "undropped", "variance", "importance", "overlap"] | None = None
     """What the function is given besides."""
     rescale: Literal["none"] | None = None
     """The rule that is the method's own, whatever the recipe says."""
@@ -53,76 +75,10 @@ class Method:
         )
 
 
-WEIGHT = Parameter(name="weight", default=1.0, per_model=True, meaning="factor w of the model")
-P = Parameter(
-    name="p",
-    default=0.0,
-    per_model=True,
-    meaning="drop rate: DARE before the method, on deltas of which nothing was dropped yet",
-)
-Q = Parameter(
-    name="q", default=0.0, between=(0, 1), per_model=True,
-    meaning="survivors are multiplied by 1/q where the rescale rule is q; 0: worked out",
-)  # fmt: skip
-LAMBDA = Parameter(name="lambda", default=1.0, meaning="factor of the merged delta")
-DENSITY = Parameter(
-    name="density",
-    default=1.0,
-    between=(0, 1),
-    per_model=True,
-    meaning="share of each tensor's elements that are kept",
-)
-_COMMON = (WEIGHT, P, Q)
-
-
-def _normalize(default: bool) -> Parameter:
-    return Parameter(
-        name="normalize",
-        kind=bool,
-        default=default,
-        meaning="divide by the sum of the weights that took part",
-    )
-
-
-def _default(parameter: Parameter, value: float) -> Parameter:
-    return Parameter(**{**vars(parameter), "default": value})
-
-
-_DARE = (WEIGHT, _default(P, 0.9), Q)
-_GAMMA = Parameter(
-    name="gamma",
-    default=0.01,
-    between=(0, 1),
-    per_model=True,
-    meaning="share of the elements, the largest, that are dropped as outliers",
-)
-_EPSILON = Parameter(
-    name="epsilon",
-    default=0.15,
-    per_model=True,
-    meaning="drop rates go from p + ε to p - ε as magnitudes grow",
-)
-_LARGEST = _default(DENSITY, 0.2)
-_PRUNED = _default(DENSITY, 0.3)
-_TALL = (
-    Parameter(
-        name="mask_threshold",
-        default=0.4,
-        meaning="λ of the masks: how large a delta must be beside what the others add",
-    ),
-    Parameter(name="agree", kind=int, default=2, meaning="in how many models' masks an element must be"),
-)
-_FLOOR = Parameter(
-    name="floor", default=1e-6, between=(0, inf), meaning="least Fisher information that counts"
-)
-_TOPK = Parameter(
-    name="select_topk", default=1.0, between=(0, 1), meaning="share of the elements, those that vary most"
-)
 _SUM: dict[str, Any] = dict(
     function=combinations.task_arithmetic, reach="coefficients", arguments=("normalize",)
 )
 _ELECTED: dict[str, Any] = dict(function=elements.ties, reach="elements", arguments=("normalize",))
-_T = Parameter(name="t", default=0.5, meaning="where on the arc: 0 is the first model, 1 the second")
 
 _BUILT_IN = [
     Method(
@@ -130,12 +86,12 @@ _BUILT_IN = [
         function=combinations.average,
         reach="coefficients",
         space="weights",
-        parameters=(*_COMMON, _normalize(True)),
+        parameters=(*COMMON, normalized(True)),
         arguments=("normalize",),
     ),
-    Method(name="task_arithmetic", **_SUM, parameters=(*_COMMON, LAMBDA, _normalize(False))),
+    Method(name="task_arithmetic", **_SUM, parameters=(*COMMON, LAMBDA, normalized(False))),
     Method(
-        name="ties", **_ELECTED, drops="magnitude", parameters=(*_COMMON, LAMBDA, _LARGEST, _normalize(True))
+        name="ties", **_ELECTED, drops="magnitude", parameters=(*COMMON, LAMBDA, LARGEST, normalized(True))
     ),
     Method(
         name="fisher",
@@ -143,7 +99,7 @@ _BUILT_IN = [
         reach="elements",
         needs="fisher",
         arguments=("floor",),
-        parameters=(*_COMMON, LAMBDA, _FLOOR),
+        parameters=(*COMMON, LAMBDA, FLOOR),
     ),
     Method(
         name="regmean",
@@ -152,7 +108,7 @@ _BUILT_IN = [
         needs="gram",
         arguments=("shrink", "ridge"),
         parameters=(
-            *_COMMON,
+            *COMMON,
             LAMBDA,
             Parameter(name="shrink", default=0.9, meaning="factor α of the Gram matrices off the diagonal"),
             Parameter(
@@ -163,38 +119,38 @@ _BUILT_IN = [
             ),
         ),
     ),
-    Method(name="dare_linear", **_SUM, parameters=(*_DARE, LAMBDA, _normalize(False))),
-    Method(name="dare_ties", **_ELECTED, parameters=(*_DARE, LAMBDA, _normalize(False))),
-    Method(name="drop_only", **_SUM, rescale="none", parameters=(*_DARE, LAMBDA, _normalize(False))),
+    Method(name="dare_linear", **_SUM, parameters=(*DARE, LAMBDA, normalized(False))),
+    Method(name="dare_ties", **_ELECTED, parameters=(*DARE, LAMBDA, normalized(False))),
+    Method(name="drop_only", **_SUM, rescale="none", parameters=(*DARE, LAMBDA, normalized(False))),
     Method(
         name="magnitude",
         **_SUM,
         drops="magnitude",
-        parameters=(*_COMMON, LAMBDA, _default(DENSITY, 0.1), _normalize(False)),
+        parameters=(*COMMON, LAMBDA, with_default(DENSITY, 0.1), normalized(False)),
     ),
     Method(
         name="breadcrumbs",
         **_SUM,
         drops="outliers",
-        parameters=(*_COMMON, LAMBDA, DENSITY, _GAMMA, _normalize(False)),
+        parameters=(*COMMON, LAMBDA, DENSITY, GAMMA, normalized(False)),
     ),
     Method(
         name="breadcrumbs_ties",
         **_ELECTED,
         drops="outliers",
-        parameters=(*_COMMON, LAMBDA, DENSITY, _GAMMA, _normalize(False)),
+        parameters=(*COMMON, LAMBDA, DENSITY, GAMMA, normalized(False)),
     ),
     Method(
         name="della",
         **_ELECTED,
         drops="magprune",
-        parameters=(*_COMMON, LAMBDA, _PRUNED, _EPSILON, _normalize(True)),
+        parameters=(*COMMON, LAMBDA, PRUNED, EPSILON, normalized(True)),
     ),
     Method(
         name="della_linear",
         **_SUM,
         drops="magprune",
-        parameters=(*_COMMON, LAMBDA, _PRUNED, _EPSILON, _normalize(False)),
+        parameters=(*COMMON, LAMBDA, PRUNED, EPSILON, normalized(False)),
     ),
     Method(
         name="model_stock",
@@ -218,7 +174,7 @@ _BUILT_IN = [
         reach="coefficients",
         space="weights",
         models=(2, 2),
-        parameters=(P, Q, _T),
+        parameters=(P, Q, T),
         arguments=("t",),
     ),
     Method(
@@ -227,14 +183,8 @@ _BUILT_IN = [
         reach="coefficients",
         models=(2, 2),
         parameters=(
-            *_COMMON,
-            Parameter(
-                name="of",
-                kind=str,
-                default="deltas",
-                choices=("deltas", "weights"),
-                meaning="what is interpolated",
-            ),
+            *COMMON,
+            OF,
             Parameter(name="nuslerp_flatten", kind=bool, default=True, meaning="one angle for the tensor"),
             Parameter(
                 name="nuslerp_row_wise",
@@ -250,7 +200,7 @@ _BUILT_IN = [
         reach="coefficients",
         space="weights",
         parameters=(
-            *_COMMON,
+            *COMMON,
             Parameter(name="max_iter", kind=int, default=10, between=(0, inf), meaning="most steps"),
             Parameter(name="tol", default=1e-5, meaning="a step shorter than this is the last"),
         ),
@@ -261,14 +211,14 @@ _BUILT_IN = [
         function=elements.sce,
         reach="elements",
         needs="variance",
-        parameters=(P, Q, LAMBDA, _TOPK),
+        parameters=(P, Q, LAMBDA, TOPK),
     ),
     Method(
         name="consensus_ta",
         function=elements.consensus_ta,
         reach="elements",
         needs="undropped",
-        parameters=(*_COMMON, LAMBDA, *_TALL),
+        parameters=(*COMMON, LAMBDA, *TALL),
         arguments=("mask_threshold", "agree"),
     ),
     Method(
@@ -277,8 +227,102 @@ _BUILT_IN = [
         reach="elements",
         needs="undropped",
         drops="magnitude",
-        parameters=(*_COMMON, LAMBDA, _LARGEST, _normalize(True), *_TALL),
+        parameters=(*COMMON, LAMBDA, LARGEST, normalized(True), *TALL),
         arguments=("normalize", "mask_threshold", "agree"),
+    ),
+    Method(
+        name="nearswap",
+        function=elements.nearswap,
+        reach="elements",
+        models=(1, 1),
+        parameters=(
+            P,
+            Q,
+            LAMBDA,
+            Parameter(
+                name="t", default=1e-4, between=(0, inf), meaning="how far an element may move from the base"
+            ),
+        ),
+        arguments=("t",),
+    ),
+    Method(
+        name="arcee_fusion",
+        function=elements.arcee_fusion,
+        reach="elements",
+        needs="importance",
+        models=(1, 1),
+        parameters=(P, Q, LAMBDA),
+    ),
+    Method(
+        name="multislerp",
+        function=combinations.multislerp,
+        reach="coefficients",
+        parameters=(
+            *COMMON,
+            OF,
+            Parameter(
+                name="normalize_weights", kind=bool, default=True, meaning="divide the weights by their sum"
+            ),
+            Parameter(name="eps", default=1e-8, between=(0, inf), meaning="added to the vectors' lengths"),
+        ),
+        arguments=("normalize_weights", "eps"),
+    ),
+    Method(
+        name="ram",
+        function=elements.ram,
+        reach="elements",
+        parameters=(P, Q, LAMBDA, MOVES),
+        arguments=("epsilon",),
+    ),
+    Method(
+        name="ramplus_tl",
+        function=elements.ramplus_tl,
+        reach="elements",
+        needs="overlap",
+        parameters=(
+            P,
+            Q,
+            LAMBDA,
+            MOVES,
+            Parameter(name="r", default=0.1, meaning="how much more counts what only one model moves"),
+            Parameter(
+                name="alpha", default=0.2, between=(0, inf), meaning="most of shared to unique that counts"
+            ),
+        ),
+        arguments=("epsilon",),
+    ),
+    Method(name="emr", function=elements.emr, reach="elements", parameters=(P, Q, LAMBDA)),
+    Method(name="tsv", function=spectra.tsv, reach="matrix", parameters=(P, Q, LAMBDA)),
+    Method(name="iso_c", function=spectra.iso_c, reach="matrix", parameters=(P, Q, LAMBDA)),
+    Method(
+        name="iso_cts",
+        function=spectra.iso_cts,
+        reach="matrix",
+        parameters=(
+            P,
+            Q,
+            LAMBDA,
+            Parameter(
+                name="common_space_fraction",
+                default=0.8,
+                between=(0, 1),
+                meaning="share of the directions that are the sum's",
+            ),
+        ),
+        arguments=("common_space_fraction",),
+    ),
+    Method(
+        name="wudi",
+        function=interference.wudi,
+        reach="matrix",
+        parameters=(
+            P,
+            Q,
+            LAMBDA,
+            Parameter(name="steps", kind=int, default=300, between=(0, inf), meaning="steps of Adam"),
+            Parameter(name="learning_rate", default=1e-5, between=(0, inf), meaning="of Adam"),
+        ),
+        arguments=("steps", "learning_rate"),
     ),
 ]
 
@@ -315,15 +359,15 @@ def register_merge_method(
     if reach not in ("elements", "tensor"):
         raise ConfigError("reach", expected="elements or tensor", found=repr(reach))
     extra: dict[Dropping, tuple[Parameter, ...]] = {
-        "none": (), "random": (), "magnitude": (DENSITY,), "outliers": (DENSITY, _GAMMA),
-        "magprune": (DENSITY, _EPSILON),
+        "none": (), "random": (), "magnitude": (DENSITY,), "outliers": (DENSITY, GAMMA),
+        "magprune": (DENSITY, EPSILON),
     }  # fmt: skip
     if drops not in extra:
         raise ConfigError("drops", expected=f"one of {', '.join(extra)}", found=repr(drops))
     further = tuple(
         Parameter(name=key, kind=type(value), default=value) for key, value in (parameters or {}).items()
     )
-    common = (WEIGHT, _default(P, 0.9) if drops == "random" else P, Q)
+    common = (WEIGHT, with_default(P, 0.9) if drops == "random" else P, Q)
     rule: Dropping = "none" if drops == "random" else drops
     MERGE_METHODS[name] = Method(
         name=name, function=function, reach=reach, drops=rule,

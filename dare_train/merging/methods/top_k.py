@@ -141,3 +141,15 @@ def largest(
         equal=int(places[-1]),
         last=last,
     )
+
+
+def of_rank(each_run: Runs, numel: int, rank: int) -> float:
+    """The element of a tensor that has `rank` smaller ones, or equals, before it: 0 is the least.
+
+    Args:
+        each_run: walks over the tensor, and leaves no element out.
+    """
+    if rank == 0:
+        least: list[np.float32] = list(each_run(lambda _, sizes: np.fmin.reduce(sizes)))  # type: ignore[arg-type]
+        return float(np.fmin.reduce(least))
+    return float(largest(each_run, numel - rank).bound.view(np.float32))
