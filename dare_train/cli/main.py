@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional, cast
 import typer
 
 from ..errors import ConfigError, DareError
+from . import adapter_commands as adapters
 from . import study_commands as studies
 from . import training_commands as training
 from .terminal import (
@@ -311,6 +312,7 @@ def _searched(
     return results(trials_done)
 
 
+app.add_typer(adapters.app)
 app.add_typer(studies.app)
 app.add_typer(training.app)
 
