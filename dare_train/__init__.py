@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .adapters.extracted_lora import ExtractedLora as ExtractedLora
+    from .adapters.extracted_lora import extract_lora as extract_lora
     from .applying.apply import apply as apply
     from .applying.apply import verify as verify
     from .applying.cache import PackageCache as PackageCache
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     rates = drop_rates
 
 _PUBLIC = {
+    "adapters.extracted_lora": "ExtractedLora extract_lora",
     "applying.apply": "apply verify",
     "applying.cache": "PackageCache",
     "applying.in_place": "applied apply_",

@@ -20,7 +20,7 @@ ROOMS = [
     ["weights"],
     ["package", "evaluation"],
     ["extracting", "applying", "merging.methods", "merging.statistics"],
-    ["snapshots", "merging.models"],
+    ["snapshots", "merging.models", "adapters"],
     ["merging.config", "integrations"],
     ["merging"],
     ["training", "studies"],

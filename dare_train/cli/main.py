@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, Optional, cast
 import typer
 
 from ..errors import ConfigError, DareError, printable
+from . import adapter_commands as adapters
 from . import merge_command as merging
 from . import study_commands as studies
 from . import training_commands as training
@@ -186,6 +187,7 @@ def apply(
 
 
 app.add_typer(merging.app)
+app.add_typer(adapters.app)
 app.add_typer(studies.app)
 app.add_typer(training.app)
 

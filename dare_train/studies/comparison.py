@@ -34,6 +34,7 @@ from ..weights.lora_checkpoint import merge_adapter
 from ..weights.lora_config import AdapterConfig
 from ..weights.opening import WeightsLike, open_weights
 from ..weights.protocol import HeldWords, Mapped, Weights
+from ..weights.singular_vectors import largest_singular
 from .variants import base_weights_only
 
 if TYPE_CHECKING:
@@ -286,11 +287,8 @@ def _truncated(delta: FloatArray, rank: int) -> tuple[FloatArray, int] | None:
     rows, columns = delta.shape
     if rank * (rows + columns) >= rows * columns:
         return None
-    left, sizes, right = np.linalg.svd(delta.astype(np.float32), full_matrices=False)
-    roots = np.sqrt(sizes[:rank])
-    return _rounded(left[:, :rank] * roots) @ _rounded(roots[:, None] * right[:rank]), 16 * rank * (
-        rows + columns
-    )
+    left, right = largest_singular(delta.astype(np.float32), rank, seed=0).factors(rank)
+    return _rounded(left) @ _rounded(right), 16 * rank * (rows + columns)
 
 
 def _rounded(values: FloatArray) -> FloatArray:

@@ -27,6 +27,7 @@ class AdaptedBase:
         placed = {source for place in modules.places.values() for source in place.sources}
         unplaced = {name: adapter.tensors[key].shape for name, key in keys.items() if name not in placed}
         beside = {name: Place.whole(name, shape) for name, shape in unplaced.items()}
+        # A module that was trained in full may have other rows than the base's, such as a new head.
         resized = {
             name: Place.whole(source, adapter.tensors[keys[source]].shape)
             for name, place in modules.places.items()
@@ -38,15 +39,10 @@ class AdaptedBase:
         for name, place in self.places.items():
             trained = [keys[source] for source in sorted(place.sources) if source in keys]
             if trained:
-                shape = place.shape if place.sources - keys.keys() else self._shape(place, trained)
-                info = TensorInfo(adapter.tensors[trained[0]].dtype, shape)
+                info = TensorInfo(adapter.tensors[trained[0]].dtype, place.shape)
                 self.tensors[name] = self._info(name, info, rounded)
         for source, key in keys.items():
             self.in_modules[source] = TensorInfo(self._dtype_of(source), adapter.tensors[key].shape)
-
-    def _shape(self, place: Place, trained: list[str]) -> tuple[int, ...]:
-        """A module that was trained in full may have other rows than the base's, such as a new head."""
-        return self._adapter.tensors[trained[0]].shape if len(trained) == 1 else place.shape
 
     def _info(self, name: str, info: TensorInfo, rounded: bool) -> TensorInfo:
         base_info = self._base.tensors.get(name)

@@ -117,12 +117,17 @@ def by_class(
             continue
         known = {of for of, _ in model.named_modules()}
         if all(_BASE_LAYERS.sub("", module) in known for module in modules):
-            return _of_model(base, model, label, own=name == itself)
+            return of_model(base, model, label, own=name == itself)
     return None
 
 
-def _of_model(base: Weights, model: Any, label: str, *, own: bool) -> Modules:
-    """`own`: the files are of this class, and say what tensors are called."""
+def of_model(base: Weights, model: Any, label: str, *, own: bool = False) -> Modules:
+    """As a model has them, which may have no weights.
+
+    Args:
+        label: what messages call the model.
+        own: the files are of this class, and say what tensors are called.
+    """
     from .named_tensors import NamedTensors
     from .sharding import held as held_of
 

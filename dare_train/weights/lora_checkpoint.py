@@ -136,6 +136,9 @@ def _modules(
             aligned, prefix = base, ""
         known = all(name in aligned.tensors or config.adds(name) for name in (*weights, *full))
         found = plain(aligned)
+        elsewhere = _in_other_files(base, aligned, named, full, config, adapter.label)
+        if elsewhere is not None:
+            return elsewhere
         if known and not _lie_both_ways(factors, found, adapter):
             itself = by_class(base, named, config, adapter.label, own=True) if prefix else None
             return itself or found
@@ -148,6 +151,24 @@ def _modules(
         raise CheckpointError(where, expected=expected, found=f"none such at {base.label}", remedy=MERGE)
     aligned, _ = align(base, {*weights, *full}, model=adapter.label)
     return plain(aligned)
+
+
+def _in_other_files(
+    base: Weights,
+    aligned: Weights,
+    named: set[str],
+    full: Mapping[str, str],
+    config: AdapterConfig,
+    label: str,
+) -> Modules | None:
+    """As the base's class has them, where tensors that were trained in full, such as joined experts, lie in
+    its files under other names, so that they are not new.
+    """
+    absent = full.keys() - aligned.tensors.keys()
+    if not any(config.adds(name) for name in absent):
+        return None
+    modules = by_class(base, named, config, label)
+    return modules if modules is not None and absent & modules.tensors.keys() else None
 
 
 def _lie_both_ways(factors: Mapping[str, Mapping[str, str]], modules: Modules, adapter: Checkpoint) -> bool:

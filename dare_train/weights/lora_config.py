@@ -33,6 +33,7 @@ _SHOWN_BY_TENSORS = {
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
+    "ensure_weight_tying",
 }
 _OF_TRAINING = {
     "init_lora_weights",

@@ -66,6 +66,11 @@ def class_for_task(task: str, config: Mapping[str, Any]) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def task_of_class(name: str, config: Mapping[str, Any]) -> str | None:
+    """The task, in PEFT's words, that a class of transformers is for; None where it is for no such task."""
+    return next((task for task in _MAPPINGS if class_for_task(task, config) == name), None)
+
+
 _MAPPINGS = {
     "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM",
     "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM",

@@ -1,0 +1,1 @@
+"""Deltas as LoRA adapters of low rank."""
