@@ -98,7 +98,10 @@ def compare(
     monkeypatch: pytest.MonkeyPatch,
     **options: Any,
 ) -> None:
-    """The same files from a base on the device as from one that the CPU works on."""
+    """The same files from a base on the device as from one that the CPU works on, also where it has no finite
+    numbers.
+    """
+    options = {"allow_nonfinite": True, **options}
     merge(
         to(base, device),
         [to(one, device) if isinstance(one, dict) else one for one in models],
