@@ -65,7 +65,7 @@ class DeltaPackage:
     @once
     def _parts(self) -> Mapping[str, Part]:
         """By file: each is opened once, and what is hashed is what is read."""
-        return {part.file: Part(self.path / part.file) for part in self.manifest.parts}
+        return {record.file: _opened(self.path / record.file, record) for record in self.manifest.parts}
 
     @once
     def _segments(self) -> SegmentIndex:
@@ -193,6 +193,15 @@ def checking(packages: Iterable[DeltaPackage]) -> Iterator[Callable[[], None]]:
 def _check_all(packages: Iterable[DeltaPackage]) -> None:
     for package in packages:
         package.check_integrity()
+
+
+def _opened(path: Path, record: FileRecord) -> Part:
+    """A part; where it is none, damage that explains it is what is raised."""
+    try:
+        return Part(path)
+    except PackageError:
+        check_digest(path, record, sha256_of(path))
+        raise
 
 
 def check_digest(path: Path, record: FileRecord, digest: str) -> None:
