@@ -23,9 +23,9 @@ def task_and_notes(
     *,
     strict: bool = False,
     **options: Any,
-) -> tuple[MergeTask, list[str]]:
-    """The merge of a configuration file, or of a base and models with options, and what the user should know
-    of it.
+) -> tuple[MergeTask | Stack, list[str]]:
+    """The merge of a configuration file, or of a base and models with options, or the layers that a file
+    stacks; and what the user should know of it.
 
     Args:
         sources: one file that ends in .yml or .yaml; or the base, then the models.
@@ -43,6 +43,9 @@ def task_and_notes(
             raise ConfigError(
                 sources[0], expected="all options in the configuration itself", found=", ".join(also)
             )
+        stacked = read_stack(Path(sources[0]), strict=strict)
+        if stacked is not None:
+            return stacked, [*stacked.notes]
         recipe, notes = mergekit.read(Path(sources[0]), strict=strict)
         return MergeTask.of(recipe), notes
     if len(sources) < 2:
@@ -55,13 +58,6 @@ def task_and_notes(
     return task_of(
         base, models, method=method or "task_arithmetic", parameters=dict(map(_setting, settings)), **given
     ), []
-
-
-def stack_of(sources: Sequence[str], *, strict: bool) -> Stack | None:
-    """The layers to stack, where that is what one file asks for."""
-    if len(sources) != 1 or not sources[0].endswith(_CONFIGURATIONS):
-        return None
-    return read_stack(Path(sources[0]), strict=strict)
 
 
 def _setting(text: str) -> tuple[str, Scalar | list[Scalar]]:

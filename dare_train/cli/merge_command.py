@@ -106,16 +106,12 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Merge packages and models of one base into a checkpoint or a package."""
-    from ..merging.config.task import rounding_of
+    from ..merging.config.task import MergeTask, rounding_of
     from ..merging.merge import run
     from ..parallel.inputs_of import check_apart
     from . import merge_arguments as arguments
 
     check_apart(out, [Path(source) for source in sources if Path(source).is_file()])
-    stacked = arguments.stack_of(sources, strict=strict)
-    if stacked is not None:
-        _stack(stacked, out, allow_nonfinite=allow_nonfinite, overwrite=overwrite)
-        return
     if dtype is not None:
         rounding = rounding_of(dtype, out_dtype, cast("Rounding | None", rounding))
     models, axes = arguments.axes(sources, search) if search else (sources, [])
@@ -126,6 +122,11 @@ def merge(
         rename=arguments.pairs("rename", rename), fisher=fisher,
         gram=gram, cast_base=cast_base, dequantize=dequantize, strict=strict,
     )  # fmt: skip
+    if not isinstance(task, MergeTask):
+        if axes or package:
+            raise ConfigError("passthrough", expected="no --search and no --package", found="one of them")
+        _stack(task, out, allow_nonfinite=allow_nonfinite, overwrite=overwrite)
+        return
     if axes:
         if evaluate is None or package:
             raise ConfigError(

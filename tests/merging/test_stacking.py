@@ -160,6 +160,16 @@ def test_what_cannot_be_stacked(tmp_path: Path) -> None:
     assert not Path("out").exists()
 
 
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize("words", [["--method", "ties"], ["--weight", "0.5"], ["--package"]])
+def test_options_beside_a_stack_are_refused(words: list[str], tmp_path: Path) -> None:
+    Path("c.yml").write_text(json.dumps({"merge_method": "passthrough", "slices": [part("a", 0, 4)]}))
+    done = dare_train("merge", "c.yml", *words, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "expected all options in the configuration" in done.stderr or "no --package" in done.stderr
+    assert not Path("out").exists()
+
+
 def test_another_method_is_no_stack(tmp_path: Path) -> None:
     (tmp_path / "c.yml").write_text("merge_method: ties\nbase_model: b\nmodels: [{model: a}]\n")
     assert read_stack(tmp_path / "c.yml") is None
