@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..dtypes import Words, cast
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..package.masks import key_of
 from ..weights.protocol import SEGMENT, TensorInfo, Weights, only, runs
 from .config.recipe import Recipe
@@ -108,6 +109,8 @@ class Merged:
         self._devices = devices
         self._lock = threading.Lock()
         self._busy: dict[object, threading.Lock] = {}
+        self._factors: dict[int, float] = {}
+        self._factors_turn = threading.Lock()
         self._prepared: OrderedDict[str, MergedTensor | DeviceTensor] = OrderedDict()
         self._last: OrderedDict[tuple[str, int], Words] = OrderedDict()
         for statistics in (fisher, gram):
@@ -253,11 +256,9 @@ class Merged:
         return prepared
 
     def _prepare(self, name: str) -> MergedTensor | DeviceTensor:
-        shared: dict[str, Scalar] = {
-            parameter.name: self._values.value(parameter, name, None)
-            for parameter in self.method.parameters
-            if not parameter.per_model
-        }
+        shared = self._shared(name)
+        if self.method.needs == "task":
+            shared |= self._of_task(name, int(shared["task"]))
         members = [self._member(name, number) for number in self.fates[name].models]
         info = self.base.tensors[name]
         out = self.tensors[name].dtype
@@ -275,6 +276,44 @@ class Merged:
             self.method, self.base, name, out, members, shared, rescale=rescale, threads=self._threads,
             landing_key=key_of(self.recipe.seed, name) if lands else None,
         )  # fmt: skip
+
+    def _shared(self, name: str) -> dict[str, Scalar]:
+        """Values of the parameters of which the merge has one."""
+        return {
+            parameter.name: self._values.value(parameter, name, None)
+            for parameter in self.method.parameters
+            if not parameter.per_model
+        }
+
+    def _of_task(self, name: str, task: int) -> dict[str, Scalar]:
+        """A task's place among the models that have a tensor, and its factor over all tensors."""
+        if task == 0:
+            return {"task": 0, "factor": 1.0}
+        if task > len(self.inputs):
+            raise ConfigError("task", expected=f"0 to {len(self.inputs)}, a model's number", found=str(task))
+        models = [*self.fates[name].models]
+        if task - 1 not in models:
+            return {"task": -1, "factor": 0.0}
+        return {"task": models.index(task - 1) + 1, "factor": self._factor_of(task)}
+
+    def _factor_of(self, task: int) -> float:
+        """Worked out by whoever needs it first, in a pass over all that is merged."""
+        with self._factors_turn:
+            if task not in self._factors:
+                own, masked = sum(self._task_norms(task), np.zeros(2))
+                self._factors[task] = float(own / masked) if masked != 0 else 0.0
+            return self._factors[task]
+
+    def _task_norms(self, task: int) -> Iterator[NDArray[np.float64]]:
+        rescale = self.method.rescale or self.recipe.rescale
+        for name, fate in self.fates.items():
+            if fate.how == "merged" and task - 1 in fate.models:
+                members = [self._member(name, number) for number in fate.models]
+                tensor = MergedTensor(
+                    self.method, self.base, name, self.tensors[name].dtype, members, self._shared(name),
+                    rescale=rescale, threads=self._threads,
+                )  # fmt: skip
+                yield tensor.task_norms([*fate.models].index(task - 1) + 1)
 
     def _member(self, name: str, number: int) -> Member:
         settings = {

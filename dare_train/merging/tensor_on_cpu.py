@@ -92,6 +92,13 @@ class MergedTensor:
             return self._moved(start, words, self._of_whole(words))
         return self._of_elements(start, words)
 
+    def task_norms(self, task: int) -> NDArray[np.float64]:
+        """`emr_norms` of the tensor."""
+        norms: Any = self._walk.total(
+            lambda start, words: elements.emr_norms(self._rows(start, words), task=task)
+        )
+        return np.asarray(np.zeros(2) + norms)
+
     # Deltas as rows
 
     def _rows(self, start: int, words: Words) -> FloatArray:

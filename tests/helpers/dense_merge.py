@@ -283,7 +283,7 @@ ELEMENTS: dict[Callable[..., Any], Callable[[Dense, FloatArray, FloatArray], Flo
     ),
     elements.nearswap: lambda one, rows, weights: elements.nearswap(rows, weights, t=one.told["t"]),
     elements.ram: lambda one, rows, weights: elements.ram(rows, weights, epsilon=one.told["epsilon"]),
-    elements.emr: lambda one, rows, weights: elements.emr(rows, weights),
+    elements.emr: lambda one, rows, weights: elements.emr(rows, weights, task=0, factor=1.0),
     elements.ramplus_tl: _ramplus_tl,
     elements.arcee_fusion: _arcee_fusion,
 }

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from dare_train import merge, save_statistics
+from dare_train import apply, merge, save_statistics
 from dare_train.errors import ConfigError
 from dare_train.kernels import philox
 from dare_train.merging.methods import combinations
@@ -264,7 +264,51 @@ def test_emr(dtype: Any, count: int, seed: int) -> None:
     for place, column in enumerate(deltas.T):
         sign = 1 if column.sum() >= 0 else -1
         merged[place] = sign * max([0.0, *np.abs(column[np.sign(column) == sign])])
-    close(elements.emr(deltas.astype(dtype), np.ones(count, dtype)), merged, dtype)
+    found = elements.emr(deltas.astype(dtype), np.ones(count, dtype), task=0, factor=1.0)
+    close(found, merged, dtype)
+    for task, own in enumerate(deltas, 1):
+        masked = np.where(own * merged > 0, merged, 0)
+        found = elements.emr(deltas.astype(dtype), np.ones(count, dtype), task=task, factor=0.5)
+        close(found, 0.5 * masked, dtype)
+        close(elements.emr_norms(deltas, task=task), [np.abs(own).sum(), np.abs(masked).sum()])
+
+
+def test_emr_has_a_package_for_each_task(tmp_path: Path) -> None:
+    """λₜ is one for the model: Σ|δₜ| / Σ|Mₜτ| over all tensors; what a task's model lacks stays."""
+    rng = np.random.default_rng(5)
+    base = {name: rng.normal(size=size).astype(np.float32) for name, size in {"a": 4000, "b": 700}.items()}
+    models: list[dict[str, Any]] = [
+        {
+            name: value + rng.normal(size=value.size).astype(np.float32) * (n + 1)
+            for name, value in base.items()
+        }
+        for n in range(3)
+    ]
+    del models[2]["b"]
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_file(base, folder / "model.safetensors")
+    deltas = {name: [np.float64(own[name] - base[name]) for own in models if name in own] for name in base}
+    unified = {}
+    for name, own in deltas.items():
+        sign = np.where(np.sum(own, axis=0) >= 0, 1, -1)
+        unified[name] = sign * np.maximum(np.stack(own) * sign, 0).max(axis=0)
+    for task in (1, 2, 3):
+        merge(folder, models, tmp_path / f"{task}", method="emr", task=task, package=True)
+        apply(folder, tmp_path / f"{task}", tmp_path / f"applied {task}")
+        found = load_file(tmp_path / f"applied {task}/model.safetensors")
+        own = {name: each[task - 1] for name, each in deltas.items() if task <= len(each)}
+        masked = {name: np.where(own[name] * unified[name] > 0, unified[name], 0) for name in own}
+        factor = sum(np.abs(x).sum() for x in own.values()) / sum(np.abs(x).sum() for x in masked.values())
+        for name, value in base.items():
+            expected = value + factor * masked[name] if name in masked else value
+            np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_emr_knows_as_many_tasks_as_models(tmp_path: Path) -> None:
+    base = {"a": np.zeros(4, np.float32)}
+    with pytest.raises(ConfigError, match="task: expected 0 to 2, a model's number, found 3"):
+        merge(base, [base, {"a": np.ones(4, np.float32)}], tmp_path / "out", method="emr", task=3)
 
 
 @TYPES
@@ -309,7 +353,8 @@ def test_arguments_stay_as_they_were(method: str) -> None:
         "consensus_ta": dict(undropped=deltas, mask_threshold=0.4, agree=2),
         "consensus_ties": dict(undropped=deltas, mask_threshold=0.4, agree=2, normalize=True),
         "sce": dict(selected=np.ones(50, np.bool_), energies=np.ones(3)),
-        "emr": {}, "ram": dict(epsilon=0.1), "ramplus_tl": dict(epsilon=0.1, factors=np.ones(3)),
+        "emr": dict(task=1, factor=0.5), "ram": dict(epsilon=0.1),
+        "ramplus_tl": dict(epsilon=0.1, factors=np.ones(3)),
     }  # fmt: skip
     before = deltas.copy(), weights.copy()
     getattr(elements, method)(deltas, weights, **told[method])

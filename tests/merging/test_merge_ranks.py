@@ -28,6 +28,9 @@ MERGE_METHODS: dict[str, dict[str, Any]] = {
     "karcher": {},
     "sce": {"select_topk": 0.5},
     "della": {"package": True},
+    "ramplus_tl": {"p": 0.3},
+    "iso_cts": {"p": 0.3},
+    "emr": {"task": 3, "package": True},
 }
 
 
@@ -44,7 +47,7 @@ def merge_on_ranks(_: int, base: Path, models: list[Path], out: Path) -> list[st
 
 
 def test_two_processes_give_the_files_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two checkpoints and a package."""
+    """Checkpoints and packages."""
     shrink(monkeypatch.setattr)
     base, models = base_state("BF16", "F64"), tuned_from(base_state("BF16", "F64"))
     for name, state in {"base": base, "first": models[0], "second": models[1]}.items():

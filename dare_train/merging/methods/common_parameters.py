@@ -26,6 +26,7 @@ DENSITY = Parameter(
     meaning="share of each tensor's elements that are kept",
 )
 COMMON = (WEIGHT, P, Q)
+UNWEIGHTED = (P, Q, LAMBDA)
 
 
 def normalized(default: bool) -> Parameter:

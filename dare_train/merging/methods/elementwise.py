@@ -154,20 +154,54 @@ def ram_factors(
     return np.asarray(1 + r * np.clip(ratios, 0, alpha))
 
 
-def emr(deltas: FloatArray, weights: FloatArray) -> FloatArray:
-    """EMR-Merging's unified delta: elect a sign, then take the largest of those that agree with it.
+def emr(deltas: FloatArray, weights: FloatArray, *, task: int, factor: float) -> FloatArray:
+    """EMR-Merging: elect a sign, take the largest of those that agree with it; for one task mask that, and
+    rescale.
 
-        γ = sgn(Σᵢ δᵢ)        δ = γ · max over the i with sgn(δᵢ) = γ of |δᵢ|
+        γ = sgn(Σᵢ δᵢ)        τ = γ · max over the i with sgn(δᵢ) = γ of |δᵢ|
+        Mₜ = 1{δₜτ > 0}        δ = τ, or for task t λₜ·Mₜτ        λₜ = ‖δₜ‖₁/‖Mₜτ‖₁ over the model
 
     Huang et al., https://arxiv.org/abs/2405.17461, §3.2. A sum of zero elects plus. The user's weights do not
     count.
+
+    Args:
+        task: place of the task's model among the deltas, from 1; 0 for the unified delta τ, and -1 where
+            that model has none.
+        factor: λₜ.
     """
+    unified = _unified(deltas)
+    if task < 0:
+        none: FloatArray = _library(unified).zeros_like(unified)
+        return none
+    if task > 0:
+        unified = _masked(unified, deltas[task - 1]) * float(factor)
+    return unified
+
+
+def emr_norms(deltas: FloatArray, *, task: int) -> NDArray[np.float64]:
+    """‖δₜ‖₁ and ‖Mₜτ‖₁ of a run, whose quotient over the model is λₜ."""
+    own = deltas[task - 1]
+    pair = (own, _masked(_unified(deltas), own))
+    return np.array([np.abs(each).sum(dtype=np.float64) for each in pair])
+
+
+def _unified(deltas: FloatArray) -> FloatArray:
     sign = _elected(deltas)
     agreeing = (deltas * sign).clip(0)
-    largest: FloatArray = agreeing[0]
+    greatest = agreeing[0]
     for other in agreeing[1:]:
-        largest = _library(deltas).maximum(largest, other)
-    return largest * sign
+        greatest = _library(deltas).maximum(greatest, other)
+    unified: FloatArray = greatest * sign
+    return unified
+
+
+def _masked(unified: FloatArray, own: FloatArray) -> FloatArray:
+    library = _library(unified)
+    product = own * unified
+    kept: FloatArray = library.where(
+        (product > 0) | library.isnan(product), unified, library.zeros_like(unified)
+    )
+    return kept
 
 
 def arcee_fusion(deltas: FloatArray, weights: FloatArray, *, important: NDArray[np.bool_]) -> FloatArray:

@@ -26,6 +26,7 @@ from .common_parameters import (
     PRUNED,
     TALL,
     TOPK,
+    UNWEIGHTED,
     WEIGHT,
     P,
     Q,
@@ -55,11 +56,11 @@ class Method:
     parameters: tuple[Parameter, ...] = ()
     """All that a recipe may say for it."""
     arguments: tuple[str, ...] = ()
-    """Names of those parameters that the function takes."""
+    """Names of those parameters that the function takes, and of what is worked out for it like one."""
     drops: Dropping = "none"
     space: Literal["deltas", "weights"] = "deltas"
     """What a method of coefficients combines."""
-    needs: Literal["fisher", "gram", "undropped", "variance", "importance", "overlap"] | None = None
+    needs: Literal["fisher", "gram", "undropped", "variance", "importance", "overlap", "task"] | None = None
     """What the function is given besides."""
     rescale: Literal["none"] | None = None
     """The rule that is the method's own, whatever the recipe says."""
@@ -211,7 +212,7 @@ _BUILT_IN = [
         function=elements.sce,
         reach="elements",
         needs="variance",
-        parameters=(P, Q, LAMBDA, TOPK),
+        parameters=(*UNWEIGHTED, TOPK),
     ),
     Method(
         name="consensus_ta",
@@ -236,9 +237,7 @@ _BUILT_IN = [
         reach="elements",
         models=(1, 1),
         parameters=(
-            P,
-            Q,
-            LAMBDA,
+            *UNWEIGHTED,
             Parameter(
                 name="t", default=1e-4, between=(0, inf), meaning="how far an element may move from the base"
             ),
@@ -251,7 +250,7 @@ _BUILT_IN = [
         reach="elements",
         needs="importance",
         models=(1, 1),
-        parameters=(P, Q, LAMBDA),
+        parameters=UNWEIGHTED,
     ),
     Method(
         name="multislerp",
@@ -271,7 +270,7 @@ _BUILT_IN = [
         name="ram",
         function=elements.ram,
         reach="elements",
-        parameters=(P, Q, LAMBDA, MOVES),
+        parameters=(*UNWEIGHTED, MOVES),
         arguments=("epsilon",),
     ),
     Method(
@@ -280,9 +279,7 @@ _BUILT_IN = [
         reach="elements",
         needs="overlap",
         parameters=(
-            P,
-            Q,
-            LAMBDA,
+            *UNWEIGHTED,
             MOVES,
             Parameter(name="r", default=0.1, meaning="how much more counts what only one model moves"),
             Parameter(
@@ -291,17 +288,31 @@ _BUILT_IN = [
         ),
         arguments=("epsilon",),
     ),
-    Method(name="emr", function=elements.emr, reach="elements", parameters=(P, Q, LAMBDA)),
-    Method(name="tsv", function=spectra.tsv, reach="matrix", parameters=(P, Q, LAMBDA)),
-    Method(name="iso_c", function=spectra.iso_c, reach="matrix", parameters=(P, Q, LAMBDA)),
+    Method(
+        name="emr",
+        function=elements.emr,
+        reach="elements",
+        needs="task",
+        parameters=(
+            *UNWEIGHTED,
+            Parameter(
+                name="task",
+                kind=int,
+                default=0,
+                between=(0, inf),
+                meaning="whose mask and factor: 1 is the first model, 0 none's",
+            ),
+        ),
+        arguments=("task", "factor"),
+    ),
+    Method(name="tsv", function=spectra.tsv, reach="matrix", parameters=UNWEIGHTED),
+    Method(name="iso_c", function=spectra.iso_c, reach="matrix", parameters=UNWEIGHTED),
     Method(
         name="iso_cts",
         function=spectra.iso_cts,
         reach="matrix",
         parameters=(
-            P,
-            Q,
-            LAMBDA,
+            *UNWEIGHTED,
             Parameter(
                 name="common_space_fraction",
                 default=0.8,
@@ -316,9 +327,7 @@ _BUILT_IN = [
         function=interference.wudi,
         reach="matrix",
         parameters=(
-            P,
-            Q,
-            LAMBDA,
+            *UNWEIGHTED,
             Parameter(name="steps", kind=int, default=300, between=(0, inf), meaning="steps of Adam"),
             Parameter(name="learning_rate", default=1e-5, between=(0, inf), meaning="of Adam"),
         ),
