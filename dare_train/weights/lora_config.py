@@ -33,7 +33,6 @@ _SHOWN_BY_TENSORS = {
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
-    "ensure_weight_tying",
 }
 _OF_TRAINING = {
     "init_lora_weights",
@@ -139,9 +138,22 @@ def _check_supported(path: Path, fields: Mapping[str, Any]) -> None:
         expected = "a start that leaves the base as it is"
         raise CheckpointError(where, expected=expected, found=brief(start), remedy=MERGE)
     for field, value in fields.items():
-        if value and field not in _UNDERSTOOD:
+        understood = field in _UNDERSTOOD or (field == "ensure_weight_tying" and _tied_whole(fields))
+        if value and not understood:
             found = brief(value)
             raise CheckpointError(f"{path}: {field}", expected="not set", found=found, remedy=MERGE)
+
+
+def _tied_whole(fields: Mapping[str, Any]) -> bool:
+    """Whether the embedding that PEFT ties to the head was trained in full, so that both are written as they
+    are.
+    """
+    saved, adapted = fields.get("modules_to_save"), fields.get("target_modules")
+    if not isinstance(saved, list) or not isinstance(adapted, list):
+        return False
+    ends = {str(name).rpartition(".")[2] for name in adapted}
+    in_full = {str(name).rpartition(".")[2] for name in saved}
+    return "embed_tokens" in in_full and not ends & {"embed_tokens", "lm_head"}
 
 
 def _not_understood(where: str, what: object, refusal: Refused) -> CheckpointError:
