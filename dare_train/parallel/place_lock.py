@@ -12,6 +12,7 @@ import os
 import shlex
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -25,6 +26,8 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 _SUFFIX = ".lock"
 _LONGEST = 400
 """Bytes that are read of who holds a lock."""
+_WRITTEN_WITHIN = 0.1
+"""Seconds after which a lock says who has it."""
 _held: set[int] = set()
 """Descriptors of locks in this process."""
 
@@ -86,7 +89,7 @@ def _taken(path: Path, out: Path) -> int | None:
                 _held.add(descriptor)
                 return descriptor
         except BlockingIOError as error:
-            found = os.pread(descriptor, _LONGEST, 0).decode(errors="replace") or "a process"
+            found = _holder(descriptor)
             os.close(descriptor)
             remedy = "wait until it is done, or choose another place"
             raise OutputExists(
@@ -99,6 +102,17 @@ def _taken(path: Path, out: Path) -> int | None:
             path.unlink(missing_ok=True)
             return None
         os.close(descriptor)  # whoever held it is done, and has removed the file: another one counts now
+
+
+def _holder(descriptor: int) -> str:
+    """Who has the lock, once that is written in it."""
+    deadline = time.monotonic() + _WRITTEN_WITHIN
+    while time.monotonic() < deadline:
+        text = os.pread(descriptor, _LONGEST, 0).decode(errors="replace")
+        if text:
+            return text
+        time.sleep(0.001)
+    return "a process"
 
 
 def _is_plain(descriptor: int) -> bool:
