@@ -15,7 +15,9 @@ from tiny import base_state, moved, save
 from dare_train import extract, merge
 
 SLOWLY = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever this process was told to ignore
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from dare_train.applying.resolver import Resolver
 from dare_train.cli.main import command
 from dare_train.merging.merged_weights import Merged
