@@ -29,13 +29,13 @@ PLACES = (
     "dare_train.snapshots.callback.take_together",
     "dare_train.snapshots.callback.evaluate_received",
     "dare_train.snapshots.callback.wandb_snapshots.log",
-    "dare_train.snapshots.callback.shutil.rmtree",
+    "dare_train.snapshots.callback.remove_waiting",
     "dare_train.snapshots.received_weights.silenced",
     "dare_train.snapshots.received_weights.LiveWeights",
     "dare_train.snapshots.run_folder.RunFolder.forget_old",
     "dare_train.package.writer.PackageWriter.add",
     "dare_train.package.writer.PackageWriter.close",
-    "dare_train.parallel.staged_folder._sync_tree",
+    "dare_train.parallel.staged_folder.sync_tree",
     "dare_train.package.model_card.text",
 )
 

@@ -58,7 +58,7 @@ def test_rounded_to_the_nearest_nothing_is_left_and_by_draws_all_is(
     expected = float((result(exact) - 1).mean())
     assert expected > 0
     for rounding in ("nearest", "stochastic"):
-        merge(base, models, tmp_path / rounding, rounding=rounding, **options)
+        merge(base, models, tmp_path / rounding, rounding=rounding, allow_unchanged=True, **options)
         assert result(tmp_path / rounding).dtype == torch.bfloat16
     if method != "della_linear":
         assert torch.equal(result(tmp_path / "nearest"), torch.ones(4096).bfloat16())
@@ -77,7 +77,7 @@ def test_the_seed_decides_where_elements_land(base: Path, tmp_path: Path) -> Non
 def test_elements_that_no_model_moves_keep_their_words(tmp_path: Path) -> None:
     base = save({"w": torch.full((64,), -0.0).bfloat16()}, tmp_path / "base")
     model = save({"w": torch.full((64,), -0.0)}, tmp_path / "model")
-    merge(base, [model], tmp_path / "out", rounding="stochastic")
+    merge(base, [model], tmp_path / "out", rounding="stochastic", allow_unchanged=True)
     assert torch.equal(result(tmp_path / "out").view(torch.int16), torch.full((64,), -(2**15)).short())
 
 
@@ -123,7 +123,7 @@ def test_the_bases_dtype_can_be_asked_for_by_name(base: Path, tmp_path: Path) ->
     assert CliRunner().invoke(app, words).exit_code == 0
     for name in ("base dtype", "told"):
         assert torch.equal(result(tmp_path / name), result(tmp_path / "drawn"))
-    merge(base, [model], tmp_path / "nearest", dtype="base", rounding="nearest")
+    merge(base, [model], tmp_path / "nearest", dtype="base", rounding="nearest", allow_unchanged=True)
     assert torch.equal(result(tmp_path / "nearest"), torch.ones(4096).bfloat16())
     with pytest.raises(ConfigError, match=r"out_dtype: expected none"):
         merge(base, [model], tmp_path / "out", dtype="base", out_dtype="F32")
