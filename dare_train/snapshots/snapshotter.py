@@ -322,7 +322,7 @@ class Snapshotter:
         if self.incremental:
             self.chain.append(job.order.out)
         waited = max(seconds for seconds, _ in shares)
-        package = DeltaPackage.open(job.order.out)
+        package = line.each(lambda: DeltaPackage.open(job.order.out))
         published = job.order.published
         line.each(lambda: published() if published is not None and line.first else None)
         return Snapshot(package=package, step=job.step, waited=waited, magnitudes=magnitudes)
