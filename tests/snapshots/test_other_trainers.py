@@ -235,7 +235,10 @@ def test_the_full_model_of_a_quantised_one_is_asked_for(tmp_path: Path) -> None:
     packed.save_pretrained(tmp_path / "packed")
     with pytest.raises(ConfigError, match="expected weights in full precision, found a Linear4bit"):
         extract(base, packed, tmp_path / "p")
-    with pytest.raises(CheckpointError, match=r"found quantised weights: bitsandbytes 4-bit .*; give the model in full precision"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"found quantised weights: bitsandbytes 4-bit .*; give the model in full precision",
+    ):
         extract(base, tmp_path / "packed", tmp_path / "p")
 
 
