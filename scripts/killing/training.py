@@ -68,7 +68,7 @@ def of_training(inputs: Path) -> list[Scenario]:
         wrong = [name for name, result in found.items() if results.get(name, result) != result]
         if wrong:
             return f"another {wrong[0]}"
-        return "new" if set(found) == set(results) else "going on"
+        return "new" if "final" in found else "going on"  # a step whose snapshot failed is not made up
 
     return [
         Scenario(
