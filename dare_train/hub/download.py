@@ -22,11 +22,15 @@ def locate(
     if path is not None:
         return path
     name = os.fspath(where)
+    expected = "a folder or a Hub id"
+    folder, at, _ = name.rpartition("@")
+    if at and here(folder) is not None:
+        remedy = f"give {folder} itself: revisions are the Hub's"
+        raise CheckpointError(name, expected=expected, found="a revision of a folder here", remedy=remedy)
     place = HubId.parse(name)
     if place is None:
         deep = name.count("/") > 1 and not name.startswith((".", "/", "~"))
         remedy = "a folder of a repository is written as hf://user/name/folder" if deep else ""
-        expected = "a folder or a Hub id"
         raise CheckpointError(name, expected=expected, found="nothing at that path", remedy=remedy)
     return fetch(place, patterns=patterns, local_only=local_only) / place.folder
 
@@ -56,10 +60,12 @@ def fetch(place: HubId, *, patterns: Sequence[str] | None = None, local_only: bo
             place.repo, revision=place.revision, allow_patterns=wanted, local_files_only=local_only
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        found = "no such folder here, and no such repository in the cache or on the Hub"
+        if place.revision is not None:
+            at = f"revision {place.revision!r} of {place.repo}"
+            found = f"no folder here, and no {at} in the cache or on the Hub"
+        remedy = "check the name and the network"
         raise CheckpointError(
-            str(place),
-            expected="a folder or a Hub id",
-            found="no such folder here, and no such repository in the cache or on the Hub",
-            remedy="check the name and the network",
+            str(place), expected="a folder or a Hub id", found=found, remedy=remedy
         ) from error
     return Path(found)

@@ -29,10 +29,9 @@ def can_upload(token: str | None = None) -> None:
     Raises:
         ConfigError: the Hub is switched off, or there is no token.
     """
-    from huggingface_hub import get_token
-    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub import constants, get_token
 
-    if is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         remedy = "leave push_to_hub away, and later run: dare-train push PACKAGE REPO"
         raise ConfigError("push_to_hub", expected="a Hub", found="HF_HUB_OFFLINE", remedy=remedy)
     if not (token or get_token()):

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import DareConfig, Patterns, Rescale, Rounding, Source, Target, Values
-from ..errors import SnapshotError
+from ..errors import ConfigError, SnapshotError
 from ..hub.upload import check_repository
 from ..kernels.backends import checked
 from ..package.reader import DeltaPackage
@@ -222,6 +222,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         if self.evaluate:
             check_evaluation(live, self._trainer)
         if self.push_to_hub is not None:
+            self._check_repository_is_its_own()
             self._pusher = pusher_for(destination_of(args, self.push_to_hub), live.ranks)
         path = output_folder(args, state, self._trainer) / self.name
         private = private_folder(path, args)
@@ -325,6 +326,16 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         pusher, self._pusher = self._pusher, None
         if pusher is not None:
             pusher.close()
+
+    def _check_repository_is_its_own(self) -> None:
+        """Two callbacks would push packages of the same names."""
+        handler = getattr(self._trainer, "callback_handler", None)
+        for other in getattr(handler, "callbacks", ()):
+            same = isinstance(other, DareCallback) and other.push_to_hub == self.push_to_hub
+            if same and other is not self:
+                expected = "a repository for each callback"
+                found = f"{self.push_to_hub} for {self.name!r} and {other.name!r}"
+                raise ConfigError("push_to_hub", expected=expected, found=found)
 
     def _end_interrupted(self) -> None:
         """A training before this one ended without an event: by Ctrl-C, or for want of memory."""

@@ -120,7 +120,8 @@ class Pusher:
         package, reason = next(iter(left.items()))
         others = f" and {len(left) - 1} more" if len(left) > 1 else ""
         repo = self.destination.repo
-        remedy = f"later: dare-train push {quote(str(package))} {repo} --folder {quote(package.name)}"
+        branch = f" --revision {quote(self.destination.revision)}" if self.destination.revision else ""
+        remedy = f"later: dare-train push {quote(str(package))} {repo} --folder {quote(package.name)}{branch}"
         return HubError(f"push_to_hub: {package.name}{others} did not arrive: {reason}", remedy=remedy)
 
 

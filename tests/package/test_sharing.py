@@ -225,6 +225,13 @@ def test_places_on_the_hub() -> None:
         assert HubId.parse(other) is None, other
 
 
+def test_what_follows_an_at_is_a_revision_of_the_hubs(tmp_path: Path, command: Command) -> None:
+    made(tmp_path / "package")
+    assert "found a revision of a folder here; give package itself" in command("inspect", "package@v1").stderr
+    told = command("inspect", "me/none@v1").stderr
+    assert "found no folder here, and no revision 'v1' of me/none in the cache or on the Hub" in told
+
+
 def test_push_from_python(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     package = DeltaPackage.open(made(tmp_path / "package"))
     with pytest.raises(ConfigError, match="expected the id of one on the Hub"):

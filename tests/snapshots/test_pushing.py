@@ -155,6 +155,12 @@ def test_it_is_refused_at_the_start_where_it_cannot_be(
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ConfigError, match="expected a token of the Hub, found none; log in with"):
         trained(base, tmp_path / "out", DareCallback(p=0.5, push_to_hub=REPO))
+    monkeypatch.setenv("HF_TOKEN", "one")
+    twice = [DareCallback(p=0.5, push_to_hub=REPO, name=name) for name in ("one", "two")]
+    with pytest.raises(
+        ConfigError, match=r"a repository for each callback, found me/run for 'one' and 'two'"
+    ):
+        make_trainer(classifier(base), tmp_path / "out", *twice).train()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="found HF_HUB_OFFLINE; leave push_to_hub away"):
         trained(base, tmp_path / "out", DareCallback(p=0.5, push_to_hub=REPO))
