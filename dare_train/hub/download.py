@@ -9,6 +9,8 @@ from pathlib import Path
 from ..errors import CheckpointError
 from .ids import HubId
 
+_EXPECTED = "a folder or a Hub id"
+
 
 def locate(
     where: str | os.PathLike[str], *, patterns: Sequence[str] | None = None, local_only: bool = False
@@ -22,17 +24,28 @@ def locate(
     if path is not None:
         return path
     name = os.fspath(where)
-    expected = "a folder or a Hub id"
-    folder, at, _ = name.rpartition("@")
-    if at and here(folder) is not None:
-        remedy = f"give {folder} itself: revisions are the Hub's"
-        raise CheckpointError(name, expected=expected, found="a revision of a folder here", remedy=remedy)
-    place = HubId.parse(name)
+    place = on_hub(where)
     if place is None:
         deep = name.count("/") > 1 and not name.startswith((".", "/", "~"))
         remedy = "a folder of a repository is written as hf://user/name/folder" if deep else ""
-        raise CheckpointError(name, expected=expected, found="nothing at that path", remedy=remedy)
+        raise CheckpointError(name, expected=_EXPECTED, found="nothing at that path", remedy=remedy)
     return fetch(place, patterns=patterns, local_only=local_only) / place.folder
+
+
+def on_hub(where: str | os.PathLike[str]) -> HubId | None:
+    """The place on the Hub that is meant; None for what is on this machine, or nowhere.
+
+    Raises:
+        CheckpointError: a revision of what is on this machine.
+    """
+    name = os.fspath(where)
+    if here(where) is not None:
+        return None
+    folder, at, _ = name.rpartition("@")
+    if at and here(folder) is not None:
+        remedy = f"give {folder} itself: revisions are the Hub's"
+        raise CheckpointError(name, expected=_EXPECTED, found="a revision of a folder here", remedy=remedy)
+    return HubId.parse(name)
 
 
 def here(where: str | os.PathLike[str]) -> Path | None:
@@ -65,7 +78,5 @@ def fetch(place: HubId, *, patterns: Sequence[str] | None = None, local_only: bo
             at = f"revision {place.revision!r} of {place.repo}"
             found = f"no folder here, and no {at} in the cache or on the Hub"
         remedy = "check the name and the network"
-        raise CheckpointError(
-            str(place), expected="a folder or a Hub id", found=found, remedy=remedy
-        ) from error
+        raise CheckpointError(str(place), expected=_EXPECTED, found=found, remedy=remedy) from error
     return Path(found)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CheckpointError, PackageError
-from ..hub.download import fetch, here, locate
+from ..hub.download import fetch, locate, on_hub
 from ..hub.ids import HubId
 from .manifest import MANIFEST, Manifest
 from .manifest_reader import load
@@ -26,17 +26,12 @@ def fetched(where: str | os.PathLike[str]) -> Path:
     Raises:
         PackageError: there is none; or the repository has several, and none is called `final`.
     """
-    place = on_hub(where)
     try:
+        place = on_hub(where)
         return locate(where) if place is None else _fetch_package(place)
     except CheckpointError as error:
         expected = "a package folder or a Hub id"
         raise PackageError(error.name, expected=expected, found=error.found, remedy=error.remedy) from error
-
-
-def on_hub(where: str | os.PathLike[str]) -> HubId | None:
-    """Where on the Hub it is; None for what is on this machine, or nowhere."""
-    return None if here(where) is not None else HubId.parse(os.fspath(where))
 
 
 def packages_in(place: HubId) -> tuple[Path, list[str]]:

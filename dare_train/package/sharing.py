@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ConfigError, PackageError
+from ..hub.download import on_hub
 from ..hub.ids import HubId
 from ..hub.upload import CARD, upload
 from ..parallel.staged_folder import staged_folder
 from . import model_card
-from .fetching import fetch_files, files_of, on_hub, packages_in
+from .fetching import fetch_files, files_of, packages_in
 from .reader import DeltaPackage
 
 
