@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import printable
 from .manifest import Manifest
 
-_TEXT = """\
+_FRONT = """\
 ---
 library_name: dare_train
 tags:
 - dare
 - delta
 {base_lines}---
+"""
 
+_TEXT = (
+    _FRONT
+    + """
 # Delta package for {base}
 
 This folder is not a model: it holds what fine-tuning changed in `{base}`, thinned by
@@ -40,29 +44,25 @@ A Hub id does in the place of a folder.
 | tensors | {deltas} as deltas, {whole} whole, {base_count} as in the base |
 | result fingerprint | `{result}` |
 {measured}{note}"""
+)
 
-_FOLDERS = """\
----
-library_name: dare_train
-tags:
-- dare
-- delta
-{base_lines}---
-
+_FOLDERS = (
+    _FRONT
+    + """
 # Delta packages for {base}
 
 Each folder is a package: what fine-tuning changed in `{base}`, thinned by
 [DARE](https://arxiv.org/abs/2311.03099) (drop and rescale) and compressed by `dare_train`.
 
 ```bash
-dare-train apply {base} hf://{repo}/{last} --out model    # a checkpoint folder for from_pretrained
+dare-train apply {base} hf://{repo}/FOLDER --out model    # a checkpoint folder for from_pretrained
 dare-train pull {repo} --out packages    # all of them
 ```
-{chain}"""
 
-_CHAIN = """
-These are a chain, where each package continues the one before: apply them together, in order, from the first.
+Packages of a chain continue one another, and `dare-train inspect` says so: these are applied together,
+in order, from the first.
 """
+)
 
 
 _ON_HUB = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
@@ -102,16 +102,15 @@ def text(
     )
 
 
-def of_folders(repo: str, folders: Sequence[str], manifest: Manifest) -> str:
-    """The card of a repository with a package in each of several folders, of which the last has this
-    manifest.
+def of_folders(repo: str, manifest: Manifest) -> str:
+    """The card of a repository with a package in each of several folders, one of which has this manifest.
+
+    It is written once, and holds for packages that come later.
     """
     return _FOLDERS.format(
         base_lines=_base_lines(manifest.base_model),
         base=_shown(manifest.base_model),
         repo=repo,
-        last=folders[-1],
-        chain=_CHAIN if manifest.continues == "package" else "",
     )
 
 

@@ -63,7 +63,7 @@ def push(
         repo,
         files,
         message=message or f"Add {', '.join(filter(None, places)) or 'a delta package'}",
-        card="" if places == [""] else model_card.of_folders(repo, places, opened[-1].manifest),
+        card="" if places == [""] else model_card.of_folders(repo, opened[-1].manifest),
         revision=revision,
         private=private,
         tag=tag,

@@ -79,7 +79,7 @@ def test_packages_of_a_chain_share_a_repository(hub: HubServer, command: Command
     assert {name.split("/")[0] for name in files} == {"README.md", "step-2", "step-4"}
     card = files["README.md"].decode()
     assert "base_model: user/base\nbase_model_relation: adapter\n" in card
-    assert "dare-train apply user/base hf://me/chain/step-4 --out model" in card
+    assert "dare-train apply user/base hf://me/chain/FOLDER --out model" in card
     assert hub.repositories["me/chain"].messages == ["initial commit", "Add step-2, step-4"]
     assert command("pull", "me/chain", "--out", "back").stdout == "back/step-2: intact\nback/step-4: intact\n"
     for package in packages:

@@ -18,7 +18,7 @@ import torch
 from hub_server import HubServer, hub_of
 from training import classifier, make_trainer, save_base
 
-from dare_train import DareCallback
+from dare_train import DareCallback, apply
 from dare_train.errors import ConfigError, HubError
 from dare_train.snapshots import pushing
 
@@ -63,6 +63,25 @@ def test_packages_arrive_to_the_byte_and_no_base_does(hub: HubServer, base: Path
     assert {name.partition("/")[0] for name in files} == {"README.md", "step-2", "step-4", "final"}
     for name in ("step-2", "step-4", "final"):
         assert inside(files, name) == contents(tmp_path / "out/dare" / name)
+
+
+def test_a_chain_that_was_pushed_while_it_grew_is_applied_from_the_hub(
+    hub: HubServer, base: Path, tmp_path: Path
+) -> None:
+    callback = DareCallback(p=0.5, push_to_hub=REPO, incremental=True)
+    trained(base, tmp_path / "out", callback)
+    assert callback.package is not None
+    chain = [f"hf://{REPO}/{name}" for name in ("step-2", "step-4", "final")]
+    command = [sys.executable, "-m", "dare_train", "apply", base, *chain, "--out", tmp_path / "model"]
+    subprocess.run(command, check=True)
+    local = [snapshot.package.path for snapshot in callback.packages]
+    assert apply(base, local, tmp_path / "here") == callback.package.manifest.result
+    weights = "model.safetensors"
+    assert (tmp_path / "model" / weights).read_bytes() == (tmp_path / "here" / weights).read_bytes()
+    last = [*command[:5], REPO, "--out", tmp_path / "alone"]
+    alone = subprocess.run(last, capture_output=True, text=True, check=False)
+    assert alone.returncode == 1
+    assert len(alone.stderr.splitlines()) == 1
 
 
 def test_the_card_says_what_was_measured(hub: HubServer, base: Path, tmp_path: Path) -> None:
