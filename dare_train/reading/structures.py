@@ -78,6 +78,8 @@ def checked(
 
     try:
         return msgspec.convert(value, kind)
+    except UnicodeEncodeError as problem:
+        raise error(where, expected=expected, found="half a character in a text", remedy=remedy) from problem
     except msgspec.ValidationError as problem:
         field, needed, found = _told(str(problem))
         name = f"{where}: {field}" if field else where

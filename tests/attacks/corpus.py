@@ -62,6 +62,10 @@ CORPUS: dict[str, tuple[Input, ...]] = {
     "half a character in an index": _every(
         "index", ("at", "model.safetensors.index.json", ["weight_map", "norm"], f"{HALF}.safetensors")
     ),
+    "half a character in the bytes of a record": _every("record", ("put", "search.json", 150, HALF, 1)),
+    "statistics of a tensor of another name": _every(
+        "statistics", ("name", "fisher.safetensors", 180, "10^400")
+    ),
     "configurations of other kinds": tuple(
         one
         for value in ([], 7, None, "x", deep(300))

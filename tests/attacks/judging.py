@@ -196,7 +196,9 @@ def _search(folder: Path, _: Path) -> None:
 
 
 def _statistics(folder: Path, _: Path) -> None:
-    StatisticsFile.open(folder / "fisher.safetensors", "fisher").whole("norm")
+    file = StatisticsFile.open(folder / "fisher.safetensors", "fisher")
+    for name in file.tensors:
+        file.whole(name)
 
 
 @dataclass(frozen=True)

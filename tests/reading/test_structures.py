@@ -37,9 +37,10 @@ def test_structures(tmp_path: Path) -> None:
         ('{"weight_map": {"a": 1}}', Index, r"x: weight_map\[\.\.\.\]: expected str, found int"),
         ("{}", Index, "x: expected a JSON object, found .*missing required field"),
         ('{"weight_map": []}', Index, "x: weight_map: expected object, found array"),
+        (r'{"weight_map": {}, "\ud800": 1}', Index, "x: expected a JSON object, found half a character"),
         ("[" + "[]," * MOST_VALUES, Index, "x: expected at most 4,000,000 values, found 8,000,002"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_what_is_no_such_structure_is_one_error(text: str, kind: Any, message: str) -> None:
     with pytest.raises(PackageError, match=message) as caught:
