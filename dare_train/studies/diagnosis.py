@@ -13,10 +13,10 @@ from ..dtypes import to_float
 from ..package.magnitudes import Magnitudes, merged
 from ..parallel.threads import ordered_map
 from ..weights.alignment import cast_to, dtype_mismatch
-from ..weights.full_precision import check_full_precision
-from ..weights.lora_checkpoint import merge_adapter
+from ..weights.files.full_precision import check_full_precision
+from ..weights.lora.lora_checkpoint import merge_adapter
+from ..weights.lora.opening import WeightsLike, open_weights
 from ..weights.meeting import meet, renamed
-from ..weights.opening import WeightsLike, open_weights
 from ..weights.protocol import SEGMENT, Weights, runs
 
 DROP_RATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)

@@ -22,7 +22,7 @@ from ..evaluation.swapped_model import SwappedModel
 from ..merging.methods.parameters import Case
 from ..weights.fingerprint import weights_fingerprint
 from ..weights.layer_names import layer_of
-from ..weights.opening import WeightsLike, open_weights
+from ..weights.lora.opening import WeightsLike, open_weights
 from ..weights.protocol import Weights, only
 from .sweep import TOLERANCE
 from .variants import DROP_VARIANTS, base_weights_only, dropped_weights

@@ -18,8 +18,8 @@ from ..errors import ConfigError
 from ..extracting.extract import extract
 from ..parallel.scratch_folder import temporary_folder
 from ..weights.alignment import align
-from ..weights.live import LiveWeights
-from ..weights.opening import WeightsLike, open_weights
+from ..weights.live.live import LiveWeights
+from ..weights.lora.opening import WeightsLike, open_weights
 from ..weights.protocol import TensorInfo, Weights
 
 

@@ -15,15 +15,15 @@ from ...errors import ChainError, CheckpointError
 from ...hub.download import locate
 from ...package.reader import DeltaPackage
 from ...weights.alignment import cast_to, with_prefix, without_prefix
-from ...weights.checkpoint import Checkpoint
-from ...weights.declared_ties import Ties
-from ...weights.full_precision import check_full_precision
-from ...weights.lora_checkpoint import AdapterWeights, merge_adapter
+from ...weights.files.checkpoint import Checkpoint
+from ...weights.files.full_precision import check_full_precision
+from ...weights.files.quantised import Quantised
+from ...weights.live.declared_ties import Ties
+from ...weights.lora.lora_checkpoint import AdapterWeights, merge_adapter
+from ...weights.lora.opening import WeightsLike, open_weights
 from ...weights.low_rank import UNROUNDED
 from ...weights.meeting import aligned_or_explained, put_name, renamed_names
-from ...weights.opening import WeightsLike, open_weights
 from ...weights.protocol import Cast, TensorInfo, Weights, under
-from ...weights.quantised import Quantised
 from ...weights.renaming import check_names_meet, respelt
 from .inputs import CheckpointInput, Input, PackageInput
 from .model_files import config_of, files_in, is_package, own_files
