@@ -58,6 +58,16 @@ def little_to_collect() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def power_stays_on() -> Iterator[None]:
+    """Nothing need reach the disk: no test cuts the power. Those that ask what is synced say so by a patch of
+    their own.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", os.fstat)
+        yield
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where Triton's kernels are tested: a GPU where there is one, else their interpreter, on tensors of the

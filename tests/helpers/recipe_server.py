@@ -44,6 +44,7 @@ def main() -> None:
     standard_library = importlib.import_module("standard_library")
     assert all(file.tree for file in standard_library.parsed_files())
     gc.freeze()  # what was imported is not looked through again, which each Trainer would do twice
+    os.fsync = os.fstat  # no test cuts the power
     for line in sys.stdin:
         run = json.loads(line)
         child = os.fork()
