@@ -42,16 +42,28 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 Result = TypeVar("Result")
 
 PRELOADED = (
+    "dare_train.applying.in_place",
+    "dare_train.cli.main",
+    "dare_train.extracting.extract",
+    "dare_train.merging.merge",
+    "dare_train.snapshots.callback",
     "deepspeed",
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # ZeRO imports it to compare the optimizer with
+    "hypothesis",
+    "lightning.pytorch",
     "llvmlite.binding",
     "peft",
-    "trl",
     "pytest",
+    "pytorch_lightning",
+    "torch._dynamo",
     "torch.distributed.algorithms.ddp_comm_hooks",
     "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
     "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+    "trl.trainer.sft_trainer",
+    "wandb",
     __name__,
     "worked_out_once",
 )
