@@ -51,8 +51,8 @@ MakeCheckpoint = Callable[..., Path]
 
 @pytest.fixture(autouse=True, scope="module")
 def little_to_collect() -> None:
-    """What modules have imported lives as long as the process. Each Trainer collects garbage when it begins and
-    ends; without this it would look through all of torch and transformers each time.
+    """What modules have imported lives as long as the process. Each Trainer collects garbage when it begins
+    and ends; without this it would look through all of torch and transformers each time.
     """
     gc.collect()
     gc.freeze()
