@@ -228,7 +228,12 @@ def _check_finite(resolver: Resolver, name: str, start: int, words: Words) -> No
     if not dtype.can_be_delta or not cpu.has_nonfinite(words, dtype.exponent_mask):
         return
     mask = dtype.word.type(dtype.exponent_mask)
-    first = start + int(np.argmax((words & mask) == mask))
+    bad = (words & mask) == mask
+    if name in resolver.base.tensors:
+        bad &= words != resolver.base.read(name, start, words.size)
+    if not bad.any():
+        return
+    first = start + int(np.argmax(bad))
     remedy = "smaller weights; allow_nonfinite=True (--allow-nonfinite) writes it"
     found = f"NaN or infinity at flat index {first}"
     raise NonFiniteDelta(name, expected=f"finite sums in {dtype.code}", found=found, remedy=remedy)

@@ -204,7 +204,8 @@ def _landed(run: KeptRun) -> KeptRun:
     if plan.landing is None:
         return run
     words = plan.landing.landed(run.base_words, run.tuned_words, dtype, run.start, run.positions)
-    if not plan.allow_nonfinite and cpu.has_nonfinite(words, dtype.exponent_mask):
+    moved = words[words != run.base_words]
+    if not plan.allow_nonfinite and cpu.has_nonfinite(moved, dtype.exponent_mask):
         expected = f"rescaled deltas that fit {dtype.code}"
         remedy = 'a smaller p, or dtype="trained" (--dtype trained)'
         raise NonFiniteDelta(plan.name, expected=expected, found="larger ones", remedy=remedy)
@@ -307,6 +308,8 @@ def _checked_delta(run: KeptRun) -> FloatArray:
     dtype = run.plan.info.dtype
     with np.errstate(over="ignore", invalid="ignore"):
         delta = to_float(run.tuned_words, dtype) - to_float(run.base_words, dtype)
+    if not np.isfinite(delta).all():
+        delta[run.tuned_words == run.base_words] = 0  # also between infinities
     finite = np.isfinite(codec.round_delta(delta))
     if not finite.all():
         _refuse_nonfinite(run.plan, delta.size - int(np.count_nonzero(finite)))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..config import DareConfig, Patterns, Rescale, Rounding, Target, Values
+from ..dtypes import Words, to_float
 from ..errors import ConfigError, NonFiniteDelta
 from ..kernels import cpu
 from ..package.companion_files import carry_files
@@ -343,19 +344,22 @@ def _encode(task: _Task, run: Work) -> Encoded:
     words = task.tuned.read(plan.name, start, count)
     dtype = plan.at_hand
     if not plan.allow_nonfinite and dtype.is_float and cpu.has_nonfinite(words, dtype.exponent_mask):
-        _refuse_nonfinite(plan, start, words)
+        _refuse_nonfinite(plan, start, words, base_words)
     if not run.is_delta:
         return encode(plan, start, base_words, words)
     positions = plan.positions(start, count)
     return encode(plan, start, base_words, cpu.take(words, positions), positions)
 
 
-def _refuse_nonfinite(plan: TensorPlan, start: int, words: np.ndarray) -> None:
+def _refuse_nonfinite(plan: TensorPlan, start: int, words: np.ndarray, base_words: Words | None) -> None:
+    """But for infinities that the base has at the same places: bounds that bind nothing, masks."""
     dtype = plan.at_hand
     if dtype.code == "F8_E4M3":  # its largest exponent holds numbers; only all ones is NaN
         bad = (words & np.uint8(0x7F)) == np.uint8(0x7F)
     else:
         bad = (words & dtype.word.type(dtype.exponent_mask)) == dtype.word.type(dtype.exponent_mask)
+    if base_words is not None and bad.any():
+        bad &= to_float(words, dtype) != to_float(base_words, plan.info.dtype)
     if bad.any():
         first = start + int(np.argmax(bad))
         remedy = "did training diverge? allow_nonfinite=True (--allow-nonfinite) carries them as they are"

@@ -85,7 +85,9 @@ class Sizes(NamedTuple):
     largest: Tensor
     """float32 [segments]."""
     strange: Tensor
-    """int64 [segments]: how many are not finite; those are not counted."""
+    """int64 [segments]: how many are not finite between words that differ; none that is not finite is
+    counted.
+    """
 
 
 def magnitudes(base_words: Tensor, tuned_words: Tensor, kept: Sequence[int], dtype: DType) -> Sizes:
@@ -105,7 +107,7 @@ def magnitudes(base_words: Tensor, tuned_words: Tensor, kept: Sequence[int], dty
     return Sizes(
         counts=place[counted].bincount(minlength=len(kept) * _BINS).reshape(-1, _BINS),
         largest=size.new_zeros(len(kept)).scatter_reduce(0, segment, torch.where(counted, size, 0), "amax"),
-        strange=segment[~delta.isfinite()].bincount(minlength=len(kept)),
+        strange=segment[~delta.isfinite() & (base_words != tuned_words)].bincount(minlength=len(kept)),
     )
 
 

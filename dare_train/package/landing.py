@@ -48,7 +48,7 @@ class Landing:
         with np.errstate(over="ignore", invalid="ignore"):
             before = to_float(base, dtype).astype(np.float64)
             after = to_float(tuned, self.source).astype(np.float64)
-            x = after if self.factor == 1 else before + self.factor * (after - before)
+            x = after if self.factor == 1 else before + self.factor * _difference(before, after)
         draws = None if self.rounding == "nearest" else drawn(self.key, start, positions)
         words = land(x, dtype, draws)
         return np.where(to_float(words, dtype) == before, base, words)
@@ -56,7 +56,12 @@ class Landing:
     def delta(self, base: Words, tuned: Words, dtype: DType) -> FloatArray:
         """δ at kept elements, float64: what is multiplied by γ."""
         with np.errstate(over="ignore", invalid="ignore"):
-            return to_float(tuned, self.source).astype(np.float64) - to_float(base, dtype)
+            return _difference(to_float(base, dtype), to_float(tuned, self.source).astype(np.float64))
+
+
+def _difference(before: FloatArray, after: FloatArray) -> FloatArray:
+    """Zero also between infinities that are equal."""
+    return np.where(before == after, 0.0, after - before)
 
 
 def drawn(key: int, start: int, positions: Positions) -> tuple[Words, Words]:

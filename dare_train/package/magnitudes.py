@@ -33,14 +33,17 @@ class Magnitudes:
 
     @classmethod
     def between(cls, base: Words, tuned: Words, dtype: DType) -> tuple[Magnitudes, int]:
-        """Of the float deltas between words, and how many deltas are not finite."""
+        """Of the float deltas between words, and how many deltas are not finite. An infinity that the base
+        has, too, is no delta.
+        """
         if dtype.code == "BF16":
             counts = np.zeros(_BINS, np.int64)
             largest, strange = cpu.magnitudes_bf16(base, tuned, counts)
-            return cls(counts, largest), strange
+            if not strange:
+                return cls(counts, largest), 0
         with np.errstate(over="ignore", invalid="ignore"):
             delta = to_float(tuned, dtype) - to_float(base, dtype)
-        return cls.of(delta), delta.size - int(np.count_nonzero(np.isfinite(delta)))
+        return cls.of(delta), int(np.count_nonzero(~np.isfinite(delta) & (base != tuned)))
 
     def plus(self, other: Magnitudes) -> Magnitudes:
         return Magnitudes(self.counts + other.counts, max(self.largest, other.largest))

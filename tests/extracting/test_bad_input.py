@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import apply_refused, base_state, extract_refused, moved, random_tensor, save
 
-from dare_train import DeltaPackage, apply, apply_, extract
+from dare_train import DeltaPackage, apply, apply_, extract, merge
 from dare_train.errors import BaseMismatch, ConfigError, DtypeMismatch, NonFiniteDelta, TensorMismatch
 
 
@@ -201,6 +201,47 @@ def test_allowed_weights_that_are_not_finite_are_carried(
     assert 0.4 < (~result.isfinite()).float().mean() <= 1
     (tmp_path / "package" / "dare_config.json").read_text().encode("ascii")
     json.loads((tmp_path / "package" / "dare_config.json").read_bytes(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "options",
+    [{"p": 0.0}, {"p": 0.5}, {"whole": ["bound"]}, {"values": "rounded"}, {"values": "int8", "p": 0.1}],
+    ids=str,
+)
+def test_infinities_of_the_base_stay(tmp_path: Path, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Bounds that bind nothing, as those of Gemma 4's audio layers, and masks."""
+    generator = torch.Generator().manual_seed(0)
+    base = {"w": torch.randn(700, generator=generator).to(dtype), "bound": torch.tensor(math.inf).to(dtype)}
+    base["w"][::9] = -math.inf
+    tuned = {"w": base["w"] + torch.randn(700, generator=generator).to(dtype) / 8, "bound": base["bound"]}
+    package = extract(base, tuned, tmp_path / "package", **options)
+    for number in (1, 2):
+        out = {name: tensor.clone() for name, tensor in base.items()}
+        apply_(out, [package] * number, **({} if number == 1 else {"weights": [0.5, 0.25]}))
+        assert torch.equal(out["w"].isinf(), base["w"].isinf())
+        assert out["bound"].isinf()
+        assert not out["w"].isnan().any()
+        if options == {"p": 0.0} and number == 1:
+            assert torch.equal(out["w"], tuned["w"])
+    finer = {name: tensor.float() for name, tensor in tuned.items()}
+    landed = extract(base, finer, tmp_path / "landed", dtype="base", p=0.5)
+    apply_(base, landed)
+    assert torch.equal(base["w"].isinf(), tuned["w"].isinf())
+    assert not base["w"].isnan().any()
+
+
+def test_infinities_of_the_base_stay_in_files_and_merges(tmp_path: Path, make_checkpoint: Any) -> None:
+    state = {"w": torch.linspace(-1, 1, 700), "bound": torch.tensor(math.inf)}
+    base = make_checkpoint("base", state)
+    tuned = make_checkpoint("tuned", {**state, "w": state["w"] * 1.5})
+    packages = [extract(base, tuned, tmp_path / f"package-{seed}", p=0.5, seed=seed) for seed in (0, 1)]
+    apply(base, packages, tmp_path / "out", weights=[0.5, 0.5])
+    merge(base, packages, tmp_path / "merged", method="average")
+    for folder in ("out", "merged"):
+        found = load_file(tmp_path / folder / "model.safetensors")
+        assert found["bound"] == math.inf
+        assert found["w"].isfinite().all()
 
 
 @pytest.mark.parametrize("values", ["rounded", "int8", "int4", "sign"])

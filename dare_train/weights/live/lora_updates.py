@@ -207,5 +207,5 @@ def _matrix(factor: torch.Tensor) -> Matrix:
     whole: Any = factor
     if is_dtensor(factor):
         whole = whole.full_tensor()
-    matrix: Matrix = whole.detach().double().cpu().numpy().reshape(whole.shape[0], -1)
+    matrix: Matrix = whole.detach().double().cpu().numpy().reshape(whole.shape[0], prod(whole.shape[1:]))
     return matrix if matrix.flags.owndata else matrix.copy()
