@@ -20,8 +20,9 @@ from ...weights.declared_ties import Ties
 from ...weights.full_precision import check_full_precision
 from ...weights.lora_checkpoint import AdapterWeights, merge_adapter
 from ...weights.low_rank import UNROUNDED
-from ...weights.meeting import aligned_or_explained, put_name, renamed_names
+from ...weights.meeting import aligned_or_explained, put_name, renamed, renamed_names
 from ...weights.opening import WeightsLike, open_weights
+from ...weights.other_layouts import in_layout_of
 from ...weights.protocol import Cast, TensorInfo, Weights, under
 from ...weights.quantised import Quantised
 from ...weights.renaming import check_names_meet, respelt
@@ -64,9 +65,13 @@ class Opened:
             weights = merge_adapter(opened, base, unrounded=True)
             self.folder = weights.folder if isinstance(weights, (Checkpoint, AdapterWeights)) else None
             self._is_adapter = isinstance(weights, AdapterWeights)
-            self.weights = _in_single(weights) if isinstance(weights, AdapterWeights) else weights
+            if isinstance(weights, AdapterWeights):
+                self.weights = _in_single(weights)
+                self.names = renamed_names(weights.tensors, rename)
+            else:
+                self.weights = in_layout_of(base, renamed(weights, rename))
+                self.names = {name: name for name in self.weights.tensors}
             self.label = self.weights.label
-            self.names = renamed_names(self.weights.tensors, rename)
             infos = {name: self.weights.tensors[given] for name, given in self.names.items()}
             _, self.prefix = aligned_or_explained(base, infos, label=self.label)
         self.plain = {name: _name_in_base(name, self.prefix, base.tensors) for name in self.names}
@@ -81,10 +86,10 @@ class Opened:
         `apart`: names that models with this prefix have, and that it does not stand before, such as a head's.
         """
         names: dict[str, str] = {}
-        for renamed, name_in_model in self.names.items():
-            plain = self.plain[renamed]
-            as_it_is = plain not in base.tensors and (self.prefix == prefix or renamed in apart)
-            put_name(names, renamed if as_it_is else f"{prefix}{plain}", name_in_model)
+        for name, name_in_model in self.names.items():
+            plain = self.plain[name]
+            as_it_is = plain not in base.tensors and (self.prefix == prefix or name in apart)
+            put_name(names, name if as_it_is else f"{prefix}{plain}", name_in_model)
         return names
 
     def tied(self, names: Mapping[str, str], base: Weights, prefix: str, apart: Collection[str]) -> Tied:
