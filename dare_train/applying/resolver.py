@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..dtypes import Words
-from ..errors import BaseMismatch, DtypeMismatch, ResultMismatch, TensorMismatch
+from ..errors import BaseMismatch, CheckpointError, DtypeMismatch, ResultMismatch, TensorMismatch
 from ..package.arithmetic import Term, combine
+from ..package.quantised_records import quantised_in
 from ..package.reader import DeltaPackage
 from ..package.segments import Segment, decode_delta, decode_whole
 from ..weights.alignment import cast_to, with_prefix, without_prefix
@@ -89,6 +90,19 @@ class Resolver:
             record = self.source.get(unit.packed)
             if record is None or record.info.dtype != self.base.tensors[unit.packed].dtype:
                 raise quantised_error(base, quantised, expected="full precision, as the package has its base")
+        for package in self.links[0].packages:
+            self._check_same_parts(package)
+
+    def _check_same_parts(self, package: DeltaPackage) -> None:
+        of_package = quantised_in(package)
+        for unit in of_package.units:
+            record = self.source.get(unit.packed)
+            held = self.base.tensors.get(unit.packed)
+            if record is not None and record.base is not None and (held is None or held != record.base_info):
+                remedy = "apply it to the quantised checkpoint that it was made from"
+                expected = f"a base quantised as the package is: {of_package}"
+                found = f"{unit.packed} as {held}" if held is not None else f"no {unit.packed}"
+                raise CheckpointError(self.base.label, expected=expected, found=found, remedy=remedy)
 
     def _beside(self, base: Weights, prefix: str) -> set[str]:
         """Tensors of the base's later modules, which a package made from the first alone does not know."""
@@ -260,7 +274,7 @@ def _check_moves_no_part(package: DeltaPackage) -> None:
     Raises:
         TensorMismatch: it changes weights that are quantised, of which nothing can be multiplied or added up.
     """
-    quantised = Quantised({name: record.info for name, record in package.records.items()})
+    quantised = quantised_in(package)
     moved = [part for part in quantised.unit_of if package.records[part].kind != "base"]
     if moved:
         expected = "weight 1 and no package beside it"

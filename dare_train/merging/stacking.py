@@ -102,7 +102,7 @@ def stack(what: Stack, out: Path, *, allow_nonfinite: bool = False, overwrite: b
     models = {each.model: open_checkpoint(each.model) for each in what.layers}
     described = models.get(what.described_by) or open_checkpoint(what.described_by)
     for model in models.values():
-        check_full_precision(model, purpose="of which layers can be stacked")
+        check_full_precision(model, purpose="of which layers can be stacked", option=False)
     copied = dict(sorted(_copied(what, models)))
     _check_forms(copied)
     tensors = {name: each.info for name, each in copied.items()}

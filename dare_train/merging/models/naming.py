@@ -13,6 +13,7 @@ from ...applying.chain import open_chain
 from ...dtypes import DTYPES
 from ...errors import ChainError, CheckpointError
 from ...hub.download import locate
+from ...package.quantised_records import quantised_in
 from ...package.reader import DeltaPackage
 from ...weights.alignment import cast_to, with_prefix, without_prefix
 from ...weights.checkpoint import Checkpoint
@@ -24,7 +25,6 @@ from ...weights.meeting import aligned_or_explained, put_name, renamed, renamed_
 from ...weights.opening import WeightsLike, open_weights
 from ...weights.other_layouts import in_layout_of
 from ...weights.protocol import Cast, TensorInfo, Weights, under
-from ...weights.quantised import Quantised
 from ...weights.renaming import check_names_meet, respelt
 from .inputs import CheckpointInput, Input, PackageInput
 from .model_files import config_of, files_in, is_package, own_files
@@ -293,7 +293,7 @@ def _check_package(package: DeltaPackage) -> None:
     Raises:
         CheckpointError: it is of a quantised model.
     """
-    quantised = Quantised({name: record.info for name, record in package.records.items()})
+    quantised = quantised_in(package)
     if quantised:
         remedy = "merge the models in full precision"
         found = f"a package of quantised weights: {quantised}"
