@@ -81,7 +81,7 @@ if TYPE_CHECKING:
     from .training.lottery_tickets import TicketSearch as TicketSearch
     from .training.sparse_tuning import SparseTuningCallback as SparseTuningCallback
     from .training.sparse_tuning import sparse_tuning as sparse_tuning
-    from .weights.gguf_files import dequantize as dequantize
+    from .weights.files.gguf_files import dequantize as dequantize
 
     rates = drop_rates
 
@@ -124,7 +124,7 @@ _PUBLIC = {
     "training.continual_result": "Continual",
     "training.lottery_tickets": "TICKET_ABLATIONS TicketSearch",
     "training.sparse_tuning": "SparseTuningCallback sparse_tuning",
-    "weights.gguf_files": "dequantize",
+    "weights.files.gguf_files": "dequantize",
 }
 """Public names, by the module in which each is defined."""
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from ..dtypes import Words
 from ..errors import ConfigError
-from ..weights.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ..weights.checkpoint_writer import CheckpointWriter, Layout
-from ..weights.lora_config import AdapterConfig
+from ..weights.files.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..weights.files.checkpoint_writer import CheckpointWriter, Layout
+from ..weights.lora.lora_config import AdapterConfig
 from ..weights.protocol import TensorInfo
 
 Tensors = Mapping[str, tuple[TensorInfo, Words]]

@@ -17,9 +17,9 @@ from ..hub.download import locate
 from ..merging.statistics.statistics_file import StatisticsFile, statistics_path
 from ..package.manifest import MANIFEST
 from ..package.reader import DeltaPackage
-from ..weights.checkpoint import Checkpoint
-from ..weights.full_precision import check_full_precision
-from ..weights.lora_checkpoint import merge_adapter
+from ..weights.files.checkpoint import Checkpoint
+from ..weights.files.full_precision import check_full_precision
+from ..weights.lora.lora_checkpoint import merge_adapter
 from ..weights.protocol import Weights
 
 Place = Union[str, "os.PathLike[str]"]

@@ -10,10 +10,10 @@ import numpy as np
 
 from ..dtypes import FloatArray, Words, cast, to_float
 from ..errors import NonFiniteDelta, TensorMismatch
-from ..weights.adapted_modules import of_model
 from ..weights.alignment import align
-from ..weights.layouts import Place
-from ..weights.named_tensors import tied
+from ..weights.live.layouts import Place
+from ..weights.live.named_tensors import tied
+from ..weights.lora.adapted_modules import of_model
 from ..weights.protocol import SEGMENT, TensorInfo, Weights, runs
 
 

@@ -22,11 +22,11 @@ from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging, storage_errors
 from ..parallel.threads import ScratchWords, ordered_map, thread_share
 from ..weights.alignment import without_prefix
-from ..weights.checkpoint import Checkpoint
-from ..weights.checkpoint_writer import CheckpointWriter, Layout, layout_like
+from ..weights.files.checkpoint import Checkpoint
+from ..weights.files.checkpoint_writer import CheckpointWriter, Layout, layout_like
+from ..weights.files.module_folders import MODULES, module_folders, places_of
 from ..weights.fingerprint import Fingerprint, model_fingerprint, total
-from ..weights.module_folders import MODULES, module_folders, places_of
-from ..weights.opening import WeightsLike, open_checkpoint, open_weights
+from ..weights.lora.opening import WeightsLike, open_checkpoint, open_weights
 from .chain import Link, Packages, listed, open_chain
 from .resolver import Resolver
 from .result_files import write_files

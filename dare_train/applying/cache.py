@@ -17,9 +17,9 @@ from ..errors import BaseMismatch, ConfigError, DeviceMemoryError
 from ..package.manifest import MANIFEST, sha256_of
 from ..package.reader import DeltaPackage, checking
 from ..weights.fingerprint import Fingerprint
-from ..weights.live import LiveWeights
-from ..weights.live_lock import alone_on, last_change, note_as_before, note_change
-from ..weights.named_tensors import Live
+from ..weights.live.live import LiveWeights
+from ..weights.live.live_lock import alone_on, last_change, note_as_before, note_change
+from ..weights.live.named_tensors import Live
 from . import device_packages as device
 from .chain import Link, open_chain
 from .in_place import check_fits

@@ -30,7 +30,7 @@ from ..package.masks import Mask
 from ..package.reader import DeltaPackage
 from ..package.segments import Opened, Segment, check_kept, decode_whole
 from ..parallel.threads import ordered_map, thread_count
-from ..weights.ownership import Span
+from ..weights.live.ownership import Span
 
 _AT_ONCE = 1 << 20
 """Kept elements that one thread decodes between two copies: enough to hide what a copy costs to begin."""

@@ -24,8 +24,8 @@ from ..kernels.launch_tables import BLOCK, PLANES, Masks, Row, Rows, Term, offse
 from ..kernels.law_in_torch import compute
 from ..package.reader import DeltaPackage
 from ..weights.fingerprint import Fingerprint, prints_of, total
-from ..weights.live import LiveWeights
-from ..weights.ownership import Span, Spans
+from ..weights.live.live import LiveWeights
+from ..weights.live.ownership import Span, Spans
 from .chain import Link
 from .device_decoding import Place, decode, masks_of, parts_of, segments_of
 

@@ -16,10 +16,10 @@ from ..package.reader import DeltaPackage, checking
 from ..parallel.ranks import Ranks
 from ..parallel.threads import ordered_map
 from ..weights.fingerprint import Fingerprint, fingerprints, total
-from ..weights.live import Change, LiveWeights, check_same_tensors
-from ..weights.live_lock import alone_on, last_change, note_as_before, note_change
-from ..weights.named_tensors import Live
-from ..weights.ownership import Span, Spans
+from ..weights.live.live import Change, LiveWeights, check_same_tensors
+from ..weights.live.live_lock import alone_on, last_change, note_as_before, note_change
+from ..weights.live.named_tensors import Live
+from ..weights.live.ownership import Span, Spans
 from ..weights.protocol import TensorInfo
 from . import device_packages as device
 from .chain import Packages, listed, open_chain

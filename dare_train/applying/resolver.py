@@ -13,12 +13,12 @@ from ..package.quantised_records import quantised_in
 from ..package.reader import DeltaPackage
 from ..package.segments import Segment, decode_delta, decode_whole
 from ..weights.alignment import cast_to, with_prefix, without_prefix
-from ..weights.config_file import config_beside
 from ..weights.derived_buffers import is_derived
+from ..weights.files.config_file import config_beside
+from ..weights.files.full_precision import quantised_error
+from ..weights.files.quantised import Quantised
 from ..weights.fingerprint import Fingerprint, fingerprints
-from ..weights.full_precision import quantised_error
 from ..weights.protocol import SEGMENT, Weights, runs
-from ..weights.quantised import Quantised
 from .chain import Link
 
 _WRONG_BASE = "this is not the base the package was made from"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..package.companion_files import copy_carried, copy_companions, copy_unchanged_modules
 from ..package.model_config import Facts, settle_config, vocabulary_sizes
-from ..weights.checkpoint import Checkpoint
-from ..weights.dequantise import Dequantised
+from ..weights.files.checkpoint import Checkpoint
+from ..weights.files.dequantise import Dequantised
 from ..weights.fingerprint import Fingerprint
 from ..weights.heads import embeddings_in, heads_in
 from .chain import Link

@@ -306,7 +306,7 @@ def dequantize(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a GGUF as a checkpoint in bfloat16, with its tokenizer: a base for packages."""
-    from ..weights.gguf_files import dequantize as run
+    from ..weights.files.gguf_files import dequantize as run
 
     expect_models()
     size = run(file, out, overwrite=overwrite)

@@ -185,8 +185,8 @@ def _searched(
     """A table of the trials. The user's function may be anything, so the process is no longer settled for a
     small command.
     """
+    from ..evaluation.wandb_run import searching
     from ..merging.search import metric_of, results, search
-    from ..wandb_run import searching
 
     gc.enable()
     with searching(project) as tell:

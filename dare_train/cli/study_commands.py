@@ -287,8 +287,8 @@ def _depends(
 
 def _publish(result: Found, title: str, out: Path, project: str | None, *, quiet: bool = False) -> None:
     """Files, wandb, and unless `quiet` the tables on the terminal."""
+    from ..evaluation.wandb_run import studying
     from ..reports.writing import study_of, write_study
-    from ..wandb_run import studying
 
     study = study_of(result, title)
     with studying(project):

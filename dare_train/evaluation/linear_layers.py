@@ -11,11 +11,11 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
-from ..weights import sharding as engines
-from ..weights.live import LiveWeights
-from ..weights.named_tensors import NamedTensors
-from ..weights.sharding import Held
-from ..weights.views import held_in
+from ..weights.live import sharding as engines
+from ..weights.live.live import LiveWeights
+from ..weights.live.named_tensors import NamedTensors
+from ..weights.live.sharding import Held
+from ..weights.live.views import held_in
 
 Batch = Mapping[str, Any]
 """Arguments of the model by name. Tensors have one row for each example."""

@@ -10,10 +10,10 @@ import numpy as np
 from ..errors import CheckpointError
 from ..parallel.threads import ordered_map
 from ..weights.alignment import cast_to
+from ..weights.files.full_precision import check_full_precision
 from ..weights.fingerprint import weights_fingerprint
-from ..weights.full_precision import check_full_precision
-from ..weights.live import LiveWeights
-from ..weights.opening import WeightsLike, open_weights
+from ..weights.live.live import LiveWeights
+from ..weights.lora.opening import WeightsLike, open_weights
 from ..weights.protocol import HeldWords, Weights, runs
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from ..package import codec
 from ..package.magnitudes import Magnitudes
 from ..parallel.threads import ordered_map
 from ..weights.fingerprint import Fingerprint, prints_of
-from ..weights.live import LiveWeights
+from ..weights.live.live import LiveWeights
 from ..weights.protocol import InMemory
 from .assembly import Work
 from .encoding import KeptWords, PackedRun

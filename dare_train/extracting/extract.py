@@ -24,13 +24,13 @@ from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging, storage_errors
 from ..parallel.threads import ordered_map, thread_share
 from ..weights.alignment import align, cast_to
-from ..weights.config_file import config_beside
-from ..weights.dequantise import Dequantised
-from ..weights.lora_checkpoint import AdapterWeights, merge_adapter
+from ..weights.files.config_file import config_beside
+from ..weights.files.dequantise import Dequantised
+from ..weights.files.module_folders import places_of
+from ..weights.lora.lora_checkpoint import AdapterWeights, merge_adapter
+from ..weights.lora.opening import WeightsLike, open_weights
+from ..weights.lora.other_layouts import in_layout_of
 from ..weights.meeting import meet, renamed
-from ..weights.module_folders import places_of
-from ..weights.opening import WeightsLike, open_weights
-from ..weights.other_layouts import in_layout_of
 from ..weights.protocol import InMemory, Weights
 from .assembly import Provenance, Spool, Tallies, Work, summed, tallied, work_of, write_manifest
 from .encoding import Encoded, KeptWords, PackedRun, encode, encode_gathered

@@ -7,9 +7,9 @@ from typing import Any
 
 from ..config import DareConfig
 from ..errors import CheckpointError, ConfigError
-from ..weights.full_precision import quantised_error
+from ..weights.files.full_precision import quantised_error
+from ..weights.files.quantised import Quantised, Unit
 from ..weights.protocol import Weights
-from ..weights.quantised import Quantised, Unit
 
 _LOSSLESS = "p=0 (--p 0), of which two checkpoints in one scheme come back bit for bit"
 

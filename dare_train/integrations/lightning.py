@@ -30,8 +30,8 @@ from ..snapshots.run_folder import FINAL, RunFolder
 from ..snapshots.shared_pass import Snapshot
 from ..snapshots.snapshotter import Snapshotter
 from ..snapshots.trainer_run import name_of_run, shared_companions
-from ..weights.live import LiveWeights
-from ..weights.wrapped import inner_model
+from ..weights.live.live import LiveWeights
+from ..weights.live.wrapped import inner_model
 
 _STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"}
 

@@ -22,11 +22,11 @@ from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging, storage_errors
 from ..parallel.threads import ordered_map, thread_share
 from ..weights.alignment import without_prefix
-from ..weights.checkpoint import Checkpoint
-from ..weights.checkpoint_writer import CheckpointWriter, layout_like
+from ..weights.files.checkpoint import Checkpoint
+from ..weights.files.checkpoint_writer import CheckpointWriter, layout_like
+from ..weights.files.module_folders import module_folders
 from ..weights.fingerprint import Fingerprint, model_fingerprint, total
-from ..weights.module_folders import module_folders
-from ..weights.opening import WeightsLike
+from ..weights.lora.opening import WeightsLike
 from . import output_files
 from .checked_runs import Allowed, check_changed, check_finite, check_something_merged, differs
 from .config.task import MergeTask, rounding_of, task_of

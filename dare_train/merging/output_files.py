@@ -11,8 +11,8 @@ from pathlib import Path
 from ..package.companion_files import copy_carried, copy_companions
 from ..package.model_config import Facts, settle_config, vocabulary_sizes
 from ..parallel.scratch_folder import temporary_folder
-from ..weights.checkpoint import MERGE_RECORD
-from ..weights.module_folders import MODULES, module_folders
+from ..weights.files.checkpoint import MERGE_RECORD
+from ..weights.files.module_folders import MODULES, module_folders
 from .config.recipe import DTYPE_NAMES
 from .merge_report import MergeReport
 from .merged_weights import Merged

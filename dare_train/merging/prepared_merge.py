@@ -11,10 +11,10 @@ from ..dtypes import DTYPES
 from ..errors import CheckpointError, ConfigError
 from ..parallel.ranks import Ranks
 from ..parallel.threads import thread_share
-from ..weights.checkpoint import Checkpoint
-from ..weights.full_precision import check_full_precision
-from ..weights.module_folders import places_of
-from ..weights.opening import open_weights
+from ..weights.files.checkpoint import Checkpoint
+from ..weights.files.full_precision import check_full_precision
+from ..weights.files.module_folders import places_of
+from ..weights.lora.opening import open_weights
 from ..weights.protocol import Weights
 from .config.recipe import Recipe
 from .config.setting_resolver import layer_counts

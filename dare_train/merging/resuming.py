@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..parallel.staged_file import write_whole
-from ..weights.checkpoint import Checkpoint
+from ..weights.files.checkpoint import Checkpoint
 from ..weights.fingerprint import Fingerprint, fingerprints
 from ..weights.protocol import TensorInfo
 

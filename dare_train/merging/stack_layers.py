@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from ..errors import ConfigError
-from ..weights.opening import open_checkpoint
+from ..weights.lora.opening import open_checkpoint
 from .config.recipe import DTYPE_NAMES
 from .config.setting_resolver import layer_counts
 from .config.stack import PASSTHROUGH, SCALE, Stack, StackedLayers

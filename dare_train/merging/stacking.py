@@ -20,14 +20,14 @@ from ..package.companion_files import copy_companions
 from ..package.model_config import Facts, settle_config
 from ..parallel.staged_folder import staged_folder, storage_errors
 from ..parallel.threads import ordered_map
-from ..weights.checkpoint import INDEX, SINGLE, Checkpoint
-from ..weights.checkpoint_writer import CheckpointWriter, Layout
-from ..weights.config_file import CONFIG, read_config
+from ..weights.files.checkpoint import INDEX, SINGLE, Checkpoint
+from ..weights.files.checkpoint_writer import CheckpointWriter, Layout
+from ..weights.files.config_file import CONFIG, read_config
+from ..weights.files.full_precision import check_full_precision
+from ..weights.files.module_folders import places_of
 from ..weights.fingerprint import Fingerprint, model_fingerprint, total
-from ..weights.full_precision import check_full_precision
 from ..weights.heads import embeddings_in, heads_in
-from ..weights.module_folders import places_of
-from ..weights.opening import open_checkpoint
+from ..weights.lora.opening import open_checkpoint
 from ..weights.protocol import SEGMENT, TensorInfo, runs
 from .config.recipe import DTYPE_NAMES
 from .config.setting_resolver import comes_before_layers, layer_counts, layer_of

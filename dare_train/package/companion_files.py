@@ -11,9 +11,9 @@ from typing import Any
 from ..errors import CheckpointError, PackageError
 from ..reading.links import staying_inside
 from ..reading.structures import json_in
-from ..weights.checkpoint import ADAPTER_CONFIG, MERGE_RECORD, SINGLE
-from ..weights.config_file import CONFIG
-from ..weights.module_folders import module_folders
+from ..weights.files.checkpoint import ADAPTER_CONFIG, MERGE_RECORD, SINGLE
+from ..weights.files.config_file import CONFIG
+from ..weights.files.module_folders import module_folders
 from .manifest import CARRIED, FileRecord, file_record
 from .model_config import Facts, settle_config
 from .reader import DeltaPackage, check_digest

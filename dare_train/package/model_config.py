@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..weights.config_file import CONFIG, read_config
+from ..weights.files.config_file import CONFIG, read_config
 from ..weights.heads import embeddings_in
 from ..weights.protocol import TensorInfo
 from ..weights.skeletons import skeleton

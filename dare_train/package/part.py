@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError, PackageError
-from ..weights.checkpoint import SafetensorsFile
+from ..weights.files.checkpoint import SafetensorsFile
 from .codec import FETCH_AGAIN
 from .manifest import Manifest
 from .segment_table import check_table

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..weights.config_file import CONFIG, read_config
-from ..weights.quantised import Quantised
+from ..weights.files.config_file import CONFIG, read_config
+from ..weights.files.quantised import Quantised
 from .reader import DeltaPackage
 
 

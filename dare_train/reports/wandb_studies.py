@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..wandb_run import active_run, imported_wandb
+from ..evaluation.wandb_run import active_run, imported_wandb
 from .document import HeatMap
 
 if TYPE_CHECKING:

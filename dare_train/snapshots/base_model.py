@@ -16,16 +16,16 @@ from ..hub.download import locate
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging
 from ..reading.structures import checked
-from ..weights import full_precision
-from ..weights.adapters_on_files import AdaptersOnFiles, check_full_precision
 from ..weights.alignment import align, cast_to
-from ..weights.checkpoint import SINGLE, Checkpoint
-from ..weights.checkpoint_writer import CheckpointWriter, Layout
+from ..weights.files import full_precision
+from ..weights.files.checkpoint import SINGLE, Checkpoint
+from ..weights.files.checkpoint_writer import CheckpointWriter, Layout
 from ..weights.fingerprint import Fingerprint, fingerprints, model_fingerprint
-from ..weights.live import LiveWeights
-from ..weights.live_lora import Merged
+from ..weights.live.live import LiveWeights
+from ..weights.live.live_lora import Merged
+from ..weights.live.wrapped import inner_model
+from ..weights.lora.adapters_on_files import AdaptersOnFiles, check_full_precision
 from ..weights.protocol import SEGMENT, Weights, runs
-from ..weights.wrapped import inner_model
 from . import comparing
 
 _log = logging.getLogger("dare_train")

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import BaseMismatch
 from ..parallel.staged_folder import storage_errors, sweep_folder
-from ..weights.live import LiveWeights
+from ..weights.live.live import LiveWeights
 from .base_model import FirstLook, Origin, at_hand, begun_at, kept, loaded_from, recall
 from .run_folder import RunFolder
 

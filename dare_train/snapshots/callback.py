@@ -18,8 +18,8 @@ from ..kernels.backends import checked
 from ..package.reader import DeltaPackage
 from ..parallel.ranks import Ranks, Roll
 from ..parallel.waiting_folder import remove_waiting
-from ..weights.live import LiveWeights
-from ..weights.wrapped import inner_model
+from ..weights.live.live import LiveWeights
+from ..weights.live.wrapped import inner_model
 from . import reporting, wandb_snapshots
 from .base_model import FirstLook, Origin, first_look
 from .beginning import Known, begin

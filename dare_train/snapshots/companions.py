@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..parallel.waiting_folder import waiting_folder
-from ..weights.wrapped import inner_model, unwrapped
+from ..weights.live.wrapped import inner_model, unwrapped
 
 
 def save_companions(model: Any, processing_class: Any, folder: Path, base: Path) -> str:

@@ -9,10 +9,10 @@ import numpy as np
 from ..dtypes import Words, to_float
 from ..errors import ConfigError
 from ..parallel.threads import ordered_map
-from ..weights.live import LiveWeights
-from ..weights.live_lora import MERGE
+from ..weights.live.live import LiveWeights
+from ..weights.live.live_lora import MERGE
+from ..weights.live.ownership import Spans
 from ..weights.low_rank import Update
-from ..weights.ownership import Spans
 from ..weights.protocol import SEGMENT, Weights, runs
 
 _MAJORITY = 0.5

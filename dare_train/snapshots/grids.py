@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from ..config import DareConfig, Source
 from ..extracting.plan import dtypes_at_hand
-from ..weights.live import LiveWeights, Reading
+from ..weights.live.live import LiveWeights, Reading
 from ..weights.protocol import Weights
 
 _log = logging.getLogger("dare_train")

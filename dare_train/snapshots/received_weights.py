@@ -11,9 +11,9 @@ from typing import IO
 import numpy as np
 
 from ..dtypes import cast
-from ..weights.live import LiveWeights
-from ..weights.live_lora import silenced
-from ..weights.named_tensors import Live
+from ..weights.live.live import LiveWeights
+from ..weights.live.live_lora import silenced
+from ..weights.live.named_tensors import Live
 from .snapshotter import Received, Snapshotter
 
 

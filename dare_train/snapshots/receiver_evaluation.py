@@ -10,8 +10,8 @@ import torch
 from transformers import Trainer
 
 from ..errors import ConfigError
-from ..weights.live import LiveWeights
-from ..weights.named_tensors import Live
+from ..weights.live.live import LiveWeights
+from ..weights.live.named_tensors import Live
 from .received_weights import received_weights
 from .snapshotter import Snapshotter
 

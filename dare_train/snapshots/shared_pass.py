@@ -19,11 +19,11 @@ from ..package.magnitudes import Magnitudes
 from ..package.reader import DeltaPackage
 from ..parallel.ranks import in_shares
 from ..parallel.threads import ordered_map, thread_count
-from ..weights.live import LiveWeights, Reading
-from ..weights.live_lora import Merged
+from ..weights.live.live import LiveWeights, Reading
+from ..weights.live.live_lora import Merged
+from ..weights.live.named_tensors import Live
+from ..weights.live.ownership import Spans
 from ..weights.low_rank import Update
-from ..weights.named_tensors import Live
-from ..weights.ownership import Spans
 from ..weights.protocol import TensorInfo, Weights
 from .capture import LastRead, Spread, Taken, merged, take_run
 

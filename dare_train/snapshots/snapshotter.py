@@ -38,10 +38,10 @@ from ..package.manifest import FileRecord
 from ..package.reader import DeltaPackage, read_back
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging
-from ..weights.adapters_on_files import AdaptersOnFiles
-from ..weights.live import LiveWeights
-from ..weights.live_lora import Merged
-from ..weights.named_tensors import Live
+from ..weights.live.live import LiveWeights
+from ..weights.live.live_lora import Merged
+from ..weights.live.named_tensors import Live
+from ..weights.lora.adapters_on_files import AdaptersOnFiles
 from ..weights.protocol import Chosen, TensorInfo, Weights
 from . import grids
 from .base_model import Origin, establish, recall

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from ..errors import ConfigError
 from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import check_visible, storage_errors
-from ..weights.sharding import SUPPORTED
+from ..weights.live.sharding import SUPPORTED
 from .base_model import Origin
 from .companions import save_companions
 from .pushing import Destination

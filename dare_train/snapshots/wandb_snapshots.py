@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..evaluation.wandb_run import active_run
 from ..package.magnitudes import merged
-from ..wandb_run import active_run
 from .reporting import figures
 
 if TYPE_CHECKING:

@@ -28,12 +28,12 @@ from ..package.masks import largest
 from ..package.reader import DeltaPackage
 from ..parallel.scratch_folder import temporary_folder
 from ..weights.alignment import align, cast_to
-from ..weights.checkpoint import ADAPTER_CONFIG
+from ..weights.files.checkpoint import ADAPTER_CONFIG
+from ..weights.files.full_precision import check_full_precision
 from ..weights.fingerprint import weights_fingerprint
-from ..weights.full_precision import check_full_precision
-from ..weights.lora_checkpoint import merge_adapter
-from ..weights.lora_config import AdapterConfig
-from ..weights.opening import WeightsLike, open_weights
+from ..weights.lora.lora_checkpoint import merge_adapter
+from ..weights.lora.lora_config import AdapterConfig
+from ..weights.lora.opening import WeightsLike, open_weights
 from ..weights.protocol import HeldWords, Mapped, Weights
 from ..weights.singular_vectors import largest_singular
 from .variants import base_weights_only

@@ -13,11 +13,11 @@ from ..dtypes import to_float
 from ..package.magnitudes import Magnitudes, merged
 from ..parallel.threads import ordered_map
 from ..weights.alignment import cast_to, dtype_mismatch
-from ..weights.full_precision import check_full_precision
-from ..weights.lora_checkpoint import merge_adapter
+from ..weights.files.full_precision import check_full_precision
+from ..weights.lora.lora_checkpoint import merge_adapter
+from ..weights.lora.opening import WeightsLike, open_weights
+from ..weights.lora.other_layouts import in_layout_of
 from ..weights.meeting import meet, renamed
-from ..weights.opening import WeightsLike, open_weights
-from ..weights.other_layouts import in_layout_of
 from ..weights.protocol import SEGMENT, Weights, runs
 
 DROP_RATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)

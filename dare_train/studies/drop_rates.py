@@ -20,10 +20,10 @@ from ..errors import ConfigError
 from ..evaluation.measurements import Evaluate, Journal, Key, Point, Progress, measured, samples
 from ..evaluation.swapped_model import SwappedModel
 from ..merging.methods.parameters import Case
+from ..weights.files.full_precision import check_full_precision
 from ..weights.fingerprint import weights_fingerprint
-from ..weights.full_precision import check_full_precision
 from ..weights.layer_names import layer_of
-from ..weights.opening import WeightsLike, open_weights
+from ..weights.lora.opening import WeightsLike, open_weights
 from ..weights.protocol import Weights, only
 from .sweep import TOLERANCE
 from .variants import DROP_VARIANTS, base_weights_only, dropped_weights

@@ -29,9 +29,9 @@ from ..evaluation.measurements import Progress
 from ..evaluation.swapped_model import SwappedModel
 from ..merging.methods.dropping import DropRate
 from ..weights.alignment import align, cast_to
+from ..weights.files.full_precision import check_full_precision
 from ..weights.fingerprint import weights_fingerprint
-from ..weights.full_precision import check_full_precision
-from ..weights.opening import WeightsLike, open_weights
+from ..weights.lora.opening import WeightsLike, open_weights
 from ..weights.protocol import Weights
 from .diagnosis import Diagnosis, diagnose
 from .hidden_states import cosines_of, enough_of, hidden_states

@@ -18,9 +18,9 @@ from ..errors import ConfigError
 from ..extracting.extract import extract
 from ..parallel.scratch_folder import temporary_folder
 from ..weights.alignment import align
-from ..weights.full_precision import check_full_precision
-from ..weights.live import LiveWeights
-from ..weights.opening import WeightsLike, open_weights
+from ..weights.files.full_precision import check_full_precision
+from ..weights.live.live import LiveWeights
+from ..weights.lora.opening import WeightsLike, open_weights
 from ..weights.protocol import TensorInfo, Weights
 
 

@@ -20,9 +20,9 @@ from ..evaluation.swapped_model import SwappedModel
 from ..merging.statistics.fisher_and_gram import collect_gram
 from ..merging.statistics.statistics_file import save_statistics
 from ..parallel.scratch_folder import temporary_folder
+from ..weights.files.full_precision import check_full_precision
 from ..weights.fingerprint import weights_fingerprint
-from ..weights.full_precision import check_full_precision
-from ..weights.opening import WeightsLike, open_weights
+from ..weights.lora.opening import WeightsLike, open_weights
 from ..weights.protocol import Weights
 from .diagnosis import diagnose
 from .variants import DROP_VARIANTS, base_weights_only, dropped_weights

@@ -13,7 +13,7 @@ from ..dtypes import Words
 from ..merging.config.task import task_of
 from ..merging.merge import merged_weights
 from ..merging.methods.parameters import Case
-from ..weights.opening import WeightsLike, open_weights
+from ..weights.lora.opening import WeightsLike, open_weights
 from ..weights.protocol import Weights
 
 

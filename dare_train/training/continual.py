@@ -32,7 +32,7 @@ from ..merging.statistics.fisher_and_gram import collect_fisher
 from ..package.masks import MASK_DOMAIN, generator_of, key_of
 from ..package.reader import DeltaPackage
 from ..weights.fingerprint import weights_fingerprint
-from ..weights.live import LiveWeights
+from ..weights.live.live import LiveWeights
 from .continual_result import Continual
 from .elastic_weights import ElasticWeights
 from .sparse_tuning import SparseTuningCallback

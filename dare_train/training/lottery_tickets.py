@@ -27,7 +27,7 @@ from ..evaluation.model_loading import load_model
 from ..extracting.extract import extract
 from ..package.masks import generator_of
 from ..snapshots.callback import DareCallback
-from ..weights.live import LiveWeights
+from ..weights.live.live import LiveWeights
 from .continual import ContinualTask, train_on
 from .sparse_tuning import SparseTuningCallback
 from .subnetwork import Masks, Scope, at_random, by_size, shuffled

@@ -21,10 +21,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..config import DareConfig, threshold_of
 from ..errors import ConfigError
 from ..package.masks import Mask, key_of
-from ..weights.live import LiveWeights
-from ..weights.named_tensors import checkpoint_tensors
-from ..weights.sharding import Piece, has_dtensors_or_fsdp1
-from ..weights.wrapped import unwrapped
+from ..weights.live.live import LiveWeights
+from ..weights.live.named_tensors import checkpoint_tensors
+from ..weights.live.sharding import Piece, has_dtensors_or_fsdp1
+from ..weights.live.wrapped import unwrapped
 
 Masks = Mapping[str, "torch.Tensor | NDArray[np.bool_]"]
 

@@ -24,9 +24,9 @@ from ..package.reader import DeltaPackage
 from ..package.segments import Opened
 from ..parallel.threads import physical_memory
 from ..weights.alignment import align, cast_to
-from ..weights.full_precision import check_full_precision
+from ..weights.files.full_precision import check_full_precision
 from ..weights.layer_names import layer_of, natural, within_layer
-from ..weights.opening import WeightsLike, open_weights
+from ..weights.lora.opening import WeightsLike, open_weights
 from ..weights.protocol import Weights
 
 Bits = NDArray[np.bool_]

@@ -1,1 +1,1 @@
-"""Whatever holds weights: files, adapters, live and sharded models, behind one protocol."""
+"""One protocol for whatever holds weights, and what its tensors are called."""

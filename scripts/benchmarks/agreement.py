@@ -123,7 +123,7 @@ def _compared(peers: Path, folder: Path, method: str, base: Path, models: list[P
 
 def _steps(theirs: Path, ours: Path) -> Iterator[NDArray[np.int32]]:
     """How many bf16 numbers lie between the two, tensor by tensor."""
-    from dare_train.weights.checkpoint import Checkpoint
+    from dare_train.weights.files.checkpoint import Checkpoint
 
     one, other = Checkpoint.open(theirs), Checkpoint.open(ours)
     if one.tensors.keys() != other.tensors.keys():

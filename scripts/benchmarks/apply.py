@@ -75,7 +75,7 @@ def check(folder: Path) -> None:
         RuntimeError: it is not the one that the package records.
     """
     from dare_train import DeltaPackage
-    from dare_train.weights.checkpoint import Checkpoint
+    from dare_train.weights.files.checkpoint import Checkpoint
     from dare_train.weights.fingerprint import Fingerprint, model_fingerprint
 
     result = Checkpoint.open(folder / "out")

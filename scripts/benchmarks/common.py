@@ -69,7 +69,7 @@ def size(folder: Path) -> int:
 
 def parameters(folder: Path) -> int:
     """Elements of all tensors of a checkpoint."""
-    from dare_train.weights.checkpoint import Checkpoint
+    from dare_train.weights.files.checkpoint import Checkpoint
 
     return sum(info.numel for info in Checkpoint.open(folder).tensors.values())
 

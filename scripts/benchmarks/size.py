@@ -61,7 +61,7 @@ def entropy(pair: Pair, p: float) -> float:
     """Order-0 entropy, in bits per parameter, of the distances that are kept, given tensor and base
     exponent.
     """
-    from dare_train.weights.checkpoint import Checkpoint
+    from dare_train.weights.files.checkpoint import Checkpoint
 
     base, tuned = Checkpoint.open(pair.base), Checkpoint.open(pair.tuned)
     generator = np.random.default_rng(0)

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMH
 
 from dare_train import apply, extract, extract_lora, save_statistics
 from dare_train.errors import ConfigError, DareError, NonFiniteDelta, OutputExists, TensorMismatch
-from dare_train.weights.opening import open_weights
+from dare_train.weights.lora.opening import open_weights
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -27,7 +27,7 @@ from dare_train.errors import ConfigError, DeviceMemoryError, PackageError
 from dare_train.extracting import device_encoding as gather
 from dare_train.package import reader as packages
 from dare_train.package.segments import Opened
-from dare_train.weights.live import LiveWeights
+from dare_train.weights.live.live import LiveWeights
 from dare_train.weights.protocol import SEGMENT
 
 pytestmark = pytest.mark.gpu

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from dare_train import apply, apply_, extract
 from dare_train.errors import DeviceMemoryError, RankError
-from dare_train.weights.live import LiveWeights
+from dare_train.weights.live.live import LiveWeights
 
 WHOLE = 2**20
 """Elements of a segment."""

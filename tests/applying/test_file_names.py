@@ -12,7 +12,7 @@ from tiny import apply_refused, base_state, moved, refusal, save
 
 from dare_train import apply, extract, merge, verify
 from dare_train.errors import CheckpointError
-from dare_train.weights.checkpoint import Checkpoint
+from dare_train.weights.files.checkpoint import Checkpoint
 
 UNET = "diffusion_pytorch_model"
 

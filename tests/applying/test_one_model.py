@@ -14,7 +14,7 @@ from dare_train import DeltaPackage, PackageCache, apply_, extract
 from dare_train.applying.in_place import Undo
 from dare_train.errors import BaseMismatch, CheckpointError, DareError, PackageError
 from dare_train.training.subnetwork import Masks
-from dare_train.weights.checkpoint import Checkpoint
+from dare_train.weights.files.checkpoint import Checkpoint
 
 
 def same(first: State, second: State) -> bool:

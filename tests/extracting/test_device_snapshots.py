@@ -28,7 +28,7 @@ from dare_train.extracting.plan import TensorPlan, plan_tensors
 from dare_train.kernels import cuda_in_torch as plain
 from dare_train.package.masks import Mask
 from dare_train.snapshots.capture import take_run
-from dare_train.weights.live import LiveWeights
+from dare_train.weights.live.live import LiveWeights
 
 pytestmark = pytest.mark.gpu
 

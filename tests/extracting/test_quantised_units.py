@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dare_train import apply, diagnose, extract, merge
 from dare_train.errors import CheckpointError, ConfigError, DareError, TensorMismatch
-from dare_train.weights.opening import open_weights
+from dare_train.weights.lora.opening import open_weights
 
 QUANTISED = r"full precision.*found quantised weights: .*give the model in full"
 PACKED = "model.layers.0.self_attn.q_proj.weight"

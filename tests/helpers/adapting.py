@@ -14,8 +14,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from dare_train.weights.checkpoint import Checkpoint
-from dare_train.weights.lora_checkpoint import AdapterWeights, merge_adapter
+from dare_train.weights.files.checkpoint import Checkpoint
+from dare_train.weights.lora.lora_checkpoint import AdapterWeights, merge_adapter
 
 State = dict[str, torch.Tensor]
 PRECISION = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from dare_train.weights.fingerprint import Fingerprint, model_fingerprint
-from dare_train.weights.live import LiveWeights
+from dare_train.weights.live.live import LiveWeights
 
 LABELS = 3
 

@@ -26,7 +26,7 @@ from dare_train.errors import ConfigError, DareError, OutputExists, StorageError
 from dare_train.merging.config import mergekit
 from dare_train.merging.config.task import MergeTask, task_of
 from dare_train.merging.merge import run
-from dare_train.weights.checkpoint import Checkpoint
+from dare_train.weights.files.checkpoint import Checkpoint
 from dare_train.weights.fingerprint import Fingerprint, model_fingerprint
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

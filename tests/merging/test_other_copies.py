@@ -16,8 +16,8 @@ from test_configuration_of_results import LLAMA, QUERY, adapter, factors, state
 
 from dare_train import apply, apply_, extract, merge
 from dare_train.errors import CheckpointError, TensorMismatch
-from dare_train.weights.checkpoint import Checkpoint
 from dare_train.weights.derived_buffers import is_derived
+from dare_train.weights.files.checkpoint import Checkpoint
 
 State = dict[str, torch.Tensor]
 BUFFERS = {

@@ -98,7 +98,9 @@ def test_the_active_wandb_run_hears_of_it(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged: list[dict[str, float]] = []
-    monkeypatch.setattr("dare_train.wandb_run.active_run", lambda: SimpleNamespace(log=logged.append))
+    monkeypatch.setattr(
+        "dare_train.evaluation.wandb_run.active_run", lambda: SimpleNamespace(log=logged.append)
+    )
     callback = StatisticsCallback(examples=5)
     train(classifier(base), tmp_path / "out", callback)
     assert logged == [

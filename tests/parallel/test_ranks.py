@@ -24,7 +24,7 @@ from dare_train.parallel.ranks import Ranks
 from dare_train.snapshots import snapshotter as snapshot
 from dare_train.snapshots.base_model import from_live
 from dare_train.snapshots.snapshotter import Snapshotter
-from dare_train.weights.live import LiveWeights
+from dare_train.weights.live.live import LiveWeights
 
 
 @pytest.fixture

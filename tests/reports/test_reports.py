@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from wandb_files import history, offline_run
 
+from dare_train.evaluation.wandb_run import studying
 from dare_train.reports.document import Chart, Curve, Study, Table
 from dare_train.reports.drawing import png
 from dare_train.reports.page import html
 from dare_train.reports.writing import write_study
-from dare_train.wandb_run import studying
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FIRST, SECOND = (0x1F, 0x5F, 0xA8), (0xC8, 0x55, 0x1B)

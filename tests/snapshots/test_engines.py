@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from dare_train import DareCallback, DeltaPackage, apply_, extract
 from dare_train.parallel.ranks import Ranks
 from dare_train.weights.fingerprint import Fingerprint, model_fingerprint, total
-from dare_train.weights.live import LiveWeights
+from dare_train.weights.live.live import LiveWeights
 from dare_train.weights.protocol import TensorInfo
 
 RUNS = [

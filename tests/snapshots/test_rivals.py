@@ -15,7 +15,7 @@ from tiny import base_state, moved, save
 from dare_train import apply, extract, merge
 from dare_train.errors import OutputExists
 from dare_train.parallel.staged_folder import staged_folder
-from dare_train.weights.checkpoint import Checkpoint
+from dare_train.weights.files.checkpoint import Checkpoint
 
 Act = Callable[[Path, bool], object]
 

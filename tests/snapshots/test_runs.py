@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from dare_train import DareCallback, DareConfig, DeltaPackage, Snapshotter, apply
 from dare_train.errors import ConfigError, PackageError
 from dare_train.weights.fingerprint import weights_fingerprint
-from dare_train.weights.live import LiveWeights
+from dare_train.weights.live.live import LiveWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 

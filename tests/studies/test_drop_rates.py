@@ -20,7 +20,7 @@ from dare_train.reports.rates_report import rates_study
 from dare_train.studies.drop_rates import largest_rate, largest_rates, sensitivity, spread
 from dare_train.weights.fingerprint import weights_fingerprint
 from dare_train.weights.layer_names import layer_of
-from dare_train.weights.live import LiveWeights
+from dare_train.weights.live.live import LiveWeights
 
 KEY = "bert.encoder.layer.0.attention.self.key.weight"
 

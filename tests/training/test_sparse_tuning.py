@@ -21,7 +21,7 @@ from dare_train.config import threshold_of
 from dare_train.errors import ConfigError
 from dare_train.package.masks import Mask, key_of
 from dare_train.training.sparse_tuning import SparseTuning
-from dare_train.weights.live import LiveWeights
+from dare_train.weights.live.live import LiveWeights
 
 KEY = "bert.encoder.layer.0.attention.self.key.weight"
 HEAD = {"classifier*": 0.0, "*": 0.9}

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from dare_train import DareCallback, DeltaPackage, apply, apply_, extract
-from dare_train.weights.live import LiveWeights
+from dare_train.weights.live.live import LiveWeights
 
 COMMON: dict[str, Any] = dict(
     vocab_size=60,

@@ -23,7 +23,7 @@ from transformers import (
 
 from dare_train import DeltaPackage, applied, apply, apply_, extract
 from dare_train.package.companion_files import companions
-from dare_train.weights.checkpoint import Checkpoint
+from dare_train.weights.files.checkpoint import Checkpoint
 
 
 def result_of(package: Path) -> str:

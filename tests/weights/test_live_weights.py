@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from dare_train import DareConfig, DeltaPackage, Snapshotter, extract
 from dare_train.errors import ConfigError
 from dare_train.parallel.ranks import Ranks
-from dare_train.weights.live import LiveWeights
+from dare_train.weights.live.live import LiveWeights
 
 RUNS = [
     ("ddp", 2),

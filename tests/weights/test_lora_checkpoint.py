@@ -26,7 +26,7 @@ from transformers import (
 
 from dare_train import DeltaPackage, apply, diagnose, extract
 from dare_train.cli.main import main
-from dare_train.weights.lora_checkpoint import AdapterWeights
+from dare_train.weights.lora.lora_checkpoint import AdapterWeights
 from dare_train.weights.protocol import runs
 
 KINDS: dict[str, dict[str, Any]] = {

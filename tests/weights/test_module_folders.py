@@ -15,8 +15,8 @@ from tiny import State, apply_refused, base_state, extract_refused, moved, rando
 from dare_train import apply, extract, merge
 from dare_train.errors import BaseMismatch, CheckpointError, StorageError, TensorMismatch
 from dare_train.package.companion_files import companions
-from dare_train.weights.checkpoint import Checkpoint
-from dare_train.weights.module_folders import module_folders
+from dare_train.weights.files.checkpoint import Checkpoint
+from dare_train.weights.files.module_folders import module_folders
 
 PLAIN = [{"path": "", "name": "0"}, {"path": "1_Pooling", "name": "1"}]
 DENSE = [*PLAIN, {"path": "2_Dense", "name": "2"}]

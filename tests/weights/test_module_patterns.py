@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dare_train.weights.module_patterns import MOST_PATTERNS, MOST_STEPS, ModulePatterns, Refused
+from dare_train.weights.lora.module_patterns import MOST_PATTERNS, MOST_STEPS, ModulePatterns, Refused
 
 _ATOMS = ["a", "b", ".", r"\.", "[ab]", "[^a.]", r"\w", r"\d", "^", "$", "[]a]", r"\x61"]
 _REPEATS = ["*", "+", "?", "*?", "{2}", "{0,2}", "{1,}", "{,2}", "{0}"]
@@ -78,7 +78,7 @@ def test_what_is_not_understood_is_refused(patterns: dict[str, int], reason: str
 
 
 def test_all_matches_of_an_adapter_take_so_many_steps_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dare_train.weights.module_patterns.MOST_STEPS", 5_000)
+    monkeypatch.setattr("dare_train.weights.lora.module_patterns.MOST_STEPS", 5_000)
     patterns = ModulePatterns({"(a|b)*a" + "(a|b)" * 50: 1})
     assert patterns.value("b" * 100, 0) == 0
     assert MOST_STEPS == 5_000_000

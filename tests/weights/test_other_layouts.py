@@ -24,11 +24,11 @@ from transformers import (
 
 from dare_train import apply, diagnose, extract, merge
 from dare_train.errors import DareError, TensorMismatch
-from dare_train.weights.layouts import Block, Place
-from dare_train.weights.opening import open_weights
-from dare_train.weights.other_layouts import in_layout_of
+from dare_train.weights.live.layouts import Block, Place
+from dare_train.weights.lora.opening import open_weights
+from dare_train.weights.lora.other_layouts import in_layout_of
+from dare_train.weights.lora.relaid import Relaid
 from dare_train.weights.protocol import ArrayWeights, TensorInfo
-from dare_train.weights.relaid import Relaid
 
 COMMON: dict[str, Any] = dict(
     vocab_size=60,

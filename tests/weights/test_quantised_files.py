@@ -12,10 +12,10 @@ import torch
 from quantised_models import FORMULAS, SCHEMES, quantised, save_model, weights
 
 from dare_train.errors import CheckpointError
-from dare_train.weights.checkpoint import Checkpoint
-from dare_train.weights.dequantise import Dequantised, in_single, is_formula
-from dare_train.weights.opening import open_weights
-from dare_train.weights.quantised import Quantised
+from dare_train.weights.files.checkpoint import Checkpoint
+from dare_train.weights.files.dequantise import Dequantised, in_single, is_formula
+from dare_train.weights.files.quantised import Quantised
+from dare_train.weights.lora.opening import open_weights
 
 NAME = "model.layers.0.self_attn.q_proj"
 

@@ -13,8 +13,8 @@ from quantised_models import save_model
 from safetensors.torch import load_file
 
 from dare_train import apply, extract, merge
-from dare_train.weights.checkpoint import Checkpoint
-from dare_train.weights.opening import open_weights
+from dare_train.weights.files.checkpoint import Checkpoint
+from dare_train.weights.lora.opening import open_weights
 from dare_train.weights.wrapper_names import without_wrappers
 
 NAMES = ["model.embed.weight", "model.layers.0.w", "model.layers.1.w", "lm_head.weight"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...config import Patterns, Rounding
 from ...errors import ConfigError
-from ...weights.opening import WeightsLike
+from ...weights.lora.opening import WeightsLike
 from ..methods.registry import Method, method_of
 from ..models.naming import ModelLike
 from .checks import check_choice

@@ -16,14 +16,14 @@ from ...hub.download import locate
 from ...package.quantised_records import quantised_in
 from ...package.reader import DeltaPackage
 from ...weights.alignment import cast_to, with_prefix, without_prefix
-from ...weights.checkpoint import Checkpoint
-from ...weights.declared_ties import Ties
-from ...weights.full_precision import check_full_precision
-from ...weights.lora_checkpoint import AdapterWeights, merge_adapter
+from ...weights.files.checkpoint import Checkpoint
+from ...weights.files.full_precision import check_full_precision
+from ...weights.live.declared_ties import Ties
+from ...weights.lora.lora_checkpoint import AdapterWeights, merge_adapter
+from ...weights.lora.opening import WeightsLike, open_weights
+from ...weights.lora.other_layouts import in_layout_of
 from ...weights.low_rank import UNROUNDED
 from ...weights.meeting import aligned_or_explained, put_name, renamed, renamed_names
-from ...weights.opening import WeightsLike, open_weights
-from ...weights.other_layouts import in_layout_of
 from ...weights.protocol import Cast, TensorInfo, Weights, under
 from ...weights.renaming import check_names_meet, respelt
 from .inputs import CheckpointInput, Input, PackageInput

@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...weights.declared_ties import Ties, declared_ties, ties_of
 from ...weights.heads import embeddings_in, heads_in
+from ...weights.live.declared_ties import Ties, declared_ties, ties_of
 from ...weights.protocol import SEGMENT, Weights, runs
 
 Same = Callable[[str, str], bool]

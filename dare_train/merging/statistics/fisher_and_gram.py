@@ -28,8 +28,8 @@ from ...evaluation.linear_layers import (
     width_of,
 )
 from ...parallel.ranks import Ranks
-from ...weights.sharding import Held
-from ...weights.wrapped import unwrapped
+from ...weights.live.sharding import Held
+from ...weights.live.wrapped import unwrapped
 
 Labels = Literal["data", "model"]
 """Whose labels y a log-likelihood log p(y|x) is about: those of the data, or all that the model may give, by

@@ -10,11 +10,11 @@ from typing import Any, get_args
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ... import wandb_run
 from ...errors import ConfigError
+from ...evaluation import wandb_run
 from ...evaluation.linear_layers import Batch, examples_of, has_two_sequences, named_places
 from ...parallel.ranks import Ranks
-from ...weights.wrapped import unwrapped
+from ...weights.live.wrapped import unwrapped
 from .fisher_and_gram import Labels, check_options, fisher_and_count, gram_and_count
 from .statistics_file import StatisticsKind, save_statistics, statistics_path
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ...errors import CheckpointError, ConfigError, brief
 from ...parallel.staged_file import staged_file
 from ...reading.structures import json_of
-from ...weights.checkpoint import SafetensorsFile
+from ...weights.files.checkpoint import SafetensorsFile
 from ...weights.protocol import TensorInfo
 
 StatisticsKind = Literal["fisher", "gram"]

@@ -11,7 +11,7 @@ from dare_train import DeltaPackage, apply
 from dare_train.applying.apply import rehearse
 from dare_train.errors import DareError, PackageError
 from dare_train.package.manifest_reader import load
-from dare_train.weights.checkpoint import Checkpoint
+from dare_train.weights.files.checkpoint import Checkpoint
 
 
 def _survivors(path: Path, damaged: list[bytes]) -> list[int]:

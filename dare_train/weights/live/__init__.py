@@ -1,0 +1,1 @@
+"""Weights in memory, of one process or spread over many."""
