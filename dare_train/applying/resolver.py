@@ -9,6 +9,7 @@ import numpy as np
 from ..dtypes import Words
 from ..errors import BaseMismatch, CheckpointError, DtypeMismatch, ResultMismatch, TensorMismatch
 from ..package.arithmetic import Term, combine
+from ..package.manifest import TensorRecord
 from ..package.quantised_records import quantised_in
 from ..package.reader import DeltaPackage
 from ..package.segments import Segment, decode_delta, decode_whole
@@ -18,7 +19,7 @@ from ..weights.files.config_file import config_beside
 from ..weights.files.full_precision import quantised_error
 from ..weights.files.quantised import Quantised
 from ..weights.fingerprint import Fingerprint, fingerprints
-from ..weights.protocol import SEGMENT, Weights, runs
+from ..weights.protocol import SEGMENT, TensorInfo, Weights, runs
 from .chain import Link
 
 _WRONG_BASE = "this is not the base the package was made from"
@@ -85,20 +86,22 @@ class Resolver:
         for link in self.links:
             for package in link.packages if link.weights != (1.0,) else ():
                 _check_moves_no_part(package)
+        for package in self.links[0].packages:
+            self._check_same_parts(package)
         quantised = Quantised(self.base.tensors, config_beside(base))
         for unit in quantised.units:
             record = self.source.get(unit.packed)
-            if record is None or record.info.dtype != self.base.tensors[unit.packed].dtype:
+            if record is None or not _may_be_of(record, self.base.tensors[unit.packed]):
                 raise quantised_error(base, quantised, expected="full precision, as the package has its base")
-        for package in self.links[0].packages:
-            self._check_same_parts(package)
 
     def _check_same_parts(self, package: DeltaPackage) -> None:
         of_package = quantised_in(package)
         for unit in of_package.units:
             record = self.source.get(unit.packed)
             held = self.base.tensors.get(unit.packed)
-            if record is not None and record.base is not None and (held is None or held != record.base_info):
+            if record is None or (held is None and record.base is None):
+                continue
+            if held is None or not _may_be_of(record, held):
                 remedy = "apply it to the quantised checkpoint that it was made from"
                 expected = f"a base quantised as the package is: {of_package}"
                 found = f"{unit.packed} as {held}" if held is not None else f"no {unit.packed}"
@@ -267,6 +270,11 @@ def _clip_whole(words: Words, segment: Segment, start: int, count: int) -> tuple
     begin = max(start, segment.start)
     end = min(start + count, segment.stop)
     return slice(begin - start, end - start), words[begin - segment.start : end - segment.start]
+
+
+def _may_be_of(record: TensorRecord, held: TensorInfo) -> bool:
+    """Whether a base's tensor may be the one that a package was made from."""
+    return record.info.dtype == held.dtype and (record.base is None or record.base_info == held)
 
 
 def _check_moves_no_part(package: DeltaPackage) -> None:

@@ -150,6 +150,14 @@ def _bnb4_nested(module: str, full: torch.Tensor, seed: int) -> State:
     }
 
 
+def _bnb4_stored_in_bf16(module: str, full: torch.Tensor, seed: int) -> State:
+    """`bnb_4bit_quant_storage`: bits that are no numbers, NaN among them."""
+    parts = _bnb4(module, full, seed)
+    words = _drawn((512,), torch.uint8, seed)
+    words[:2] = torch.tensor([0xFF, 0x7F])
+    return {**parts, f"{module}.weight": words.view(torch.bfloat16).reshape(-1, 1)}
+
+
 def _int8(module: str, full: torch.Tensor, seed: int) -> State:
     scale = full.float().abs().amax(1, keepdim=True) / 127
     packed = (full.float() / scale).round().to(torch.int8)
@@ -241,6 +249,7 @@ _MAKERS: dict[str, tuple[Parts, str]] = {
     "fp8 rows": (_fp8_rows, "fbgemm_fp8"),
     "fp8 alone": (_fp8_alone, ""),
     "bnb 4 nested": (_bnb4_nested, "bitsandbytes"),
+    "bnb 4 in bf16": (_bnb4_stored_in_bf16, "bitsandbytes"),
     "int8": (_int8, "compressed-tensors"),
     "int8 zeros": (_int8_zeros, "compressed-tensors"),
     "nvfp4": (_nvfp4, "compressed-tensors"),
@@ -257,8 +266,9 @@ SCHEMES = {
     "bnb 8": "bitsandbytes 8-bit", "bnb 4": "bitsandbytes 4-bit", "compressed-tensors": "compressed-tensors",
     "torchao": "torchao", "mxfp4": "mxfp4", "unheard of": "", "fp8 blocks": "fp8 with scales",
     "fp8 powers": "fp8 with scales", "fp8 rows": "fp8 with scales", "fp8 alone": "fp8 without scales",
-    "bnb 4 nested": "bitsandbytes 4-bit", "int8": "", "int8 zeros": "", "nvfp4": "compressed-tensors",
-    "modelopt": "", "torchao zeros": "torchao", "quanto": "", "hqq": "", "aqlm": "", "exl3": "",
+    "bnb 4 nested": "bitsandbytes 4-bit", "bnb 4 in bf16": "bitsandbytes 4-bit", "int8": "",
+    "int8 zeros": "", "nvfp4": "compressed-tensors", "modelopt": "", "torchao zeros": "torchao",
+    "quanto": "", "hqq": "", "aqlm": "", "exl3": "",
 }  # fmt: skip
 """What messages call each, also where no configuration names it."""
 FORMULAS = (

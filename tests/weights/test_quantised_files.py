@@ -75,6 +75,16 @@ def test_fp8_without_scales_is_what_it_says(name: str, tmp_path: Path) -> None:
     assert torch.equal(dequantised(folder, name), packed.float())
 
 
+def test_scales_that_were_left_behind_are_not_passed_over(tmp_path: Path) -> None:
+    """fp8 that somebody cast to bf16 without them: as a number, a weight is not what it was."""
+    state, _ = quantised("fp8", weights())
+    cast = {name: t.bfloat16() if t.dtype == torch.float8_e4m3fn else t for name, t in state.items()}
+    opened = open_weights(save_model(cast, tmp_path / "model", {}))
+    found = Quantised.of(opened)
+    assert len(found.units) == 4
+    assert not is_formula(found, opened.tensors)
+
+
 @pytest.mark.parametrize("made_of", ["codes and codebooks", "trellis", "indices"])
 def test_integers_that_stand_where_a_weight_would_are_one(made_of: str, tmp_path: Path) -> None:
     """AQLM, QTIP and VPTQ, where no configuration says so: whatever lies in the layer belongs to it."""

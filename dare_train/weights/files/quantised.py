@@ -151,9 +151,11 @@ def _weight_of(
     """The weight that a tensor has the integers of; None where it has none."""
     info = tensors[name]
     buffer = info.dtype.code == "BOOL" or not info.shape or is_derived(name, info.shape)
+    leaf = _leaf(name, module)
+    if leaf == "weight" and any(other.startswith(_marks_of(name)) for other in beside):
+        return name  # whatever its dtype is: bitsandbytes packs bits into that of a model, for FSDP
     if info.dtype.can_be_delta or buffer:
         return None
-    leaf = _leaf(name, module)
     within = f"{module}." if module else ""
     if leaf in _PACKED_LEAVES:
         return f"{within}{_PACKED_LEAVES[leaf]}"
@@ -172,6 +174,11 @@ def _weight_of(
     if is_matrix and info.dtype.itemsize < 8 and _is_layer(name, module, tensors, beside):
         return f"{within}weight"
     return name if is_matrix and (said or info.dtype.is_float) else None
+
+
+def _marks_of(weight: str) -> tuple[str, str]:
+    """How tensors are called that only a quantised weight has."""
+    return f"{weight}.quant_state.", f"{weight}_scale_inv"
 
 
 def _is_layer(name: str, module: str, tensors: Mapping[str, TensorInfo], beside: list[str]) -> bool:
