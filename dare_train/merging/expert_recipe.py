@@ -20,6 +20,8 @@ _KEYS = (
     "base_model", "experts", "gate_mode", "dtype", "experts_per_token", "shared_experts", "architecture",
 )  # fmt: skip
 _OF_EXPERT = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
+_LARGEST = 1e30
+"""Of scales: more has no float32."""
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 
@@ -116,7 +118,7 @@ def _prompts(fields: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
 
 def _number(fields: dict[str, Any], key: str, default: float, where: str) -> float:
     value = fields.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST <= value <= _LARGEST:
         raise ConfigError(f"{where}.{key}", expected="a number", found=brief(value))
     return float(value)
 

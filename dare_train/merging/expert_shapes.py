@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, brief
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.files.config_file import config_beside
 from ..weights.skeletons import asks_for
@@ -148,14 +148,20 @@ def config_for(shape: Shape, recipe: ExpertRecipe, base: Checkpoint, code: str) 
     raw = config_beside(base)
     for name, value in asks_for(raw):
         raise CheckpointError(
-            base.label, expected="a configuration that brings no code", found=f"{name}: {value}"
+            base.label,
+            expected="a configuration without code and without endless modules",
+            found=f"{name}: {value}",
         )
     try:
         from transformers import CONFIG_MAPPING
     except ImportError as error:
         remedy = 'pip install "dare_train[train]"'
         raise ConfigError("moe", expected="transformers", found="not installed", remedy=remedy) from error
-    complete = CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw)).to_dict()
+    try:
+        complete = CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw)).to_dict()
+    except Exception as error:
+        expected = f"a configuration of {raw['model_type']}"
+        raise CheckpointError(base.label, expected=expected, found=brief(error)) from error
     fields = {name: value for name, value in complete.items() if name not in _OWN_TO_A_CLASS}
     fields |= {"architectures": [shape.architecture], "num_experts_per_tok": recipe.per_token}
     if shape.model_type == "deepseek":

@@ -281,6 +281,10 @@ WRONG: dict[str, tuple[Fields, str]] = {
     ),
     "the same models": ({"experts": [ONE, {**TWO, "source_model": "one"}]}, "allow_same=True"),
     "no number": ({"experts": [ONE, {**TWO, "noise_scale": "much"}]}, r"noise_scale: expected a number"),
+    "too large a number": (
+        {"experts": [ONE, {**TWO, "residual_scale": 10**40}]},
+        "residual_scale: expected a",
+    ),
     "no such shape": ({"architecture": "gpt"}, "architecture: expected one of Mixtral, DeepSeek MoE"),
     "no shape of it": (
         {"architecture": "mixtral", "shared_experts": [{"source_model": "base"}]},
@@ -337,6 +341,19 @@ def test_quantised_models_and_missing_tokenizers_are_refused(dense: Path) -> Non
     save_file(packed, "two/model.safetensors")
     Path("two/config.json").write_text(json.dumps(config))
     with pytest.raises(DareError, match="found quantised weights: fp8 with scales"):
+        mixture_of_experts(recipe(), "out")
+
+
+def test_a_configuration_that_transformers_does_not_take_is_an_error(dense: Path) -> None:
+    made("llama")
+    config = json.loads(Path("base/config.json").read_text())
+    Path("base/config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
+    with pytest.raises(CheckpointError, match="base: expected a configuration of llama, found"):
+        mixture_of_experts(recipe(), "out")
+    Path("base/config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**6}))
+    with pytest.raises(
+        CheckpointError, match="expected a configuration without code and without endless modules"
+    ):
         mixture_of_experts(recipe(), "out")
 
 
