@@ -200,3 +200,13 @@ def test_a_model_of_packed_files_keeps_their_names(tmp_path: Path) -> None:
     assert open_weights(model).tensors.keys() == tensors(base).keys()
     model.save_pretrained(tmp_path / "again")
     assert tensors(tmp_path / "again").keys() == tensors(base).keys()
+
+
+def test_renamed_experts_are_cut_after_they_were_renamed(tmp_path: Path) -> None:
+    folder = saved("mixtral", tmp_path)
+    state = {
+        name.replace(".mlp.", ".moe."): tensor for name, tensor in tensors(folder / "tuned/in one").items()
+    }
+    base = folder / "base/by number"
+    merge(base, [state], tmp_path / "merged", rename={".moe.": ".mlp."})
+    assert is_same(tmp_path / "merged", folder / "tuned/by number")

@@ -65,12 +65,8 @@ class Opened:
             weights = merge_adapter(opened, base, unrounded=True)
             self.folder = weights.folder if isinstance(weights, (Checkpoint, AdapterWeights)) else None
             self._is_adapter = isinstance(weights, AdapterWeights)
-            if isinstance(weights, AdapterWeights):
-                self.weights = _in_single(weights)
-                self.names = renamed_names(weights.tensors, rename)
-            else:
-                self.weights = in_layout_of(base, renamed(weights, rename))
-                self.names = {name: name for name in self.weights.tensors}
+            self.weights, rename = _as_cut_in(base, weights, rename)
+            self.names = renamed_names(self.weights.tensors, rename)
             self.label = self.weights.label
             infos = {name: self.weights.tensors[given] for name, given in self.names.items()}
             _, self.prefix = aligned_or_explained(base, infos, label=self.label)
@@ -300,6 +296,17 @@ def _check_package(package: DeltaPackage) -> None:
         raise CheckpointError(
             package.name, expected=f"full precision, {_PURPOSE}", found=found, remedy=remedy
         )
+
+
+def _as_cut_in(
+    base: Weights, weights: Weights, rename: Mapping[str, str]
+) -> tuple[Weights, Mapping[str, str]]:
+    """A model in the base's layout, and what is still to be renamed in it."""
+    if isinstance(weights, AdapterWeights):
+        return _in_single(weights), rename
+    given = renamed(weights, rename)
+    found = in_layout_of(base, given)
+    return (weights, rename) if found is given else (found, {})
 
 
 def _in_single(adapted: AdapterWeights) -> Weights:
