@@ -4,6 +4,7 @@ disk.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -46,6 +47,25 @@ settings.register_profile(
 settings.load_profile("tests")
 
 MakeCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_to_collect() -> None:
+    """What modules have imported lives as long as the process. Each Trainer collects garbage when it begins
+    and ends; without this it would look through all of torch and transformers each time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def power_stays_on() -> Iterator[None]:
+    """Nothing need reach the disk: no test cuts the power. Those that ask what is synced say so by a patch of
+    their own.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", os.fstat)
+        yield
 
 
 @pytest.fixture

@@ -41,14 +41,12 @@ def draws(key: int, start: int, count: int, domain: int, device: torch.device | 
     Index i lies in block i // 8192 at r = i % 8192. It takes half (r // 1024) % 2, low first, of word r //
     2048 of counter 1024 · block + r % 1024.
     """
-    index = torch.arange(start, start + count, device=device)
-    block = index // BLOCK
-    r = index % BLOCK
-    counter = block * COUNTERS + r % COUNTERS
+    blocks = torch.arange(start // BLOCK, -(-(start + count) // BLOCK), device=device)
+    counter = COUNTERS * blocks[:, None] + torch.arange(COUNTERS, device=device)
     zero = torch.zeros_like(counter)
-    words = torch.stack(philox(key, (counter & _LOW, _right(counter, 32), zero + domain, zero)))
-    chosen = words.gather(0, (r // (2 * COUNTERS))[None])[0]
-    return (chosen >> (16 * ((r // COUNTERS) % 2))) & 0xFFFF
+    words = torch.stack(philox(key, (counter & _LOW, _right(counter, 32), zero + domain, zero)), dim=1)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=2)  # [blocks, 4, 2, 1024]
+    return halves.flatten()[start % BLOCK :][:count]
 
 
 def keep_mask(key: int, start: int, count: int, threshold: int, device: torch.device | None = None) -> Tensor:

@@ -42,16 +42,28 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 Result = TypeVar("Result")
 
 PRELOADED = (
+    "dare_train.applying.in_place",
+    "dare_train.cli.main",
+    "dare_train.extracting.extract",
+    "dare_train.merging.merge",
+    "dare_train.snapshots.callback",
     "deepspeed",
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # ZeRO imports it to compare the optimizer with
+    "hypothesis",
+    "lightning.pytorch",
     "llvmlite.binding",
     "peft",
-    "trl",
     "pytest",
+    "pytorch_lightning",
+    "torch._dynamo",
     "torch.distributed.algorithms.ddp_comm_hooks",
     "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
     "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+    "trl.trainer.sft_trainer",
+    "wandb",
     __name__,
     "worked_out_once",
 )
@@ -190,6 +202,7 @@ def _live(job: bytes, environment: dict[str, str], stacks: Path, channel: Any) -
     """The life of a rank. It ends by `os._exit`: gloo's threads at times abort an orderly one."""
     faulthandler.register(signal.SIGUSR1, file=stacks.open("w"), all_threads=True)
     gc.freeze()  # what the server has imported is not looked through again
+    os.fsync = os.fstat  # no test cuts the power
     os.environ.clear()  # the server's may be older than a test's
     os.environ.update(environment)
     torch.set_num_threads(1)

@@ -7,6 +7,7 @@ process of its own all the same, with its own arguments, environment and streams
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -42,6 +43,8 @@ def main() -> None:
         importlib.import_module(name)
     standard_library = importlib.import_module("standard_library")
     assert all(file.tree for file in standard_library.parsed_files())
+    gc.freeze()  # what was imported is not looked through again, which each Trainer would do twice
+    os.fsync = os.fstat  # no test cuts the power
     for line in sys.stdin:
         run = json.loads(line)
         child = os.fork()
