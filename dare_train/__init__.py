@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from .merging.merge import merge as merge
     from .merging.methods.registry import MERGE_METHODS as MERGE_METHODS
     from .merging.methods.registry import register_merge_method as register_merge_method
+    from .merging.mixture import mixture_of_experts as mixture_of_experts
+    from .merging.stack_layers import Layers as Layers
+    from .merging.stack_layers import stack_layers as stack_layers
     from .merging.statistics.fisher_and_gram import collect_fisher as collect_fisher
     from .merging.statistics.fisher_and_gram import collect_gram as collect_gram
     from .merging.statistics.statistics_callback import StatisticsCallback as StatisticsCallback
@@ -97,6 +100,8 @@ _PUBLIC = {
     "extracting.extract": "extract",
     "merging.merge": "merge",
     "merging.methods.registry": "MERGE_METHODS register_merge_method",
+    "merging.mixture": "mixture_of_experts",
+    "merging.stack_layers": "Layers stack_layers",
     "merging.statistics.fisher_and_gram": "collect_fisher collect_gram",
     "merging.statistics.statistics_callback": "StatisticsCallback",
     "merging.statistics.statistics_file": "StatisticsKind save_statistics statistics_path",

@@ -18,16 +18,19 @@ from ..merging.statistics.statistics_file import StatisticsFile, statistics_path
 from ..package.manifest import MANIFEST
 from ..package.reader import DeltaPackage
 from ..weights.files.checkpoint import Checkpoint
+from ..weights.files.full_precision import check_full_precision
 from ..weights.lora.lora_checkpoint import merge_adapter
 from ..weights.protocol import Weights
 
 Place = Union[str, "os.PathLike[str]"]
 Tuned = Union[Place, DeltaPackage]
+_PURPOSE = "of which a delta has a rank"
 
 
 def open_both(base: Place, tuned: Tuned | Sequence[Tuned]) -> tuple[Weights, Weights, Mapping[str, Any]]:
     """The base, what was tuned, and the configuration of that."""
     opened = Checkpoint.open(base)
+    check_full_precision(opened, purpose=_PURPOSE, option=False)
     configs = [opened.folder]
     several = _several(tuned)
     packages = [given for given in several if isinstance(given, DeltaPackage) or _is_package(given)]
@@ -41,6 +44,7 @@ def open_both(base: Place, tuned: Tuned | Sequence[Tuned]) -> tuple[Weights, Wei
         expected = "one tuned model, or packages"
         raise ConfigError("tuned", expected=expected, found=f"{len(several)} models")
     checkpoint = Checkpoint.open(several[0])
+    check_full_precision(checkpoint, purpose=_PURPOSE, option=False)
     configs.insert(0, checkpoint.folder)
     return opened, merge_adapter(checkpoint, opened, unrounded=True), _config(configs)
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..dtypes import Words
-from ..errors import BaseMismatch, DtypeMismatch, ResultMismatch, TensorMismatch
+from ..errors import BaseMismatch, CheckpointError, DtypeMismatch, ResultMismatch, TensorMismatch
 from ..package.arithmetic import Term, combine
+from ..package.manifest import TensorRecord
+from ..package.quantised_records import quantised_in
 from ..package.reader import DeltaPackage
 from ..package.segments import Segment, decode_delta, decode_whole
 from ..weights.alignment import cast_to, with_prefix, without_prefix
@@ -17,7 +19,7 @@ from ..weights.files.config_file import config_beside
 from ..weights.files.full_precision import quantised_error
 from ..weights.files.quantised import Quantised
 from ..weights.fingerprint import Fingerprint, fingerprints
-from ..weights.protocol import SEGMENT, Weights, runs
+from ..weights.protocol import SEGMENT, TensorInfo, Weights, runs
 from .chain import Link
 
 _WRONG_BASE = "this is not the base the package was made from"
@@ -84,11 +86,26 @@ class Resolver:
         for link in self.links:
             for package in link.packages if link.weights != (1.0,) else ():
                 _check_moves_no_part(package)
+        for package in self.links[0].packages:
+            self._check_same_parts(package)
         quantised = Quantised(self.base.tensors, config_beside(base))
         for unit in quantised.units:
             record = self.source.get(unit.packed)
-            if record is None or record.info.dtype != self.base.tensors[unit.packed].dtype:
+            if record is None or not _may_be_of(record, self.base.tensors[unit.packed]):
                 raise quantised_error(base, quantised, expected="full precision, as the package has its base")
+
+    def _check_same_parts(self, package: DeltaPackage) -> None:
+        of_package = quantised_in(package)
+        for unit in of_package.units:
+            record = self.source.get(unit.packed)
+            held = self.base.tensors.get(unit.packed)
+            if record is None or (held is None and record.base is None):
+                continue
+            if held is None or not _may_be_of(record, held):
+                remedy = "apply it to the quantised checkpoint that it was made from"
+                expected = f"a base quantised as the package is: {of_package}"
+                found = f"{unit.packed} as {held}" if held is not None else f"no {unit.packed}"
+                raise CheckpointError(self.base.label, expected=expected, found=found, remedy=remedy)
 
     def _beside(self, base: Weights, prefix: str) -> set[str]:
         """Tensors of the base's later modules, which a package made from the first alone does not know."""
@@ -255,12 +272,17 @@ def _clip_whole(words: Words, segment: Segment, start: int, count: int) -> tuple
     return slice(begin - start, end - start), words[begin - segment.start : end - segment.start]
 
 
+def _may_be_of(record: TensorRecord, held: TensorInfo) -> bool:
+    """Whether a base's tensor may be the one that a package was made from."""
+    return record.info.dtype == held.dtype and (record.base is None or record.base_info == held)
+
+
 def _check_moves_no_part(package: DeltaPackage) -> None:
     """
     Raises:
         TensorMismatch: it changes weights that are quantised, of which nothing can be multiplied or added up.
     """
-    quantised = Quantised({name: record.info for name, record in package.records.items()})
+    quantised = quantised_in(package)
     moved = [part for part in quantised.unit_of if package.records[part].kind != "base"]
     if moved:
         expected = "weight 1 and no package beside it"

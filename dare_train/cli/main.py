@@ -18,6 +18,7 @@ import typer
 from ..errors import ConfigError, DareError, printable
 from . import adapter_commands as adapters
 from . import merge_command as merging
+from . import moe_command as moe
 from . import study_commands as studies
 from . import training_commands as training
 from .leaving import code_of, leave_cleanly
@@ -187,6 +188,7 @@ def apply(
 
 
 app.add_typer(merging.app)
+app.add_typer(moe.app)
 app.add_typer(adapters.app)
 app.add_typer(studies.app)
 app.add_typer(training.app)

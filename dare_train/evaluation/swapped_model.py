@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import CheckpointError
 from ..parallel.threads import ordered_map
 from ..weights.alignment import cast_to
+from ..weights.files.full_precision import check_full_precision
 from ..weights.fingerprint import weights_fingerprint
 from ..weights.live.live import LiveWeights
 from ..weights.lora.opening import WeightsLike, open_weights
@@ -34,7 +35,7 @@ class SwappedModel:
         fingerprint: theirs.
 
     Raises:
-        CheckpointError: `tuned` is not what the model holds.
+        CheckpointError: `tuned` is not what the model holds, or is quantised.
     """
 
     def __init__(self, model: torch.nn.Module, tuned: WeightsLike | None = None) -> None:
@@ -43,6 +44,8 @@ class SwappedModel:
         self._taken: set[str] = set()
         self.own_weights: Weights = _copied(self._live) if tuned is None else open_weights(tuned)
         self.fingerprint = weights_fingerprint(self.own_weights)
+        if tuned is not None:
+            check_full_precision(self.own_weights, purpose="as the model has them", option=False)
         if tuned is not None and weights_fingerprint(self._live) != self.fingerprint:
             raise CheckpointError(
                 self.own_weights.label,

@@ -30,6 +30,7 @@ from ..weights.files.dequantise import Dequantised
 from ..weights.files.module_folders import places_of
 from ..weights.lora.lora_checkpoint import AdapterWeights, merge_adapter
 from ..weights.lora.opening import WeightsLike, open_weights
+from ..weights.lora.other_layouts import in_layout_of
 from ..weights.meeting import meet, renamed
 from ..weights.protocol import InMemory, Weights
 from .assembly import Provenance, Spool, Tallies, Work, summed, tallied, work_of, write_manifest
@@ -228,6 +229,7 @@ def _task(
     if not checked or isinstance(tuned_weights, AdapterWeights):
         aligned, prefix = align(plain_base, tuned_weights.tensors.keys(), model=tuned_weights.label)
     else:
+        tuned_weights = in_layout_of(plain_base, tuned_weights)
         aligned, prefix = meet(plain_base, tuned_weights, known=lambda name: _is_decided(name, config))
     as_found = aligned.tensors
     if cast_base:

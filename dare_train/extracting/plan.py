@@ -89,7 +89,7 @@ def plan_tensors(
     fresh: Collection[str] = (),
     masks: Mapping[str, Any] | None = None,
     merged: Collection[str] = (),
-    together: Collection[str] = (),
+    together: Mapping[str, bool] | None = None,
 ) -> list[TensorPlan]:
     """One plan for each tensor of `tuned`, sorted by name.
 
@@ -97,7 +97,8 @@ def plan_tensors(
         fresh: names of tensors known to have begun apart from the base.
         masks: see `extract`.
         merged: names of tensors that adapters will be merged into, without rounding if they are to land.
-        together: names of tensors that mean nothing without one another: they travel bit for bit.
+        together: tensors that mean nothing without one another: they travel bit for bit; and whether one is
+            bits of a quantised weight, which are no numbers, whatever its dtype.
 
     Raises:
         CheckpointError: a tensor is quantised on one side.
@@ -115,8 +116,8 @@ def plan_tensors(
         )
     landing = landings(base, tuned, config, merged)
     return [
-        _together(index, name, base, tuned, config)
-        if name in together
+        _together(index, name, base, tuned, config, is_bits=together[name])
+        if together and name in together
         else _plan(
             index, name, base, tuned, config, name in fresh, (masks or {}).get(name), landing.get(name)
         )
@@ -214,20 +215,23 @@ def _plan(
     return _dropped(delta, rule, config.seed) if mask is None else _masked(delta, rule, config.seed, mask)
 
 
-def _together(index: int, name: str, base: Weights, tuned: Weights, config: DareConfig) -> TensorPlan:
+def _together(
+    index: int, name: str, base: Weights, tuned: Weights, config: DareConfig, *, is_bits: bool
+) -> TensorPlan:
     """As it is: a part of a quantised weight."""
     info = tuned.tensors[name]
     same_form = base.tensors.get(name) == info
     rule = config.rule(name)
-    allowed = config.allow_nonfinite
+    allowed = config.allow_nonfinite or is_bits
+    is_number = info.dtype.can_be_delta and not is_bits
     whole = TensorPlan(
         index=index, name=name, info=info, kind="whole", in_base=same_form, allow_nonfinite=allowed
     )
     if rule.whole or not same_form:
         return whole
-    if not rule.covered or (not info.dtype.can_be_delta and _equal(name, base, tuned)):
+    if not rule.covered or (not is_number and _equal(name, base, tuned)):
         return replace(whole, kind="base")
-    return replace(whole, kind="delta") if info.dtype.can_be_delta else whole
+    return replace(whole, kind="delta") if is_number else whole
 
 
 def _check_options(rule: TensorRule, info: TensorInfo, mask: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import DareConfig
@@ -35,8 +35,9 @@ def parts_of_units(
     *,
     said: Mapping[str, Any],
     masks: Mapping[str, Any] | None = None,
-) -> Collection[str]:
-    """The tensors of both that are parts of quantised weights, under the same names.
+) -> Mapping[str, bool]:
+    """The tensors of both that are parts of quantised weights, under the same names; and whether one is the
+    bits of the weight, not a scale.
 
     Raises:
         CheckpointError: they are quantised in other places; or elements would be dropped.
@@ -47,7 +48,7 @@ def parts_of_units(
         raise _differ(base, tuned, of_base, of_tuned)
     for unit in of_tuned.units:
         _check(unit, tuned, of_tuned, config, masks or {})
-    return of_tuned.unit_of.keys()
+    return {part: part == unit.packed for part, unit in of_tuned.unit_of.items()}
 
 
 def _differ(base: Weights, tuned: Weights, of_base: Quantised, of_tuned: Quantised) -> CheckpointError:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -80,6 +80,10 @@ class _Copied:
     scale: float
     info: TensorInfo
 
+    @property
+    def label(self) -> str:
+        return self.model.label
+
     def words(self, start: int, count: int) -> Words:
         words = self.model.read(self.name, start, count)
         dtype = self.model.tensors[self.name].dtype
@@ -102,18 +106,18 @@ def stack(what: Stack, out: Path, *, allow_nonfinite: bool = False, overwrite: b
     models = {each.model: open_checkpoint(each.model) for each in what.layers}
     described = models.get(what.described_by) or open_checkpoint(what.described_by)
     for model in models.values():
-        check_full_precision(model, purpose="of which layers can be stacked")
+        check_full_precision(model, purpose="of which layers can be stacked", option=False)
     copied = dict(sorted(_copied(what, models)))
     _check_forms(copied)
     tensors = {name: each.info for name, each in copied.items()}
     numbers = [number for _, number in _sources(what, models)]
-    layout = _layout(tensors)
+    layout = layout_of(tensors)
     inputs = [place for model in (described, *models.values()) for place in places_of(model.folder)]
     with (
         staged_folder(out, overwrite=overwrite, inputs=inputs, read_back=layout.read_back) as staging,
         storage_errors(out),
     ):
-        prints = _write(copied, layout, staging, allow_nonfinite=allow_nonfinite)
+        prints = write_tensors(copied, layout, staging, allow_nonfinite=allow_nonfinite)
         notes = _write_files(what, models, described, copied, numbers, staging)
     rows = [(name, info.dtype.code, info.shape, prints[name]) for name, info in tensors.items()]
     return StackedModel(
@@ -198,9 +202,27 @@ def _check_forms(copied: Mapping[str, _Copied]) -> None:
                 )
 
 
-def _write(
-    copied: Mapping[str, _Copied], layout: Layout, staging: Path, *, allow_nonfinite: bool
+class Readable(Protocol):
+    """A tensor of a result, worked out run by run."""
+
+    @property
+    def info(self) -> TensorInfo: ...
+
+    @property
+    def label(self) -> str:
+        """What messages call the model that it comes from."""
+
+    def words(self, start: int, count: int) -> Words: ...
+
+
+def write_tensors(
+    copied: Mapping[str, Readable], layout: Layout, staging: Path, *, allow_nonfinite: bool
 ) -> dict[str, Fingerprint]:
+    """The fingerprints of what was written.
+
+    Raises:
+        NonFiniteDelta: NaN or infinity, which is not allowed.
+    """
     work = [
         (name, start, count)
         for name, each in copied.items()
@@ -215,7 +237,7 @@ def _write(
             dtype = copied[name].info.dtype
             if not allow_nonfinite and dtype.can_be_delta and cpu.has_nonfinite(words, dtype.exponent_mask):
                 remedy = "allow_nonfinite=True (--allow-nonfinite) writes it"
-                found = f"NaN or infinity of {copied[name].model.label}"
+                found = f"NaN or infinity of {copied[name].label}"
                 raise NonFiniteDelta(name, expected=f"finite {dtype.code}", found=found, remedy=remedy)
             writer.write(name, start, np.ascontiguousarray(words))
             return name, Fingerprint.of(words, start)
@@ -226,7 +248,7 @@ def _write(
     return {name: total(several) for name, several in shares.items()}
 
 
-def _layout(tensors: Mapping[str, TensorInfo]) -> Layout:
+def layout_of(tensors: Mapping[str, TensorInfo]) -> Layout:
     """One file, or as many of some gigabytes as it takes."""
     files: list[dict[str, TensorInfo]] = [{}]
     size = 0

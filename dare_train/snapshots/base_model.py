@@ -17,6 +17,7 @@ from ..parallel.ranks import Ranks
 from ..parallel.staged_folder import shared_staging
 from ..reading.structures import checked
 from ..weights.alignment import align, cast_to
+from ..weights.files import full_precision
 from ..weights.files.checkpoint import SINGLE, Checkpoint
 from ..weights.files.checkpoint_writer import CheckpointWriter, Layout
 from ..weights.fingerprint import Fingerprint, fingerprints, model_fingerprint
@@ -81,6 +82,8 @@ def from_disk(live: LiveWeights, where: str | os.PathLike[str], *, compare: bool
     base = live.ranks.each(lambda: _open(live, where))
     if live.packed:
         return _under_packed(live, where, base)
+    if not compare:
+        full_precision.check_full_precision(base.checkpoint, purpose="as the model in training", option=False)
     fresh: set[str] = set()
     if compare and _quantised(base.weights, live):
         return None

@@ -29,6 +29,7 @@ from ..package.reader import DeltaPackage
 from ..parallel.scratch_folder import temporary_folder
 from ..weights.alignment import align, cast_to
 from ..weights.files.checkpoint import ADAPTER_CONFIG
+from ..weights.files.full_precision import check_full_precision
 from ..weights.fingerprint import weights_fingerprint
 from ..weights.lora.lora_checkpoint import merge_adapter
 from ..weights.lora.lora_config import AdapterConfig
@@ -142,13 +143,15 @@ def compare(
     rates = sorted({check_drop_rate(rate) for rate in p} - {0.0})
     if seeds < 1 or any(rank < 1 for rank in ranks):
         raise ConfigError("seeds and ranks", expected="at least 1", found=f"{seeds}, {list(ranks)}")
-    opened = open_weights(tuned)
-    contest = _Contest(open_weights(base), opened, adapters)
+    opened, opened_base = open_weights(tuned), open_weights(base)
+    for weights in (opened_base, opened):
+        check_full_precision(weights, purpose="of which less and less is kept", option=False)
+    contest = _Contest(opened_base, opened, adapters)
     wanted = [*_planned(rates, ranks, range(first_seed, first_seed + seeds)), *contest.adapters]
     swapped = SwappedModel(model)
     journal = Journal(
         Path(out) / "compare.jsonl",
-        weights_fingerprint(open_weights(base)),
+        weights_fingerprint(opened_base),
         weights_fingerprint(opened),
         setup,
     )
@@ -163,7 +166,7 @@ def compare(
         "seeds": [first_seed + n for n in range(seeds)],
     }
     return Comparison(
-        base=weights_fingerprint(open_weights(base)), tuned=weights_fingerprint(opened),
+        base=weights_fingerprint(opened_base), tuned=weights_fingerprint(opened),
         parameters=contest.parameters, points=_numbered(points),
         setup=full_setup | {"adapters": [os.fspath(adapter) for adapter in adapters]},
     )  # fmt: skip

@@ -16,6 +16,7 @@ from ..weights.alignment import cast_to, dtype_mismatch
 from ..weights.files.full_precision import check_full_precision
 from ..weights.lora.lora_checkpoint import merge_adapter
 from ..weights.lora.opening import WeightsLike, open_weights
+from ..weights.lora.other_layouts import in_layout_of
 from ..weights.meeting import meet, renamed
 from ..weights.protocol import SEGMENT, Weights, runs
 
@@ -108,6 +109,7 @@ def diagnose(
     for weights in (plain, tuned_weights):
         check_full_precision(weights, purpose="of which elements can be dropped")
     tuned_weights = renamed(merge_adapter(tuned_weights, plain), rename or {})
+    tuned_weights = in_layout_of(plain, tuned_weights)
     aligned, _ = meet(plain, tuned_weights)
     if cast_base:
         aligned = cast_to(aligned, tuned_weights.tensors)

@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..evaluation.measurements import Evaluate, Journal, Key, Point, Progress, measured, samples
 from ..evaluation.swapped_model import SwappedModel
 from ..merging.methods.parameters import Case
+from ..weights.files.full_precision import check_full_precision
 from ..weights.fingerprint import weights_fingerprint
 from ..weights.layer_names import layer_of
 from ..weights.lora.opening import WeightsLike, open_weights
@@ -265,6 +266,7 @@ class _Bench:
         setup: Mapping[str, Any] | None,
     ) -> None:
         self._base = open_weights(base)
+        check_full_precision(self._base, purpose="of which elements can be dropped", option=False)
         self._swapped = SwappedModel(model)
         self._evaluate = evaluate
         base_print = weights_fingerprint(self._base)

@@ -29,6 +29,7 @@ from ..evaluation.measurements import Progress
 from ..evaluation.swapped_model import SwappedModel
 from ..merging.methods.dropping import DropRate
 from ..weights.alignment import align, cast_to
+from ..weights.files.full_precision import check_full_precision
 from ..weights.fingerprint import weights_fingerprint
 from ..weights.lora.opening import WeightsLike, open_weights
 from ..weights.protocol import Weights
@@ -143,6 +144,7 @@ def inside(
             found=f"{p}, {seeds}, {masks}, {tokens}",
         )
     base_weights = open_weights(base)
+    check_full_precision(base_weights, purpose="of which elements can be dropped", option=False)
     swapped = SwappedModel(model)
     looked_at = enough_of(batches, tokens)
     numbers = [first_seed + n for n in range(seeds)]

@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..extracting.extract import extract
 from ..parallel.scratch_folder import temporary_folder
 from ..weights.alignment import align
+from ..weights.files.full_precision import check_full_precision
 from ..weights.live.live import LiveWeights
 from ..weights.lora.opening import WeightsLike, open_weights
 from ..weights.protocol import TensorInfo, Weights
@@ -90,8 +91,10 @@ def _measured(
     p: float,
     seed: int,
 ) -> FoundQ:
+    opened = open_weights(base)
+    check_full_precision(opened, purpose="of which elements can be dropped", option=False)
     wanted = _outputs(model, batches)
-    complete = _Completed(open_weights(base), LiveWeights(model))
+    complete = _Completed(opened, LiveWeights(model))
     size = sum(float(output.square().sum()) for output in wanted)
     changes = {}
     with temporary_folder("dare-q") as folder:

@@ -20,6 +20,7 @@ from ..evaluation.swapped_model import SwappedModel
 from ..merging.statistics.fisher_and_gram import collect_gram
 from ..merging.statistics.statistics_file import save_statistics
 from ..parallel.scratch_folder import temporary_folder
+from ..weights.files.full_precision import check_full_precision
 from ..weights.fingerprint import weights_fingerprint
 from ..weights.lora.opening import WeightsLike, open_weights
 from ..weights.protocol import Weights
@@ -153,6 +154,7 @@ def sweep(
     """
     wanted = planned(p, seeds, first_seed, variants)
     base_weights = open_weights(base)
+    check_full_precision(base_weights, purpose="of which elements can be dropped", option=False)
     base_fingerprint = weights_fingerprint(base_weights)
     swapped = SwappedModel(model, tuned)
     journal = Journal(Path(out) / "sweep.jsonl", base_fingerprint, swapped.fingerprint, setup)

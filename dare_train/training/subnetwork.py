@@ -251,7 +251,7 @@ def _by_score(
         )
     tuned_weights, opened_base = open_weights(tuned), open_weights(base)
     for weights in (opened_base, tuned_weights):
-        check_full_precision(weights, purpose="of which elements can be left out")
+        check_full_precision(weights, purpose="of which elements can be left out", option=False)
     base_weights = cast_to(
         align(opened_base, tuned_weights.tensors.keys(), model=tuned_weights.label)[0],
         tuned_weights.tensors,

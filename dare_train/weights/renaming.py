@@ -9,7 +9,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
-from math import prod
 from typing import NamedTuple
 
 from ..errors import TensorMismatch
@@ -17,6 +16,7 @@ from .derived_buffers import is_derived
 from .protocol import TensorInfo
 
 _NUMBERS = re.compile(r"(?<![0-9A-Za-z])[0-9]+(?![0-9A-Za-z])")
+_EXPERTS = re.compile(r"(^|\.)experts\.")
 _ENDINGS = {".gamma": ".weight", ".beta": ".bias", ".weight": ".gamma", ".bias": ".beta"}
 """Of layer norms: what TensorFlow called them, today's, and the other way round."""
 _FEW = 8
@@ -50,9 +50,7 @@ def check_names_meet(
     pairs = pairs_of(missing, new)
     if _is_no_chance(pairs, len(base)):
         raise _error(pairs, missing, base_label, label)
-    cut, others = _in_layers(missing), _in_layers(new)
-    everything = sum(map(prod, (info.shape for info in base.values())))
-    if cut and others and cut >= _SHARE * everything and others >= cut / 2:
+    if _cut_otherwise(missing, new, sum(info.numel for info in base.values())):
         expected = f"in {label}, as {base_label} has it"
         found = f"not there, and {min(new)} {list(new[min(new)].shape)} instead"
         remedy = (
@@ -144,9 +142,39 @@ def _is_no_chance(pairs: list[Pair], tensors: int) -> bool:
     return any(len(places) > 1 for places in layers.values())
 
 
-def _in_layers(tensors: Mapping[str, TensorInfo]) -> int:
-    """Elements of tensors that lie in numbered layers."""
-    return sum(info.numel for name, info in tensors.items() if _NUMBERS.search(name))
+def apart_in_layers(
+    base: Mapping[str, TensorInfo], model: Mapping[str, TensorInfo]
+) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
+    """What only the one has in numbered layers, and what only the other."""
+    missing, new = _apart(base, model)
+    return _in_layers(missing), _in_layers(new)
+
+
+def _in_layers(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    return {name: info for name, info in tensors.items() if _NUMBERS.search(name)}
+
+
+def _cut_otherwise(missing: Mapping[str, TensorInfo], new: Mapping[str, TensorInfo], everything: int) -> bool:
+    """Whether what is missing in layers is likely what is new there, in other pieces: experts on both sides,
+    as many elements in each layer, or a large share of all that there are.
+    """
+    of_base, of_model = _in_layers(missing), _in_layers(new)
+    if not of_base or not of_model:
+        return False
+    if all(any(_EXPERTS.search(name) for name in names) for names in (of_base, of_model)):
+        return True
+    if len(of_base) != len(of_model) and _by_layer(of_base) == _by_layer(of_model):
+        return True
+    cut, others = (sum(info.numel for info in infos.values()) for infos in (of_base, of_model))
+    return cut >= _SHARE * everything and others >= cut / 2
+
+
+def _by_layer(tensors: Mapping[str, TensorInfo]) -> Mapping[str, int]:
+    """Elements, by the first number of their names."""
+    found: Counter[str] = Counter()
+    for name, info in tensors.items():
+        found[_NUMBERS.findall(name)[0]] += info.numel
+    return found
 
 
 def _error(

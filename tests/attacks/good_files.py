@@ -37,6 +37,8 @@ def make(folder: Path) -> Path:
     _records(folder / "records")
     (folder / "merge").mkdir()
     (folder / "merge" / "config.yml").write_text(RECIPE)
+    (folder / "experts").mkdir()
+    (folder / "experts" / "config.yml").write_text(EXPERTS)
     return folder
 
 
@@ -49,6 +51,16 @@ models:
 parameters: {normalize: true, lambda: 1.0}
 dtype: bfloat16
 seed: 7
+"""
+EXPERTS = """base_model: base
+gate_mode: hidden
+dtype: bfloat16
+experts_per_token: 1
+experts:
+  - {source_model: tuned, positive_prompts: [one, two], noise_scale: 0.1}
+  - {source_model: grown, positive_prompts: [three], negative_prompts: [four], residual_scale: 0.5}
+shared_experts: [{source_model: base}]
+architecture: deepseek
 """
 
 

@@ -24,6 +24,7 @@ from dare_train.errors import DareError
 from dare_train.evaluation.measurements import Journal, MeasurementRecord
 from dare_train.merging.config.mergekit import read
 from dare_train.merging.config.task import MergeTask
+from dare_train.merging.expert_recipe import read_experts
 from dare_train.merging.merge import run as merged
 from dare_train.merging.statistics.statistics_file import StatisticsFile
 from dare_train.reports.package_tables import diagnosis_table, inspect_json, inspect_table
@@ -187,6 +188,10 @@ def _merge_config(folder: Path, good: Path) -> None:
         merged(MergeTask.of(recipe), folder.parent / "out")
 
 
+def _experts_config(folder: Path, _: Path) -> None:
+    read_experts(folder / "config.yml")
+
+
 def _journal(folder: Path, _: Path) -> None:
     Journal(folder / "points.jsonl", "b", "t", {"eval": "m"}).read()
 
@@ -228,6 +233,7 @@ KINDS = {
     "index": Kind("sharded", _SHARDED, _ON_MODELS),
     "adapter": Kind("adapter", ("adapter_config.json", "adapter_model.safetensors"), _ON_MODELS[:3]),
     "yaml": Kind("merge", ("config.yml",), (_merge_config,)),
+    "experts": Kind("experts", ("config.yml",), (_experts_config,)),
     "journal": Kind("records", ("points.jsonl",), (_journal,)),
     "record": Kind("records", ("search.json",), (_search,)),
     "statistics": Kind("records", ("fisher.safetensors",), (_statistics,)),

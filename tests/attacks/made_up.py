@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from changes import VALUES, Change
-from good_files import RECIPE
+from good_files import EXPERTS, RECIPE
 from hypothesis import strategies as st
 from judging import KINDS, Input
 
@@ -19,6 +19,10 @@ _TIMES = st.sampled_from([1, 1, 1, 2, 70, 3000])
 _INSTEAD = st.sampled_from(["pipe", "folder", "link", "round", "empty", "nothing"])
 
 
+_YAML = {"yaml": RECIPE, "experts": EXPERTS}
+"""By kind, a configuration whose words are exchanged."""
+
+
 def inputs(kind: str) -> st.SearchStrategy[Input]:
     """Inputs of a kind."""
     files = st.sampled_from(KINDS[kind].files)
@@ -30,7 +34,8 @@ def inputs(kind: str) -> st.SearchStrategy[Input]:
         sealed=st.booleans() if KINDS[kind].sealed else st.just(False),
         action=st.integers(0, len(KINDS[kind].actions) - 1),
     )
-    return made | st.builds(Input, st.just(kind), st.just(()), text=_yaml()) if kind == "yaml" else made
+    text = _YAML.get(kind)
+    return made | st.builds(Input, st.just(kind), st.just(()), text=_yaml(text)) if text else made
 
 
 def _changes(files: st.SearchStrategy[str], *, sealed: bool) -> st.SearchStrategy[Change]:
@@ -56,12 +61,12 @@ def _changes(files: st.SearchStrategy[str], *, sealed: bool) -> st.SearchStrateg
     return structure | raw | frames if sealed else structure | raw
 
 
-def _yaml() -> st.SearchStrategy[str]:
+def _yaml(good: str) -> st.SearchStrategy[str]:
     """Configurations whose words are exchanged, and structures of any words."""
     words = st.sampled_from(
         sorted(
             {
-                *RECIPE.replace(":", " : ").split(),
+                *good.replace(":", " : ").split(),
                 "&a",
                 "*a",
                 "<<: *a",
@@ -78,7 +83,7 @@ def _yaml() -> st.SearchStrategy[str]:
     )
     lines = st.lists(st.tuples(st.integers(0, 4), st.lists(words, max_size=5)), max_size=12)
     free = lines.map(lambda lines: "\n".join("  " * indent + " ".join(words) for indent, words in lines))
-    exchanged = st.tuples(words, words).map(lambda pair: RECIPE.replace(*pair))
+    exchanged = st.tuples(words, words).map(lambda pair: good.replace(*pair))
     value = st.recursive(
         words, lambda inner: st.lists(inner, max_size=3).map(lambda items: f"[{', '.join(items)}]")
     )

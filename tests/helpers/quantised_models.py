@@ -110,6 +110,121 @@ def _mxfp4(module: str, full: torch.Tensor, seed: int) -> State:
     }
 
 
+def _drawn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    bounds = (0, 256) if dtype == torch.uint8 else (-128, 128)
+    return torch.randint(*bounds, shape, generator=generator, dtype=dtype)
+
+
+def _fp8_blocks(module: str, full: torch.Tensor, seed: int) -> State:
+    parts = _fp8(module, full, seed)
+    return {**parts, f"{module}.weight_scale_inv": torch.tensor([[0.5, 1.5], [0.25, 3.0]])}
+
+
+def _fp8_powers(module: str, full: torch.Tensor, seed: int) -> State:
+    scales = torch.tensor([[127, 126], [129, 125]], dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    return {**_fp8(module, full, seed), f"{module}.weight_scale_inv": scales}
+
+
+def _fp8_rows(module: str, full: torch.Tensor, seed: int) -> State:
+    scale = full.float().abs().amax(1, keepdim=True) / 448
+    packed = (full.float() / scale).to(torch.float8_e4m3fn)
+    return {
+        f"{module}.weight": packed,
+        f"{module}.weight_scale": scale,
+        f"{module}.input_scale_ub": torch.tensor([1200.0]),
+    }
+
+
+def _fp8_alone(module: str, full: torch.Tensor, seed: int) -> State:
+    return {f"{module}.weight": full.float().to(torch.float8_e4m3fn)}
+
+
+def _bnb4_nested(module: str, full: torch.Tensor, seed: int) -> State:
+    weight = f"{module}.weight"
+    return {
+        **_bnb4(module, full, seed),
+        f"{weight}.absmax": _drawn((16,), torch.uint8, seed + 1),
+        f"{weight}.nested_absmax": full.float().abs().amax().reshape(1),
+        f"{weight}.nested_quant_map": torch.linspace(-1, 1, 256),
+    }
+
+
+def _bnb4_stored_in_bf16(module: str, full: torch.Tensor, seed: int) -> State:
+    """`bnb_4bit_quant_storage`: bits that are no numbers, NaN among them."""
+    parts = _bnb4(module, full, seed)
+    words = _drawn((512,), torch.uint8, seed)
+    words[:2] = torch.tensor([0xFF, 0x7F])
+    return {**parts, f"{module}.weight": words.view(torch.bfloat16).reshape(-1, 1)}
+
+
+def _int8(module: str, full: torch.Tensor, seed: int) -> State:
+    scale = full.float().abs().amax(1, keepdim=True) / 127
+    packed = (full.float() / scale).round().to(torch.int8)
+    return {f"{module}.weight": packed, f"{module}.weight_scale": scale.bfloat16()}
+
+
+def _int8_zeros(module: str, full: torch.Tensor, seed: int) -> State:
+    return {**_int8(module, full, seed), f"{module}.weight_zero_point": _drawn((32, 1), torch.int8, seed)}
+
+
+def _nvfp4(module: str, full: torch.Tensor, seed: int) -> State:
+    return {
+        f"{module}.weight_packed": _drawn((32, 16), torch.uint8, seed),
+        f"{module}.weight_scale": full[:, :2].float().to(torch.float8_e4m3fn),
+        f"{module}.weight_global_scale": torch.tensor([0.5]),
+        f"{module}.input_global_scale": torch.tensor([0.25]),
+    }
+
+
+def _modelopt(module: str, full: torch.Tensor, seed: int) -> State:
+    return {
+        f"{module}.weight": _drawn((32, 16), torch.uint8, seed),
+        f"{module}.weight_scale": full[:, :2].float().to(torch.float8_e4m3fn),
+        f"{module}.weight_scale_2": torch.tensor(0.5),
+        f"{module}.input_scale": torch.tensor(0.25),
+    }
+
+
+def _torchao_zeros(module: str, full: torch.Tensor, seed: int) -> State:
+    return {**_torchao(module, full, seed), f"{module}._weight_zero_point": _drawn((32, 1), torch.int8, seed)}
+
+
+def _quanto(module: str, full: torch.Tensor, seed: int) -> State:
+    parts = _int8(module, full, seed)
+    return {
+        f"{module}.weight._data": parts[f"{module}.weight"],
+        f"{module}.weight._scale": parts[f"{module}.weight_scale"],
+        f"{module}.input_scale": torch.ones(()),
+        f"{module}.output_scale": torch.ones(()),
+    }
+
+
+def _hqq(module: str, full: torch.Tensor, seed: int) -> State:
+    return {
+        f"{module}.W_q": _drawn((16, 32), torch.uint8, seed),
+        f"{module}.scale": full[:, :1].clone(),
+        f"{module}.zero": full[:, 1:2].clone(),
+        f"{module}.shape": torch.tensor([32, 32]),
+    }
+
+
+def _aqlm(module: str, full: torch.Tensor, seed: int) -> State:
+    return {
+        f"{module}.codes": _drawn((32, 4, 1), torch.int16, seed),
+        f"{module}.codebooks": full.reshape(1, 128, 1, 8).half(),
+        f"{module}.scales": full[:, :1].reshape(32, 1, 1, 1).half(),
+    }
+
+
+def _exl3(module: str, full: torch.Tensor, seed: int) -> State:
+    return {
+        f"{module}.trellis": _drawn((2, 2, 48), torch.int16, seed),
+        f"{module}.suh": full[0].half(),
+        f"{module}.svh": full[1].half(),
+    }
+
+
 def _unheard_of(module: str, full: torch.Tensor, seed: int) -> State:
     parts = _torchao(module, full, seed)
     return {
@@ -129,15 +244,36 @@ _MAKERS: dict[str, tuple[Parts, str]] = {
     "torchao": (_torchao, "torchao"),
     "mxfp4": (_mxfp4, "mxfp4"),
     "unheard of": (_unheard_of, "vibes"),
+    "fp8 blocks": (_fp8_blocks, "fp8"),
+    "fp8 powers": (_fp8_powers, "fp8"),
+    "fp8 rows": (_fp8_rows, "fbgemm_fp8"),
+    "fp8 alone": (_fp8_alone, ""),
+    "bnb 4 nested": (_bnb4_nested, "bitsandbytes"),
+    "bnb 4 in bf16": (_bnb4_stored_in_bf16, "bitsandbytes"),
+    "int8": (_int8, "compressed-tensors"),
+    "int8 zeros": (_int8_zeros, "compressed-tensors"),
+    "nvfp4": (_nvfp4, "compressed-tensors"),
+    "modelopt": (_modelopt, "modelopt"),
+    "torchao zeros": (_torchao_zeros, "torchao"),
+    "quanto": (_quanto, "quanto"),
+    "hqq": (_hqq, "hqq"),
+    "aqlm": (_aqlm, "aqlm"),
+    "exl3": (_exl3, "exl3"),
 }
 
 SCHEMES = {
     "fp8": "fp8 with scales", "fp8 static": "fp8 with scales", "gptq": "GPTQ", "awq": "AWQ",
     "bnb 8": "bitsandbytes 8-bit", "bnb 4": "bitsandbytes 4-bit", "compressed-tensors": "compressed-tensors",
-    "torchao": "torchao", "mxfp4": "mxfp4", "unheard of": "",
+    "torchao": "torchao", "mxfp4": "mxfp4", "unheard of": "", "fp8 blocks": "fp8 with scales",
+    "fp8 powers": "fp8 with scales", "fp8 rows": "fp8 with scales", "fp8 alone": "fp8 without scales",
+    "bnb 4 nested": "bitsandbytes 4-bit", "bnb 4 in bf16": "bitsandbytes 4-bit", "int8": "",
+    "int8 zeros": "", "nvfp4": "compressed-tensors", "modelopt": "", "torchao zeros": "torchao",
+    "quanto": "", "hqq": "", "aqlm": "", "exl3": "",
 }  # fmt: skip
-"""What messages call each."""
-FORMULAS = ("fp8", "fp8 static", "bnb 8", "mxfp4")
+"""What messages call each, also where no configuration names it."""
+FORMULAS = (
+    "fp8", "fp8 static", "fp8 blocks", "fp8 powers", "fp8 rows", "fp8 alone", "bnb 8", "mxfp4", "int8",
+)  # fmt: skip
 
 
 def quantised(scheme: str, full: State, seed: int = 0) -> tuple[State, dict[str, Any]]:
@@ -147,4 +283,4 @@ def quantised(scheme: str, full: State, seed: int = 0) -> tuple[State, dict[str,
     for number, (name, tensor) in enumerate(full.items()):
         module = name.removesuffix(".weight")
         state |= parts(module, tensor, seed + number) if name.endswith("proj.weight") else {name: tensor}
-    return state, {**LLAMA, "quantization_config": {"quant_method": method}}
+    return state, {**LLAMA, **({"quantization_config": {"quant_method": method}} if method else {})}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quantised_models import SCHEMES, quantised, save_model, weights
+from quantised_models import FORMULAS, SCHEMES, quantised, save_model, weights
 
 from dare_train.errors import CheckpointError
 from dare_train.weights.files.checkpoint import Checkpoint
@@ -56,12 +56,58 @@ def test_what_is_no_weight_is_no_unit(tmp_path: Path) -> None:
         "attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
         "logit_scale": torch.ones(1),
         "q_proj.k_scale": torch.ones(1),
-        "cast.weight": torch.ones(3, 3).to(torch.float8_e4m3fn),
+        "attn.causal_mask": torch.ones(4, 4, dtype=torch.uint8),
     }
     said = {"quantization_config": {"quant_method": "bitsandbytes"}}
     for number, config in enumerate(({}, said)):
         found = Quantised.of(open_weights(save_model(plain, tmp_path / f"model{number}", config)))
-        assert [unit.weight for unit in found.units] == (["cast.weight"] if config else [])
+        assert not found, config
+
+
+@pytest.mark.parametrize("name", ["q_proj.weight", "experts.gate_up_proj"])
+def test_fp8_without_scales_is_what_it_says(name: str, tmp_path: Path) -> None:
+    """As it is stored, it cannot be added up; the formula is the number itself."""
+    packed = torch.randn(3, 5, generator=torch.Generator().manual_seed(7)).to(torch.float8_e4m3fn)
+    folder = save_model({name: packed, "norm.weight": torch.ones(3)}, tmp_path / "model", {})
+    found = Quantised.of(open_weights(folder))
+    assert [unit.parts for unit in found.units] == [{name}]
+    assert "fp8 without scales" in str(found)
+    assert torch.equal(dequantised(folder, name), packed.float())
+
+
+def test_scales_that_were_left_behind_are_not_passed_over(tmp_path: Path) -> None:
+    """fp8 that somebody cast to bf16 without them: as a number, a weight is not what it was."""
+    state, _ = quantised("fp8", weights())
+    cast = {name: t.bfloat16() if t.dtype == torch.float8_e4m3fn else t for name, t in state.items()}
+    opened = open_weights(save_model(cast, tmp_path / "model", {}))
+    found = Quantised.of(opened)
+    assert len(found.units) == 4
+    assert not is_formula(found, opened.tensors)
+
+
+@pytest.mark.parametrize("made_of", ["codes and codebooks", "trellis", "indices"])
+def test_integers_that_stand_where_a_weight_would_are_one(made_of: str, tmp_path: Path) -> None:
+    """AQLM, QTIP and VPTQ, where no configuration says so: whatever lies in the layer belongs to it."""
+    integers = torch.arange(8, dtype=torch.int16).reshape(4, 2)
+    parts = {
+        "codes and codebooks": {
+            "codes": integers,
+            "codebooks": torch.ones(1, 8, 1, 4),
+            "scales": torch.ones(4),
+        },
+        "trellis": {"trellis": integers, "suh": torch.ones(4), "svh": torch.ones(2)},
+        "indices": {"indices": integers.int(), "weight_scale": torch.ones(4), "weight_bias": torch.ones(4)},
+    }[made_of]
+    state = {f"{NAME}.{leaf}": tensor for leaf, tensor in parts.items()}
+    plain = {
+        f"{NAME}.bias": torch.ones(4),
+        "norm.weight": torch.ones(3),
+        "norm.steps": torch.ones(2, 2).int(),
+    }
+    found = Quantised.of(open_weights(save_model(state | plain, tmp_path / "model", {})))
+    assert [unit.parts for unit in found.units] == [
+        state.keys() - {name for name in state if name.endswith("bias")}
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu])
@@ -79,6 +125,19 @@ def test_small_floats_are_what_torch_says(dtype: torch.dtype) -> None:
     finite = ~np.isnan(expected)
     assert np.array_equal(found[finite], expected[finite])
     assert np.isnan(found[~finite]).all() or dtype == torch.float8_e8m0fnu
+
+
+@pytest.mark.parametrize("scheme", sorted({*FORMULAS} - {"mxfp4"}))
+def test_formulas_are_a_product_and_a_rounding(scheme: str, tmp_path: Path) -> None:
+    state, config = quantised(scheme, weights())
+    folder = save_model(state, tmp_path / "model", config)
+    packed = state[f"{NAME}.weight"].float()
+    known = ("weight_scale_inv", "weight_scale", "SCB")
+    scale = next((state[f"{NAME}.{leaf}"] for leaf in known if f"{NAME}.{leaf}" in state), torch.ones(()))
+    grid = scale.float().reshape(*(scale.shape if scale.dim() > 1 else (-1, 1)))
+    wide = grid.repeat_interleave(32 // grid.shape[0], 0).repeat_interleave(32 // grid.shape[1], 1)
+    product = packed * wide * (7.874015718698502e-3 if scheme == "bnb 8" else 1)
+    assert torch.equal(dequantised(folder), product.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -13,16 +13,17 @@ from ...applying.chain import open_chain
 from ...dtypes import DTYPES
 from ...errors import ChainError, CheckpointError
 from ...hub.download import locate
+from ...package.quantised_records import quantised_in
 from ...package.reader import DeltaPackage
 from ...weights.alignment import cast_to, with_prefix, without_prefix
 from ...weights.files.checkpoint import Checkpoint
 from ...weights.files.full_precision import check_full_precision
-from ...weights.files.quantised import Quantised
 from ...weights.live.declared_ties import Ties
 from ...weights.lora.lora_checkpoint import AdapterWeights, merge_adapter
 from ...weights.lora.opening import WeightsLike, open_weights
+from ...weights.lora.other_layouts import in_layout_of
 from ...weights.low_rank import UNROUNDED
-from ...weights.meeting import aligned_or_explained, put_name, renamed_names
+from ...weights.meeting import aligned_or_explained, put_name, renamed, renamed_names
 from ...weights.protocol import Cast, TensorInfo, Weights, under
 from ...weights.renaming import check_names_meet, respelt
 from .inputs import CheckpointInput, Input, PackageInput
@@ -64,9 +65,9 @@ class Opened:
             weights = merge_adapter(opened, base, unrounded=True)
             self.folder = weights.folder if isinstance(weights, (Checkpoint, AdapterWeights)) else None
             self._is_adapter = isinstance(weights, AdapterWeights)
-            self.weights = _in_single(weights) if isinstance(weights, AdapterWeights) else weights
-            self.label = self.weights.label
+            self.weights, rename = _as_cut_in(base, weights, rename)
             self.names = renamed_names(self.weights.tensors, rename)
+            self.label = self.weights.label
             infos = {name: self.weights.tensors[given] for name, given in self.names.items()}
             _, self.prefix = aligned_or_explained(base, infos, label=self.label)
         self.plain = {name: _name_in_base(name, self.prefix, base.tensors) for name in self.names}
@@ -81,10 +82,10 @@ class Opened:
         `apart`: names that models with this prefix have, and that it does not stand before, such as a head's.
         """
         names: dict[str, str] = {}
-        for renamed, name_in_model in self.names.items():
-            plain = self.plain[renamed]
-            as_it_is = plain not in base.tensors and (self.prefix == prefix or renamed in apart)
-            put_name(names, renamed if as_it_is else f"{prefix}{plain}", name_in_model)
+        for name, name_in_model in self.names.items():
+            plain = self.plain[name]
+            as_it_is = plain not in base.tensors and (self.prefix == prefix or name in apart)
+            put_name(names, name if as_it_is else f"{prefix}{plain}", name_in_model)
         return names
 
     def tied(self, names: Mapping[str, str], base: Weights, prefix: str, apart: Collection[str]) -> Tied:
@@ -288,13 +289,24 @@ def _check_package(package: DeltaPackage) -> None:
     Raises:
         CheckpointError: it is of a quantised model.
     """
-    quantised = Quantised({name: record.info for name, record in package.records.items()})
+    quantised = quantised_in(package)
     if quantised:
         remedy = "merge the models in full precision"
         found = f"a package of quantised weights: {quantised}"
         raise CheckpointError(
             package.name, expected=f"full precision, {_PURPOSE}", found=found, remedy=remedy
         )
+
+
+def _as_cut_in(
+    base: Weights, weights: Weights, rename: Mapping[str, str]
+) -> tuple[Weights, Mapping[str, str]]:
+    """A model in the base's layout, and what is still to be renamed in it."""
+    if isinstance(weights, AdapterWeights):
+        return _in_single(weights), rename
+    given = renamed(weights, rename)
+    found = in_layout_of(base, given)
+    return (weights, rename) if found is given else (found, {})
 
 
 def _in_single(adapted: AdapterWeights) -> Weights:

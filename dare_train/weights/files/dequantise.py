@@ -1,6 +1,6 @@
 """Quantised checkpoints read in full precision, where that is a formula; in the bits of transformers.
 
-    fp8 and int8           w = q · s, a scale for each block, row or tensor
+    fp8 and int8           w = q · s, a scale for each block, row or tensor; fp8 without scales: q
     mxfp4                  w = q · 2^(e - 127), q of 16 values, a scale for 32 of them, and turned
     bitsandbytes 8-bit     w = q · s / 127, a scale for each row
 
@@ -23,7 +23,7 @@ from ...errors import CheckpointError
 from ..protocol import TensorInfo, Weights
 from .checkpoint import Checkpoint
 from .config_file import config_beside
-from .quantised import Quantised, Unit
+from .quantised import NO_SCALES, Quantised, Unit
 
 Float = NDArray[np.float32]
 
@@ -64,7 +64,7 @@ class Dequantised(Checkpoint):
             if formula is None:
                 raise CheckpointError(
                     checkpoint.label,
-                    expected="a scheme that is a formula: fp8 or int8 with scales, mxfp4, bitsandbytes 8-bit",
+                    expected="a scheme that is a formula: fp8, int8 with scales, mxfp4, bitsandbytes 8-bit",
                     found=str(quantised),
                     remedy="give the model as it was before it was quantised",
                 )
@@ -169,6 +169,8 @@ def _formula_of(unit: Unit, tensors: Mapping[str, TensorInfo]) -> _Formula | Non
         return _mxfp4
     if unit.scheme == "bitsandbytes 8-bit" and packed.dtype.code == "I8" and len(packed.shape) == 2:
         return _int8_by_rows
+    if unit.scheme == NO_SCALES and unit.parts == {unit.packed}:
+        return _plain
     scale = _scale_of(unit, tensors) or ""
     is_fp8 = packed.dtype.code in ("F8_E4M3", "F8_E5M2") and scale
     is_int8 = packed.dtype.code == "I8" and scale.endswith("_scale")
@@ -208,6 +210,12 @@ def _scaled(unit: Unit, of: Dequantised) -> _Matrices:
         raise _unfitting(unit.weight, packed, info)
     _steps((rows, columns), grid, of.blocks, unit.weight)
     return _Matrices(packed.shape, of.dtype, read)
+
+
+def _plain(unit: Unit, of: Dequantised) -> _Matrices:
+    packed = of.info(unit.packed)
+    size = prod(packed.shape[-2:])
+    return _Matrices(packed.shape, of.dtype, lambda number: of.part(unit.packed, number * size, size))
 
 
 def _steps(

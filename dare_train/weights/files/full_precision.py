@@ -11,25 +11,26 @@ from .quantised import Quantised
 _BEFORE = "give the model in full precision, as it was before it was quantised"
 
 
-def check_full_precision(weights: Weights, *, purpose: str) -> None:
+def check_full_precision(weights: Weights, *, purpose: str, option: bool = True) -> None:
     """
     Args:
         purpose: what they are needed for.
+        option: whether who asks has `dequantize`.
 
     Raises:
         CheckpointError: they are quantised.
     """
     quantised = Quantised.of(weights)
     if quantised:
-        raise quantised_error(weights, quantised, expected=f"full precision, {purpose}")
+        raise quantised_error(weights, quantised, expected=f"full precision, {purpose}", option=option)
 
 
 def quantised_error(
-    weights: Weights, quantised: Quantised, *, expected: str, or_else: str = ""
+    weights: Weights, quantised: Quantised, *, expected: str, or_else: str = "", option: bool = True
 ) -> CheckpointError:
-    """`or_else`: another remedy."""
+    """`or_else`: another remedy; `option`: as above."""
     remedies = [_BEFORE]
-    if isinstance(weights, Checkpoint) and is_formula(quantised, weights.tensors):
+    if option and isinstance(weights, Checkpoint) and is_formula(quantised, weights.tensors):
         remedies.append("or dequantize=True (--dequantize), which reads it so")
     remedies += [f"or {or_else}"] if or_else else []
     found = f"quantised weights: {quantised}"

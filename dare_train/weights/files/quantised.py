@@ -47,6 +47,7 @@ _METHODS = {
     "bitsandbytes": "bitsandbytes",
 }
 """By `quant_method` of a configuration; others go by their own name."""
+NO_SCALES = "fp8 without scales"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,27 +151,49 @@ def _weight_of(
     """The weight that a tensor has the integers of; None where it has none."""
     info = tensors[name]
     buffer = info.dtype.code == "BOOL" or not info.shape or is_derived(name, info.shape)
+    leaf = _leaf(name, module)
+    if leaf == "weight" and any(other.startswith(_marks_of(name)) for other in beside):
+        return name  # whatever its dtype is: bitsandbytes packs bits into that of a model, for FSDP
     if info.dtype.can_be_delta or buffer:
         return None
-    leaf = _leaf(name, module)
     within = f"{module}." if module else ""
     if leaf in _PACKED_LEAVES:
         return f"{within}{_PACKED_LEAVES[leaf]}"
     if leaf.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in tensors:
         return name.removesuffix("_blocks")
+    is_matrix = len(info.shape) > 1 and not _is_index(leaf)
     if leaf == "weight":
         alone = info.dtype.is_float and not said and _beside(name, module, beside) == {name}
-        return None if alone else name
+        return None if alone and not is_matrix else name
     has_scales = any(
         re.match(rf"{re.escape(name)}[._]", other) and _SCALE_WORDS.search(other[len(name) :])
         for other in beside
     )
-    return name if has_scales or (said and len(info.shape) > 1 and not _is_index(leaf)) else None
+    if has_scales:
+        return name
+    if is_matrix and info.dtype.itemsize < 8 and _is_layer(name, module, tensors, beside):
+        return f"{within}weight"
+    return name if is_matrix and (said or info.dtype.is_float) else None
+
+
+def _marks_of(weight: str) -> tuple[str, str]:
+    """How tensors are called that only a quantised weight has."""
+    return f"{weight}.quant_state.", f"{weight}_scale_inv"
+
+
+def _is_layer(name: str, module: str, tensors: Mapping[str, TensorInfo], beside: list[str]) -> bool:
+    """Whether integers may be the weight of the layer that they lie in: floating-point tensors lie beside
+    them, and none that is its weight.
+    """
+    floats = {_leaf(other, module) for other in beside if tensors[other].dtype.can_be_delta} - {
+        *_NOT_OF_A_UNIT
+    }
+    return bool(floats) and "weight" not in floats and _leaf(name, module) not in _NOT_OF_A_UNIT
 
 
 def _is_index(leaf: str) -> bool:
     """Whether integers are places, as those of positions are."""
-    return leaf.endswith(("_ids", "_index", "_idx", "indices_buffer", "_mask", "batches_tracked"))
+    return leaf.endswith(("_ids", "_index", "_idx", "indices_buffer", "mask", "batches_tracked"))
 
 
 def _beside(weight: str, module: str, names: list[str]) -> set[str]:
@@ -208,6 +231,6 @@ def _scheme(packed: str, parts: set[str], tensors: Mapping[str, TensorInfo], met
         return "GPTQ or AWQ"
     if "weight_packed" in leaves:
         return "compressed-tensors"
-    if code.startswith("F8_E") and any("scale" in leaf for leaf in leaves):
-        return "fp8 with scales"
+    if code.startswith("F8_E"):
+        return "fp8 with scales" if any("scale" in leaf for leaf in leaves) else NO_SCALES
     return UNKNOWN

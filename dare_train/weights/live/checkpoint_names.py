@@ -40,7 +40,11 @@ def places_in_files(model: Any, held: Mapping[str, Held]) -> Places:
     Raises:
         ConfigError: a tensor of the files is no view of the model's.
     """
-    shapes = {name: tensor.shape for name, tensor in held.items()}
+    return file_places(model, {name: tensor.shape for name, tensor in held.items()})
+
+
+def file_places(model: Any, shapes: Shapes) -> Places:
+    """The same of a model's tensors that have these shapes, wherever they are."""
     conversions = _conversions(model) if _is_pretrained(model) else []
     if not conversions:
         return {name: Place.whole(name, shape) for name, shape in shapes.items()}
