@@ -10,8 +10,9 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..methods.parameters import Case, Gradient, Parameter, Scalar, Setting, Settings
-from .foreign import Foreign, without_stray
+from .foreign import Foreign
 from .recipe import CHOICES, DTYPE_NAMES, FLAVOUR, Recipe, Tokenizer
+from .spelling import spelt_out
 from .yaml_parts import Inputs, base_in_slices, fields_of, inputs_of, parsed, says, settings_of, text_of
 
 _NAMES = (
@@ -60,8 +61,8 @@ def read(path_or_text: str | Path, *, strict: bool = False) -> tuple[Recipe, lis
     """
     known = (*_KEYS.split(), *CHOICES)
     document, ignored = parsed(path_or_text), list[str]()
-    if isinstance(document, dict) and not strict and "flavour" not in document:
-        document, ignored = without_stray(document, known)
+    if not isinstance(document, dict) or "flavour" not in document:
+        document, ignored = spelt_out(document, known, strict=strict)
     top = fields_of(document, known, "")
     if "flavour" not in top:
         recipe, notes = _translated(top, strict=strict)

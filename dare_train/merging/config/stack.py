@@ -12,9 +12,9 @@ from typing import Any
 from ...errors import ConfigError
 from ..methods.parameters import Parameter, Settings, value_at
 from ..models.chat_templates import check_template
-from .foreign import without_stray
 from .recipe import DTYPE_NAMES
-from .yaml_parts import fields_of, parsed, settings_of, text_of
+from .spelling import spelt_out
+from .yaml_parts import SLICE, SOURCE, WHOLE, fields_of, parsed, settings_of, text_of
 
 PASSTHROUGH = "passthrough"
 SCALE = Parameter(name="scale", default=1.0, per_model=True, meaning="factor of each weight")
@@ -73,7 +73,7 @@ def read_stack(path: Path, *, strict: bool = False) -> Stack | None:
     document = parsed(path)
     if not isinstance(document, dict) or document.get("merge_method") != PASSTHROUGH:
         return None
-    known, ignored = (document, []) if strict else without_stray(document, _KEYS)
+    known, ignored = spelt_out(document, _KEYS, strict=strict)
     top = fields_of(known, _KEYS, "")
     shared = _settings(top, "")
     layers = tuple(_sliced(top["slices"], shared) if "slices" in top else _whole(top, shared))
@@ -101,13 +101,13 @@ def _sliced(value: object, shared: Settings) -> Iterator[StackedLayers]:
         raise ConfigError("slices", expected="a list with at least one entry", found=repr(value))
     for place, each in enumerate(value):
         where = f"slices[{place}]"
-        fields = fields_of(each, ("sources", "parameters"), where)
+        fields = fields_of(each, SLICE, where)
         sources = fields.get("sources")
         if not isinstance(sources, list) or len(sources) != 1:
             found = len(sources) if isinstance(sources, list) else repr(sources)
             expected = f"one model: {PASSTHROUGH} merges nothing"
             raise ConfigError(f"{where}.sources", expected=expected, found=found)
-        own = fields_of(sources[0], ("model", "layer_range", "parameters"), f"{where}.sources[0]")
+        own = fields_of(sources[0], SOURCE, f"{where}.sources[0]")
         first, last = _range(own.get("layer_range"), f"{where}.sources[0].layer_range")
         yield StackedLayers(
             model=text_of(own, "model", f"{where}.sources[0]"),
@@ -124,7 +124,7 @@ def _whole(top: Mapping[str, Any], shared: Settings) -> Iterator[StackedLayers]:
         raise ConfigError(
             "models", expected=f"one model, or slices: {PASSTHROUGH} merges nothing", found=found
         )
-    fields = fields_of(models[0], ("model", "parameters"), "models[0]")
+    fields = fields_of(models[0], WHOLE, "models[0]")
     name = text_of(fields, "model", "models[0]")
     yield StackedLayers(model=name, first=0, last=None, settings=(_settings(fields, "models[0]."), shared))
 

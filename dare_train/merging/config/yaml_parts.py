@@ -18,13 +18,13 @@ from .recipe_parts import TAKES_PART, LayerRange, Model
 _WHOLE_MODELS = (
     "merge whole models; mergekit's passthrough can move, repeat or leave out layers before or after"
 )
-REMEDIES = {
-    "modules": "list models; every part of a model is merged by the same method",
-    "residual_weight": _WHOLE_MODELS,
-    "tokens": "take it out; a token's embedding is merged like any other's",
-    "pad_to_multiple_of": "take it out; resize the embeddings of the result",
-}
+REMEDIES = {"modules": "give it a module, such as default: {models: [...]}"}
 """What to do about keys of mergekit's that are not read here."""
+WHOLE = ("model", "parameters")
+"""Keys of a model that is listed, and of other mappings."""
+SLICE = ("sources", "parameters", "base_model")
+SOURCE = ("model", "layer_range", "parameters", TAKES_PART)
+TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ def inputs_of(top: Mapping[str, Any]) -> Inputs:
 def _models(value: object) -> Iterator[Model]:
     for place, each in enumerate(_list(value, "models")):
         where = f"models[{place}]"
-        fields = fields_of(each, ("model", "parameters"), where)
+        fields = fields_of(each, WHOLE, where)
         yield Model(
             model=text_of(fields, "model", where),
             parameters=settings_of(fields.get("parameters", {}), f"{where}.parameters"),
@@ -139,7 +139,7 @@ def _sliced(value: object) -> Inputs:
     slices: list[tuple[list[_Source], Settings]] = []
     for place, each in enumerate(_list(value, "slices")):
         where = f"slices[{place}]"
-        fields = fields_of(each, ("sources", "parameters", "base_model"), where)
+        fields = fields_of(each, SLICE, where)
         end = slices[-1][0][0].last if slices else 0
         sources = _sources(fields.get("sources"), f"{where}.sources", end)
         _check_once([source.model for source in sources], f"{where}.sources")
@@ -209,7 +209,7 @@ def _sources(value: object, where: str, first: int) -> list[_Source]:
 
 
 def _source(value: object, where: str) -> _Source:
-    fields = fields_of(value, ("model", "layer_range", "parameters", TAKES_PART), where)
+    fields = fields_of(value, SOURCE, where)
     ends = fields.get("layer_range")
     if isinstance(ends, list) and len(ends) == 2 and ends[0] == ends[1]:
         raise ConfigError(
