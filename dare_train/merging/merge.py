@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from .._version import __version__
 from ..config import Patterns, Rounding
+from ..errors import ConfigError
 from ..package.manifest import Manifest
 from ..parallel.inputs_of import check_apart
 from ..parallel.ranks import Ranks
@@ -34,6 +35,7 @@ from .merge_report import MergeReport
 from .merged_weights import Merged
 from .methods.matrices import one_thread
 from .models.naming import ModelLike
+from .models.references import parts_of
 from .prepared_merge import DeviceLike, PreparedMerge, gives_q, prepared
 from .recorded_bases import check_base, check_bases, recorded_bases
 from .resuming import Journal, resumable
@@ -152,6 +154,9 @@ def run(
     ranks: Ranks | None = None,
 ) -> MergeReport:
     """Carry out a merge; see `merge`. `notes` go into the report."""
+    if package and len(parts_of(task.base)) > 1:
+        remedy = "write base and adapter as one model first, with passthrough"
+        raise ConfigError("base", expected="one checkpoint under a package", found=task.base, remedy=remedy)
     ranks = ranks or Ranks()
     out = Path(out)
     ready = ranks.each(lambda: prepared(task, ranks, device))

@@ -11,10 +11,8 @@ from ..dtypes import DTYPES
 from ..errors import CheckpointError, ConfigError
 from ..parallel.ranks import Ranks
 from ..parallel.threads import thread_share
-from ..weights.checkpoint import Checkpoint
 from ..weights.full_precision import check_full_precision
 from ..weights.module_folders import places_of
-from ..weights.opening import open_weights
 from ..weights.protocol import Weights
 from .config.recipe import Recipe
 from .config.setting_resolver import layer_counts
@@ -26,6 +24,7 @@ from .models.chat_templates import check_template
 from .models.inputs import Input, PackageInput
 from .models.matching import Choices, fates
 from .models.naming import open_models
+from .models.references import adapters_of, folder_of, open_reference
 from .statistics.statistics_file import StatisticsFile, StatisticsKind, statistics_path
 
 if TYPE_CHECKING:
@@ -46,14 +45,13 @@ class PreparedMerge:
     base_folder: Path | None
     prefix: str
     growth: Growth
+    adapters: tuple[Path, ...] = ()
+    """Folders of those that are merged into models."""
 
     @property
     def folders(self) -> list[Path]:
-        return [
-            folder
-            for folder in (self.base_folder, *(model.folder for model in self.merged.inputs))
-            if folder is not None
-        ]
+        models = (model.folder for model in self.merged.inputs)
+        return [folder for folder in (self.base_folder, *models, *self.adapters) if folder is not None]
 
     @property
     def inputs(self) -> list[Path]:
@@ -77,9 +75,9 @@ def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> Prepar
     recipe = task.recipe
     method = method_of(recipe.method)
     _check(recipe, method)
-    base = open_weights(task.base, dequantize=recipe.dequantize)
+    base = open_reference(task.base, dequantize=recipe.dequantize, rounded=True)
     check_full_precision(base, purpose=_PURPOSE)
-    folder = base.folder if isinstance(base, Checkpoint) else None
+    folder = folder_of(base)
     places = {model.model: number for number, model in enumerate(recipe.models)}
     choices = Choices(
         exclude=recipe.exclude, take={pattern: places[model] for pattern, model in recipe.take.items()}
@@ -111,7 +109,11 @@ def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> Prepar
         devices=_devices(device, named),
         untied=opening.untied,
     )
-    return PreparedMerge(merged=merged, base=base, base_folder=folder, prefix=opening.prefix, growth=growth)
+    adapters = [place for given in (task.base, *task.models) for place in adapters_of(given)]
+    return PreparedMerge(
+        merged=merged, base=base, base_folder=folder, prefix=opening.prefix, growth=growth,
+        adapters=tuple(adapters),
+    )  # fmt: skip
 
 
 def _devices(given: DeviceLike | None, base: Weights) -> Devices | None:

@@ -20,19 +20,19 @@ from ..package.companion_files import copy_companions
 from ..package.model_config import Facts, settle_config
 from ..parallel.staged_folder import staged_folder, storage_errors
 from ..parallel.threads import ordered_map
-from ..weights.checkpoint import INDEX, SINGLE, Checkpoint
+from ..weights.checkpoint import INDEX, SINGLE
 from ..weights.checkpoint_writer import CheckpointWriter, Layout
 from ..weights.config_file import CONFIG, read_config
 from ..weights.fingerprint import Fingerprint, model_fingerprint, total
 from ..weights.full_precision import check_full_precision
 from ..weights.heads import embeddings_in, heads_in
 from ..weights.module_folders import places_of
-from ..weights.opening import open_checkpoint
 from ..weights.protocol import SEGMENT, TensorInfo, runs
 from .config.recipe import DTYPE_NAMES
 from .config.setting_resolver import comes_before_layers, layer_counts, layer_of
 from .config.stack import Stack, StackedLayers
 from .models.chat_templates import write_template
+from .models.references import Placed, adapters_of, open_placed
 from .output_files import RECIPE
 
 _LARGEST_FILE = 5 << 30
@@ -75,7 +75,7 @@ class StackedModel:
 class _Copied:
     """A tensor of the result, and where it comes from."""
 
-    model: Checkpoint
+    model: Placed
     name: str
     scale: float
     info: TensorInfo
@@ -99,8 +99,8 @@ def stack(what: Stack, out: Path, *, allow_nonfinite: bool = False, overwrite: b
         TensorMismatch: layers of two models do not have the same form.
         NonFiniteDelta, OutputExists, StorageError.
     """
-    models = {each.model: open_checkpoint(each.model) for each in what.layers}
-    described = models.get(what.described_by) or open_checkpoint(what.described_by)
+    models = {each.model: open_placed(each.model) for each in what.layers}
+    described = models.get(what.described_by) or open_placed(what.described_by)
     for model in models.values():
         check_full_precision(model, purpose="of which layers can be stacked")
     copied = dict(sorted(_copied(what, models)))
@@ -109,6 +109,7 @@ def stack(what: Stack, out: Path, *, allow_nonfinite: bool = False, overwrite: b
     numbers = [number for _, number in _sources(what, models)]
     layout = _layout(tensors)
     inputs = [place for model in (described, *models.values()) for place in places_of(model.folder)]
+    inputs += [place for name in models for place in adapters_of(name)]
     with (
         staged_folder(out, overwrite=overwrite, inputs=inputs, read_back=layout.read_back) as staging,
         storage_errors(out),
@@ -125,7 +126,7 @@ def stack(what: Stack, out: Path, *, allow_nonfinite: bool = False, overwrite: b
     )
 
 
-def _sources(what: Stack, models: Mapping[str, Checkpoint]) -> list[tuple[StackedLayers, int]]:
+def _sources(what: Stack, models: Mapping[str, Placed]) -> list[tuple[StackedLayers, int]]:
     """By layer of the result: the slice that it comes from, and its number there."""
     found = []
     for each in what.layers:
@@ -142,7 +143,7 @@ def _sources(what: Stack, models: Mapping[str, Checkpoint]) -> list[tuple[Stacke
     return found
 
 
-def _stack_of(model: Checkpoint) -> tuple[str, int]:
+def _stack_of(model: Placed) -> tuple[str, int]:
     """What stands before the numbers of a model's layers, and how many there are."""
     counts = layer_counts(model.tensors)
     if len(counts) != 1:
@@ -151,7 +152,7 @@ def _stack_of(model: Checkpoint) -> tuple[str, int]:
     return next(iter(counts.items()))
 
 
-def _copied(what: Stack, models: Mapping[str, Checkpoint]) -> Iterator[tuple[str, _Copied]]:
+def _copied(what: Stack, models: Mapping[str, Placed]) -> Iterator[tuple[str, _Copied]]:
     out = DTYPES[what.out_dtype] if what.out_dtype is not None else None
     sources = _sources(what, models)
     prefix, _ = _stack_of(models[what.layers[0].model])
@@ -171,7 +172,7 @@ def _copied(what: Stack, models: Mapping[str, Checkpoint]) -> Iterator[tuple[str
                 yield name, _of(model, name, each.scale(name, 0.0), out)
 
 
-def _of(model: Checkpoint, name: str, scale: float, out: DType | None) -> _Copied:
+def _of(model: Placed, name: str, scale: float, out: DType | None) -> _Copied:
     info = model.tensors[name]
     if out is not None and info.dtype.can_be_delta:
         info = TensorInfo(out, info.shape)
@@ -245,8 +246,8 @@ def _layout(tensors: Mapping[str, TensorInfo]) -> Layout:
 
 def _write_files(
     what: Stack,
-    models: Mapping[str, Checkpoint],
-    described: Checkpoint,
+    models: Mapping[str, Placed],
+    described: Placed,
     copied: Mapping[str, _Copied],
     numbers: list[int],
     staging: Path,

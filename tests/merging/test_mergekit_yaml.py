@@ -819,10 +819,8 @@ def test_the_result_has_the_type_asked_for(keys: dict[str, Any], code: str | Non
 @pytest.mark.parametrize("key", ["dtype", "out_dtype"])
 @pytest.mark.parametrize("name", ["auto", "int64", "BF16", "torch.q4"])
 def test_other_types_are_refused(key: str, name: str) -> None:
-    with pytest.raises(
-        ConfigError,
-        match=f"^{key}: expected one of float64, float32, float16, bfloat16, found '{name.removeprefix('torch.')}'",
-    ):
+    expected = "expected one of float64, float32, float16, bfloat16"
+    with pytest.raises(ConfigError, match=f"^{key}: {expected}, found '{name.removeprefix('torch.')}'"):
         recipe(**{key: name})
 
 
@@ -945,14 +943,6 @@ _REFUSED: list[tuple[dict[str, Any], str]] = [
         r"models\[0\].revision: expected beside the name of one model .*, found 'a@b'; write model@revision",
     ),
     ({"models": [{"model": "a"}, {"model": "a"}]}, "models: expected each model once, found 'a' again"),
-    (
-        {"models": [{"model": "a"}, {"model": "b+lora"}]},
-        r"models\[1\].model: expected one model, found 'b\+lora'; pass the adapter's folder",
-    ),
-    (
-        {"base_model": "b+lora"},
-        r"base_model: expected one model, found 'b\+lora'; pass the adapter's folder itself as a model",
-    ),
     ({"base_model": 5}, "base_model: expected a name, found 5"),
     ({"base_model": {"model": 5}}, "base_model: expected a name, found {"),
     ({"models": None, "slices": []}, r"slices: expected a list with at least one entry, found \[\]"),

@@ -105,7 +105,7 @@ def _translated(top: Mapping[str, Any], *, strict: bool) -> tuple[Recipe, list[s
     base_model = top.get("base_model", base_in_slices(top["slices"]) if "slices" in top else None)
     top = {**top, "base_model": base_model} if base_model is not None else top
     base = _base(top, method, listed)
-    _check_names(base_model, [each.model for each in listed.models])
+    _check_names([each.model for each in listed.models])
     shared = dict(settings_of(top.get("parameters", {}), "parameters"))
     rescale = _only(top, shared, "rescale")
     seed = _only(top, shared, "seed")
@@ -175,19 +175,7 @@ def _base(top: Mapping[str, Any], method: str, inputs: Inputs) -> str:
     return text_of(top, "base_model")
 
 
-def _check_names(base: str | None, names: Sequence[str]) -> None:
-    """Refuses what mergekit takes for an adapter, or refuses itself."""
-    for where, name in [
-        ("base_model", base or ""),
-        *((f"models[{place}].model", name) for place, name in enumerate(names)),
-    ]:
-        if "+" in name:
-            raise ConfigError(
-                where,
-                expected="one model",
-                found=repr(name),
-                remedy="pass the adapter's folder itself as a model",
-            )
+def _check_names(names: Sequence[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(

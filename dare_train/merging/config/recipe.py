@@ -103,7 +103,8 @@ class Recipe:
         object.__setattr__(self, "layers", instances_of("layers", self.layers, LayerRange))
         object.__setattr__(self, "parameters", checked_settings(self.parameters, ""))
         if not self.models:
-            raise ConfigError("models", expected="at least one besides the base", found="none")
+            remedy = "merge_method: passthrough copies a model" if "+" in self.base else ""
+            raise ConfigError("models", expected="at least one besides the base", found="none", remedy=remedy)
         check_choice("rescale", self.rescale, RESCALES)
         if not is_integer(self.seed) or not 0 <= self.seed < 1 << 64:
             raise ConfigError("seed", expected="an integer in [0, 2**64)", found=repr(self.seed))

@@ -10,23 +10,21 @@ from pathlib import Path
 from typing import NamedTuple, Union
 
 from ...applying.chain import open_chain
-from ...dtypes import DTYPES
 from ...errors import ChainError, CheckpointError
 from ...hub.download import locate
 from ...package.reader import DeltaPackage
 from ...weights.alignment import cast_to, with_prefix, without_prefix
-from ...weights.checkpoint import Checkpoint
 from ...weights.declared_ties import Ties
 from ...weights.full_precision import check_full_precision
 from ...weights.lora_checkpoint import AdapterWeights, merge_adapter
-from ...weights.low_rank import UNROUNDED
 from ...weights.meeting import aligned_or_explained, put_name, renamed_names
-from ...weights.opening import WeightsLike, open_weights
-from ...weights.protocol import Cast, TensorInfo, Weights, under
+from ...weights.opening import WeightsLike
+from ...weights.protocol import TensorInfo, Weights, under
 from ...weights.quantised import Quantised
 from ...weights.renaming import check_names_meet, respelt
 from .inputs import CheckpointInput, Input, PackageInput
 from .model_files import config_of, files_in, is_package, own_files
+from .references import Adapted, folder_of, in_single, open_reference, parts_of
 from .ties import Reconciled, Tied, reconcile, said_ties, same_content, ties_by_name
 
 ModelLike = Union[WeightsLike, DeltaPackage]
@@ -59,12 +57,13 @@ class Opened:
             self.names = {name: name for name in self.package.records}
             self.prefix = self.package.manifest.prefix
         else:
-            opened = open_weights(given, dequantize=dequantize)  # type: ignore[arg-type]
+            opened = open_reference(given, dequantize=dequantize)  # type: ignore[arg-type]
             check_full_precision(opened, purpose=_PURPOSE)
             weights = merge_adapter(opened, base, unrounded=True)
-            self.folder = weights.folder if isinstance(weights, (Checkpoint, AdapterWeights)) else None
+            self.folder = folder_of(weights)
             self._is_adapter = isinstance(weights, AdapterWeights)
-            self.weights = _in_single(weights) if isinstance(weights, AdapterWeights) else weights
+            self._leaves_dtypes = isinstance(weights, (AdapterWeights, Adapted))
+            self.weights = in_single(weights) if isinstance(weights, AdapterWeights) else weights
             self.label = self.weights.label
             self.names = renamed_names(self.weights.tensors, rename)
             infos = {name: self.weights.tensors[given] for name, given in self.names.items()}
@@ -138,7 +137,7 @@ class Opened:
             records = self.package.records
             return {name: records[packed_name].base_info for name, packed_name in names.items()}
         assert self.weights is not None
-        tensors = {} if self._is_adapter else self.weights.tensors
+        tensors = {} if self._leaves_dtypes else self.weights.tensors
         shared = {name: name_in_model for name, name_in_model in names.items() if name_in_model in tensors}
         return {name: tensors[name_in_model] for name, name_in_model in shared.items()}
 
@@ -247,7 +246,7 @@ def _reconciled(
     """What of base and models is tied: asked where they do not have the same names, or do not say the
     same.
     """
-    config = config_of(files_in(base.folder if isinstance(base, Checkpoint) else None))
+    config = config_of(files_in(folder_of(base)))
     says = _says_tied(base, config)
     same_names = all(of.keys() == named.tensors.keys() for of in names)
     if same_names and all(model.says_tied in (None, says) for model in opened):
@@ -279,8 +278,9 @@ def _package(given: object) -> DeltaPackage | None:
         return given
     if not isinstance(given, (str, os.PathLike)):
         return None
-    path = locate(given)
-    return DeltaPackage.open(given) if is_package(path) else None
+    if len(parts_of(given)) > 1:
+        return None
+    return DeltaPackage.open(given) if is_package(locate(given)) else None
 
 
 def _check_package(package: DeltaPackage) -> None:
@@ -295,12 +295,6 @@ def _check_package(package: DeltaPackage) -> None:
         raise CheckpointError(
             package.name, expected=f"full precision, {_PURPOSE}", found=found, remedy=remedy
         )
-
-
-def _in_single(adapted: AdapterWeights) -> Weights:
-    """What an adapter makes of a base in float32, in which deltas are worked out."""
-    wide = [name for name, info in adapted.tensors.items() if info.dtype == UNROUNDED]
-    return Cast(adapted, dict.fromkeys(wide, DTYPES["F32"]))
 
 
 def _name_in_base(name: str, prefix: str, base: Collection[str]) -> str:
