@@ -63,9 +63,7 @@ def merge(
         Optional[str],
         typer.Option(help="Of the result: nearest (default), or stochastic."),
     ] = None,
-    tokenizer: Annotated[
-        Optional[str], typer.Option(help="base or union, where models added tokens.")
-    ] = None,
+    tokenizer: Annotated[Optional[str], typer.Option(help="Whose: base, union, or a model.")] = None,
     exclude: Annotated[list[str], typer.Option(help="Name pattern of tensors to leave as in the base.")] = [],  # noqa: B006
     take: Annotated[list[str], typer.Option(help="PATTERN=MODEL: take these tensors from that model.")] = [],  # noqa: B006
     rename: Rename = [],  # noqa: B006

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from .._version import __version__
 from ..config import Patterns, Rounding
-from ..errors import ConfigError
 from ..package.manifest import Manifest
 from ..parallel.inputs_of import check_apart
 from ..parallel.ranks import Ranks
@@ -35,8 +34,7 @@ from .merge_report import MergeReport
 from .merged_weights import Merged
 from .methods.matrices import one_thread
 from .models.naming import ModelLike
-from .models.references import parts_of
-from .prepared_merge import DeviceLike, PreparedMerge, gives_q, prepared
+from .prepared_merge import DeviceLike, PreparedMerge, check_for_package, gives_q, prepared
 from .recorded_bases import check_base, check_bases, recorded_bases
 from .resuming import Journal, resumable
 
@@ -98,8 +96,8 @@ def merge(
         dtype: "base": the same as no `out_dtype`, with `stochastic` rounding.
         rounding: to the `nearest` number of the result's dtype (default); or `stochastic`, to either of two
             neighbours, so that small deltas are right on average instead of vanishing (docs/format.md §5.7).
-        tokenizer: whose tokens the result has, where models added some: "base", "union", or None for a union
-            if that is safe.
+        tokenizer: whose tokens the result has: "base", "union", or a model's, by which rows are told; None
+            for a union if that is safe.
         exclude: name patterns of tensors that stay as in the base.
         take: by name pattern, the model (its number or label) from which tensors are taken as they are.
         rename: parts of tensor names to replace in the models' names.
@@ -154,9 +152,8 @@ def run(
     ranks: Ranks | None = None,
 ) -> MergeReport:
     """Carry out a merge; see `merge`. `notes` go into the report."""
-    if package and len(parts_of(task.base)) > 1:
-        remedy = "write base and adapter as one model first, with passthrough"
-        raise ConfigError("base", expected="one checkpoint under a package", found=task.base, remedy=remedy)
+    if package:
+        check_for_package(task)
     ranks = ranks or Ranks()
     out = Path(out)
     ready = ranks.each(lambda: prepared(task, ranks, device))
@@ -311,8 +308,9 @@ def _finish(ready: PreparedMerge, report: MergeReport, journal: Journal, staging
     """Put what belongs to the result beside its weights. Returns the report with what there was to say."""
     journal.remove()
     notes = output_files.write(
-        ready.merged, ready.base_folder, ready.growth.vocabulary, staging, prefixed=bool(ready.prefix)
-    )
+        ready.merged, ready.base_folder, ready.growth.vocabulary, staging, prefixed=bool(ready.prefix),
+        chosen=ready.chosen,
+    )  # fmt: skip
     report = replace(report, notes=(*report.notes, *notes))
     output_files.write_record(report, staging)
     return report

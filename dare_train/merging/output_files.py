@@ -17,9 +17,10 @@ from .config.recipe import DTYPE_NAMES
 from .merge_report import MergeReport
 from .merged_weights import Merged
 from .models.chat_templates import write_template
+from .models.chosen_vocabulary import ChosenVocabulary
 from .models.inputs import Input, PackageInput
 from .models.matching import Fate
-from .models.merged_tokenizer import write_tokenizer
+from .models.merged_tokenizer import write_chosen, write_tokenizer
 from .models.model_files import own_files
 from .models.tokenizer_files import is_tokenizer_file
 from .models.vocabulary import Vocabulary
@@ -45,7 +46,13 @@ RECIPE = "dare_merge.yml"
 
 
 def write(
-    merged: Merged, base_folder: Path | None, vocabulary: Vocabulary | None, staging: Path, *, prefixed: bool
+    merged: Merged,
+    base_folder: Path | None,
+    vocabulary: Vocabulary | None,
+    staging: Path,
+    *,
+    prefixed: bool,
+    chosen: ChosenVocabulary | None = None,
 ) -> list[str]:
     """Put the base's files into a folder, then what a model brings whose configuration fits the result
     better, then a tokenizer. Returns sentences on what the configuration contradicted.
@@ -59,14 +66,17 @@ def write(
         copy_carried(model.package, staging)
     elif model is not None and model.folder is not None:
         copy_companions(model.folder, staging)
-    if model is not None and merged.recipe.tokenizer == "base":
+    if chosen is not None:
+        write_chosen(chosen, [model.folder for model in merged.inputs], staging)
+    elif model is not None and merged.recipe.tokenizer == "base":
         _keep_tokenizer(base_folder, staging)
     elif vocabulary is not None and base_folder is not None:
         write_tokenizer(vocabulary, base_folder, [model.folder for model in merged.inputs], staging)
     if merged.recipe.chat_template:
         folders = [base_folder, *(model.folder for model in merged.inputs)]
         write_template(merged.recipe.chat_template, folders, staging)
-    return settle_config(staging, _facts(merged, described=model is not None))
+    sizes = chosen.sizes if chosen is not None else frozenset[int]()
+    return settle_config(staging, _facts(merged, sizes, described=model is not None))
 
 
 def modules_of(merged: Merged, base_folder: Path | None, *, prefixed: bool) -> dict[str, str]:
@@ -101,8 +111,10 @@ def _keep_tokenizer(base_folder: Path | None, staging: Path) -> None:
             shutil.copyfile(base_folder / path.name, path)
 
 
-def _facts(merged: Merged, *, described: bool) -> Facts:
-    """What a configuration has to say of the weights. `described`: it is a model's own."""
+def _facts(merged: Merged, sizes: frozenset[int], *, described: bool) -> Facts:
+    """What a configuration has to say of the weights. `sizes`: of vocabularies before. `described`: it is a
+    model's own.
+    """
     codes = {
         info.dtype.code
         for name, info in merged.tensors.items()
@@ -114,7 +126,7 @@ def _facts(merged: Merged, *, described: bool) -> Facts:
     before = [merged.base.tensors, *(model.tensors for model in merged.inputs)]
     return Facts(
         tensors=merged.tensors,
-        sizes=set[int]().union(*map(vocabulary_sizes, before)),
+        sizes=sizes.union(*map(vocabulary_sizes, before)),
         untied=merged.untied,
         dtype=dtype,
         dequantised=merged.recipe.dequantize,

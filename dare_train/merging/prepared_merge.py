@@ -19,12 +19,13 @@ from .config.setting_resolver import layer_counts
 from .config.task import MergeTask
 from .merged_weights import Merged, Statistics
 from .methods.registry import Method, method_of
-from .models.added_tokens import Growth
+from .models.added_tokens import Growth, Tokenizer
 from .models.chat_templates import check_template
+from .models.chosen_vocabulary import BASE, UNION, ChosenVocabulary, Wanted, on_one_vocabulary
 from .models.inputs import Input, PackageInput
 from .models.matching import Choices, fates
-from .models.naming import open_models
-from .models.references import adapters_of, folder_of, open_reference
+from .models.naming import open_model, open_models, package_of
+from .models.references import adapters_of, folder_of, open_reference, parts_of
 from .statistics.statistics_file import StatisticsFile, StatisticsKind, statistics_path
 
 if TYPE_CHECKING:
@@ -45,13 +46,15 @@ class PreparedMerge:
     base_folder: Path | None
     prefix: str
     growth: Growth
-    adapters: tuple[Path, ...] = ()
-    """Folders of those that are merged into models."""
+    chosen: ChosenVocabulary | None = None
+    """Where the result has tokens of its own."""
+    beside: tuple[Path, ...] = ()
+    """Folders that are read besides those of base and models: of adapters in them, and of a tokenizer."""
 
     @property
     def folders(self) -> list[Path]:
         models = (model.folder for model in self.merged.inputs)
-        return [folder for folder in (self.base_folder, *models, *self.adapters) if folder is not None]
+        return [folder for folder in (self.base_folder, *models, *self.beside) if folder is not None]
 
     @property
     def inputs(self) -> list[Path]:
@@ -82,12 +85,17 @@ def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> Prepar
     choices = Choices(
         exclude=recipe.exclude, take={pattern: places[model] for pattern, model in recipe.take.items()}
     )
+    chosen = _chosen(task, base)
     opening = open_models(
-        base, task.models, rename=recipe.rename, cast_base=recipe.cast_base, dequantize=recipe.dequantize,
+        chosen.base if chosen else base,
+        chosen.models if chosen else task.models,
+        rename=recipe.rename,
+        cast_base=recipe.cast_base,
+        dequantize=recipe.dequantize,
         known=choices.decide,
-    )  # fmt: skip
+    )
     named, inputs = opening.base, opening.inputs
-    growth = Growth(named, folder, inputs, recipe.tokenizer)
+    growth = Growth(named, folder, inputs, "base" if chosen else _one_of_two(recipe.tokenizer))
     inputs = growth.padded()
     values = recipe.resolver(layer_counts(named.tensors))
     out_dtype = DTYPES[recipe.out_dtype] if recipe.out_dtype else None
@@ -109,11 +117,53 @@ def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> Prepar
         devices=_devices(device, named),
         untied=opening.untied,
     )
-    adapters = [place for given in (task.base, *task.models) for place in adapters_of(given)]
+    beside = [place for given in (task.base, *task.models) for place in adapters_of(given)]
     return PreparedMerge(
-        merged=merged, base=base, base_folder=folder, prefix=opening.prefix, growth=growth,
-        adapters=tuple(adapters),
+        merged=merged, base=base, base_folder=folder, prefix=opening.prefix, growth=growth, chosen=chosen,
+        beside=tuple([*beside, chosen.folder] if chosen else beside),
     )  # fmt: skip
+
+
+def check_for_package(task: MergeTask) -> None:
+    """
+    Raises:
+        ConfigError: the result cannot be a package on the base.
+    """
+    if len(parts_of(task.base)) > 1:
+        remedy = "write base and adapter as one model first, with passthrough"
+        raise ConfigError("base", expected="one checkpoint under a package", found=task.base, remedy=remedy)
+    if _has_chosen_vocabulary(task.recipe):
+        expected = "base or union, or none, for a package"
+        raise ConfigError("tokenizer", expected=expected, found="another one, tokens or padding")
+
+
+def _has_chosen_vocabulary(recipe: Recipe) -> bool:
+    """Whether the result's tokens are not the base's, nor those of all models as they are."""
+    return recipe.tokenizer not in (None, BASE, UNION) or bool(recipe.tokens or recipe.pad_to_multiple_of)
+
+
+def _chosen(task: MergeTask, base: Weights) -> ChosenVocabulary | None:
+    """Base and models with the rows of the vocabulary that the recipe asks for; None where it asks for none
+    in particular."""
+    recipe = task.recipe
+    if not _has_chosen_vocabulary(recipe):
+        return None
+    models = []
+    for model, given in zip(recipe.models, task.models, strict=True):
+        if package_of(given) is not None:
+            expected = "checkpoints, where the result has a tokenizer of its own"
+            remedy = "dare-train apply makes one of base and package"
+            raise ConfigError(model.model, expected=expected, found="a package", remedy=remedy)
+        opened = open_model(given, base, dequantize=recipe.dequantize)  # type: ignore[arg-type]
+        models.append((model.model, opened))
+    wanted = Wanted(
+        source=recipe.tokenizer or BASE, tokens=recipe.tokens, pad_to_multiple_of=recipe.pad_to_multiple_of
+    )
+    return on_one_vocabulary(wanted, (recipe.base, base), models)
+
+
+def _one_of_two(tokenizer: str | None) -> Tokenizer | None:
+    return None if tokenizer is None else "union" if tokenizer == UNION else "base"
 
 
 def _devices(given: DeviceLike | None, base: Weights) -> Devices | None:

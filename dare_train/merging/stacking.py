@@ -5,6 +5,7 @@ scaled; nothing is merged.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 
 from ..dtypes import DTYPES, DType, Words, cast, from_float, to_float
 from ..errors import ConfigError, NonFiniteDelta, TensorMismatch
+from ..hub.download import locate
 from ..kernels import cpu
 from ..package.companion_files import copy_companions
 from ..package.model_config import Facts, settle_config
@@ -32,7 +34,8 @@ from .config.recipe import DTYPE_NAMES
 from .config.setting_resolver import comes_before_layers, layer_counts, layer_of
 from .config.stack import Stack, StackedLayers
 from .models.chat_templates import write_template
-from .models.references import Placed, adapters_of, open_placed
+from .models.references import Placed, adapters_of, open_placed, parts_of
+from .models.tokenizer_files import read_tokens, tokenizer_files
 from .output_files import RECIPE
 
 _LARGEST_FILE = 5 << 30
@@ -254,6 +257,8 @@ def _write_files(
 ) -> list[str]:
     """Configuration, tokenizer, card and recipe. Returns what there is to say."""
     copy_companions(described.folder, staging)
+    if what.tokenizer != what.described_by:
+        _take_tokenizer(what.tokenizer, described.folder, staging)
     config = read_config(staging / CONFIG)
     if config:
         settled = _with_layers(config, _stack_of(described)[1], numbers)
@@ -268,6 +273,26 @@ def _write_files(
     names = ", ".join(Path(name).name for name in models)
     (staging / "README.md").write_text(_CARD.format(models=names, recipe=RECIPE))
     return notes
+
+
+def _take_tokenizer(model: str, described: Path, staging: Path) -> None:
+    """Put another model's tokenizer in the place of the one that lies there.
+
+    Raises:
+        ConfigError: it has other tokens, so that rows would have others' meanings.
+    """
+    folder = locate(parts_of(model)[0])
+    if read_tokens(folder) != read_tokens(described):
+        raise ConfigError(
+            "tokenizer_source",
+            expected=f"a tokenizer with the tokens of {described.name}, since rows are copied",
+            found=f"that of {model}",
+            remedy=f"merge_method: linear gives the result of this the rows of {model}'s tokenizer",
+        )
+    for name in tokenizer_files(staging, None):
+        (staging / name).unlink()
+    for name, path in tokenizer_files(folder, None).items():
+        shutil.copyfile(path, staging / name)
 
 
 def _with_layers(config: Mapping[str, Any], before: int, numbers: list[int]) -> dict[str, Any]:

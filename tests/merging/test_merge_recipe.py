@@ -93,7 +93,7 @@ _BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": True}, "seed"),
     ({"seed": 0.0}, "seed"),
     ({"out_dtype": "bfloat16"}, "out_dtype: expected one of F64, F32, F16, BF16, found 'bfloat16'"),
-    ({"tokenizer": "a"}, "tokenizer: expected one of base, union, found 'a'"),
+    ({"tokenizer": ""}, "tokenizer: expected a name, found ''"),
     ({"exclude": None}, "exclude: expected a list of name patterns, found None"),
     ({"exclude": ("*.bias", 5)}, "exclude: expected a list of name patterns, found ('*.bias', 5)"),
     ({"exclude": ""}, "exclude: expected a list of name patterns, found ('',)"),

@@ -10,10 +10,21 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..methods.parameters import Case, Gradient, Parameter, Scalar, Setting, Settings
+from ..models.token_rows import token_rows
 from .foreign import Foreign
-from .recipe import CHOICES, DTYPE_NAMES, FLAVOUR, Recipe, Tokenizer
-from .spelling import spelt_out
-from .yaml_parts import Inputs, base_in_slices, fields_of, inputs_of, parsed, says, settings_of, text_of
+from .recipe import CHOICES, DTYPE_NAMES, FLAVOUR, Recipe
+from .spelling import model_name, spelt_out
+from .yaml_parts import (
+    TOKENIZER,
+    Inputs,
+    base_in_slices,
+    fields_of,
+    inputs_of,
+    parsed,
+    says,
+    settings_of,
+    text_of,
+)
 
 _NAMES = (
     "average task_arithmetic ties magnitude dare_linear dare_ties drop_only breadcrumbs "
@@ -86,7 +97,7 @@ def _as_written(top: Mapping[str, Any]) -> Recipe:
         seed=top.get("seed", 0),
         out_dtype=_out_dtype(top),
         rounding=top.get("rounding", "nearest"),
-        tokenizer=_tokenizer(top, text_of(top, "base_model")),
+        **_vocabulary(top, text_of(top, "base_model")),
         **{name: top[name] for name in CHOICES if name in top},
     )
 
@@ -127,7 +138,7 @@ def _translated(top: Mapping[str, Any], *, strict: bool) -> tuple[Recipe, list[s
         seed=0 if seed is None else seed,
         out_dtype=_out_dtype(top),
         rounding=top.get("rounding", "nearest"),
-        tokenizer=_tokenizer(top, base),
+        **_vocabulary(top, base),
         **_choices(top, order, len(listed.models)),
     )
     return recipe, [*foreign.notes, *_notes(recipe, given, top.get("dtype", ""))]
@@ -312,17 +323,21 @@ def _out_dtype(top: Mapping[str, Any]) -> str | None:
     return None if dtype is None else codes[dtype.removeprefix("torch.")]
 
 
-def _tokenizer(top: Mapping[str, Any], base: str) -> Tokenizer | None:
+def _vocabulary(top: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """What is said of the result's tokenizer, as fields of a recipe."""
     if "tokenizer" in top and "tokenizer_source" in top:
         raise ConfigError(
             "tokenizer", expected="tokenizer or tokenizer_source", found="both", remedy="take one out"
         )
-    source = top.get("tokenizer_source")
-    if "tokenizer" in top:
-        source = fields_of(top["tokenizer"], ("source",), "tokenizer").get("source", "union")
-    if source is None or source == "union":
-        return source
-    if source not in ("base", base):
-        remedy = "choose one of these, or put that model's tokenizer into the result afterwards"
-        raise ConfigError("tokenizer_source", expected="base or union", found=repr(source), remedy=remedy)
-    return "base"
+    said = fields_of(top["tokenizer"], TOKENIZER, "tokenizer") if "tokenizer" in top else {}
+    source = model_name(said.get("source", "union" if "tokenizer" in top else top.get("tokenizer_source")))
+    if source is None:
+        return {}
+    if not isinstance(source, str) or not source:
+        raise ConfigError("tokenizer_source", expected="base, union or a model", found=repr(source))
+    source = source.removeprefix("model:")
+    return {
+        "tokenizer": "base" if source == base else source,
+        "tokens": token_rows(said.get("tokens", {}), "tokenizer.tokens"),
+        "pad_to_multiple_of": said.get("pad_to_multiple_of"),
+    }

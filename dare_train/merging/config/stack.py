@@ -14,13 +14,13 @@ from ..methods.parameters import Parameter, Settings, value_at
 from ..models.chat_templates import check_template
 from .recipe import DTYPE_NAMES
 from .spelling import spelt_out
-from .yaml_parts import SLICE, SOURCE, WHOLE, fields_of, parsed, settings_of, text_of
+from .yaml_parts import SLICE, SOURCE, TOKENIZER, WHOLE, fields_of, parsed, settings_of, text_of
 
 PASSTHROUGH = "passthrough"
 SCALE = Parameter(name="scale", default=1.0, per_model=True, meaning="factor of each weight")
 _KEYS = (
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "chat_template",
+    "tokenizer", "chat_template",
 )  # fmt: skip
 
 
@@ -51,7 +51,9 @@ class Stack:
 
     layers: tuple[StackedLayers, ...]
     described_by: str
-    """The model whose configuration and tokenizer the result gets."""
+    """The model whose configuration the result gets."""
+    tokenizer: str
+    """The model whose tokenizer it gets, where tokens are the same."""
     out_dtype: str | None
     """A safetensors code; None leaves each tensor its own."""
     chat_template: str
@@ -82,15 +84,12 @@ def read_stack(path: Path, *, strict: bool = False) -> Stack | None:
         check_template(template)
     base = top.get("base_model")
     described_by = base if isinstance(base, str) and base else layers[0].model
-    source = top.get("tokenizer_source")
-    if source not in (None, "base", "union", described_by):
-        remedy = f"base_model: {source} takes configuration and tokenizer from that model"
-        raise ConfigError("tokenizer_source", expected="base", found=repr(source), remedy=remedy)
     return Stack(
         layers=layers,
         described_by=described_by,
         out_dtype=_dtype(top),
         chat_template=template,
+        tokenizer=_tokenizer(top, described_by),
         notes=tuple(ignored),
         text=path.read_text(encoding="utf-8"),
     )
@@ -138,6 +137,19 @@ def _settings(fields: Mapping[str, Any], where: str) -> Settings:
                 found, expected=f"a parameter of {PASSTHROUGH}: {SCALE.name}", remedy="take it out"
             )
     return settings
+
+
+def _tokenizer(top: Mapping[str, Any], described_by: str) -> str:
+    said = fields_of(top["tokenizer"], TOKENIZER, "tokenizer") if "tokenizer" in top else {}
+    for key in ("tokens", "pad_to_multiple_of"):
+        if key in said:
+            remedy = f"merge_method: linear gives the result of this a vocabulary with {key}"
+            raise ConfigError(f"tokenizer.{key}", expected=f"none: {PASSTHROUGH} copies rows", remedy=remedy)
+    source = said.get("source") or top.get("tokenizer_source") or "base"
+    if not isinstance(source, str):
+        raise ConfigError("tokenizer_source", expected="base or a model", found=repr(source))
+    source = source.removeprefix("model:")
+    return described_by if source in ("base", "union") else source
 
 
 def _range(value: object, where: str) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from ...weights.quantised import Quantised
 from ...weights.renaming import check_names_meet, respelt
 from .inputs import CheckpointInput, Input, PackageInput
 from .model_files import config_of, files_in, is_package, own_files
-from .references import Adapted, folder_of, in_single, open_reference, parts_of
+from .references import Adapted, OnBase, folder_of, open_reference, parts_of
 from .ties import Reconciled, Tied, reconcile, said_ties, same_content, ties_by_name
 
 ModelLike = Union[WeightsLike, DeltaPackage]
@@ -39,7 +39,7 @@ class Opened:
     def __init__(
         self, given: ModelLike, base: Weights, rename: Mapping[str, str], *, dequantize: bool = False
     ) -> None:
-        self.package = _package(given)
+        self.package = package_of(given)
         if self.package is not None:
             open_chain([self.package], None)
             if self.package.manifest.continues == "package":
@@ -57,13 +57,10 @@ class Opened:
             self.names = {name: name for name in self.package.records}
             self.prefix = self.package.manifest.prefix
         else:
-            opened = open_reference(given, dequantize=dequantize)  # type: ignore[arg-type]
-            check_full_precision(opened, purpose=_PURPOSE)
-            weights = merge_adapter(opened, base, unrounded=True)
-            self.folder = folder_of(weights)
-            self._is_adapter = isinstance(weights, AdapterWeights)
-            self._leaves_dtypes = isinstance(weights, (AdapterWeights, Adapted))
-            self.weights = in_single(weights) if isinstance(weights, AdapterWeights) else weights
+            self.weights = open_model(given, base, dequantize=dequantize)  # type: ignore[arg-type]
+            self.folder = folder_of(self.weights)
+            self._is_adapter = isinstance(self.weights, OnBase)
+            self._leaves_dtypes = isinstance(self.weights, (OnBase, Adapted))
             self.label = self.weights.label
             self.names = renamed_names(self.weights.tensors, rename)
             infos = {name: self.weights.tensors[given] for name, given in self.names.items()}
@@ -167,6 +164,18 @@ class Opened:
             return PackageInput(self.package, base, names, cast_base=cast_base)
         assert self.weights is not None
         return CheckpointInput(self.weights, named_base, names, folder=self.folder)
+
+
+def open_model(given: WeightsLike, base: Weights, *, dequantize: bool = False) -> Weights:
+    """A model's weights; of an adapter, what it makes of the base, without rounding.
+
+    Raises:
+        CheckpointError, TensorMismatch, ConfigError: it cannot be read, is quantised, or does not fit.
+    """
+    opened = open_reference(given, dequantize=dequantize)
+    check_full_precision(opened, purpose=_PURPOSE)
+    weights = merge_adapter(opened, base, unrounded=True)
+    return OnBase(weights) if isinstance(weights, AdapterWeights) else weights
 
 
 class Opening(NamedTuple):
@@ -273,7 +282,8 @@ def _says_tied(given: object, config: Mapping[str, object]) -> bool | None:
     return next((bool(answer) for answer in (said, live) if answer is not None), None)
 
 
-def _package(given: object) -> DeltaPackage | None:
+def package_of(given: object) -> DeltaPackage | None:
+    """The package that is meant, if it is one."""
     if isinstance(given, DeltaPackage):
         return given
     if not isinstance(given, (str, os.PathLike)):

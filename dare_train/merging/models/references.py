@@ -43,9 +43,24 @@ class Adapted:
             raise ConfigError(
                 label, expected="an adapter after the plus", found=f"the model {adapter.label}", remedy=remedy
             )
-        self._merged = in_single(merged)
+        self._merged = _in_single(merged)
         self.folder = model.folder
         self.label = label
+        self.tensors = self._merged.tensors
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        return self._merged.read(name, start, count)
+
+
+class OnBase:
+    """What an adapter makes of a merge's base, without rounding. Implements `Placed`: its folder is the
+    adapter's.
+    """
+
+    def __init__(self, adapted: AdapterWeights) -> None:
+        self._merged = _in_single(adapted)
+        self.folder = adapted.folder
+        self.label = adapted.label
         self.tensors = self._merged.tensors
 
     def read(self, name: str, start: int, count: int) -> Words:
@@ -103,11 +118,11 @@ def adapters_of(given: object) -> Iterator[Path]:
 
 def folder_of(weights: object) -> Path | None:
     """Where configuration and tokenizer of opened weights lie, if they have a place."""
-    known = isinstance(weights, (Checkpoint, AdapterWeights, Adapted))
-    return weights.folder if known else None  # type: ignore[attr-defined]
+    folder = getattr(weights, "folder", None)
+    return folder if isinstance(folder, Path) else None
 
 
-def in_single(adapted: AdapterWeights) -> Weights:
+def _in_single(adapted: AdapterWeights) -> Weights:
     """What an adapter makes of a base, without rounding, in float32, in which deltas are worked out."""
     wide = [name for name, info in adapted.tensors.items() if info.dtype == UNROUNDED]
     return Cast(adapted, dict.fromkeys(wide, DTYPES["F32"]))
