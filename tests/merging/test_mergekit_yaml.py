@@ -266,7 +266,10 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("models:\n  - [1, 2\n", "line 3: expected YAML, found"),
-        ("a: 1\n---\nb: 2\n", "the configuration: expected one merge in a file, found 2; split it"),
+        (
+            "a: 1\n---\nb: 2\n",
+            "the configuration: expected one merge in a file, found 2; dare-train merge runs",
+        ),
         (
             "a: !!python/object:os.system 1\n",
             "line 1: expected YAML, found a tag, 'tag:yaml.org,2002:python/object:os.system'",

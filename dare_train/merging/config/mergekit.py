@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError
+from ...errors import ConfigError, brief
 from ..methods.parameters import Case, Gradient, Parameter, Scalar, Setting, Settings
 from ..models.token_rows import token_rows
 from .foreign import Foreign
@@ -55,13 +55,16 @@ _KEYS = (
 _DENSITY = Parameter(name="density")
 
 
-def read(path_or_text: str | Path, *, strict: bool = False) -> tuple[Recipe, list[str]]:
+def read(
+    given: str | Path | dict[str, Any], *, strict: bool = False, seed: int = 0
+) -> tuple[Recipe, list[str]]:
     """A recipe from a configuration for mergekit, or one that `Recipe.to_yaml` wrote. Both may have our own
     keys besides: `seed`, `rescale`, `rounding`, and those of `CHOICES`.
 
     Args:
-        path_or_text: a file, or YAML itself: text of several lines, or in braces.
+        given: a file; YAML itself, as text of several lines, or in braces; or what it holds.
         strict: refuse what mergekit ignores, instead of leaving it out and saying so.
+        seed: that of the masks, where the configuration says none.
 
     Returns:
         The recipe, and sentences that say what was left out, and where the result will differ from
@@ -71,10 +74,12 @@ def read(path_or_text: str | Path, *, strict: bool = False) -> tuple[Recipe, lis
         ConfigError: the file cannot be read, or asks for something that this package does not do.
     """
     known = (*_KEYS.split(), *CHOICES)
-    document, ignored = parsed(path_or_text), list[str]()
+    document, ignored = given if isinstance(given, dict) else parsed(given), list[str]()
     if not isinstance(document, dict) or "flavour" not in document:
         document, ignored = spelt_out(document, known, strict=strict)
     top = fields_of(document, known, "")
+    if seed:
+        top = _seeded(top, seed)
     if "flavour" not in top:
         recipe, notes = _translated(top, strict=strict)
         return recipe, [*ignored, *notes]
@@ -83,6 +88,15 @@ def read(path_or_text: str | Path, *, strict: bool = False) -> tuple[Recipe, lis
             "flavour", expected=FLAVOUR, found=repr(top["flavour"]), remedy="leave it out for mergekit's own"
         )
     return _as_written(top), []
+
+
+def _seeded(top: dict[str, Any], seed: int) -> dict[str, Any]:
+    parameters = top.get("parameters")
+    said = top.get("seed", parameters.get("seed") if isinstance(parameters, dict) else None)
+    if said not in (None, seed):
+        remedy = "leave --seed out, or the configuration's"
+        raise ConfigError("seed", expected=f"one: {seed} is given", found=brief(said), remedy=remedy)
+    return {**top, "seed": seed} if said is None else top
 
 
 def _as_written(top: Mapping[str, Any]) -> Recipe:

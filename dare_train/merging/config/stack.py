@@ -63,16 +63,19 @@ class Stack:
     """The configuration as it was read."""
 
 
-def read_stack(path: Path, *, strict: bool = False) -> Stack | None:
-    """The stack that a file asks for; None where it asks for something else.
+def read_stack(given: Path | dict[str, Any], *, strict: bool = False) -> Stack | None:
+    """The stack that a configuration asks for; None where it asks for something else.
 
     Args:
+        given: a file, or what it holds.
         strict: refuse what nobody reads, instead of leaving it out and saying so.
 
     Raises:
         ConfigError: it cannot be read, or asks for what is not done here.
     """
-    document = parsed(path)
+    import yaml
+
+    document = given if isinstance(given, dict) else parsed(given)
     if not isinstance(document, dict) or document.get("merge_method") != PASSTHROUGH:
         return None
     known, ignored = spelt_out(document, _KEYS, strict=strict)
@@ -91,7 +94,7 @@ def read_stack(path: Path, *, strict: bool = False) -> Stack | None:
         chat_template=template,
         tokenizer=_tokenizer(top, described_by),
         notes=tuple(ignored),
-        text=path.read_text(encoding="utf-8"),
+        text=yaml.safe_dump(given, sort_keys=False) if isinstance(given, dict) else given.read_text("utf-8"),
     )
 
 

@@ -70,13 +70,23 @@ def parsed(path_or_text: str | Path) -> object:
     """What a file of YAML holds, or YAML itself: text of several lines, or in braces.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be read, or holds several documents.
     """
+    documents = documents_of(path_or_text)
+    if len(documents) > 1:
+        remedy = "dare-train merge runs them one after the other; here, give each a file"
+        found = str(len(documents))
+        raise ConfigError("the configuration", expected="one merge in a file", found=found, remedy=remedy)
+    return documents[0] if documents else None
+
+
+def documents_of(path_or_text: str | Path) -> list[object]:
+    """As `parsed`, of all documents that are not empty."""
     import yaml
 
     text = _yaml_text(path_or_text)
     try:
-        documents = bounded_yaml.documents(text)
+        return bounded_yaml.documents(text)
     # Dates and numbers that YAML's grammar takes for such raise ValueError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -84,16 +94,6 @@ def parsed(path_or_text: str | Path) -> object:
         where = f"line {mark.line + 1}" if mark is not None else "the configuration"
         deep = "values nested too deep" if isinstance(error, RecursionError) else f"{error}"
         raise ConfigError(where, expected="YAML", found=problem or deep) from error
-    if len(documents) > 1:
-        names = [str(each["name"]) for each in documents if isinstance(each, dict) and "name" in each]
-        raise ConfigError(
-            "the configuration",
-            expected="one merge in a file",
-            found=f"{len(documents)}{f', such as {names[0]}' if names else ''}",
-            remedy="split it into a file for each document, run them one after the other, and give the "
-            "folder of a result where its name stands",
-        )
-    return documents[0] if documents else None
 
 
 def _yaml_text(path_or_text: str | Path) -> str:
