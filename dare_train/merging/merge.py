@@ -157,6 +157,7 @@ def run(
     ranks = ranks or Ranks()
     out = Path(out)
     ready = ranks.each(lambda: prepared(task, ranks, device))
+    allow_unchanged |= ready.numbers is not None  # layers in other places are a change
     if not allow_unchanged:
         ranks.each(lambda: check_something_merged(ready.merged))
     allowed = Allowed(nonfinite=allow_nonfinite, unchanged=allow_unchanged)
@@ -191,7 +192,7 @@ def _write_checkpoint(
     merged = ready.merged
     identity = _identity(task, ready)
     layout = layout_like(
-        ready.base if isinstance(ready.base, Checkpoint) else None,
+        ready.base if isinstance(ready.base, Checkpoint) and ready.numbers is None else None,
         merged.tensors,
         lambda name: without_prefix(name, ready.prefix),
         output_files.modules_of(merged, ready.base_folder, prefixed=bool(ready.prefix)),
@@ -309,7 +310,7 @@ def _finish(ready: PreparedMerge, report: MergeReport, journal: Journal, staging
     journal.remove()
     notes = output_files.write(
         ready.merged, ready.base_folder, ready.growth.vocabulary, staging, prefixed=bool(ready.prefix),
-        chosen=ready.chosen,
+        chosen=ready.chosen, numbers=ready.numbers,
     )  # fmt: skip
     report = replace(report, notes=(*report.notes, *notes))
     output_files.write_record(report, staging)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
@@ -15,7 +15,6 @@ from ..weights.full_precision import check_full_precision
 from ..weights.module_folders import places_of
 from ..weights.protocol import Weights
 from .config.recipe import Recipe
-from .config.setting_resolver import layer_counts
 from .config.task import MergeTask
 from .merged_weights import Merged, Statistics
 from .methods.registry import Method, method_of
@@ -23,9 +22,11 @@ from .models.added_tokens import Growth, Tokenizer
 from .models.chat_templates import check_template
 from .models.chosen_vocabulary import BASE, UNION, ChosenVocabulary, Wanted, on_one_vocabulary
 from .models.inputs import Input, PackageInput
+from .models.layers import layer_counts
 from .models.matching import Choices, fates
-from .models.naming import open_model, open_models, package_of
+from .models.naming import open_models
 from .models.references import adapters_of, folder_of, open_reference, parts_of
+from .placed_layers import InPlaces, in_places, opened
 from .statistics.statistics_file import StatisticsFile, StatisticsKind, statistics_path
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class PreparedMerge:
     growth: Growth
     chosen: ChosenVocabulary | None = None
     """Where the result has tokens of its own."""
+    numbers: tuple[int, ...] | None = None
+    """By layer of the result, its number in the base's model, where layers moved."""
     beside: tuple[Path, ...] = ()
     """Folders that are read besides those of base and models: of adapters in them, and of a tokenizer."""
 
@@ -85,10 +88,11 @@ def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> Prepar
     choices = Choices(
         exclude=recipe.exclude, take={pattern: places[model] for pattern, model in recipe.take.items()}
     )
-    chosen = _chosen(task, base)
+    placed = in_places(task, base)
+    chosen = _chosen(task, placed)
     opening = open_models(
-        chosen.base if chosen else base,
-        chosen.models if chosen else task.models,
+        chosen.base if chosen else placed.base,
+        chosen.models if chosen else placed.models,
         rename=recipe.rename,
         cast_base=recipe.cast_base,
         dequantize=recipe.dequantize,
@@ -120,6 +124,7 @@ def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> Prepar
     beside = [place for given in (task.base, *task.models) for place in adapters_of(given)]
     return PreparedMerge(
         merged=merged, base=base, base_folder=folder, prefix=opening.prefix, growth=growth, chosen=chosen,
+        numbers=placed.numbers,
         beside=tuple([*beside, chosen.folder] if chosen else beside),
     )  # fmt: skip
 
@@ -132,6 +137,8 @@ def check_for_package(task: MergeTask) -> None:
     if len(parts_of(task.base)) > 1:
         remedy = "write base and adapter as one model first, with passthrough"
         raise ConfigError("base", expected="one checkpoint under a package", found=task.base, remedy=remedy)
+    if any(layers.moved for layers in task.recipe.layers):
+        raise ConfigError("slices", expected="layers in their places, for a package", found="others")
     if _has_chosen_vocabulary(task.recipe):
         expected = "base or union, or none, for a package"
         raise ConfigError("tokenizer", expected=expected, found="another one, tokens or padding")
@@ -142,24 +149,22 @@ def _has_chosen_vocabulary(recipe: Recipe) -> bool:
     return recipe.tokenizer not in (None, BASE, UNION) or bool(recipe.tokens or recipe.pad_to_multiple_of)
 
 
-def _chosen(task: MergeTask, base: Weights) -> ChosenVocabulary | None:
+def _chosen(task: MergeTask, placed: InPlaces) -> ChosenVocabulary | None:
     """Base and models with the rows of the vocabulary that the recipe asks for; None where it asks for none
-    in particular."""
+    in particular.
+    """
     recipe = task.recipe
     if not _has_chosen_vocabulary(recipe):
         return None
-    models = []
-    for model, given in zip(recipe.models, task.models, strict=True):
-        if package_of(given) is not None:
-            expected = "checkpoints, where the result has a tokenizer of its own"
-            remedy = "dare-train apply makes one of base and package"
-            raise ConfigError(model.model, expected=expected, found="a package", remedy=remedy)
-        opened = open_model(given, base, dequantize=recipe.dequantize)  # type: ignore[arg-type]
-        models.append((model.model, opened))
+    models = opened(
+        replace(task, models=placed.models), placed.base, "where the result has a tokenizer of its own"
+    )
     wanted = Wanted(
         source=recipe.tokenizer or BASE, tokens=recipe.tokens, pad_to_multiple_of=recipe.pad_to_multiple_of
     )
-    return on_one_vocabulary(wanted, (recipe.base, base), models)
+    named = zip([model.model for model in recipe.models], models, strict=True)
+    base = recipe.base if placed.numbers is None else f"{recipe.base}, layer by layer"
+    return on_one_vocabulary(wanted, (base, placed.base), [*named])
 
 
 def _one_of_two(tokenizer: str | None) -> Tokenizer | None:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,16 +30,14 @@ from ..weights.heads import embeddings_in, heads_in
 from ..weights.module_folders import places_of
 from ..weights.protocol import SEGMENT, TensorInfo, runs
 from .config.recipe import DTYPE_NAMES
-from .config.setting_resolver import comes_before_layers, layer_counts, layer_of
 from .config.stack import Stack, StackedLayers
 from .models.chat_templates import write_template
+from .models.layers import comes_before_layers, layer_of, stack_of, with_layers
 from .models.references import Placed, adapters_of, open_placed, parts_of
 from .models.tokenizer_files import read_tokens, tokenizer_files
 from .output_files import RECIPE
 
 _LARGEST_FILE = 5 << 30
-_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-"""What configurations call the number of layers."""
 _CARD = """\
 ---
 library_name: transformers
@@ -133,7 +130,7 @@ def _sources(what: Stack, models: Mapping[str, Placed]) -> list[tuple[StackedLay
     """By layer of the result: the slice that it comes from, and its number there."""
     found = []
     for each in what.layers:
-        _, count = _stack_of(models[each.model])
+        _, count = stack_of(models[each.model])
         last = count if each.last is None else each.last
         if last > count:
             expected = f"at most {count}, as many as {each.model} has"
@@ -146,22 +143,13 @@ def _sources(what: Stack, models: Mapping[str, Placed]) -> list[tuple[StackedLay
     return found
 
 
-def _stack_of(model: Placed) -> tuple[str, int]:
-    """What stands before the numbers of a model's layers, and how many there are."""
-    counts = layer_counts(model.tensors)
-    if len(counts) != 1:
-        found = ", ".join(sorted(counts)) or "none"
-        raise ConfigError(model.label, expected="one stack of layers", found=found)
-    return next(iter(counts.items()))
-
-
 def _copied(what: Stack, models: Mapping[str, Placed]) -> Iterator[tuple[str, _Copied]]:
     out = DTYPES[what.out_dtype] if what.out_dtype is not None else None
     sources = _sources(what, models)
-    prefix, _ = _stack_of(models[what.layers[0].model])
+    prefix, _ = stack_of(models[what.layers[0].model])
     for place, (each, number) in enumerate(sources):
         model = models[each.model]
-        begin = f"{_stack_of(model)[0]}.{number}."
+        begin = f"{stack_of(model)[0]}.{number}."
         count = (each.last or len(sources)) - each.first
         share = (number - each.first) / (count - 1) if count > 1 else 1.0
         for name in model.tensors:
@@ -261,7 +249,7 @@ def _write_files(
         _take_tokenizer(what.tokenizer, described.folder, staging)
     config = read_config(staging / CONFIG)
     if config:
-        settled = _with_layers(config, _stack_of(described)[1], numbers)
+        settled = with_layers(config, stack_of(described)[1], numbers)
         (staging / CONFIG).write_text(json.dumps(settled, indent=2) + "\n")
     tensors = {name: each.info for name, each in copied.items()}
     dtype = DTYPE_NAMES[what.out_dtype] if what.out_dtype is not None else None
@@ -293,21 +281,6 @@ def _take_tokenizer(model: str, described: Path, staging: Path) -> None:
         (staging / name).unlink()
     for name, path in tokenizer_files(folder, None).items():
         shutil.copyfile(path, staging / name)
-
-
-def _with_layers(config: Mapping[str, Any], before: int, numbers: list[int]) -> dict[str, Any]:
-    """A configuration with other layers: their count, and what it lists for each of them."""
-    result: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in _COUNTS and value == before:
-            result[key] = len(numbers)
-        elif isinstance(value, list) and len(value) == before and key.startswith(("layer", "no_rope")):
-            result[key] = [value[number] if number < before else value[-1] for number in numbers]
-        elif isinstance(value, dict) and key.endswith("_config"):
-            result[key] = _with_layers(value, before, numbers)
-        else:
-            result[key] = value
-    return result
 
 
 def _is_untied(copied: Mapping[str, _Copied]) -> bool:

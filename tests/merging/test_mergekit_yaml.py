@@ -762,27 +762,45 @@ def _sources(*ranges: Any) -> list[Any]:
 _MOVED: list[tuple[list[Any], str]] = [
     (
         _sources([0, 4], [4, 8]),
-        r"slices\[0\].sources\[1\].layer_range: expected \[0, 4\], the layers' place in the "
-        r"result, found \[4, 8\]",
+        "layers 0 to 3: expected base among the sources, since they have layers of other places, found m0",
     ),
-    (_sources([0, 4], [0, 5]), r"slices\[0\].sources\[1\].layer_range: expected \[0, 4\].*found \[0, 5\]"),
-    (_sources([2, 4], [2, 4]), r"slices\[0\].sources\[0\].layer_range: expected \[0, ...\].*found \[2, 4\]"),
     (
-        slices((0, 4), (2, 6)),
-        r"slices\[1\].sources\[0\].layer_range: expected \[4, ...\].*found \[2, 6\]; merge whole models",
+        _sources([0, 4], [0, 5]),
+        r"slices\[0\].sources\[1\].layer_range: expected 4 layers, as many as the first has, found \[0, 5\]",
     ),
-    (slices((0, 4), (5, 6)), r"slices\[1\].sources\[0\].layer_range: expected \[4, ...\].*found \[5, 6\]"),
     (
         slices((0, 4)) + slices((4, 6), models=("a", "a")),
         r"slices\[1\].sources: expected each model once, found 'a' again",
+    ),
+    (
+        [{**_sources([0, 2])[0], "base_layers": {"model": "a", "from": -1}}],
+        r"slices\[0\].base_layers.from: expected the number of a layer, found -1",
     ),
 ]
 
 
 @pytest.mark.parametrize(("given", "text"), _MOVED)
-def test_slices_that_move_repeat_or_leave_out_layers_are_refused(given: list[Any], text: str) -> None:
+def test_slices_that_come_to_nothing_are_refused(given: list[Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         recipe(models=None, slices=given)
+
+
+def test_slices_say_where_layers_are_from() -> None:
+    made = recipe(models=None, slices=slices((0, 4), (2, 6)))
+    assert [(each.first, each.last, each.origins, each.base) for each in made.layers] == [
+        (0, 4, (), ("base", 0)),
+        (4, 8, (2,), ("base", 2)),
+    ]
+    assert read(made.to_yaml())[0] == made
+    other = recipe(models=None, slices=slices((0, 4), (3, 7)))
+    assert made.digest() != other.digest()
+
+
+def test_slices_in_their_places_say_nothing_of_it() -> None:
+    made = recipe(models=None, slices=slices((0, 4), (4, 6), (6, 6)))
+    assert not any(each.moved for each in made.layers)
+    assert (made.layers[2].first, made.layers[2].last) == (6, 6)
+    assert read(made.to_yaml())[0] == made
 
 
 @pytest.mark.parametrize(
@@ -1119,11 +1137,6 @@ def test_a_base_may_stand_in_slices() -> None:
     assert recipe(base_model=None, models=None, slices=given).base == "base"
     with pytest.raises(ConfigError, match="base_model: expected one for all slices, found a, base"):
         recipe(base_model=None, models=None, slices=[*given[:1], {**given[1], "base_model": "a"}])
-
-
-def test_a_slice_of_no_layers_is_told_what_does_that() -> None:
-    with pytest.raises(ConfigError, match=r"expected layers, found none: \[2, 2\]; .*filter.*--take"):
-        recipe(models=None, slices=slices((0, 2), (2, 2)))
 
 
 # What is said in several ways.

@@ -5,6 +5,7 @@ not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..methods.parameters import Case, Gradient, Parameter, Scalar, Setting, Set
 from ..models.token_rows import token_rows
 from .foreign import Foreign
 from .recipe import CHOICES, DTYPE_NAMES, FLAVOUR, Recipe
+from .recipe_parts import LayerRange
 from .spelling import model_name, spelt_out
 from .yaml_parts import (
     TOKENIZER,
@@ -130,6 +132,7 @@ def _translated(top: Mapping[str, Any], *, strict: bool) -> tuple[Recipe, list[s
     base_model = top.get("base_model", base_in_slices(top["slices"]) if "slices" in top else None)
     top = {**top, "base_model": base_model} if base_model is not None else top
     base = _base(top, method, listed)
+    listed = _with_bases(listed, base_model)
     _check_names([each.model for each in listed.models])
     shared = dict(settings_of(top.get("parameters", {}), "parameters"))
     rescale = _only(top, shared, "rescale")
@@ -198,6 +201,31 @@ def _base(top: Mapping[str, Any], method: str, inputs: Inputs) -> str:
     if "base_model" not in top and method in _BASE_MAY_BE_MISSING:
         return inputs.models[0].model
     return text_of(top, "base_model")
+
+
+def _with_bases(inputs: Inputs, base: str | None) -> Inputs:
+    """What stands for the base in each slice, where layers move: its own layers, or those that all models
+    have there; without a base the first model's.
+    """
+    if not any(layers.moved for layers in inputs.layers):
+        return inputs
+    names = [each.model for each in inputs.models]
+    return replace(inputs, layers=tuple(_with_base(each, names, base) for each in inputs.layers))
+
+
+def _with_base(layers: LayerRange, names: Sequence[str], base: str | None) -> LayerRange:
+    first = {name: layers.origin(n) for n, name in enumerate(names) if layers.models[n] is not None}
+    origins = tuple(layers.origin(n) for n in range(len(names)))
+    model = next(iter(first)) if base is None else base
+    if model not in first and len({*first.values()}) > 1:
+        raise ConfigError(
+            layers.label,
+            expected=f"{model} among the sources, since they have layers of other places",
+            found=", ".join(first),
+            remedy="list it there with its layer_range",
+        )
+    begin = first.get(model, next(iter(first.values())))
+    return replace(layers, origins=origins, base=(model, begin))
 
 
 def _check_names(names: Sequence[str]) -> None:

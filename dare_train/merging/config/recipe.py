@@ -29,7 +29,7 @@ from .checks import (
     texts_by_text,
     texts_of,
 )
-from .recipe_parts import TAKES_PART, LayerRange, Model
+from .recipe_parts import BASE_LAYERS, TAKES_PART, LayerRange, Model
 from .setting_resolver import SettingResolver
 
 RESCALES = ("paper", "norm", "q", "none")
@@ -243,19 +243,23 @@ class Recipe:
         }
 
     def _plain_slice(self, layers: LayerRange) -> dict[str, Any]:
+        count = layers.last - layers.first
         sources = [
             {
                 "model": model.model,
-                "layer_range": [layers.first, layers.last],
+                "layer_range": [layers.origin(number), layers.origin(number) + count],
                 **(
                     {TAKES_PART: False}
                     if settings is None
                     else _plain_parameters(_folded(settings, model.parameters))
                 ),
             }
-            for model, settings in zip(self.models, layers.models, strict=True)
+            for number, (model, settings) in enumerate(zip(self.models, layers.models, strict=True))
         ]
-        return {"sources": sources, **_plain_parameters(layers.parameters)}
+        plain = {"sources": sources, **_plain_parameters(layers.parameters)}
+        if layers.base is not None:
+            plain[BASE_LAYERS] = {"model": layers.base[0], "from": layers.base[1]}
+        return plain
 
     def _levels(self) -> Iterator[_Level]:
         yield _Level(settings=self.parameters, where="", per_model=False)
