@@ -191,3 +191,16 @@ def test_the_tokenizer_may_be_another_models_with_the_same_tokens(models: dict[s
         stacked(slices, tokenizer_source="b-more")
     with pytest.raises(ConfigError, match=r"tokenizer\.pad_to_multiple_of: expected none: passthrough"):
         stacked(slices, tokenizer={"pad_to_multiple_of": 8})
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_a_base_with_an_adapter_alone_is_copied(method: str) -> None:
+    source = {"model": "a+lora", "layer_range": [0, 4], "parameters": {"weight": 1}}
+    top = {"merge_method": method, "base_model": "a+lora", "parameters": {"normalize": False}}
+    what = read_stack({**top, "slices": [{"sources": [source]}], "dtype": "bfloat16"})
+    assert what is not None
+    assert [(each.model, each.first, each.last) for each in what.layers] == [("a+lora", 0, 4)]
+    assert what.notes == ("nothing is added to a+lora: it is written as it is",)
+    assert read_stack({**top, "models": [{"model": "a+lora"}]}) is not None
+    assert read_stack({**top, "models": [{"model": "a+lora"}, {"model": "b"}]}) is None
+    assert read_stack({**top, "base_model": "a", "models": [{"model": "a"}]}) is None

@@ -12,6 +12,7 @@ from typing import Any
 from ...errors import ConfigError
 from ..methods.parameters import Parameter, Settings, value_at
 from ..models.chat_templates import check_template
+from .mergekit import METHODS
 from .recipe import DTYPE_NAMES
 from .spelling import spelt_out
 from .yaml_parts import SLICE, SOURCE, TOKENIZER, WHOLE, fields_of, parsed, settings_of, text_of
@@ -76,9 +77,14 @@ def read_stack(given: Path | dict[str, Any], *, strict: bool = False) -> Stack |
     import yaml
 
     document = given if isinstance(given, dict) else parsed(given)
-    if not isinstance(document, dict) or document.get("merge_method") != PASSTHROUGH:
+    if not isinstance(document, dict):
         return None
     known, ignored = spelt_out(document, _KEYS, strict=strict)
+    if document.get("merge_method") != PASSTHROUGH:
+        if not _adds_nothing(known):
+            return None
+        known = _copying(known)
+        ignored.append(f"nothing is added to {known['base_model']}: it is written as it is")
     top = fields_of(known, _KEYS, "")
     shared = _settings(top, "")
     layers = tuple(_sliced(top["slices"], shared) if "slices" in top else _whole(top, shared))
@@ -96,6 +102,37 @@ def read_stack(given: Path | dict[str, Any], *, strict: bool = False) -> Stack |
         notes=tuple(ignored),
         text=yaml.safe_dump(given, sort_keys=False) if isinstance(given, dict) else given.read_text("utf-8"),
     )
+
+
+def _adds_nothing(top: Mapping[str, Any]) -> bool:
+    """Whether a base with an adapter is all that a merge on a base names: people write the one into the other
+    so.
+    """
+    base, method = top.get("base_model"), METHODS.get(str(top.get("merge_method")))
+    if not isinstance(base, str) or "+" not in base or method is None or "flavour" in top:
+        return False
+    listed = [each for part in _parts(top) for each in part]
+    return bool(listed) and all(isinstance(each, dict) and each.get("model") == base for each in listed)
+
+
+def _parts(top: Mapping[str, Any]) -> list[list[Any]]:
+    """The models of each slice, or of all layers."""
+    slices = top.get("slices")
+    if not isinstance(slices, list):
+        return [top["models"]] if isinstance(top.get("models"), list) else []
+    found = [each.get("sources") if isinstance(each, dict) else None for each in slices]
+    return [sources if isinstance(sources, list) else [None] for sources in found]
+
+
+def _copying(top: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that copies what `_adds_nothing` found."""
+    kept = {key: value for key, value in top.items() if key not in ("models", "slices", "parameters")}
+    plain = [
+        [{key: value for key, value in source.items() if key != "parameters"} for source in part[:1]]
+        for part in _parts(top)
+    ]
+    what = {"slices": [{"sources": part} for part in plain]} if "slices" in top else {"models": plain[0]}
+    return {**kept, **what, "merge_method": PASSTHROUGH}
 
 
 def _sliced(value: object, shared: Settings) -> Iterator[StackedLayers]:
