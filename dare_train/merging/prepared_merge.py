@@ -24,7 +24,7 @@ from .models.chosen_vocabulary import BASE, UNION, ChosenVocabulary, Wanted, on_
 from .models.inputs import Input, PackageInput
 from .models.layers import layer_counts
 from .models.matching import Choices, fates
-from .models.naming import open_models
+from .models.naming import open_models, package_of
 from .models.references import adapters_of, folder_of, open_reference, parts_of
 from .placed_layers import InPlaces, in_places, opened
 from .statistics.statistics_file import StatisticsFile, StatisticsKind, statistics_path
@@ -139,14 +139,21 @@ def check_for_package(task: MergeTask) -> None:
         raise ConfigError("base", expected="one checkpoint under a package", found=task.base, remedy=remedy)
     if any(layers.moved for layers in task.recipe.layers):
         raise ConfigError("slices", expected="layers in their places, for a package", found="others")
-    if _has_chosen_vocabulary(task.recipe):
-        expected = "base or union, or none, for a package"
-        raise ConfigError("tokenizer", expected=expected, found="another one, tokens or padding")
+    if _asks_for_vocabulary(task.recipe) or _unites_models(task.recipe):
+        expected = "base, union beside a base, or none, for a package"
+        raise ConfigError(
+            "tokenizer", expected=expected, found="another one, tokens or padding, or a union without a base"
+        )
 
 
-def _has_chosen_vocabulary(recipe: Recipe) -> bool:
+def _asks_for_vocabulary(recipe: Recipe) -> bool:
     """Whether the result's tokens are not the base's, nor those of all models as they are."""
     return recipe.tokenizer not in (None, BASE, UNION) or bool(recipe.tokens or recipe.pad_to_multiple_of)
+
+
+def _unites_models(recipe: Recipe) -> bool:
+    """Whether tokens of models are united of which one is the base, so that no ids come first."""
+    return recipe.tokenizer == UNION and recipe.base in [model.model for model in recipe.models]
 
 
 def _chosen(task: MergeTask, placed: InPlaces) -> ChosenVocabulary | None:
@@ -154,7 +161,8 @@ def _chosen(task: MergeTask, placed: InPlaces) -> ChosenVocabulary | None:
     in particular.
     """
     recipe = task.recipe
-    if not _has_chosen_vocabulary(recipe):
+    united = _unites_models(recipe) and all(package_of(given) is None for given in task.models)
+    if not united and not _asks_for_vocabulary(recipe):
         return None
     models = opened(
         replace(task, models=placed.models), placed.base, "where the result has a tokenizer of its own"

@@ -96,6 +96,14 @@ def test_what_only_some_models_have_is_theirs_in_all(rows: dict[str, dict[str, R
     np.testing.assert_allclose(found["a"], expected, atol=1e-6)
 
 
+def test_a_union_without_a_base_gives_new_ids(rows: dict[str, dict[str, Row]]) -> None:
+    """`<end>` is 5 in one model, and 4 in the other."""
+    found = merged("linear", "chat tool", "union")
+    assert set(found) == {*BASE, "<start>", "<end>", "<call>", ""}
+    np.testing.assert_allclose(found["<end>"], mean(rows["chat"]["<end>"], rows["tool"]["<end>"]), atol=1e-6)
+    np.testing.assert_allclose(found["<call>"], rows["tool"]["<call>"], atol=1e-6)
+
+
 def test_rows_are_padded_with_the_mean_of_the_others(rows: dict[str, dict[str, Row]]) -> None:
     found = merged("linear", "chat tool", {"source": "union", "pad_to_multiple_of": 5})
     tokens = [row for token, row in found.items() if token]
@@ -205,7 +213,9 @@ def test_packages_have_no_vocabulary_of_their_own(rows: dict[str, dict[str, Row]
     extract("base", "base", "package", p=0)
     with pytest.raises(ConfigError, match="package: expected checkpoints, where the result has a tokenizer"):
         merge("base", ["package"], "out", tokenizer="moved")
-    with pytest.raises(ConfigError, match="tokenizer: expected base or union, or none, for a package"):
+    with pytest.raises(
+        ConfigError, match="tokenizer: expected base, union beside a base, or none, for a package"
+    ):
         merge("base", ["chat"], "out", tokenizer="chat", package=True)
 
 
