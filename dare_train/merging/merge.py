@@ -327,14 +327,16 @@ def _report(
         else []
     )
     return MergeReport(
-        out=str(out), recipe=merged.recipe, notes=(*notes, *_own_notes(merged)),
+        out=str(out), recipe=merged.recipe, notes=(*notes, *_own_notes(ready)),
         tensors=tuple(merged.fates.values()),
         labels=tuple(model.label for model in merged.inputs),
         fingerprint=model_fingerprint(records) if records else "",
     )  # fmt: skip
 
 
-def _own_notes(merged: Merged) -> Iterator[str]:
+def _own_notes(ready: PreparedMerge) -> Iterator[str]:
+    merged = ready.merged
+    yield from ready.chosen.notes if ready.chosen is not None else ()
     dropped = [model.label for model in merged.inputs if any(map(model.dropped, model.tensors))]
     if dropped:
         yield f"dropped in their packages already, and not dropped at random again: {', '.join(dropped)}"

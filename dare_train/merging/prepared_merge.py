@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Union
 
 from ..dtypes import DTYPES
 from ..errors import CheckpointError, ConfigError
+from ..hub.download import locate
 from ..parallel.ranks import Ranks
 from ..parallel.threads import thread_share
 from ..weights.full_precision import check_full_precision
@@ -18,7 +19,7 @@ from .config.recipe import Recipe
 from .config.task import MergeTask
 from .merged_weights import Merged, Statistics
 from .methods.registry import Method, method_of
-from .models.added_tokens import Growth, Tokenizer
+from .models.added_tokens import Growth, Tokenizer, other_tokenizer
 from .models.chat_templates import check_template
 from .models.chosen_vocabulary import BASE, UNION, ChosenVocabulary, Wanted, on_one_vocabulary
 from .models.inputs import Input, PackageInput
@@ -26,6 +27,7 @@ from .models.layers import layer_counts
 from .models.matching import Choices, fates
 from .models.naming import open_models, package_of
 from .models.references import adapters_of, folder_of, open_reference, parts_of
+from .models.tokenizer_files import read_tokens
 from .placed_layers import InPlaces, in_places, opened
 from .statistics.statistics_file import StatisticsFile, StatisticsKind, statistics_path
 
@@ -156,13 +158,29 @@ def _unites_models(recipe: Recipe) -> bool:
     return recipe.tokenizer == UNION and recipe.base in [model.model for model in recipe.models]
 
 
+def _moves_tokens(task: MergeTask, base: Path | None) -> bool:
+    """Whether the base's tokenizer is asked for, and a model has its tokens under other ids."""
+    if task.recipe.tokenizer != BASE or base is None:
+        return False
+    for given in task.models:
+        if package_of(given) is not None:
+            continue
+        named = parts_of(given)
+        folder = locate(named[0]) if named else folder_of(given)
+        if folder is not None and folder.is_dir() and other_tokenizer(folder, base):
+            own, of_base = read_tokens(folder) or {}, read_tokens(base) or {}
+            if any(own.get(token, id) != id for token, id in of_base.items()):
+                return True
+    return False
+
+
 def _chosen(task: MergeTask, placed: InPlaces) -> ChosenVocabulary | None:
     """Base and models with the rows of the vocabulary that the recipe asks for; None where it asks for none
     in particular.
     """
     recipe = task.recipe
     united = _unites_models(recipe) and all(package_of(given) is None for given in task.models)
-    if not united and not _asks_for_vocabulary(recipe):
+    if not (united or _asks_for_vocabulary(recipe) or _moves_tokens(task, folder_of(placed.base))):
         return None
     models = opened(
         replace(task, models=placed.models), placed.base, "where the result has a tokenizer of its own"

@@ -137,13 +137,20 @@ def test_tokens_get_the_rows_that_are_said(rows: dict[str, dict[str, Row]]) -> N
         np.testing.assert_allclose(found[token], row, atol=1e-6, err_msg=token)
 
 
-def test_a_token_that_some_have_is_the_bases_elsewhere(rows: dict[str, dict[str, Row]]) -> None:
+def test_the_bases_tokenizer_finds_tokens_that_have_other_ids(rows: dict[str, dict[str, Row]]) -> None:
     found = merged("task_arithmetic", "moved chat", "base", base_model="base")
     assert set(found) == {*BASE, ""}
+    for token in BASE:
+        of_base, *others = (rows[name][token] for name in ("base", "moved", "chat"))
+        expected = of_base + 0.5 * sum(other - of_base for other in others)
+        np.testing.assert_allclose(found[token], expected, atol=1e-6, err_msg=token)
+
+
+def test_a_token_that_no_model_has_is_zeros(rows: dict[str, dict[str, Row]]) -> None:
     found = merged("task_arithmetic", "moved", "chat", base_model="base")
-    with_it, _, without = rows["chat"]["<start>"], rows["base"], found["<start>"]
-    assert not np.allclose(with_it, without)  # no model of the merge has it: zeros
-    np.testing.assert_array_equal(without, np.zeros(8))
+    np.testing.assert_array_equal(found["<start>"], np.zeros(8))
+    said = json.loads(Path("out/dare_merge.json").read_text())["notes"]
+    assert "rows of zeros, since no model has these tokens: '<start>', '<end>'" in said
 
 
 def test_other_tensors_are_merged_as_ever(rows: dict[str, dict[str, Row]]) -> None:

@@ -4,7 +4,7 @@ every model before they are merged. Whose row it is where a model lacks it is me
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -69,6 +69,7 @@ class ChosenVocabulary:
         tokens: of the result, by token.
         folder: whose tokenizer it is, before tokens are added.
         sizes: rows that the embeddings had.
+        notes: sentences on rows that nobody has.
     """
 
     base: Weights
@@ -76,6 +77,7 @@ class ChosenVocabulary:
     tokens: Mapping[str, int]
     folder: Path
     sizes: frozenset[int]
+    notes: tuple[str, ...]
 
 
 def on_one_vocabulary(
@@ -101,7 +103,17 @@ def on_one_vocabulary(
         tokens=tokens,
         folder=folder,
         sizes=frozenset(each.height for each in everyone),
+        notes=tuple(_notes(wanted, tokens, others)),
     )
+
+
+def _notes(
+    wanted: Wanted, tokens: Mapping[str, int], others: Mapping[int, Sequence[Source]]
+) -> Iterator[str]:
+    zeros = [token for token, id in tokens.items() if others.get(id) == [] and token not in wanted.tokens]
+    if zeros:
+        more = f" and {len(zeros) - 3} more" if len(zeros) > 3 else ""
+        yield f"rows of zeros, since no model has these tokens: {', '.join(map(repr, zeros[:3]))}{more}"
 
 
 def _member(name: str, weights: Weights, base: Member | None) -> Member:
