@@ -152,11 +152,11 @@ def run(
     ranks: Ranks | None = None,
 ) -> MergeReport:
     """Carry out a merge; see `merge`. `notes` go into the report."""
-    if package:
-        check_for_package(task)
     ranks = ranks or Ranks()
     out = Path(out)
     ready = ranks.each(lambda: prepared(task, ranks, device))
+    if package:
+        check_for_package(task, ready)
     allow_unchanged |= ready.numbers is not None  # layers in other places are a change
     if not allow_unchanged:
         ranks.each(lambda: check_something_merged(ready.merged))

@@ -131,7 +131,7 @@ def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> Prepar
     )  # fmt: skip
 
 
-def check_for_package(task: MergeTask) -> None:
+def check_for_package(task: MergeTask, ready: PreparedMerge) -> None:
     """
     Raises:
         ConfigError: the result cannot be a package on the base.
@@ -139,13 +139,11 @@ def check_for_package(task: MergeTask) -> None:
     if len(parts_of(task.base)) > 1:
         remedy = "write base and adapter as one model first, with passthrough"
         raise ConfigError("base", expected="one checkpoint under a package", found=task.base, remedy=remedy)
-    if any(layers.moved for layers in task.recipe.layers):
+    if ready.numbers is not None:
         raise ConfigError("slices", expected="layers in their places, for a package", found="others")
-    if _asks_for_vocabulary(task.recipe) or _unites_models(task.recipe):
-        expected = "base, union beside a base, or none, for a package"
-        raise ConfigError(
-            "tokenizer", expected=expected, found="another one, tokens or padding, or a union without a base"
-        )
+    if ready.chosen is not None:
+        expected = "the base's, with the ids that it has there, for a package"
+        raise ConfigError("tokenizer", expected=expected, found="other tokens, ids or rows")
 
 
 def _asks_for_vocabulary(recipe: Recipe) -> bool:
@@ -154,13 +152,15 @@ def _asks_for_vocabulary(recipe: Recipe) -> bool:
 
 
 def _unites_models(recipe: Recipe) -> bool:
-    """Whether tokens of models are united of which one is the base, so that no ids come first."""
+    """Whether tokens of models are united of which one is the base, so that no ids come before others."""
     return recipe.tokenizer == UNION and recipe.base in [model.model for model in recipe.models]
 
 
 def _moves_tokens(task: MergeTask, base: Path | None) -> bool:
-    """Whether the base's tokenizer is asked for, and a model has its tokens under other ids."""
-    if task.recipe.tokenizer != BASE or base is None:
+    """Whether the base's tokenizer is asked for, or a union without a base apart from the models, and a model
+    has the base's tokens under other ids.
+    """
+    if base is None or not (task.recipe.tokenizer == BASE or _unites_models(task.recipe)):
         return False
     for given in task.models:
         if package_of(given) is not None:
@@ -179,8 +179,7 @@ def _chosen(task: MergeTask, placed: InPlaces) -> ChosenVocabulary | None:
     in particular.
     """
     recipe = task.recipe
-    united = _unites_models(recipe) and all(package_of(given) is None for given in task.models)
-    if not (united or _asks_for_vocabulary(recipe) or _moves_tokens(task, folder_of(placed.base))):
+    if not _asks_for_vocabulary(recipe) and not _moves_tokens(task, folder_of(placed.base)):
         return None
     models = opened(
         replace(task, models=placed.models), placed.base, "where the result has a tokenizer of its own"

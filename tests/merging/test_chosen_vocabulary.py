@@ -220,7 +220,7 @@ def test_packages_have_no_vocabulary_of_their_own(rows: dict[str, dict[str, Row]
     extract("base", "base", "package", p=0)
     with pytest.raises(ConfigError, match="package: expected checkpoints, where the result has a tokenizer"):
         merge("base", ["package"], "out", tokenizer="moved")
-    with pytest.raises(ConfigError, match="tokenizer: expected base, union beside a base, or none"):
+    with pytest.raises(ConfigError, match="tokenizer: expected the base's, with the ids"):
         merge("base", ["chat"], "out", tokenizer="chat", package=True)
 
 
