@@ -15,7 +15,7 @@ from ..errors import ConfigError
 NOTES = "dare_train.flags"
 """Under this name, what is to be told is in a command's context."""
 
-_READ_BY_RUNS = "weights are read run by run, and never unpickled"
+_READ_BY_RUNS = "weights are read run by run, of safetensors alone"
 _ONE_DEVICE = "one device works it out, and holds a run of a tensor at a time"
 _TOLD: dict[str, tuple[int, str]] = {
     "--lora-merge-cache": (1, "adapters are merged while they are read"),

@@ -43,7 +43,7 @@ def test_a_pasted_command_runs_and_tells(folder: Path) -> None:
         "dare-train: --allow-crimes is ignored: models that do not fit together are refused, "
         "with it and without",
         "dare-train: --out-shard-size is ignored: the result's files are as large as the base's",
-        "dare-train: --lazy-unpickle is ignored: weights are read run by run, and never unpickled",
+        "dare-train: --lazy-unpickle is ignored: weights are read run by run, of safetensors alone",
         "dare-train: --lora-merge-cache is ignored: adapters are merged while they are read",
     ]
     assert len(done.stdout.splitlines()) == 2  # --quiet: no table
