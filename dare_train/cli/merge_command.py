@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
 from ..errors import ConfigError, printable
+from . import merge_options as options
+from .mergekit_flags import NOTES, MergeCommand
 from .terminal import (
     AllowNonfinite,
     CastBase,
@@ -29,166 +33,137 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=MergeCommand)
 def merge(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="BASE MODEL... | CONFIG.yml", help="Packages and checkpoints; or a configuration."
-        ),
-    ],
+    context: typer.Context,
+    sources: options.Sources,
     out: Out,
-    method: Annotated[Optional[str], typer.Option(help="task_arithmetic by default.")] = None,
-    weight: Annotated[
-        Optional[list[float]], typer.Option("--weight", help="Factor of each model, in order; 1 by default.")
-    ] = None,
-    p: Annotated[
-        Optional[list[float]],
-        typer.Option("--p", help="Drop rate of DARE before the method: one, or one for each model."),
-    ] = None,
-    settings: Annotated[
-        list[str], typer.Option("--set", help="NAME=VALUE of the method, such as density=0.2 or lambda=0.5.")
-    ] = [],  # noqa: B006
-    rescale: Annotated[
-        Optional[str], typer.Option(help="paper: 1/(1-p). norm: mergekit's. q: DAREx's. none.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Selects the masks.")] = 0,
-    out_dtype: Annotated[
-        Optional[str], typer.Option(help="BF16, F16, F32 or F64; the base's by default.")
-    ] = None,
-    dtype: Annotated[
-        Optional[str], typer.Option(help="base: the result has the base's dtypes, rounded by draws.")
-    ] = None,
-    rounding: Annotated[
-        Optional[str],
-        typer.Option(help="Of the result: nearest (default), or stochastic."),
-    ] = None,
-    tokenizer: Annotated[
-        Optional[str], typer.Option(help="base or union, where models added tokens.")
-    ] = None,
-    exclude: Annotated[list[str], typer.Option(help="Name pattern of tensors to leave as in the base.")] = [],  # noqa: B006
-    take: Annotated[list[str], typer.Option(help="PATTERN=MODEL: take these tensors from that model.")] = [],  # noqa: B006
+    method: options.Method = None,
+    weight: options.Weight = None,
+    p: options.DropRate = None,
+    settings: options.Settings = [],  # noqa: B006
+    rescale: options.Rescale = None,
+    seed: options.Seed = 0,
+    out_dtype: options.OutDtype = None,
+    dtype: options.Dtype = None,
+    rounding: options.RoundingOption = None,
+    tokenizer: options.TokenizerOption = None,
+    exclude: options.Exclude = [],  # noqa: B006
+    take: options.Take = [],  # noqa: B006
     rename: Rename = [],  # noqa: B006
-    fisher: Annotated[
-        list[str], typer.Option(help="Fisher statistics of each model; those beside it by default.")
-    ] = [],  # noqa: B006
-    gram: Annotated[
-        list[str], typer.Option(help="Gram matrices of each model; those beside it by default.")
-    ] = [],  # noqa: B006
-    package: Annotated[
-        bool, typer.Option("--package", help="Write a delta package instead of a checkpoint.")
-    ] = False,
-    search: Annotated[
-        Optional[str],
-        typer.Option(help="Settings to search: NAME=LOW:HIGH:STEP or NAME=A,B; more may follow."),
-    ] = None,
-    evaluate: Annotated[
-        Optional[str], typer.Option("--eval", help="MODULE:FUNCTION that scores a merged folder.")
-    ] = None,
-    trials: Annotated[
-        Optional[int], typer.Option(help="Let Optuna choose this many, instead of the whole grid.")
-    ] = None,
-    minimize: Annotated[bool, typer.Option("--minimize", help="The smallest score is the best.")] = False,
-    wandb: Annotated[Optional[str], typer.Option(help="Log the search to this wandb project.")] = None,
-    tensors: Annotated[bool, typer.Option("--tensors", help="A row for each tensor.")] = False,
-    device: Annotated[
-        Optional[str], typer.Option(help="Where to work it out, such as cuda; by default on the CPU.")
-    ] = None,
+    fisher: options.Fisher = [],  # noqa: B006
+    gram: options.Gram = [],  # noqa: B006
+    package: options.AsPackage = False,
+    search: options.Search = None,
+    evaluate: options.Evaluate = None,
+    trials: options.Trials = None,
+    minimize: options.Minimize = False,
+    wandb: options.Wandb = None,
+    tensors: options.EveryTensor = False,
+    device: options.Device = None,
     cast_base: CastBase = False,
     dequantize: Dequantize = False,
     allow_nonfinite: AllowNonfinite = False,
-    allow_unchanged: Annotated[
-        bool, typer.Option("--allow-unchanged", help="Write a result in which nothing was merged.")
-    ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse what a configuration says and no merge here uses.")
-    ] = False,
+    allow_unchanged: options.AllowUnchanged = False,
+    strict: options.Strict = False,
+    intermediate_dir: options.IntermediateDir = None,
+    quiet: options.Quiet = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Merge packages and models of one base into a checkpoint or a package."""
-    from ..merging.config.task import MergeTask, rounding_of
-    from ..merging.merge import run
+    from ..merging.config.task import rounding_of
     from ..parallel.inputs_of import check_apart
+    from ..parallel.staged_folder import check_free
     from . import merge_arguments as arguments
 
     check_apart(out, [Path(source) for source in sources if Path(source).is_file()])
     if dtype is not None:
         rounding = rounding_of(dtype, out_dtype, cast("Rounding | None", rounding))
     models, axes = arguments.axes(sources, search) if search else (sources, [])
-    task, notes = arguments.task_and_notes(
-        models, method, settings, weights=weight, p=p[0] if p and len(p) == 1 else p, rescale=rescale,
-        seed=seed, out_dtype=out_dtype, rounding=rounding,
-        tokenizer=tokenizer, exclude=exclude, take=arguments.pairs("take", take),
-        rename=arguments.pairs("rename", rename), fisher=fisher,
-        gram=gram, cast_base=cast_base, dequantize=dequantize, strict=strict,
+    asked = arguments.asked(
+        models, method, settings, out=out, intermediate_dir=intermediate_dir, weights=weight,
+        p=p[0] if p and len(p) == 1 else p, rescale=rescale, seed=seed, out_dtype=out_dtype,
+        rounding=rounding, tokenizer=tokenizer, exclude=exclude, take=arguments.pairs("take", take),
+        rename=arguments.pairs("rename", rename), fisher=fisher, gram=gram, cast_base=cast_base,
+        dequantize=dequantize, strict=strict,
     )  # fmt: skip
-    if not isinstance(task, MergeTask):
-        if axes or package:
-            raise ConfigError("passthrough", expected="no --search and no --package", found="one of them")
-        _stack(task, out, allow_nonfinite=allow_nonfinite, overwrite=overwrite)
-        return
+    _tell(context.meta.get(NOTES, ()))
     if axes:
-        if evaluate is None or package:
-            raise ConfigError(
-                "--search", expected="--eval, and no --package", found="--package" if package else "no --eval"
-            )
-        show(
-            _searched(
-                task,
-                axes,
-                evaluate,
-                out,
-                trials=trials,
-                minimize=minimize,
-                overwrite=overwrite,
-                device=device,
-                project=wandb,
-            )
-        )
+        given = {"trials": trials, "minimize": minimize, "overwrite": overwrite, "device": device}
+        show(_searched(asked, axes, evaluate, project=wandb, package=package, **given))
         return
+    if package and isinstance(asked[-1], arguments.Stacking):
+        raise ConfigError("passthrough", expected="no --package", found="--package")
+    written = {"allow_nonfinite": allow_nonfinite, "overwrite": overwrite}
+    for each in asked[:-1]:
+        check_free(each.out, overwrite)
+    for each in asked:
+        if isinstance(each, arguments.Stacking):
+            _stack(each, **written)
+        else:
+            _merge(
+                each, package=package and each is asked[-1], tensors=tensors, quiet=quiet, device=device,
+                allow_unchanged=allow_unchanged, **written,
+            )  # fmt: skip
+
+
+def _tell(notes: Sequence[str]) -> None:
     for note in notes:
         typer.echo(f"dare-train: {printable(note)}", err=True)
+
+
+def _merge(asked: Any, *, tensors: bool, quiet: bool, **given: Any) -> None:
+    from ..merging.merge import run
+
+    _tell(asked.notes)
     with joined_ranks() as ranks:
-        with progress_bar("merging", ranks) as progress:
-            report = run(
-                task,
-                out,
-                notes=notes,
-                package=package,
-                allow_nonfinite=allow_nonfinite,
-                allow_unchanged=allow_unchanged,
-                overwrite=overwrite,
-                device=device,
-                progress=progress,
-                ranks=ranks,
-            )
+        with nullcontext(None) if quiet else progress_bar("merging", ranks) as progress:
+            report = run(asked.task, asked.out, notes=asked.notes, progress=progress, ranks=ranks, **given)
         if ranks.first:
-            show(report.table(every_tensor=tensors))
-            typer.echo(report.summary)
-            typer.echo(f"{out}: fingerprint {report.fingerprint[:12]}…")
+            if not quiet:
+                show(report.table(every_tensor=tensors))
+            _conclude(report, asked.out)
 
 
-def _stack(what: Any, out: Path, **options: bool) -> None:
+def _stack(asked: Any, **given: bool) -> None:
     """Layers put one on the other, with nothing merged."""
     from ..merging.stacking import stack
 
-    report = stack(what, out, **options)
-    for note in report.notes:
-        typer.echo(f"dare-train: {printable(note)}", err=True)
+    report = stack(asked.task, asked.out, **given)
+    _tell(report.notes)
+    _conclude(report, asked.out)
+
+
+def _conclude(report: Any, out: Path) -> None:
     typer.echo(report.summary)
     typer.echo(f"{out}: fingerprint {report.fingerprint[:12]}…")
 
 
 def _searched(
-    task: Any, axes: Any, evaluate: str, out: Path, *, project: str | None, **options: Any
+    asked: Sequence[Any],
+    axes: Any,
+    evaluate: str | None,
+    *,
+    project: str | None,
+    package: bool,
+    **given: Any,
 ) -> RenderableType:
     """A table of the trials. The user's function may be anything, so the process is no longer settled for a
     small command.
     """
     from ..evaluation.wandb_run import searching
     from ..merging.search import metric_of, results, search
+    from .merge_arguments import Merging
 
+    (only, *others) = asked
+    if others or not isinstance(only, Merging):
+        found = f"{len(asked)} merges" if others else "passthrough"
+        raise ConfigError("--search", expected="one merge", found=found)
+    if evaluate is None or package:
+        raise ConfigError(
+            "--search", expected="--eval, and no --package", found="--package" if package else "no --eval"
+        )
     gc.enable()
     with searching(project) as tell:
-        trials_done = search(task, axes, metric_of(evaluate), out, told=tell, **options)
+        trials_done = search(only.task, axes, metric_of(evaluate), only.out, told=tell, **given)
     return results(trials_done)

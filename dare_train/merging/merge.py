@@ -34,7 +34,7 @@ from .merge_report import MergeReport
 from .merged_weights import Merged
 from .methods.matrices import one_thread
 from .models.naming import ModelLike
-from .prepared_merge import DeviceLike, PreparedMerge, gives_q, prepared
+from .prepared_merge import DeviceLike, PreparedMerge, check_for_package, gives_q, prepared
 from .recorded_bases import check_base, check_bases, recorded_bases
 from .resuming import Journal, resumable
 
@@ -96,8 +96,8 @@ def merge(
         dtype: "base": the same as no `out_dtype`, with `stochastic` rounding.
         rounding: to the `nearest` number of the result's dtype (default); or `stochastic`, to either of two
             neighbours, so that small deltas are right on average instead of vanishing (docs/format.md §5.7).
-        tokenizer: whose tokens the result has, where models added some: "base", "union", or None for a union
-            if that is safe.
+        tokenizer: whose tokens the result has: "base", "union", or a model's, by which rows are told; None
+            for a union if that is safe.
         exclude: name patterns of tensors that stay as in the base.
         take: by name pattern, the model (its number or label) from which tensors are taken as they are.
         rename: parts of tensor names to replace in the models' names.
@@ -155,6 +155,9 @@ def run(
     ranks = ranks or Ranks()
     out = Path(out)
     ready = ranks.each(lambda: prepared(task, ranks, device))
+    if package:
+        check_for_package(task, ready)
+    allow_unchanged |= ready.numbers is not None  # layers in other places are a change
     if not allow_unchanged:
         ranks.each(lambda: check_something_merged(ready.merged))
     allowed = Allowed(nonfinite=allow_nonfinite, unchanged=allow_unchanged)
@@ -189,7 +192,7 @@ def _write_checkpoint(
     merged = ready.merged
     identity = _identity(task, ready)
     layout = layout_like(
-        ready.base if isinstance(ready.base, Checkpoint) else None,
+        ready.base if isinstance(ready.base, Checkpoint) and ready.numbers is None else None,
         merged.tensors,
         lambda name: without_prefix(name, ready.prefix),
         output_files.modules_of(merged, ready.base_folder, prefixed=bool(ready.prefix)),
@@ -306,8 +309,9 @@ def _finish(ready: PreparedMerge, report: MergeReport, journal: Journal, staging
     """Put what belongs to the result beside its weights. Returns the report with what there was to say."""
     journal.remove()
     notes = output_files.write(
-        ready.merged, ready.base_folder, ready.growth.vocabulary, staging, prefixed=bool(ready.prefix)
-    )
+        ready.merged, ready.base_folder, ready.growth.vocabulary, staging, prefixed=bool(ready.prefix),
+        chosen=ready.chosen, numbers=ready.numbers,
+    )  # fmt: skip
     report = replace(report, notes=(*report.notes, *notes))
     output_files.write_record(report, staging)
     return report
@@ -323,14 +327,16 @@ def _report(
         else []
     )
     return MergeReport(
-        out=str(out), recipe=merged.recipe, notes=(*notes, *_own_notes(merged)),
+        out=str(out), recipe=merged.recipe, notes=(*notes, *_own_notes(ready)),
         tensors=tuple(merged.fates.values()),
         labels=tuple(model.label for model in merged.inputs),
         fingerprint=model_fingerprint(records) if records else "",
     )  # fmt: skip
 
 
-def _own_notes(merged: Merged) -> Iterator[str]:
+def _own_notes(ready: PreparedMerge) -> Iterator[str]:
+    merged = ready.merged
+    yield from ready.chosen.notes if ready.chosen is not None else ()
     dropped = [model.label for model in merged.inputs if any(map(model.dropped, model.tensors))]
     if dropped:
         yield f"dropped in their packages already, and not dropped at random again: {', '.join(dropped)}"

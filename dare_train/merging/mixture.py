@@ -26,10 +26,10 @@ from ..weights.lora.opening import open_checkpoint
 from ..weights.protocol import SEGMENT, TensorInfo
 from ..weights.skeletons import skeleton
 from .config.recipe import DTYPE_NAMES
-from .config.setting_resolver import layer_counts
 from .expert_gates import Gates, alike, gates_for
 from .expert_recipe import Expert, ExpertRecipe, read_experts
 from .expert_shapes import Shape, config_for, is_in_mlp, notes_on, shape_for
+from .models.layers import layer_counts
 from .stacking import Readable, layout_of, write_tensors
 
 RECIPE = "dare_moe.yml"

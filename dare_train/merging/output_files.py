@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,14 +12,17 @@ from ..package.companion_files import copy_carried, copy_companions
 from ..package.model_config import Facts, settle_config, vocabulary_sizes
 from ..parallel.scratch_folder import temporary_folder
 from ..weights.files.checkpoint import MERGE_RECORD
+from ..weights.files.config_file import CONFIG, read_config
 from ..weights.files.module_folders import MODULES, module_folders
 from .config.recipe import DTYPE_NAMES
 from .merge_report import MergeReport
 from .merged_weights import Merged
 from .models.chat_templates import write_template
+from .models.chosen_vocabulary import ChosenVocabulary
 from .models.inputs import Input, PackageInput
+from .models.layers import LAYER_COUNTS, with_layers
 from .models.matching import Fate
-from .models.merged_tokenizer import write_tokenizer
+from .models.merged_tokenizer import write_chosen, write_tokenizer
 from .models.model_files import own_files
 from .models.tokenizer_files import is_tokenizer_file
 from .models.vocabulary import Vocabulary
@@ -45,12 +48,20 @@ RECIPE = "dare_merge.yml"
 
 
 def write(
-    merged: Merged, base_folder: Path | None, vocabulary: Vocabulary | None, staging: Path, *, prefixed: bool
+    merged: Merged,
+    base_folder: Path | None,
+    vocabulary: Vocabulary | None,
+    staging: Path,
+    *,
+    prefixed: bool,
+    chosen: ChosenVocabulary | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[str]:
     """Put the base's files into a folder, then what a model brings whose configuration fits the result
     better, then a tokenizer. Returns sentences on what the configuration contradicted.
 
-    `prefixed`: the result has more around it than the base, such as a head.
+    `prefixed`: the result has more around it than the base, such as a head. `numbers`: of the result's layers
+    in the base, where they moved.
     """
     model = _described_by(merged, prefixed=prefixed or base_folder is None)
     if base_folder is not None:
@@ -59,14 +70,27 @@ def write(
         copy_carried(model.package, staging)
     elif model is not None and model.folder is not None:
         copy_companions(model.folder, staging)
-    if model is not None and merged.recipe.tokenizer == "base":
+    if chosen is not None:
+        write_chosen(chosen, [model.folder for model in merged.inputs], staging)
+    elif model is not None and merged.recipe.tokenizer == "base":
         _keep_tokenizer(base_folder, staging)
     elif vocabulary is not None and base_folder is not None:
         write_tokenizer(vocabulary, base_folder, [model.folder for model in merged.inputs], staging)
+    if numbers is not None:
+        _write_layers(numbers, staging)
     if merged.recipe.chat_template:
         folders = [base_folder, *(model.folder for model in merged.inputs)]
         write_template(merged.recipe.chat_template, folders, staging)
-    return settle_config(staging, _facts(merged, described=model is not None))
+    sizes = chosen.sizes if chosen is not None else frozenset[int]()
+    return settle_config(staging, _facts(merged, sizes, described=model is not None))
+
+
+def _write_layers(numbers: Sequence[int], staging: Path) -> None:
+    config = read_config(staging / CONFIG)
+    before = next((config[key] for key in LAYER_COUNTS if key in config), len(numbers))
+    if config:
+        settled = with_layers(config, before, numbers)
+        (staging / CONFIG).write_text(json.dumps(settled, indent=2) + "\n")
 
 
 def modules_of(merged: Merged, base_folder: Path | None, *, prefixed: bool) -> dict[str, str]:
@@ -101,8 +125,10 @@ def _keep_tokenizer(base_folder: Path | None, staging: Path) -> None:
             shutil.copyfile(base_folder / path.name, path)
 
 
-def _facts(merged: Merged, *, described: bool) -> Facts:
-    """What a configuration has to say of the weights. `described`: it is a model's own."""
+def _facts(merged: Merged, sizes: frozenset[int], *, described: bool) -> Facts:
+    """What a configuration has to say of the weights. `sizes`: of vocabularies before. `described`: it is a
+    model's own.
+    """
     codes = {
         info.dtype.code
         for name, info in merged.tensors.items()
@@ -114,7 +140,7 @@ def _facts(merged: Merged, *, described: bool) -> Facts:
     before = [merged.base.tensors, *(model.tensors for model in merged.inputs)]
     return Facts(
         tensors=merged.tensors,
-        sizes=set[int]().union(*map(vocabulary_sizes, before)),
+        sizes=sizes.union(*map(vocabulary_sizes, before)),
         untied=merged.untied,
         dtype=dtype,
         dequantised=merged.recipe.dequantize,

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 from ..dtypes import DTYPES
 from ..errors import CheckpointError, ConfigError
+from ..hub.download import locate
 from ..parallel.ranks import Ranks
 from ..parallel.threads import thread_share
-from ..weights.files.checkpoint import Checkpoint
 from ..weights.files.full_precision import check_full_precision
 from ..weights.files.module_folders import places_of
-from ..weights.lora.opening import open_weights
 from ..weights.protocol import Weights
 from .config.recipe import Recipe
-from .config.setting_resolver import layer_counts
 from .config.task import MergeTask
 from .merged_weights import Merged, Statistics
 from .methods.registry import Method, method_of
-from .models.added_tokens import Growth
+from .models.added_tokens import Growth, Tokenizer, other_tokenizer
 from .models.chat_templates import check_template
+from .models.chosen_vocabulary import BASE, UNION, ChosenVocabulary, Wanted, on_one_vocabulary
 from .models.inputs import Input, PackageInput
+from .models.layers import layer_counts
 from .models.matching import Choices, fates
-from .models.naming import open_models
+from .models.naming import open_models, package_of
+from .models.references import adapters_of, folder_of, open_reference, parts_of
+from .models.tokenizer_files import read_tokens
+from .placed_layers import InPlaces, in_places, opened
 from .statistics.statistics_file import StatisticsFile, StatisticsKind, statistics_path
 
 if TYPE_CHECKING:
@@ -46,14 +49,17 @@ class PreparedMerge:
     base_folder: Path | None
     prefix: str
     growth: Growth
+    chosen: ChosenVocabulary | None = None
+    """Where the result has tokens of its own."""
+    numbers: tuple[int, ...] | None = None
+    """By layer of the result, its number in the base's model, where layers moved."""
+    beside: tuple[Path, ...] = ()
+    """Folders that are read besides those of base and models: of adapters in them, and of a tokenizer."""
 
     @property
     def folders(self) -> list[Path]:
-        return [
-            folder
-            for folder in (self.base_folder, *(model.folder for model in self.merged.inputs))
-            if folder is not None
-        ]
+        models = (model.folder for model in self.merged.inputs)
+        return [folder for folder in (self.base_folder, *models, *self.beside) if folder is not None]
 
     @property
     def inputs(self) -> list[Path]:
@@ -77,19 +83,25 @@ def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> Prepar
     recipe = task.recipe
     method = method_of(recipe.method)
     _check(recipe, method)
-    base = open_weights(task.base, dequantize=recipe.dequantize)
+    base = open_reference(task.base, dequantize=recipe.dequantize, rounded=True)
     check_full_precision(base, purpose=_PURPOSE)
-    folder = base.folder if isinstance(base, Checkpoint) else None
+    folder = folder_of(base)
     places = {model.model: number for number, model in enumerate(recipe.models)}
     choices = Choices(
         exclude=recipe.exclude, take={pattern: places[model] for pattern, model in recipe.take.items()}
     )
+    placed = in_places(task, base)
+    chosen = _chosen(task, placed)
     opening = open_models(
-        base, task.models, rename=recipe.rename, cast_base=recipe.cast_base, dequantize=recipe.dequantize,
+        chosen.base if chosen else placed.base,
+        chosen.models if chosen else placed.models,
+        rename=recipe.rename,
+        cast_base=recipe.cast_base,
+        dequantize=recipe.dequantize,
         known=choices.decide,
-    )  # fmt: skip
+    )
     named, inputs = opening.base, opening.inputs
-    growth = Growth(named, folder, inputs, recipe.tokenizer)
+    growth = Growth(named, folder, inputs, "base" if chosen else _one_of_two(recipe.tokenizer))
     inputs = growth.padded()
     values = recipe.resolver(layer_counts(named.tensors))
     out_dtype = DTYPES[recipe.out_dtype] if recipe.out_dtype else None
@@ -111,7 +123,77 @@ def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> Prepar
         devices=_devices(device, named),
         untied=opening.untied,
     )
-    return PreparedMerge(merged=merged, base=base, base_folder=folder, prefix=opening.prefix, growth=growth)
+    beside = [place for given in (task.base, *task.models) for place in adapters_of(given)]
+    return PreparedMerge(
+        merged=merged, base=base, base_folder=folder, prefix=opening.prefix, growth=growth, chosen=chosen,
+        numbers=placed.numbers,
+        beside=tuple([*beside, chosen.folder] if chosen else beside),
+    )  # fmt: skip
+
+
+def check_for_package(task: MergeTask, ready: PreparedMerge) -> None:
+    """
+    Raises:
+        ConfigError: the result cannot be a package on the base.
+    """
+    if len(parts_of(task.base)) > 1:
+        remedy = "write base and adapter as one model first, with passthrough"
+        raise ConfigError("base", expected="one checkpoint under a package", found=task.base, remedy=remedy)
+    if ready.numbers is not None:
+        raise ConfigError("slices", expected="layers in their places, for a package", found="others")
+    if ready.chosen is not None:
+        expected = "the base's, with the ids that it has there, for a package"
+        raise ConfigError("tokenizer", expected=expected, found="other tokens, ids or rows")
+
+
+def _asks_for_vocabulary(recipe: Recipe) -> bool:
+    """Whether the result's tokens are not the base's, nor those of all models as they are."""
+    return recipe.tokenizer not in (None, BASE, UNION) or bool(recipe.tokens or recipe.pad_to_multiple_of)
+
+
+def _unites_models(recipe: Recipe) -> bool:
+    """Whether tokens of models are united of which one is the base, so that no ids come before others."""
+    return recipe.tokenizer == UNION and recipe.base in [model.model for model in recipe.models]
+
+
+def _moves_tokens(task: MergeTask, base: Path | None) -> bool:
+    """Whether the base's tokenizer is asked for, or a union without a base apart from the models, and a model
+    has the base's tokens under other ids.
+    """
+    if base is None or not (task.recipe.tokenizer == BASE or _unites_models(task.recipe)):
+        return False
+    for given in task.models:
+        if package_of(given) is not None:
+            continue
+        named = parts_of(given)
+        folder = locate(named[0]) if named else folder_of(given)
+        if folder is not None and folder.is_dir() and other_tokenizer(folder, base):
+            own, of_base = read_tokens(folder) or {}, read_tokens(base) or {}
+            if any(own.get(token, id) != id for token, id in of_base.items()):
+                return True
+    return False
+
+
+def _chosen(task: MergeTask, placed: InPlaces) -> ChosenVocabulary | None:
+    """Base and models with the rows of the vocabulary that the recipe asks for; None where it asks for none
+    in particular.
+    """
+    recipe = task.recipe
+    if not _asks_for_vocabulary(recipe) and not _moves_tokens(task, folder_of(placed.base)):
+        return None
+    models = opened(
+        replace(task, models=placed.models), placed.base, "where the result has a tokenizer of its own"
+    )
+    wanted = Wanted(
+        source=recipe.tokenizer or BASE, tokens=recipe.tokens, pad_to_multiple_of=recipe.pad_to_multiple_of
+    )
+    named = zip([model.model for model in recipe.models], models, strict=True)
+    base = recipe.base if placed.numbers is None else f"{recipe.base}, layer by layer"
+    return on_one_vocabulary(wanted, (base, placed.base), [*named])
+
+
+def _one_of_two(tokenizer: str | None) -> Tokenizer | None:
+    return None if tokenizer is None else "union" if tokenizer == UNION else "base"
 
 
 def _devices(given: DeviceLike | None, base: Weights) -> Devices | None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Union
 
 from ..errors import ConfigError
-from ..weights.lora.opening import open_checkpoint
 from .config.recipe import DTYPE_NAMES
-from .config.setting_resolver import layer_counts
 from .config.stack import PASSTHROUGH, SCALE, Stack, StackedLayers
 from .methods.parameters import Case, Setting
 from .models.chat_templates import check_template
+from .models.layers import layer_counts
+from .models.references import open_placed
 from .stacking import StackedModel, stack
 
 Place = Union[str, "os.PathLike[str]"]
@@ -89,6 +89,7 @@ def stack_layers(
     what = Stack(
         layers=tuple(map(_stacked, ended)),
         described_by=described_by,
+        tokenizer=described_by,
         out_dtype=out_dtype,
         chat_template=chat_template,
         notes=(),
@@ -101,7 +102,7 @@ def _ended(each: Layers) -> Layers:
     """The same with its last layer named, as configuration files have it."""
     if each.last is not None:
         return each
-    counts = layer_counts(open_checkpoint(each.model).tensors)
+    counts = layer_counts(open_placed(os.fspath(each.model)).tensors)
     last = max(each.first, *counts.values()) if counts else each.first
     return Layers(each.model, each.first, last, each.scale)
 

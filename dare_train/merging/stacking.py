@@ -5,39 +5,40 @@ scaled; nothing is merged.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from ..dtypes import DTYPES, DType, Words, cast, from_float, to_float
 from ..errors import ConfigError, NonFiniteDelta, TensorMismatch
+from ..hub.download import locate
 from ..kernels import cpu
 from ..package.companion_files import copy_companions
 from ..package.model_config import Facts, settle_config
 from ..parallel.staged_folder import staged_folder, storage_errors
 from ..parallel.threads import ordered_map
-from ..weights.files.checkpoint import INDEX, SINGLE, Checkpoint
+from ..weights.files.checkpoint import INDEX, SINGLE
 from ..weights.files.checkpoint_writer import CheckpointWriter, Layout
 from ..weights.files.config_file import CONFIG, read_config
 from ..weights.files.full_precision import check_full_precision
 from ..weights.files.module_folders import places_of
 from ..weights.fingerprint import Fingerprint, model_fingerprint, total
 from ..weights.heads import embeddings_in, heads_in
-from ..weights.lora.opening import open_checkpoint
 from ..weights.protocol import SEGMENT, TensorInfo, runs
 from .config.recipe import DTYPE_NAMES
-from .config.setting_resolver import comes_before_layers, layer_counts, layer_of
 from .config.stack import Stack, StackedLayers
 from .models.chat_templates import write_template
+from .models.layers import comes_before_layers, layer_of, stack_of, with_layers
+from .models.references import Placed, adapters_of, open_placed, parts_of
+from .models.tokenizer_files import read_tokens, tokenizer_files
 from .output_files import RECIPE
 
 _LARGEST_FILE = 5 << 30
-_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-"""What configurations call the number of layers."""
 _CARD = """\
 ---
 library_name: transformers
@@ -75,7 +76,7 @@ class StackedModel:
 class _Copied:
     """A tensor of the result, and where it comes from."""
 
-    model: Checkpoint
+    model: Placed
     name: str
     scale: float
     info: TensorInfo
@@ -103,8 +104,8 @@ def stack(what: Stack, out: Path, *, allow_nonfinite: bool = False, overwrite: b
         TensorMismatch: layers of two models do not have the same form.
         NonFiniteDelta, OutputExists, StorageError.
     """
-    models = {each.model: open_checkpoint(each.model) for each in what.layers}
-    described = models.get(what.described_by) or open_checkpoint(what.described_by)
+    models = {each.model: open_placed(each.model) for each in what.layers}
+    described = models.get(what.described_by) or open_placed(what.described_by)
     for model in models.values():
         check_full_precision(model, purpose="of which layers can be stacked", option=False)
     copied = dict(sorted(_copied(what, models)))
@@ -113,6 +114,7 @@ def stack(what: Stack, out: Path, *, allow_nonfinite: bool = False, overwrite: b
     numbers = [number for _, number in _sources(what, models)]
     layout = layout_of(tensors)
     inputs = [place for model in (described, *models.values()) for place in places_of(model.folder)]
+    inputs += [place for name in models for place in adapters_of(name)]
     with (
         staged_folder(out, overwrite=overwrite, inputs=inputs, read_back=layout.read_back) as staging,
         storage_errors(out),
@@ -129,11 +131,11 @@ def stack(what: Stack, out: Path, *, allow_nonfinite: bool = False, overwrite: b
     )
 
 
-def _sources(what: Stack, models: Mapping[str, Checkpoint]) -> list[tuple[StackedLayers, int]]:
+def _sources(what: Stack, models: Mapping[str, Placed]) -> list[tuple[StackedLayers, int]]:
     """By layer of the result: the slice that it comes from, and its number there."""
     found = []
     for each in what.layers:
-        _, count = _stack_of(models[each.model])
+        _, count = stack_of(models[each.model])
         last = count if each.last is None else each.last
         if last > count:
             expected = f"at most {count}, as many as {each.model} has"
@@ -146,22 +148,13 @@ def _sources(what: Stack, models: Mapping[str, Checkpoint]) -> list[tuple[Stacke
     return found
 
 
-def _stack_of(model: Checkpoint) -> tuple[str, int]:
-    """What stands before the numbers of a model's layers, and how many there are."""
-    counts = layer_counts(model.tensors)
-    if len(counts) != 1:
-        found = ", ".join(sorted(counts)) or "none"
-        raise ConfigError(model.label, expected="one stack of layers", found=found)
-    return next(iter(counts.items()))
-
-
-def _copied(what: Stack, models: Mapping[str, Checkpoint]) -> Iterator[tuple[str, _Copied]]:
+def _copied(what: Stack, models: Mapping[str, Placed]) -> Iterator[tuple[str, _Copied]]:
     out = DTYPES[what.out_dtype] if what.out_dtype is not None else None
     sources = _sources(what, models)
-    prefix, _ = _stack_of(models[what.layers[0].model])
+    prefix, _ = stack_of(models[what.layers[0].model])
     for place, (each, number) in enumerate(sources):
         model = models[each.model]
-        begin = f"{_stack_of(model)[0]}.{number}."
+        begin = f"{stack_of(model)[0]}.{number}."
         count = (each.last or len(sources)) - each.first
         share = (number - each.first) / (count - 1) if count > 1 else 1.0
         for name in model.tensors:
@@ -175,7 +168,7 @@ def _copied(what: Stack, models: Mapping[str, Checkpoint]) -> Iterator[tuple[str
                 yield name, _of(model, name, each.scale(name, 0.0), out)
 
 
-def _of(model: Checkpoint, name: str, scale: float, out: DType | None) -> _Copied:
+def _of(model: Placed, name: str, scale: float, out: DType | None) -> _Copied:
     info = model.tensors[name]
     if out is not None and info.dtype.can_be_delta:
         info = TensorInfo(out, info.shape)
@@ -267,17 +260,19 @@ def layout_of(tensors: Mapping[str, TensorInfo]) -> Layout:
 
 def _write_files(
     what: Stack,
-    models: Mapping[str, Checkpoint],
-    described: Checkpoint,
+    models: Mapping[str, Placed],
+    described: Placed,
     copied: Mapping[str, _Copied],
     numbers: list[int],
     staging: Path,
 ) -> list[str]:
     """Configuration, tokenizer, card and recipe. Returns what there is to say."""
     copy_companions(described.folder, staging)
+    if what.tokenizer != what.described_by:
+        _take_tokenizer(what.tokenizer, described.folder, staging)
     config = read_config(staging / CONFIG)
     if config:
-        settled = _with_layers(config, _stack_of(described)[1], numbers)
+        settled = with_layers(config, stack_of(described)[1], numbers)
         (staging / CONFIG).write_text(json.dumps(settled, indent=2) + "\n")
     tensors = {name: each.info for name, each in copied.items()}
     dtype = DTYPE_NAMES[what.out_dtype] if what.out_dtype is not None else None
@@ -291,19 +286,24 @@ def _write_files(
     return notes
 
 
-def _with_layers(config: Mapping[str, Any], before: int, numbers: list[int]) -> dict[str, Any]:
-    """A configuration with other layers: their count, and what it lists for each of them."""
-    result: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in _COUNTS and value == before:
-            result[key] = len(numbers)
-        elif isinstance(value, list) and len(value) == before and key.startswith(("layer", "no_rope")):
-            result[key] = [value[number] if number < before else value[-1] for number in numbers]
-        elif isinstance(value, dict) and key.endswith("_config"):
-            result[key] = _with_layers(value, before, numbers)
-        else:
-            result[key] = value
-    return result
+def _take_tokenizer(model: str, described: Path, staging: Path) -> None:
+    """Put another model's tokenizer in the place of the one that lies there.
+
+    Raises:
+        ConfigError: it has other tokens, so that rows would have others' meanings.
+    """
+    folder = locate(parts_of(model)[0])
+    if read_tokens(folder) != read_tokens(described):
+        raise ConfigError(
+            "tokenizer_source",
+            expected=f"a tokenizer with the tokens of {described.name}, since rows are copied",
+            found=f"that of {model}",
+            remedy=f"merge_method: linear gives the result of this the rows of {model}'s tokenizer",
+        )
+    for name in tokenizer_files(staging, None):
+        (staging / name).unlink()
+    for name, path in tokenizer_files(folder, None).items():
+        shutil.copyfile(path, staging / name)
 
 
 def _is_untied(copied: Mapping[str, _Copied]) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dare_train.weights.live.live.live import LiveWeights
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -18,7 +19,6 @@ from transformers import (
 )
 
 from dare_train.weights.fingerprint import Fingerprint, model_fingerprint
-from dare_train.weights.live.live import LiveWeights
 
 LABELS = 3
 

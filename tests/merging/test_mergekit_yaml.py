@@ -266,7 +266,10 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("models:\n  - [1, 2\n", "line 3: expected YAML, found"),
-        ("a: 1\n---\nb: 2\n", "the configuration: expected one merge in a file, found 2; split it"),
+        (
+            "a: 1\n---\nb: 2\n",
+            "the configuration: expected one merge in a file, found 2; dare-train merge runs",
+        ),
         (
             "a: !!python/object:os.system 1\n",
             "line 1: expected YAML, found a tag, 'tag:yaml.org,2002:python/object:os.system'",
@@ -759,27 +762,45 @@ def _sources(*ranges: Any) -> list[Any]:
 _MOVED: list[tuple[list[Any], str]] = [
     (
         _sources([0, 4], [4, 8]),
-        r"slices\[0\].sources\[1\].layer_range: expected \[0, 4\], the layers' place in the "
-        r"result, found \[4, 8\]",
+        "layers 0 to 3: expected base among the sources, since they have layers of other places, found m0",
     ),
-    (_sources([0, 4], [0, 5]), r"slices\[0\].sources\[1\].layer_range: expected \[0, 4\].*found \[0, 5\]"),
-    (_sources([2, 4], [2, 4]), r"slices\[0\].sources\[0\].layer_range: expected \[0, ...\].*found \[2, 4\]"),
     (
-        slices((0, 4), (2, 6)),
-        r"slices\[1\].sources\[0\].layer_range: expected \[4, ...\].*found \[2, 6\]; merge whole models",
+        _sources([0, 4], [0, 5]),
+        r"slices\[0\].sources\[1\].layer_range: expected 4 layers, as many as the first has, found \[0, 5\]",
     ),
-    (slices((0, 4), (5, 6)), r"slices\[1\].sources\[0\].layer_range: expected \[4, ...\].*found \[5, 6\]"),
     (
         slices((0, 4)) + slices((4, 6), models=("a", "a")),
         r"slices\[1\].sources: expected each model once, found 'a' again",
+    ),
+    (
+        [{**_sources([0, 2])[0], "base_layers": {"model": "a", "from": -1}}],
+        r"slices\[0\].base_layers.from: expected the number of a layer, found -1",
     ),
 ]
 
 
 @pytest.mark.parametrize(("given", "text"), _MOVED)
-def test_slices_that_move_repeat_or_leave_out_layers_are_refused(given: list[Any], text: str) -> None:
+def test_slices_that_come_to_nothing_are_refused(given: list[Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         recipe(models=None, slices=given)
+
+
+def test_slices_say_where_layers_are_from() -> None:
+    made = recipe(models=None, slices=slices((0, 4), (2, 6)))
+    assert [(each.first, each.last, each.origins, each.base) for each in made.layers] == [
+        (0, 4, (), ("base", 0)),
+        (4, 8, (2,), ("base", 2)),
+    ]
+    assert read(made.to_yaml())[0] == made
+    other = recipe(models=None, slices=slices((0, 4), (3, 7)))
+    assert made.digest() != other.digest()
+
+
+def test_slices_in_their_places_say_nothing_of_it() -> None:
+    made = recipe(models=None, slices=slices((0, 4), (4, 6), (6, 6)))
+    assert not any(each.moved for each in made.layers)
+    assert (made.layers[2].first, made.layers[2].last) == (6, 6)
+    assert read(made.to_yaml())[0] == made
 
 
 @pytest.mark.parametrize(
@@ -806,6 +827,10 @@ def test_a_range_of_layers_is_two_numbers(layers: Any) -> None:
         ({"dtype": "torch.bfloat16"}, "BF16"),
         ({"dtype": "float32", "out_dtype": "bfloat16"}, "BF16"),
         ({"out_dtype": "float16"}, "F16"),
+        ({"dtype": "half"}, "F16"),
+        ({"dtype": "fp16"}, "F16"),
+        ({"dtype": "torch.half", "out_dtype": "bf16"}, "BF16"),
+        ({"out_dtype": "fp32"}, "F32"),
     ],
 )
 def test_the_result_has_the_type_asked_for(keys: dict[str, Any], code: str | None) -> None:
@@ -813,11 +838,10 @@ def test_the_result_has_the_type_asked_for(keys: dict[str, Any], code: str | Non
 
 
 @pytest.mark.parametrize("key", ["dtype", "out_dtype"])
-@pytest.mark.parametrize("name", ["auto", "bf16", "int64", "BF16"])
+@pytest.mark.parametrize("name", ["auto", "int64", "BF16", "torch.q4"])
 def test_other_types_are_refused(key: str, name: str) -> None:
-    with pytest.raises(
-        ConfigError, match=f"^{key}: expected one of float64, float32, float16, bfloat16, found '{name}'"
-    ):
+    expected = "expected one of float64, float32, float16, bfloat16"
+    with pytest.raises(ConfigError, match=f"^{key}: {expected}, found '{name.removeprefix('torch.')}'"):
         recipe(**{key: name})
 
 
@@ -839,6 +863,12 @@ def test_other_types_are_refused(key: str, name: str) -> None:
 )
 def test_a_tokenizer(keys: dict[str, Any], meant: str | None) -> None:
     assert recipe(**keys).tokenizer == meant
+
+
+@pytest.mark.parametrize("keys", [{"tokenizer_source": "model:org/a"}, {"tokenizer": {"source": "org/a"}}])
+def test_the_tokenizer_may_be_a_models(keys: dict[str, Any]) -> None:
+    assert recipe(**keys).tokenizer == "org/a"
+    assert recipe(**keys, base_model="org/a").tokenizer == "base"
 
 
 # Notes.
@@ -904,7 +934,15 @@ def test_a_note_on_weights_that_mergekit_ignores() -> None:
 _REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"modules": {"default": {}}},
-        "modules: expected one of merge_method, .*, found {'default': {}}; list models",
+        "modules: expected one, or several that list the same .*, found default beside models; list models",
+    ),
+    (
+        {"models": None, "modules": {"one": {"models": [{"model": "a"}]}, "two": {}}},
+        "modules: expected one, or several that list the same .*, found one, two; list models",
+    ),
+    (
+        {"models": None, "modules": {}},
+        "modules: expected one of merge_method, .*, found {}; give it a module",
     ),
     ({"chat_template": 3}, "chat_template: expected a text, found 3"),
     (
@@ -918,22 +956,22 @@ _REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"models": ["a"]}, r"models\[0\]: expected a mapping with keys among model, parameters, found 'a'"),
     ({"models": [{"parameters": {}}]}, r"models\[0\].model: expected a name, found none"),
     ({"models": [{"model": 5}]}, r"models\[0\].model: expected a name, found 5"),
-    ({"models": [{"model": {"model": "a", "lora": "b"}}]}, r"models\[0\].model: expected a name, found {"),
+    ({"models": [{"model": {"mode": "a", "lora": "b"}}]}, r"models\[0\].model: expected a name, found {"),
     (
         {"models": [{"model": "a", "weight": 1}]},
-        r"models\[0\].weight: expected one of model, parameters, found 1",
+        r"models\[0\].weight: expected weight among the parameters, found 1; write parameters: {weight: ...}",
+    ),
+    (
+        {"models": [{"model": "a", "param": {"weight": 1}}]},
+        r"models\[0\].param: expected one of model, parameters, found {'weight': 1}; take it out",
+    ),
+    (
+        {"models": [{"model": "a@b", "revision": "c"}]},
+        r"models\[0\].revision: expected beside the name of one model .*, found 'a@b'; write model@revision",
     ),
     ({"models": [{"model": "a"}, {"model": "a"}]}, "models: expected each model once, found 'a' again"),
-    (
-        {"models": [{"model": "a"}, {"model": "b+lora"}]},
-        r"models\[1\].model: expected one model, found 'b\+lora'; pass the adapter's folder",
-    ),
-    (
-        {"base_model": "b+lora"},
-        r"base_model: expected one model, found 'b\+lora'; pass the adapter's folder itself as a model",
-    ),
     ({"base_model": 5}, "base_model: expected a name, found 5"),
-    ({"base_model": {"model": "a"}}, "base_model: expected a name, found {"),
+    ({"base_model": {"model": 5}}, "base_model: expected a name, found {"),
     ({"models": None, "slices": []}, r"slices: expected a list with at least one entry, found \[\]"),
     (
         {"models": None, "slices": [{"sources": []}]},
@@ -948,24 +986,11 @@ _REFUSED: list[tuple[dict[str, Any], str]] = [
         r"slices\[0\].sources: expected a list with at least one entry, found None",
     ),
     (
-        {"models": None, "slices": [{"residual_weight": 0.5}]},
-        r"slices\[0\].residual_weight: expected .*, found 0.5; merge whole models",
-    ),
-    (
         {"tokenizer": {"tokens": {"a": 1}}},
-        r"tokenizer.tokens: expected one of source, found {'a': 1}; take it out; a token's embedding",
+        r"tokenizer.tokens\['a'\]: expected source: a model, {kind: zero} or .*, found 1",
     ),
-    (
-        {"tokenizer": {"pad_to_multiple_of": 8}},
-        "tokenizer.pad_to_multiple_of: expected one of source, found 8; take it out",
-    ),
-    ({"tokenizer": "base"}, "tokenizer: expected a mapping with keys among source, found 'base'"),
-    (
-        {"tokenizer": {"source": "a"}},
-        "tokenizer_source: expected base or union, found 'a'; choose one of these, or put that model's",
-    ),
-    ({"tokenizer_source": "model:a"}, "tokenizer_source: expected base or union, found 'model:a'"),
-    ({"tokenizer_source": ["base"]}, r"tokenizer_source: expected base or union, found \['base'\]"),
+    ({"tokenizer": "base"}, "tokenizer: expected a mapping with keys among source, tokens, .*, found 'base'"),
+    ({"tokenizer_source": ["base"]}, r"tokenizer_source: expected base, union or a model, found \['base'\]"),
     (
         {"tokenizer_source": "base", "tokenizer": {}},
         "tokenizer: expected tokenizer or tokenizer_source, found both",
@@ -1114,6 +1139,62 @@ def test_a_base_may_stand_in_slices() -> None:
         recipe(base_model=None, models=None, slices=[*given[:1], {**given[1], "base_model": "a"}])
 
 
-def test_a_slice_of_no_layers_is_told_what_does_that() -> None:
-    with pytest.raises(ConfigError, match=r"expected layers, found none: \[2, 2\]; .*filter.*--take"):
-        recipe(models=None, slices=slices((0, 2), (2, 2)))
+# What is said in several ways.
+
+_SOURCES = [
+    {"model": "a", "layer_range": [0, 2], "parameters": {"weight": 0.4}},
+    {"model": "b", "layer_range": [0, 2]},
+]
+
+
+def test_a_module_is_the_model() -> None:
+    slices_of = [{"sources": _SOURCES, "parameters": {"density": 0.3}}]
+    inside = {"models": None, "modules": {"default": {"slices": slices_of}}}
+    assert recipe(**inside) == recipe(models=None, slices=slices_of)
+    models = [{"model": "a"}, {"model": "b"}]
+    assert recipe(models=None, modules={"text": {"models": models}}) == recipe()
+
+
+def test_what_a_module_says_counts_before_what_all_do() -> None:
+    module = {
+        "models": [{"model": "a"}, {"model": "b"}],
+        "parameters": {"weight": {"filter": "mlp", "value": 2}, "density": 0.5},
+    }
+    made = recipe(models=None, modules={"default": module}, parameters={"weight": 3, "lambda": 0.5})
+    values = made.resolver(1)
+    assert [values.value(WEIGHT, name, 0) for name in ("layers.0.mlp.w", "layers.0.attn.w")] == [2, 3]
+    assert made.parameters["density"] == 0.5
+    assert made.parameters["lambda"] == 0.5
+
+
+def test_modules_that_say_the_same_are_one() -> None:
+    module = {"models": [{"model": "a"}, {"model": "b"}]}
+    assert recipe(models=None, modules={"encoder": module, "decoder": module}) == recipe()
+    slices_of = {"slices": [{"sources": _SOURCES}]}
+    with pytest.raises(ConfigError, match="modules: expected models: each module has layers of its own"):
+        recipe(models=None, modules={"encoder": slices_of, "decoder": slices_of})
+
+
+def test_a_model_may_be_a_mapping() -> None:
+    path = {"path": "b", "revision": "v1"}
+    made = recipe(base_model={"model": {"path": "base"}}, models=[{"model": "a"}, {"model": {"model": path}}])
+    assert (made.base, names(made)) == ("base", ["a", "b@v1"])
+
+
+def test_a_revision_beside_a_model_is_its_own() -> None:
+    models = [{"model": "a"}, {"model": "b", "revision": "dpo-v0"}]
+    assert names(recipe(models=models)) == ["a", "b@dpo-v0"]
+    assert notes(models=models) == ["models[1].revision is read as b@dpo-v0; mergekit takes the newest"]
+
+
+def test_keys_that_nobody_reads_are_told_wherever_they_stand() -> None:
+    source = {**_SOURCES[0], "glorious_base": True}
+    given = [{"sources": [source, _SOURCES[1]], "residual_weight": 0.5}]
+    keys = {"models": None, "slices": given, "tokenizer": {"source": "base", "why": 1}}
+    assert notes(**keys) == [
+        "slices[0].residual_weight is ignored: nothing reads it there",
+        "slices[0].sources[0].glorious_base is ignored: nothing reads it there",
+        "tokenizer.why is ignored: nothing reads it there",
+    ]
+    with pytest.raises(ConfigError, match=r"slices\[0\].residual_weight: expected one of sources"):
+        read(config(**keys), strict=True)

@@ -173,3 +173,34 @@ def test_options_beside_a_stack_are_refused(words: list[str], tmp_path: Path) ->
 def test_another_method_is_no_stack(tmp_path: Path) -> None:
     (tmp_path / "c.yml").write_text("merge_method: ties\nbase_model: b\nmodels: [{model: a}]\n")
     assert read_stack(tmp_path / "c.yml") is None
+
+
+def test_the_tokenizer_may_be_another_models_with_the_same_tokens(models: dict[str, State]) -> None:
+    tokens = {"x": 0, "y": 1}
+    for name, more in (("a", {}), ("b", {"z": 2})):
+        model = {"type": "WordLevel", "vocab": tokens}
+        Path(name, "tokenizer.json").write_text(json.dumps({"of": name, "model": model}))
+        Path(f"{name}-more").mkdir()
+        model = {"type": "WordLevel", "vocab": {**tokens, **more}}
+        Path(f"{name}-more", "tokenizer.json").write_text(json.dumps({"of": "more", "model": model}))
+    slices = [part("a", 0, 2), part("b", 1, 4)]
+    for keys in ({"tokenizer_source": "a-more"}, {"tokenizer": {"source": "a-more"}}):
+        stacked(slices, **keys)
+        assert json.loads(Path("out/tokenizer.json").read_text())["of"] == "more"
+    with pytest.raises(ConfigError, match="tokenizer_source: expected a tokenizer with the tokens of a"):
+        stacked(slices, tokenizer_source="b-more")
+    with pytest.raises(ConfigError, match=r"tokenizer\.pad_to_multiple_of: expected none: passthrough"):
+        stacked(slices, tokenizer={"pad_to_multiple_of": 8})
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_a_base_with_an_adapter_alone_is_copied(method: str) -> None:
+    source = {"model": "a+lora", "layer_range": [0, 4], "parameters": {"weight": 1}}
+    top = {"merge_method": method, "base_model": "a+lora", "parameters": {"normalize": False}}
+    what = read_stack({**top, "slices": [{"sources": [source]}], "dtype": "bfloat16"})
+    assert what is not None
+    assert [(each.model, each.first, each.last) for each in what.layers] == [("a+lora", 0, 4)]
+    assert what.notes == ("nothing is added to a+lora: it is written as it is",)
+    assert read_stack({**top, "models": [{"model": "a+lora"}]}) is not None
+    assert read_stack({**top, "models": [{"model": "a+lora"}, {"model": "b"}]}) is None
+    assert read_stack({**top, "base_model": "a", "models": [{"model": "a"}]}) is None

@@ -5,14 +5,28 @@ not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError
+from ...errors import ConfigError, brief
 from ..methods.parameters import Case, Gradient, Parameter, Scalar, Setting, Settings
-from .foreign import Foreign, without_stray
-from .recipe import CHOICES, DTYPE_NAMES, FLAVOUR, Recipe, Tokenizer
-from .yaml_parts import Inputs, base_in_slices, fields_of, inputs_of, parsed, says, settings_of, text_of
+from ..models.token_rows import token_rows
+from .foreign import Foreign
+from .recipe import CHOICES, DTYPE_NAMES, FLAVOUR, Recipe
+from .recipe_parts import LayerRange
+from .spelling import model_name, spelt_out
+from .yaml_parts import (
+    TOKENIZER,
+    Inputs,
+    base_in_slices,
+    fields_of,
+    inputs_of,
+    parsed,
+    says,
+    settings_of,
+    text_of,
+)
 
 _NAMES = (
     "average task_arithmetic ties magnitude dare_linear dare_ties drop_only breadcrumbs "
@@ -43,13 +57,16 @@ _KEYS = (
 _DENSITY = Parameter(name="density")
 
 
-def read(path_or_text: str | Path, *, strict: bool = False) -> tuple[Recipe, list[str]]:
+def read(
+    given: str | Path | dict[str, Any], *, strict: bool = False, seed: int = 0
+) -> tuple[Recipe, list[str]]:
     """A recipe from a configuration for mergekit, or one that `Recipe.to_yaml` wrote. Both may have our own
     keys besides: `seed`, `rescale`, `rounding`, and those of `CHOICES`.
 
     Args:
-        path_or_text: a file, or YAML itself: text of several lines, or in braces.
+        given: a file; YAML itself, as text of several lines, or in braces; or what it holds.
         strict: refuse what mergekit ignores, instead of leaving it out and saying so.
+        seed: that of the masks, where the configuration says none.
 
     Returns:
         The recipe, and sentences that say what was left out, and where the result will differ from
@@ -59,10 +76,12 @@ def read(path_or_text: str | Path, *, strict: bool = False) -> tuple[Recipe, lis
         ConfigError: the file cannot be read, or asks for something that this package does not do.
     """
     known = (*_KEYS.split(), *CHOICES)
-    document, ignored = parsed(path_or_text), list[str]()
-    if isinstance(document, dict) and not strict and "flavour" not in document:
-        document, ignored = without_stray(document, known)
+    document, ignored = given if isinstance(given, dict) else parsed(given), list[str]()
+    if not isinstance(document, dict) or "flavour" not in document:
+        document, ignored = spelt_out(document, known, strict=strict)
     top = fields_of(document, known, "")
+    if seed:
+        top = _seeded(top, seed)
     if "flavour" not in top:
         recipe, notes = _translated(top, strict=strict)
         return recipe, [*ignored, *notes]
@@ -71,6 +90,15 @@ def read(path_or_text: str | Path, *, strict: bool = False) -> tuple[Recipe, lis
             "flavour", expected=FLAVOUR, found=repr(top["flavour"]), remedy="leave it out for mergekit's own"
         )
     return _as_written(top), []
+
+
+def _seeded(top: dict[str, Any], seed: int) -> dict[str, Any]:
+    parameters = top.get("parameters")
+    said = top.get("seed", parameters.get("seed") if isinstance(parameters, dict) else None)
+    if said not in (None, seed):
+        remedy = "leave --seed out, or the configuration's"
+        raise ConfigError("seed", expected=f"one: {seed} is given", found=brief(said), remedy=remedy)
+    return {**top, "seed": seed} if said is None else top
 
 
 def _as_written(top: Mapping[str, Any]) -> Recipe:
@@ -85,7 +113,7 @@ def _as_written(top: Mapping[str, Any]) -> Recipe:
         seed=top.get("seed", 0),
         out_dtype=_out_dtype(top),
         rounding=top.get("rounding", "nearest"),
-        tokenizer=_tokenizer(top, text_of(top, "base_model")),
+        **_vocabulary(top, text_of(top, "base_model")),
         **{name: top[name] for name in CHOICES if name in top},
     )
 
@@ -104,7 +132,8 @@ def _translated(top: Mapping[str, Any], *, strict: bool) -> tuple[Recipe, list[s
     base_model = top.get("base_model", base_in_slices(top["slices"]) if "slices" in top else None)
     top = {**top, "base_model": base_model} if base_model is not None else top
     base = _base(top, method, listed)
-    _check_names(base_model, [each.model for each in listed.models])
+    listed = _with_bases(listed, base_model)
+    _check_names([each.model for each in listed.models])
     shared = dict(settings_of(top.get("parameters", {}), "parameters"))
     rescale = _only(top, shared, "rescale")
     seed = _only(top, shared, "seed")
@@ -126,7 +155,7 @@ def _translated(top: Mapping[str, Any], *, strict: bool) -> tuple[Recipe, list[s
         seed=0 if seed is None else seed,
         out_dtype=_out_dtype(top),
         rounding=top.get("rounding", "nearest"),
-        tokenizer=_tokenizer(top, base),
+        **_vocabulary(top, base),
         **_choices(top, order, len(listed.models)),
     )
     return recipe, [*foreign.notes, *_notes(recipe, given, top.get("dtype", ""))]
@@ -174,19 +203,32 @@ def _base(top: Mapping[str, Any], method: str, inputs: Inputs) -> str:
     return text_of(top, "base_model")
 
 
-def _check_names(base: str | None, names: Sequence[str]) -> None:
-    """Refuses what mergekit takes for an adapter, or refuses itself."""
-    for where, name in [
-        ("base_model", base or ""),
-        *((f"models[{place}].model", name) for place, name in enumerate(names)),
-    ]:
-        if "+" in name:
-            raise ConfigError(
-                where,
-                expected="one model",
-                found=repr(name),
-                remedy="pass the adapter's folder itself as a model",
-            )
+def _with_bases(inputs: Inputs, base: str | None) -> Inputs:
+    """What stands for the base in each slice, where layers move: its own layers, or those that all models
+    have there; without a base the first model's.
+    """
+    if not any(layers.moved for layers in inputs.layers):
+        return inputs
+    names = [each.model for each in inputs.models]
+    return replace(inputs, layers=tuple(_with_base(each, names, base) for each in inputs.layers))
+
+
+def _with_base(layers: LayerRange, names: Sequence[str], base: str | None) -> LayerRange:
+    first = {name: layers.origin(n) for n, name in enumerate(names) if layers.models[n] is not None}
+    origins = tuple(layers.origin(n) for n in range(len(names)))
+    model = next(iter(first)) if base is None else base
+    if model not in first and len({*first.values()}) > 1:
+        raise ConfigError(
+            layers.label,
+            expected=f"{model} among the sources, since they have layers of other places",
+            found=", ".join(first),
+            remedy="list it there with its layer_range",
+        )
+    begin = first.get(model, next(iter(first.values())))
+    return replace(layers, origins=origins, base=(model, begin))
+
+
+def _check_names(names: Sequence[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(
@@ -323,17 +365,21 @@ def _out_dtype(top: Mapping[str, Any]) -> str | None:
     return None if dtype is None else codes[dtype.removeprefix("torch.")]
 
 
-def _tokenizer(top: Mapping[str, Any], base: str) -> Tokenizer | None:
+def _vocabulary(top: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """What is said of the result's tokenizer, as fields of a recipe."""
     if "tokenizer" in top and "tokenizer_source" in top:
         raise ConfigError(
             "tokenizer", expected="tokenizer or tokenizer_source", found="both", remedy="take one out"
         )
-    source = top.get("tokenizer_source")
-    if "tokenizer" in top:
-        source = fields_of(top["tokenizer"], ("source",), "tokenizer").get("source", "union")
-    if source is None or source == "union":
-        return source
-    if source not in ("base", base):
-        remedy = "choose one of these, or put that model's tokenizer into the result afterwards"
-        raise ConfigError("tokenizer_source", expected="base or union", found=repr(source), remedy=remedy)
-    return "base"
+    said = fields_of(top["tokenizer"], TOKENIZER, "tokenizer") if "tokenizer" in top else {}
+    source = model_name(said.get("source", "union" if "tokenizer" in top else top.get("tokenizer_source")))
+    if source is None:
+        return {}
+    if not isinstance(source, str) or not source:
+        raise ConfigError("tokenizer_source", expected="base, union or a model", found=repr(source))
+    source = source.removeprefix("model:")
+    return {
+        "tokenizer": "base" if source == base else source,
+        "tokens": token_rows(said.get("tokens", {}), "tokenizer.tokens"),
+        "pad_to_multiple_of": said.get("pad_to_multiple_of"),
+    }

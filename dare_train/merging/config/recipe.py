@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from ...config import Rounding
 from ...errors import ConfigError
@@ -19,6 +19,7 @@ from ..methods.parameters import (
     checked_settings,
     scalars,
 )
+from ..models.token_rows import TokenRow
 from .checks import (
     check_choice,
     check_text,
@@ -28,14 +29,15 @@ from .checks import (
     texts_by_text,
     texts_of,
 )
-from .recipe_parts import TAKES_PART, LayerRange, Model
+from .recipe_parts import BASE_LAYERS, TAKES_PART, LayerRange, Model
 from .setting_resolver import SettingResolver
-
-Tokenizer = Literal["base", "union"]
 
 RESCALES = ("paper", "norm", "q", "none")
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """What a merge can be written as: safetensors code, and the name in a configuration."""
+
+MOST_ROWS = 1 << 16
+"""That embeddings are padded to a multiple of."""
 
 FLAVOUR = "dare_train"
 """Marks a configuration of our own, which `mergekit.read` takes literally."""
@@ -74,9 +76,13 @@ class Recipe:
     rounding: Rounding = "nearest"
     """Where an element of the result between two numbers of its dtype lands: on the nearest; or
     (`stochastic`) on either, so that its expectation is right."""
-    tokenizer: Tokenizer | None = None
-    """Whose vocabulary the result has: the base's, or that of all models; None when they need no
-    comparison."""
+    tokenizer: str | None = None
+    """Whose vocabulary the result has: `base`; `union`, that of all models; or a model's, as `models` calls
+    it, or one whose tokenizer alone is taken. None when they need no comparison."""
+    tokens: Mapping[str, TokenRow] = field(default_factory=dict)
+    """Tokens that the result has in any case, and where their rows come from."""
+    pad_to_multiple_of: int | None = None
+    """Embeddings get so many rows that this divides them: means of the others."""
     exclude: tuple[str, ...] = ()
     """Tensors whose name matches one of these patterns (`fnmatch`) stay as in the base. A single text is one
     pattern."""
@@ -103,15 +109,15 @@ class Recipe:
         object.__setattr__(self, "layers", instances_of("layers", self.layers, LayerRange))
         object.__setattr__(self, "parameters", checked_settings(self.parameters, ""))
         if not self.models:
-            raise ConfigError("models", expected="at least one besides the base", found="none")
+            remedy = "merge_method: passthrough copies a model" if "+" in self.base else ""
+            raise ConfigError("models", expected="at least one besides the base", found="none", remedy=remedy)
         check_choice("rescale", self.rescale, RESCALES)
         if not is_integer(self.seed) or not 0 <= self.seed < 1 << 64:
             raise ConfigError("seed", expected="an integer in [0, 2**64)", found=repr(self.seed))
         if self.out_dtype is not None:
             check_choice("out_dtype", self.out_dtype, tuple(DTYPE_NAMES))
         check_choice("rounding", self.rounding, get_args(Rounding))
-        if self.tokenizer is not None:
-            check_choice("tokenizer", self.tokenizer, get_args(Tokenizer))
+        self._check_tokenizer()
         object.__setattr__(self, "exclude", patterns_of("exclude", self.exclude))
         object.__setattr__(self, "take", texts_by_text("take", self.take, "models by name pattern"))
         object.__setattr__(self, "rename", texts_by_text("rename", self.rename, "new parts of names by old"))
@@ -223,7 +229,11 @@ class Recipe:
             plain["out_dtype"] = DTYPE_NAMES[self.out_dtype]
         if self.rounding != "nearest":
             plain["rounding"] = self.rounding
-        if self.tokenizer is not None:
+        if self.tokens or self.pad_to_multiple_of is not None:
+            rows = {token: row.plain() for token, row in self.tokens.items()}
+            given = {"source": self.tokenizer, "tokens": rows, "pad_to_multiple_of": self.pad_to_multiple_of}
+            plain["tokenizer"] = {name: value for name, value in given.items() if value}
+        elif self.tokenizer is not None:
             plain["tokenizer_source"] = self.tokenizer
         chosen = {name: getattr(self, name) for name in CHOICES}
         return plain | {
@@ -233,19 +243,23 @@ class Recipe:
         }
 
     def _plain_slice(self, layers: LayerRange) -> dict[str, Any]:
+        count = layers.last - layers.first
         sources = [
             {
                 "model": model.model,
-                "layer_range": [layers.first, layers.last],
+                "layer_range": [layers.origin(number), layers.origin(number) + count],
                 **(
                     {TAKES_PART: False}
                     if settings is None
                     else _plain_parameters(_folded(settings, model.parameters))
                 ),
             }
-            for model, settings in zip(self.models, layers.models, strict=True)
+            for number, (model, settings) in enumerate(zip(self.models, layers.models, strict=True))
         ]
-        return {"sources": sources, **_plain_parameters(layers.parameters)}
+        plain = {"sources": sources, **_plain_parameters(layers.parameters)}
+        if layers.base is not None:
+            plain[BASE_LAYERS] = {"model": layers.base[0], "from": layers.base[1]}
+        return plain
 
     def _levels(self) -> Iterator[_Level]:
         yield _Level(settings=self.parameters, where="", per_model=False)
@@ -259,6 +273,18 @@ class Recipe:
                 yield _Level(
                     settings=settings, where=f" of {model.model!r} in {layers.label}", per_model=True
                 )
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer is not None:
+            check_text("tokenizer", self.tokenizer)
+        multiple = self.pad_to_multiple_of
+        if multiple is not None and not (is_integer(multiple) and 0 < multiple <= MOST_ROWS):
+            raise ConfigError(
+                "pad_to_multiple_of", expected=f"an integer from 1 to {MOST_ROWS}", found=repr(multiple)
+            )
+        if (self.tokens or multiple is not None) and self.tokenizer is None:
+            raise ConfigError("tokenizer", expected="base, union or a model, beside its tokens", found="none")
+        object.__setattr__(self, "tokens", dict(self.tokens))
 
     def _check_models_of_choices(self) -> None:
         names = [each.model for each in self.models]

@@ -8,16 +8,13 @@ The rules are those of mergekit 0.1.5. The first of these that says something co
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ...errors import ConfigError
 from ..methods.parameters import Parameter, Scalar, Settings, value_at
+from ..models.layers import comes_before_layers, layer_of
 from .recipe_parts import LayerRange, Model
-
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.([0-9]{1,6})(?=\.|$)")
-_BEFORE_LAYERS = re.compile(r"emb(?!ed_out)|wte|wpe|(?:^|\.)shared\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,30 +94,6 @@ class SettingResolver:
             if each.first <= index < each.last:
                 return each, _share(index - each.first, each.last - each.first)
         return None, _share(index, count)
-
-
-def comes_before_layers(tensor: str) -> bool:
-    """Whether a tensor outside of layers is read before them, such as an embedding."""
-    return _BEFORE_LAYERS.search(tensor) is not None
-
-
-def layer_of(tensor: str) -> tuple[str, int] | None:
-    """The stack that a tensor's layer belongs to, such as `model.layers`, and its place there; None outside
-    layers.
-
-    The first number after `layers`, `layer`, `h`, `block`, `blocks` or `resblocks` counts: experts have
-    numbers too.
-    """
-    number = _LAYER.search(tensor)
-    return (tensor[: number.start(1) - 1], int(number[1])) if number else None
-
-
-def layer_counts(tensors: Iterable[str]) -> dict[str, int]:
-    """How many layers each stack has, from the names of a checkpoint's tensors."""
-    counts: dict[str, int] = {}
-    for stack, index in filter(None, map(layer_of, tensors)):
-        counts[stack] = max(counts.get(stack, 0), index + 1)
-    return counts
 
 
 def _share(place: int, count: int) -> float:

@@ -12,15 +12,16 @@ from typing import Any
 from ...errors import ConfigError
 from ..methods.parameters import Parameter, Settings, value_at
 from ..models.chat_templates import check_template
-from .foreign import without_stray
+from .mergekit import METHODS
 from .recipe import DTYPE_NAMES
-from .yaml_parts import fields_of, parsed, settings_of, text_of
+from .spelling import spelt_out
+from .yaml_parts import SLICE, SOURCE, TOKENIZER, WHOLE, fields_of, parsed, settings_of, text_of
 
 PASSTHROUGH = "passthrough"
 SCALE = Parameter(name="scale", default=1.0, per_model=True, meaning="factor of each weight")
 _KEYS = (
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "chat_template",
+    "tokenizer", "chat_template",
 )  # fmt: skip
 
 
@@ -51,7 +52,9 @@ class Stack:
 
     layers: tuple[StackedLayers, ...]
     described_by: str
-    """The model whose configuration and tokenizer the result gets."""
+    """The model whose configuration the result gets."""
+    tokenizer: str
+    """The model whose tokenizer it gets, where tokens are the same."""
     out_dtype: str | None
     """A safetensors code; None leaves each tensor its own."""
     chat_template: str
@@ -61,19 +64,27 @@ class Stack:
     """The configuration as it was read."""
 
 
-def read_stack(path: Path, *, strict: bool = False) -> Stack | None:
-    """The stack that a file asks for; None where it asks for something else.
+def read_stack(given: Path | dict[str, Any], *, strict: bool = False) -> Stack | None:
+    """The stack that a configuration asks for; None where it asks for something else.
 
     Args:
+        given: a file, or what it holds.
         strict: refuse what nobody reads, instead of leaving it out and saying so.
 
     Raises:
         ConfigError: it cannot be read, or asks for what is not done here.
     """
-    document = parsed(path)
-    if not isinstance(document, dict) or document.get("merge_method") != PASSTHROUGH:
+    import yaml
+
+    document = given if isinstance(given, dict) else parsed(given)
+    if not isinstance(document, dict):
         return None
-    known, ignored = (document, []) if strict else without_stray(document, _KEYS)
+    known, ignored = spelt_out(document, _KEYS, strict=strict)
+    if document.get("merge_method") != PASSTHROUGH:
+        if not _adds_nothing(known):
+            return None
+        known = _copying(known)
+        ignored.append(f"nothing is added to {known['base_model']}: it is written as it is")
     top = fields_of(known, _KEYS, "")
     shared = _settings(top, "")
     layers = tuple(_sliced(top["slices"], shared) if "slices" in top else _whole(top, shared))
@@ -82,18 +93,46 @@ def read_stack(path: Path, *, strict: bool = False) -> Stack | None:
         check_template(template)
     base = top.get("base_model")
     described_by = base if isinstance(base, str) and base else layers[0].model
-    source = top.get("tokenizer_source")
-    if source not in (None, "base", "union", described_by):
-        remedy = f"base_model: {source} takes configuration and tokenizer from that model"
-        raise ConfigError("tokenizer_source", expected="base", found=repr(source), remedy=remedy)
     return Stack(
         layers=layers,
         described_by=described_by,
         out_dtype=_dtype(top),
         chat_template=template,
+        tokenizer=_tokenizer(top, described_by),
         notes=tuple(ignored),
-        text=path.read_text(encoding="utf-8"),
+        text=yaml.safe_dump(given, sort_keys=False) if isinstance(given, dict) else given.read_text("utf-8"),
     )
+
+
+def _adds_nothing(top: Mapping[str, Any]) -> bool:
+    """Whether a base with an adapter is all that a merge on a base names: people write the one into the other
+    so.
+    """
+    base, method = top.get("base_model"), METHODS.get(str(top.get("merge_method")))
+    if not isinstance(base, str) or "+" not in base or method is None or "flavour" in top:
+        return False
+    listed = [each for part in _parts(top) for each in part]
+    return bool(listed) and all(isinstance(each, dict) and each.get("model") == base for each in listed)
+
+
+def _parts(top: Mapping[str, Any]) -> list[list[Any]]:
+    """The models of each slice, or of all layers."""
+    slices = top.get("slices")
+    if not isinstance(slices, list):
+        return [top["models"]] if isinstance(top.get("models"), list) else []
+    found = [each.get("sources") if isinstance(each, dict) else None for each in slices]
+    return [sources if isinstance(sources, list) else [None] for sources in found]
+
+
+def _copying(top: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that copies what `_adds_nothing` found."""
+    kept = {key: value for key, value in top.items() if key not in ("models", "slices", "parameters")}
+    plain = [
+        [{key: value for key, value in source.items() if key != "parameters"} for source in part[:1]]
+        for part in _parts(top)
+    ]
+    what = {"slices": [{"sources": part} for part in plain]} if "slices" in top else {"models": plain[0]}
+    return {**kept, **what, "merge_method": PASSTHROUGH}
 
 
 def _sliced(value: object, shared: Settings) -> Iterator[StackedLayers]:
@@ -101,13 +140,13 @@ def _sliced(value: object, shared: Settings) -> Iterator[StackedLayers]:
         raise ConfigError("slices", expected="a list with at least one entry", found=repr(value))
     for place, each in enumerate(value):
         where = f"slices[{place}]"
-        fields = fields_of(each, ("sources", "parameters"), where)
+        fields = fields_of(each, SLICE, where)
         sources = fields.get("sources")
         if not isinstance(sources, list) or len(sources) != 1:
             found = len(sources) if isinstance(sources, list) else repr(sources)
             expected = f"one model: {PASSTHROUGH} merges nothing"
             raise ConfigError(f"{where}.sources", expected=expected, found=found)
-        own = fields_of(sources[0], ("model", "layer_range", "parameters"), f"{where}.sources[0]")
+        own = fields_of(sources[0], SOURCE, f"{where}.sources[0]")
         first, last = _range(own.get("layer_range"), f"{where}.sources[0].layer_range")
         yield StackedLayers(
             model=text_of(own, "model", f"{where}.sources[0]"),
@@ -124,7 +163,7 @@ def _whole(top: Mapping[str, Any], shared: Settings) -> Iterator[StackedLayers]:
         raise ConfigError(
             "models", expected=f"one model, or slices: {PASSTHROUGH} merges nothing", found=found
         )
-    fields = fields_of(models[0], ("model", "parameters"), "models[0]")
+    fields = fields_of(models[0], WHOLE, "models[0]")
     name = text_of(fields, "model", "models[0]")
     yield StackedLayers(model=name, first=0, last=None, settings=(_settings(fields, "models[0]."), shared))
 
@@ -138,6 +177,19 @@ def _settings(fields: Mapping[str, Any], where: str) -> Settings:
                 found, expected=f"a parameter of {PASSTHROUGH}: {SCALE.name}", remedy="take it out"
             )
     return settings
+
+
+def _tokenizer(top: Mapping[str, Any], described_by: str) -> str:
+    said = fields_of(top["tokenizer"], TOKENIZER, "tokenizer") if "tokenizer" in top else {}
+    for key in ("tokens", "pad_to_multiple_of"):
+        if key in said:
+            remedy = f"merge_method: linear gives the result of this a vocabulary with {key}"
+            raise ConfigError(f"tokenizer.{key}", expected=f"none: {PASSTHROUGH} copies rows", remedy=remedy)
+    source = said.get("source") or top.get("tokenizer_source") or "base"
+    if not isinstance(source, str):
+        raise ConfigError("tokenizer_source", expected="base or a model", found=repr(source))
+    source = source.removeprefix("model:")
+    return described_by if source in ("base", "union") else source
 
 
 def _range(value: object, where: str) -> tuple[int, int]:

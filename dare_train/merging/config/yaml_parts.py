@@ -13,18 +13,15 @@ from ...errors import ConfigError, brief
 from ...reading import bounded_yaml
 from ...reading.plain_files import content
 from ..methods.parameters import Case, Gradient, Scalar, Setting, Settings
-from .recipe_parts import TAKES_PART, LayerRange, Model
+from .recipe_parts import BASE_LAYERS, TAKES_PART, LayerRange, Model
 
-_WHOLE_MODELS = (
-    "merge whole models; mergekit's passthrough can move, repeat or leave out layers before or after"
-)
-REMEDIES = {
-    "modules": "list models; every part of a model is merged by the same method",
-    "residual_weight": _WHOLE_MODELS,
-    "tokens": "take it out; a token's embedding is merged like any other's",
-    "pad_to_multiple_of": "take it out; resize the embeddings of the result",
-}
+REMEDIES = {"modules": "give it a module, such as default: {models: [...]}"}
 """What to do about keys of mergekit's that are not read here."""
+WHOLE = ("model", "parameters")
+"""Keys of a model that is listed, and of other mappings."""
+SLICE = ("sources", "parameters", "base_model", BASE_LAYERS)
+SOURCE = ("model", "layer_range", "parameters", TAKES_PART)
+TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +67,23 @@ def parsed(path_or_text: str | Path) -> object:
     """What a file of YAML holds, or YAML itself: text of several lines, or in braces.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be read, or holds several documents.
     """
+    documents = documents_of(path_or_text)
+    if len(documents) > 1:
+        remedy = "dare-train merge runs them one after the other; here, give each a file"
+        found = str(len(documents))
+        raise ConfigError("the configuration", expected="one merge in a file", found=found, remedy=remedy)
+    return documents[0] if documents else None
+
+
+def documents_of(path_or_text: str | Path) -> list[object]:
+    """As `parsed`, of all documents that are not empty."""
     import yaml
 
     text = _yaml_text(path_or_text)
     try:
-        documents = bounded_yaml.documents(text)
+        return bounded_yaml.documents(text)
     # Dates and numbers that YAML's grammar takes for such raise ValueError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -84,16 +91,6 @@ def parsed(path_or_text: str | Path) -> object:
         where = f"line {mark.line + 1}" if mark is not None else "the configuration"
         deep = "values nested too deep" if isinstance(error, RecursionError) else f"{error}"
         raise ConfigError(where, expected="YAML", found=problem or deep) from error
-    if len(documents) > 1:
-        names = [str(each["name"]) for each in documents if isinstance(each, dict) and "name" in each]
-        raise ConfigError(
-            "the configuration",
-            expected="one merge in a file",
-            found=f"{len(documents)}{f', such as {names[0]}' if names else ''}",
-            remedy="split it into a file for each document, run them one after the other, and give the "
-            "folder of a result where its name stands",
-        )
-    return documents[0] if documents else None
 
 
 def _yaml_text(path_or_text: str | Path) -> str:
@@ -128,7 +125,7 @@ def inputs_of(top: Mapping[str, Any]) -> Inputs:
 def _models(value: object) -> Iterator[Model]:
     for place, each in enumerate(_list(value, "models")):
         where = f"models[{place}]"
-        fields = fields_of(each, ("model", "parameters"), where)
+        fields = fields_of(each, WHOLE, where)
         yield Model(
             model=text_of(fields, "model", where),
             parameters=settings_of(fields.get("parameters", {}), f"{where}.parameters"),
@@ -136,17 +133,20 @@ def _models(value: object) -> Iterator[Model]:
 
 
 def _sliced(value: object) -> Inputs:
-    slices: list[tuple[list[_Source], Settings]] = []
+    slices: list[tuple[list[_Source], Settings, object]] = []
     for place, each in enumerate(_list(value, "slices")):
         where = f"slices[{place}]"
-        fields = fields_of(each, ("sources", "parameters", "base_model"), where)
-        end = slices[-1][0][0].last if slices else 0
-        sources = _sources(fields.get("sources"), f"{where}.sources", end)
+        fields = fields_of(each, SLICE, where)
+        sources = _sources(fields.get("sources"), f"{where}.sources")
         _check_once([source.model for source in sources], f"{where}.sources")
-        slices.append((sources, settings_of(fields.get("parameters", {}), f"{where}.parameters")))
-    names = [*dict.fromkeys(source.model for sources, _ in slices for source in sources)]
-    layers = tuple(_range(sources, settings, names) for sources, settings in slices)
-    return Inputs(models=tuple(Model(model=name) for name in names), layers=layers)
+        settings = settings_of(fields.get("parameters", {}), f"{where}.parameters")
+        slices.append((sources, settings, fields.get(BASE_LAYERS)))
+    names = [*dict.fromkeys(source.model for sources, _, _ in slices for source in sources)]
+    layers, first = list[LayerRange](), 0
+    for place, (sources, settings, base) in enumerate(slices):
+        layers.append(_range(sources, settings, names, first, base, f"slices[{place}]"))
+        first = layers[-1].last
+    return Inputs(models=tuple(Model(model=name) for name in names), layers=tuple(layers))
 
 
 def base_in_slices(value: object) -> str | None:
@@ -167,11 +167,28 @@ def base_in_slices(value: object) -> str | None:
     return named.pop() if named else None
 
 
-def _range(sources: Sequence[_Source], settings: Settings, names: Sequence[str]) -> LayerRange:
-    """A slice, of those models that it names."""
-    own = {source.model: source.parameters for source in sources if source.takes_part}
-    models = tuple(own.get(name) for name in names)
-    return LayerRange(first=sources[0].first, last=sources[0].last, parameters=settings, models=models)
+def _range(
+    sources: Sequence[_Source], settings: Settings, names: Sequence[str], first: int, base: object, where: str
+) -> LayerRange:
+    """A slice, of those models that it names, for the layers of the result from `first`."""
+    parts = {source.model: source for source in sources if source.takes_part}
+    origins = tuple(parts[name].first if name in parts else 0 for name in names)
+    return LayerRange(
+        first=first,
+        last=first + sources[0].last - sources[0].first,
+        parameters=settings,
+        models=tuple(parts[name].parameters if name in parts else None for name in names),
+        origins=origins,
+        base=None if base is None else _base_layers(base, f"{where}.{BASE_LAYERS}"),
+    )
+
+
+def _base_layers(value: object, where: str) -> tuple[str, int]:
+    fields = fields_of(value, ("model", "from"), where)
+    first = fields.get("from")
+    if type(first) is not int or first < 0:
+        raise ConfigError(f"{where}.from", expected="the number of a layer", found=brief(first))
+    return text_of(fields, "model", where), first
 
 
 def _check_once(names: Sequence[str], where: str) -> None:
@@ -190,40 +207,29 @@ class _Source:
     takes_part: bool
 
 
-def _sources(value: object, where: str, first: int) -> list[_Source]:
-    """One slice's sources, which must all be the layers that come next in the result, from `first`."""
+def _sources(value: object, where: str) -> list[_Source]:
+    """One slice's sources, with as many layers from each."""
     sources = [_source(each, f"{where}[{place}]") for place, each in enumerate(_list(value, where))]
+    count = sources[0].last - sources[0].first
     for place, each in enumerate(sources):
-        if each.first != first or each.last != sources[0].last:
-            expected = (
-                f"[{first}, {sources[0].last if sources[0].first == first else '...'}], "
-                "the layers' place in the result"
-            )
+        if each.last - each.first != count:
             raise ConfigError(
                 f"{where}[{place}].layer_range",
-                expected=expected,
+                expected=f"{count} layers, as many as the first has",
                 found=f"[{each.first}, {each.last}]",
-                remedy=_WHOLE_MODELS,
+                remedy="merge as many layers of each model in a slice",
             )
     return sources
 
 
 def _source(value: object, where: str) -> _Source:
-    fields = fields_of(value, ("model", "layer_range", "parameters", TAKES_PART), where)
+    fields = fields_of(value, SOURCE, where)
     ends = fields.get("layer_range")
-    if isinstance(ends, list) and len(ends) == 2 and ends[0] == ends[1]:
-        raise ConfigError(
-            f"{where}.layer_range",
-            expected="layers",
-            found=f"none: {ends}",
-            remedy="to have what lies outside of layers from one model, give the others weight 0 there, with "
-            "a filter such as lm_head; or take: {lm_head.weight: MODEL} (--take)",
-        )
     if (
         not isinstance(ends, list)
         or len(ends) != 2
         or not all(type(end) is int for end in ends)
-        or not 0 <= ends[0] < ends[1]
+        or not 0 <= ends[0] <= ends[1]
     ):
         raise ConfigError(f"{where}.layer_range", expected="[first, last + 1]", found=brief(ends))
     settings = settings_of(fields.get("parameters", {}), f"{where}.parameters")
@@ -311,7 +317,10 @@ def text_of(fields: Mapping[str, Any], key: str, where: str = "") -> str:
 
 
 def _arranged(layers: LayerRange, order: Sequence[int | None]) -> LayerRange:
-    return replace(layers, models=tuple({} if place is None else layers.models[place] for place in order))
+    models = tuple({} if place is None else layers.models[place] for place in order)
+    of_base = layers.base[1] if layers.base is not None else layers.first
+    origins = tuple(of_base if place is None else layers.origin(place) for place in order)
+    return replace(layers, models=models, origins=origins)
 
 
 def _changed(

@@ -137,7 +137,7 @@ class Growth:
         if (
             not grown
             and self._tokenizer is None
-            and not any(_other_tokenizer(model.folder, folder) for model in self._inputs)
+            and not any(other_tokenizer(model.folder, folder) for model in self._inputs)
         ):
             return None
         base = read_tokens(folder) if folder is not None else None
@@ -260,7 +260,7 @@ class Growth:
         return equal(name, rest, beyond(self._inputs[left]), beyond(self._inputs[right]))
 
 
-def _other_tokenizer(folder: Path | None, base: Path | None) -> bool:
+def other_tokenizer(folder: Path | None, base: Path | None) -> bool:
     """Whether a folder has a tokenizer of its own that differs from the base's."""
     file = own_files(folder).get(TOKENIZER)
     base_file = files_in(base).get(TOKENIZER)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ...errors import CheckpointError, ConfigError
+from .chosen_vocabulary import ChosenVocabulary
 from .tokenizer_files import (
     ADDED,
     CONFIG,
@@ -53,6 +54,40 @@ def write_tokenizer(
     for name, content in contents.items():
         (staging / name).write_bytes(content)
     return sorted(contents)
+
+
+def write_chosen(chosen: ChosenVocabulary, input_folders: Sequence[Path | None], staging: Path) -> None:
+    """Write the tokenizer that was chosen, with the tokens that it lacks appended, in place of those that lie
+    in `staging`.
+
+    Raises:
+        As `write_tokenizer`.
+    """
+    source = Tokenizer.read(chosen.folder)
+    if source is None:
+        raise CheckpointError(
+            str(chosen.folder), expected=TOKENIZER, found="none to append tokens to", remedy=SAVE_AGAIN
+        )
+    others = [Tokenizer.read(folder) for folder in input_folders if folder is not None]
+    added = sorted(chosen.tokens.keys() - source.tokens.keys(), key=chosen.tokens.__getitem__)
+    entries = {token: _plain_entry(token, chosen.tokens[token]) for token in added}
+    for tokenizer in reversed([each for each in others if each is not None]):
+        entries |= {token: tokenizer.entry(token) for token in added if token in tokenizer.tokens}
+    vocabulary = Vocabulary(
+        tokens=dict(chosen.tokens), added=tuple(added), rows=(), embedding_rows=len(chosen.tokens)
+    )
+    known = {**source.entries, **entries}
+    contents = _extended(source, known, vocabulary) if added else source.contents()
+    for name in tokenizer_files(staging, None):
+        (staging / name).unlink()
+    for name, content in contents.items():
+        (staging / name).write_bytes(content)
+
+
+def _plain_entry(token: str, id: int) -> Entry:
+    """As `add_tokens` of a text makes it."""
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=True, special=False)
+    return {"id": id, "content": token, **flags}
 
 
 def _entries_to_append(vocabulary: Vocabulary, inputs: Iterable[Tokenizer]) -> dict[str, Entry]:

@@ -10,24 +10,22 @@ from pathlib import Path
 from typing import NamedTuple, Union
 
 from ...applying.chain import open_chain
-from ...dtypes import DTYPES
 from ...errors import ChainError, CheckpointError
 from ...hub.download import locate
 from ...package.quantised_records import quantised_in
 from ...package.reader import DeltaPackage
 from ...weights.alignment import cast_to, with_prefix, without_prefix
-from ...weights.files.checkpoint import Checkpoint
 from ...weights.files.full_precision import check_full_precision
 from ...weights.live.declared_ties import Ties
 from ...weights.lora.lora_checkpoint import AdapterWeights, merge_adapter
-from ...weights.lora.opening import WeightsLike, open_weights
+from ...weights.lora.opening import WeightsLike
 from ...weights.lora.other_layouts import in_layout_of
-from ...weights.low_rank import UNROUNDED
 from ...weights.meeting import aligned_or_explained, put_name, renamed, renamed_names
-from ...weights.protocol import Cast, TensorInfo, Weights, under
+from ...weights.protocol import TensorInfo, Weights, under
 from ...weights.renaming import check_names_meet, respelt
 from .inputs import CheckpointInput, Input, PackageInput
 from .model_files import config_of, files_in, is_package, own_files
+from .references import Adapted, OnBase, folder_of, open_reference, parts_of
 from .ties import Reconciled, Tied, reconcile, said_ties, same_content, ties_by_name
 
 ModelLike = Union[WeightsLike, DeltaPackage]
@@ -42,7 +40,7 @@ class Opened:
     def __init__(
         self, given: ModelLike, base: Weights, rename: Mapping[str, str], *, dequantize: bool = False
     ) -> None:
-        self.package = _package(given)
+        self.package = package_of(given)
         if self.package is not None:
             open_chain([self.package], None)
             if self.package.manifest.continues == "package":
@@ -60,12 +58,11 @@ class Opened:
             self.names = {name: name for name in self.package.records}
             self.prefix = self.package.manifest.prefix
         else:
-            opened = open_weights(given, dequantize=dequantize)  # type: ignore[arg-type]
-            check_full_precision(opened, purpose=_PURPOSE)
-            weights = merge_adapter(opened, base, unrounded=True)
-            self.folder = weights.folder if isinstance(weights, (Checkpoint, AdapterWeights)) else None
-            self._is_adapter = isinstance(weights, AdapterWeights)
-            self.weights, rename = _as_cut_in(base, weights, rename)
+            opened = open_model(given, base, dequantize=dequantize)  # type: ignore[arg-type]
+            self.folder = folder_of(opened)
+            self._is_adapter = isinstance(opened, OnBase)
+            self._leaves_dtypes = isinstance(opened, (OnBase, Adapted))
+            self.weights, rename = _as_cut_in(base, opened, rename)
             self.names = renamed_names(self.weights.tensors, rename)
             self.label = self.weights.label
             infos = {name: self.weights.tensors[given] for name, given in self.names.items()}
@@ -139,7 +136,7 @@ class Opened:
             records = self.package.records
             return {name: records[packed_name].base_info for name, packed_name in names.items()}
         assert self.weights is not None
-        tensors = {} if self._is_adapter else self.weights.tensors
+        tensors = {} if self._leaves_dtypes else self.weights.tensors
         shared = {name: name_in_model for name, name_in_model in names.items() if name_in_model in tensors}
         return {name: tensors[name_in_model] for name, name_in_model in shared.items()}
 
@@ -169,6 +166,18 @@ class Opened:
             return PackageInput(self.package, base, names, cast_base=cast_base)
         assert self.weights is not None
         return CheckpointInput(self.weights, named_base, names, folder=self.folder)
+
+
+def open_model(given: WeightsLike, base: Weights, *, dequantize: bool = False) -> Weights:
+    """A model's weights; of an adapter, what it makes of the base, without rounding.
+
+    Raises:
+        CheckpointError, TensorMismatch, ConfigError: it cannot be read, is quantised, or does not fit.
+    """
+    opened = open_reference(given, dequantize=dequantize)
+    check_full_precision(opened, purpose=_PURPOSE)
+    weights = merge_adapter(opened, base, unrounded=True)
+    return OnBase(weights) if isinstance(weights, AdapterWeights) else weights
 
 
 class Opening(NamedTuple):
@@ -248,7 +257,7 @@ def _reconciled(
     """What of base and models is tied: asked where they do not have the same names, or do not say the
     same.
     """
-    config = config_of(files_in(base.folder if isinstance(base, Checkpoint) else None))
+    config = config_of(files_in(folder_of(base)))
     says = _says_tied(base, config)
     same_names = all(of.keys() == named.tensors.keys() for of in names)
     if same_names and all(model.says_tied in (None, says) for model in opened):
@@ -275,13 +284,15 @@ def _says_tied(given: object, config: Mapping[str, object]) -> bool | None:
     return next((bool(answer) for answer in (said, live) if answer is not None), None)
 
 
-def _package(given: object) -> DeltaPackage | None:
+def package_of(given: object) -> DeltaPackage | None:
+    """The package that is meant, if it is one."""
     if isinstance(given, DeltaPackage):
         return given
     if not isinstance(given, (str, os.PathLike)):
         return None
-    path = locate(given)
-    return DeltaPackage.open(given) if is_package(path) else None
+    if len(parts_of(given)) > 1:
+        return None
+    return DeltaPackage.open(given) if is_package(locate(given)) else None
 
 
 def _check_package(package: DeltaPackage) -> None:
@@ -302,17 +313,11 @@ def _as_cut_in(
     base: Weights, weights: Weights, rename: Mapping[str, str]
 ) -> tuple[Weights, Mapping[str, str]]:
     """A model in the base's layout, and what is still to be renamed in it."""
-    if isinstance(weights, AdapterWeights):
-        return _in_single(weights), rename
+    if isinstance(weights, OnBase):
+        return weights, rename
     given = renamed(weights, rename)
     found = in_layout_of(base, given)
     return (weights, rename) if found is given else (found, {})
-
-
-def _in_single(adapted: AdapterWeights) -> Weights:
-    """What an adapter makes of a base in float32, in which deltas are worked out."""
-    wide = [name for name, info in adapted.tensors.items() if info.dtype == UNROUNDED]
-    return Cast(adapted, dict.fromkeys(wide, DTYPES["F32"]))
 
 
 def _name_in_base(name: str, prefix: str, base: Collection[str]) -> str:
