@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
 
@@ -26,6 +27,8 @@ _LONGEST = 400
 """Bytes that are read of who holds a lock."""
 _WRITTEN_WITHIN = 0.1
 """Seconds after which a lock says who has it."""
+_kept: ContextVar[frozenset[Path]] = ContextVar("kept", default=frozenset())
+"""Files of locks that this thread has for more than one writer."""
 
 
 @contextmanager
@@ -40,6 +43,9 @@ def locked(out: Path, within: Path | None = None) -> Iterator[bool]:
         OSError: the folder cannot be written to.
     """
     path = lock_name(out, within)
+    if path.parent.resolve() / path.name in _kept.get():
+        yield True
+        return
     lock = _taken(path, out)
     if lock is None:
         yield False
@@ -54,6 +60,41 @@ def locked(out: Path, within: Path | None = None) -> Iterator[bool]:
                 remove(path)
             finally:
                 lock.let_go()
+
+
+@contextmanager
+def occupied(out: Path, within: Path | None = None) -> Iterator[None]:
+    """`locked`, of a folder that is written into file by file: by any of its paths. Where nobody may make
+    anything beside `out`, nobody can take its place either, and nothing is locked.
+
+    Raises:
+        As `locked`.
+    """
+    beside = within or out.resolve().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if os.access(beside, os.W_OK):
+            stack.enter_context(locked(out.resolve(), within))
+        yield
+
+
+@contextmanager
+def kept(out: Path) -> Iterator[None]:
+    """`occupied`, for all that this thread writes to `out` in the block: what locks it again passes.
+
+    Raises:
+        As `locked`.
+    """
+    path = lock_name(out.resolve())
+    if path in _kept.get():
+        yield
+        return
+    with occupied(out):
+        before = _kept.set(_kept.get() | {path})
+        try:
+            yield
+        finally:
+            _kept.reset(before)
 
 
 def lock_name(out: Path, within: Path | None = None) -> Path:

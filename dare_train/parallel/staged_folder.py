@@ -95,7 +95,7 @@ def _place(out: Path, within: Path | None, overwrite: bool) -> Iterator[bool]:
             except OSError as error:
                 if isinstance(error, DareError):
                     raise
-                _check_free(out, overwrite)
+                check_free(out, overwrite)
                 raise
         yield alone
 
@@ -109,7 +109,7 @@ def _begun(
     if resume is not None:
         begun = next((path for path in _begun_before(out, within, alone) if resume(path)), None)
     clear(out, within, alone=alone, but=begun)
-    _check_free(out, overwrite)
+    check_free(out, overwrite)
     if begun is None:
         staging.mkdir()
     else:
@@ -125,7 +125,11 @@ def _begun_before(out: Path, within: Path | None, alone: bool) -> list[Path]:
     ]
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
+def check_free(out: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        OutputExists: `out` is there already, and may not be replaced.
+    """
     taken = out.is_symlink() or (out.exists() and not out.is_dir())
     if taken or (not overwrite and out.exists() and any(out.iterdir())):
         raise _exists(out)
