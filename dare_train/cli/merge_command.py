@@ -17,6 +17,7 @@ from .terminal import (
     Overwrite,
     Rename,
     joined_ranks,
+    pairs,
     progress_bar,
     show,
 )
@@ -118,8 +119,8 @@ def merge(
     task, notes = arguments.task_and_notes(
         models, method, settings, weights=weight, p=p[0] if p and len(p) == 1 else p, rescale=rescale,
         seed=seed, out_dtype=out_dtype, rounding=rounding,
-        tokenizer=tokenizer, exclude=exclude, take=arguments.pairs("take", take),
-        rename=arguments.pairs("rename", rename), fisher=fisher,
+        tokenizer=tokenizer, exclude=exclude, take=pairs("take", take),
+        rename=pairs("rename", rename), fisher=fisher,
         gram=gram, cast_base=cast_base, dequantize=dequantize, strict=strict,
     )  # fmt: skip
     if not isinstance(task, MergeTask):
