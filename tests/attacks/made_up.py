@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from changes import VALUES, Change
+from command_lines import lines
 from good_files import RECIPE
 from hypothesis import strategies as st
 from judging import KINDS, Input
@@ -30,7 +31,10 @@ def inputs(kind: str) -> st.SearchStrategy[Input]:
         sealed=st.booleans() if KINDS[kind].sealed else st.just(False),
         action=st.integers(0, len(KINDS[kind].actions) - 1),
     )
-    return made | st.builds(Input, st.just(kind), st.just(()), text=_yaml()) if kind == "yaml" else made
+    texts = {"yaml": _yaml, "command line": lines}
+    return (
+        made if kind not in texts else made | st.builds(Input, st.just(kind), st.just(()), text=texts[kind]())
+    )
 
 
 def _changes(files: st.SearchStrategy[str], *, sealed: bool) -> st.SearchStrategy[Change]:

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -130,16 +130,15 @@ def content(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-def stopped(lock: Path) -> int:
+def stopped(lock: Path, running: Future[Done]) -> int:
     """The process that has a lock, once it has stopped."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+    while not running.done():
         with contextlib.suppress(FileNotFoundError):
             found = re.match(r"process (\d+) ", lock.read_text())
             if found and Path(f"/proc/{found[1]}/stat").read_text().rpartition(")")[2].split()[0] == "T":
                 return int(found[1])
         time.sleep(0.005)
-    raise AssertionError(f"nobody stopped with {lock}")
+    raise AssertionError(f"nobody stopped with {lock}: {running.result()}")
 
 
 @contextlib.contextmanager
@@ -159,7 +158,7 @@ def test_the_second_at_a_place_is_told_who_is_the_first(first: str, inputs: Path
     with ThreadPoolExecutor(1) as pool:
         winner = pool.submit(run_with_stops_apart, first, inputs, out)
         for seconds in MOMENTS.values():
-            holder = stopped(out.with_name(f".{out.name}.lock"))
+            holder = stopped(out.with_name(f".{out.name}.lock"), winner)
             with going_on(holder):
                 for second in seconds:
                     told = run(second, inputs, out)
