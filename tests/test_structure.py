@@ -110,9 +110,13 @@ def test_every_room_says_what_belongs_there() -> None:
 
 
 def loaded_by(code: str) -> set[str]:
+    return {module for module in all_loaded_by(code) if "." not in module}
+
+
+def all_loaded_by(code: str) -> set[str]:
     listing = f"{code}\nimport sys; print(' '.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
-    return {module for module in done.stdout.split() if "." not in module}
+    return {*done.stdout.split()}
 
 
 def test_the_pinned_triton_is_the_one_that_the_pinned_torch_requires() -> None:
@@ -134,6 +138,21 @@ def test_importing_the_package_loads_no_framework() -> None:
 def test_help_loads_no_framework() -> None:
     code = "import sys; sys.argv = ['dare-train', '--help']\nfrom dare_train.cli.main import main\nmain()"
     assert not loaded_by(code) & (FRAMEWORKS | {"numpy", "zstandard", "huggingface_hub"})
+
+
+@pytest.mark.parametrize("command", ["extract", "apply", "diagnose"])
+def test_commands_load_no_other_commands_rooms(command: str) -> None:
+    """What a small command imports costs it a millisecond or two for each module."""
+    words = [
+        "dare-train",
+        command,
+        "no-base",
+        "no-model",
+        *([] if command == "diagnose" else ["--out", "out"]),
+    ]
+    loaded = all_loaded_by(f"import sys; sys.argv = {words}\nfrom dare_train.cli.main import main\nmain()")
+    assert "dare_train.weights.files.checkpoint" in loaded, "the command did not begin"
+    assert [name for name in loaded if name.startswith("dare_train.merging")] == []
 
 
 def test_checkpoints_need_no_torch() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..hub.download import locate
 from ..merging.statistics.statistics_file import StatisticsFile, statistics_path
 from ..package.manifest import MANIFEST
 from ..package.reader import DeltaPackage
+from ..reading.structures import json_in
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.files.full_precision import check_full_precision
 from ..weights.lora.lora_checkpoint import merge_adapter
@@ -61,17 +61,13 @@ def _config(folders: Sequence[Path]) -> Mapping[str, Any]:
     """The first configuration that there is in the folders.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or the first is no JSON object.
     """
     for folder in folders:
         path = folder / "config.json"
         if path.is_file():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise CheckpointError(str(path), expected="JSON", found=str(error)) from error
-            if isinstance(found, dict):
-                return found
+            found: dict[str, Any] = json_in(path)
+            return found
     expected = "a config.json, which says what the modules are"
     raise CheckpointError(str(folders[0]), expected=expected, found="none there")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import Patterns, matches
 from ..dtypes import DTYPES, Words
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, brief
 from ..parallel.staged_folder import staged_folder, storage_errors
 from ..weights.protocol import TensorInfo
 from ..weights.skeletons import skeleton, task_of_class
@@ -114,7 +114,7 @@ def extract_lora(
     model = skeleton(config)
     if model is None:
         expected = "a class of transformers under architectures in config.json"
-        found = ", ".join(map(str, config.get("architectures") or ())) or "none"
+        found = brief(config.get("architectures") or "none")
         raise CheckpointError(end.label, expected=expected, found=found, remedy="ship it as a package")
     deltas = ModuleDeltas(start, end, model)
     task = task_of_class(type(model).__name__, config)

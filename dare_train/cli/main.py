@@ -39,6 +39,7 @@ from .terminal import (
     expect_models,
     first_word,
     joined_ranks,
+    pairs,
     progress_bar,
     settle_streams,
     show,
@@ -114,7 +115,6 @@ def extract(
     """Write the delta between two checkpoints as a package."""
     from ..extracting.extract import extract as run
     from ..integrations.written_options import drop_rates
-    from .merge_arguments import pairs
 
     rates = drop_rates(p, "--p")
     with joined_ranks() as ranks:
@@ -295,7 +295,6 @@ def diagnose(
     """Will DARE work here, and at which p?"""
     from ..reports import package_tables as report
     from ..studies.diagnosis import diagnose as run
-    from .merge_arguments import pairs
 
     diagnosis = run(base, tuned, rename=pairs("rename", rename), cast_base=cast_base, dequantize=dequantize)
     show(report.diagnosis_json(diagnosis) if as_json else report.diagnosis_table(diagnosis))

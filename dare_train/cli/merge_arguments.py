@@ -14,6 +14,7 @@ from ..merging.config.stages import stages_of
 from ..merging.config.task import MergeTask, task_of
 from ..merging.methods.parameters import Scalar
 from ..merging.search import Axis, scalar
+from .terminal import pairs
 
 _CONFIGURATIONS = (".yml", ".yaml")
 
@@ -112,19 +113,6 @@ def _setting(text: str) -> tuple[str, Scalar | list[Scalar]]:
     ((name, value),) = pairs("set", [text]).items()
     values = [scalar(word) for word in value.split(",")]
     return name, values[0] if len(values) == 1 else values
-
-
-def pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
-    """`NAME=VALUE` of an option that may be given several times.
-
-    Raises:
-        ConfigError: there is no equals sign, or nothing before it.
-    """
-    split = [text.partition("=") for text in texts]
-    for (name, equals, _), text in zip(split, texts, strict=True):
-        if not name or not equals:
-            raise ConfigError(f"--{option}", expected="NAME=VALUE", found=repr(text))
-    return {name: value for name, _, value in split}
 
 
 def axes(sources: Sequence[str], first: str) -> tuple[list[str], list[Axis]]:

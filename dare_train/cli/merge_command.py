@@ -21,6 +21,7 @@ from .terminal import (
     Overwrite,
     Rename,
     joined_ranks,
+    pairs,
     progress_bar,
     show,
 )
@@ -83,8 +84,8 @@ def merge(
     asked = arguments.asked(
         models, method, settings, out=out, intermediate_dir=intermediate_dir, weights=weight,
         p=p[0] if p and len(p) == 1 else p, rescale=rescale, seed=seed, out_dtype=out_dtype,
-        rounding=rounding, tokenizer=tokenizer, exclude=exclude, take=arguments.pairs("take", take),
-        rename=arguments.pairs("rename", rename), fisher=fisher, gram=gram, cast_base=cast_base,
+        rounding=rounding, tokenizer=tokenizer, exclude=exclude, take=pairs("take", take),
+        rename=pairs("rename", rename), fisher=fisher, gram=gram, cast_base=cast_base,
         dequantize=dequantize, strict=strict,
     )  # fmt: skip
     _tell(context.meta.get(NOTES, ()))

@@ -85,6 +85,7 @@ def sweep(
     """How much can be dropped: a metric against the drop rate, into OUT. Goes on where it was when it runs
     again.
     """
+    from ..evaluation.measurements import alone_in
     from ..studies.sweep import SWEEP_RATES, Sweep, planned
     from ..studies.sweep import sweep as run
 
@@ -94,23 +95,26 @@ def sweep(
     planned(rates, seeds, first_seed, names)
     labels = _labels(tuned)
     sweeps = dict[str, Sweep]()
-    for label, folder in zip(labels, tuned, strict=True):
-        model = _loaded(folder, dtype, trust_remote_code)
-        metric, texts = _metric(
-            model, folder, evaluate, data, column, max_length, examples, trust_remote_code
-        )
-        place = out / label if len(tuned) > 1 else out
-        with progress_bar(f"sweeping {label}", of_bytes=False) as progress:
-            sweeps[label] = run(
-                model, base, metric, out=place, p=rates, seeds=seeds, first_seed=first_seed, variants=names,
-                tuned=folder if dtype == "auto" else None,
-                batches=texts.batches if texts is not None else None, progress=progress,
-                setup=_depends(evaluate, data, column, max_length, examples, dtype),
-            )  # fmt: skip
-        sweeps[label] = replace(sweeps[label], setup={**_named(base, folder, data), **sweeps[label].setup})
-        _publish(sweeps[label], f"How much can be dropped of {label}", place, wandb, quiet=len(tuned) > 1)
-    if len(tuned) > 1:
-        _publish(sweeps, "When it breaks", out, wandb)
+    with alone_in(out):
+        for label, folder in zip(labels, tuned, strict=True):
+            model = _loaded(folder, dtype, trust_remote_code)
+            metric, texts = _metric(
+                model, folder, evaluate, data, column, max_length, examples, trust_remote_code
+            )
+            place = out / label if len(tuned) > 1 else out
+            with progress_bar(f"sweeping {label}", of_bytes=False) as progress:
+                sweeps[label] = run(
+                    model, base, metric, out=place, p=rates, seeds=seeds, first_seed=first_seed,
+                    variants=names, tuned=folder if dtype == "auto" else None,
+                    batches=texts.batches if texts is not None else None, progress=progress,
+                    setup=_depends(evaluate, data, column, max_length, examples, dtype),
+                )  # fmt: skip
+            sweeps[label] = replace(
+                sweeps[label], setup={**_named(base, folder, data), **sweeps[label].setup}
+            )
+            _publish(sweeps[label], f"How much can be dropped of {label}", place, wandb, quiet=len(tuned) > 1)
+        if len(tuned) > 1:
+            _publish(sweeps, "When it breaks", out, wandb)
 
 
 @app.command()
@@ -137,19 +141,21 @@ def inside(
     """What happens inside: embeddings and layer outputs after dropping, against what is calculated, into
     OUT.
     """
+    from ..evaluation.measurements import alone_in
     from ..studies.inside import inside as run
 
     _check_inputs(None, data, column, dtype)
     rates = _numbers("--p", p)
-    model = _loaded(tuned, dtype, trust_remote_code)
-    texts = _texts(model, tuned, data, column, max_length, None, trust_remote_code, labels=False)
-    with progress_bar(f"looking into {_labels([tuned])[0]}", of_bytes=False) as progress:
-        result = run(
-            model, base, texts.batches, p=rates, seeds=seeds, first_seed=first_seed, masks=masks,
-            tokens=tokens, progress=progress,
-            setup={**_named(base, tuned, data), **_depends(None, data, column, max_length, None, dtype)},
-        )  # fmt: skip
-    _publish(result, f"What happens inside {_labels([tuned])[0]}", out, wandb)
+    with alone_in(out):
+        model = _loaded(tuned, dtype, trust_remote_code)
+        texts = _texts(model, tuned, data, column, max_length, None, trust_remote_code, labels=False)
+        with progress_bar(f"looking into {_labels([tuned])[0]}", of_bytes=False) as progress:
+            result = run(
+                model, base, texts.batches, p=rates, seeds=seeds, first_seed=first_seed, masks=masks,
+                tokens=tokens, progress=progress,
+                setup={**_named(base, tuned, data), **_depends(None, data, column, max_length, None, dtype)},
+            )  # fmt: skip
+        _publish(result, f"What happens inside {_labels([tuned])[0]}", out, wandb)
 
 
 @app.command()
@@ -180,22 +186,24 @@ def compare(
     """Quality against bytes: DARE's packages, low rank, 1 bit, magnitude pruning and LoRA, into OUT. Goes on
     where it was.
     """
+    from ..evaluation.measurements import alone_in
     from ..studies.comparison import RANKS, RATES
     from ..studies.comparison import compare as run
 
     _check_inputs(evaluate, data, column, dtype)
     rates = _numbers("--p", p) if p is not None else RATES
     ranks = [int(number) for number in _numbers("--rank", rank)] if rank is not None else RANKS
-    model = _loaded(tuned, dtype, trust_remote_code)
-    metric, _ = _metric(model, tuned, evaluate, data, column, max_length, examples, trust_remote_code)
-    with progress_bar("comparing", of_bytes=False) as progress:
-        result = run(
-            model, base, tuned, metric, out=out, p=rates, ranks=ranks, seeds=seeds, first_seed=first_seed,
-            adapters=adapter,
-            setup=_depends(evaluate, data, column, max_length, examples, dtype), progress=progress,
-        )  # fmt: skip
-    result = replace(result, setup={**_named(base, tuned, data), **result.setup})
-    _publish(result, f"What the delta of {_labels([tuned])[0]} is worth in bytes", out, wandb)
+    with alone_in(out):
+        model = _loaded(tuned, dtype, trust_remote_code)
+        metric, _ = _metric(model, tuned, evaluate, data, column, max_length, examples, trust_remote_code)
+        with progress_bar("comparing", of_bytes=False) as progress:
+            result = run(
+                model, base, tuned, metric, out=out, p=rates, ranks=ranks, seeds=seeds, first_seed=first_seed,
+                adapters=adapter,
+                setup=_depends(evaluate, data, column, max_length, examples, dtype), progress=progress,
+            )  # fmt: skip
+        result = replace(result, setup={**_named(base, tuned, data), **result.setup})
+        _publish(result, f"What the delta of {_labels([tuned])[0]} is worth in bytes", out, wandb)
 
 
 def _check_inputs(evaluate: str | None, data: Path | None, columns: Sequence[str], dtype: str) -> None:

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..errors import DareError, printable
+from ..errors import ConfigError, DareError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -49,6 +49,19 @@ Rename = Annotated[
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinity.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is already there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
+    """`NAME=VALUE` of an option that may be given several times.
+
+    Raises:
+        ConfigError: there is no equals sign, or nothing before it.
+    """
+    split = [text.partition("=") for text in texts]
+    for (name, equals, _), text in zip(split, texts, strict=True):
+        if not name or not equals:
+            raise ConfigError(f"--{option}", expected="NAME=VALUE", found=repr(text))
+    return {name: value for name, _, value in split}
 
 
 def settle_streams() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from .._version import __version__
 from ..errors import CheckpointError, ConfigError
-from ..parallel.place_lock import locked
+from ..parallel.place_lock import kept, locked
 from ..parallel.ranks import launched_world
 from ..parallel.staged_file import tidy, write_whole
 from ..parallel.staged_folder import storage_errors
@@ -186,8 +186,25 @@ def _kept(line: str, kind: Any, path: Path, number: int) -> Any:
 
 
 @contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Be the only one who writes a study into a folder, or anything else in its place. Processes that a
+    launcher started together share it, and a study's steps in one thread do.
+
+    Raises:
+        OutputExists: somebody else is at work there; it says who.
+    """
+    if launched_world() > 1:
+        yield
+        return
+    with ExitStack() as stack:
+        with storage_errors(folder):
+            stack.enter_context(kept(folder))
+        yield
+
+
+@contextmanager
 def alone_with(record: Path) -> Iterator[None]:
-    """Be the only one who measures into a record. Processes that a launcher started together share it.
+    """Be the only one who measures into a record, and `alone_in` its folder.
 
     Raises:
         OutputExists: somebody else does; it says who.
@@ -195,7 +212,7 @@ def alone_with(record: Path) -> Iterator[None]:
     if launched_world() > 1:
         yield
         return
-    with ExitStack() as stack:
+    with alone_in(record.parent), ExitStack() as stack:
         with storage_errors(record):
             record.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(record.with_name(f"{record.name}.study")))

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, ConfigError, brief
-from ..reading.plain_files import opened, reason
+from ..errors import CheckpointError, ConfigError, brief, printable
+from ..reading.plain_files import is_text, opened, reason
 from ..reading.structures import checked
 
 Row = Mapping[str, Any]
@@ -138,14 +138,14 @@ def encode_rows(
         )
     for role in ("text", "label") if classifies and labels else ("text",):
         _check_column(label, rows, role, names[role])
+    if labels and not classifies:
+        return _spoken(tokenizer, rows, names, max_length, label)
+    encoded = _encoded(tokenizer, rows, names["text"], max_length, label)
     if not labels:
-        encoded = tokenizer([str(row[names["text"]]) for row in rows], truncation=True, max_length=max_length)
-        return [{"input_ids": ids} for ids in encoded["input_ids"]]
-    return (
-        _labelled(model, tokenizer, rows, names, max_length)
-        if classifies
-        else _spoken(tokenizer, rows, names, max_length)
-    )
+        return [{"input_ids": ids} for ids in encoded]
+    known: Mapping[str, int] = model.config.label2id  # type: ignore[union-attr, assignment]
+    numbers = [_number(known, row[names["label"]]) for row in rows]
+    return [{"input_ids": ids, "labels": one} for ids, one in zip(encoded, numbers, strict=True)]
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -185,18 +185,30 @@ def _check_column(label: str, rows: Sequence[Row], role: str, name: str) -> None
         if name not in row:
             remedy = f"name it with --column {role}=NAME"
             raise CheckpointError(
-                f"{label}: row {number + 1}", expected=f"a column {name}", found=", ".join(row), remedy=remedy
+                f"{label}: row {number + 1}",
+                expected=f"a column {name}",
+                found=printable(", ".join(str(column) for column in row), 200),
+                remedy=remedy,
             )
 
 
-def _labelled(
-    model: Any, tokenizer: Any, rows: Sequence[Row], names: Mapping[str, str], max_length: int
-) -> list[dict[str, Any]]:
-    encoded = tokenizer([str(row[names["text"]]) for row in rows], truncation=True, max_length=max_length)
-    labels = [_number(model.config.label2id, row[names["label"]]) for row in rows]
-    return [
-        {"input_ids": ids, "labels": label} for ids, label in zip(encoded["input_ids"], labels, strict=True)
-    ]
+def _encoded(tokenizer: Any, rows: Sequence[Row], name: str, max_length: int, label: str) -> list[list[int]]:
+    """Token ids of each text, of which every one has some."""
+    texts = [_text(row, name, f"{label}: row {number}") for number, row in enumerate(rows, 1)]
+    encoded: list[list[int]] = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    for number, (ids, text) in enumerate(zip(encoded, texts, strict=True), 1):
+        if not ids:
+            expected = f"a {name} with tokens in it"
+            raise CheckpointError(f"{label}: row {number}", expected=expected, found=brief(text))
+    return encoded
+
+
+def _text(row: Row, name: str, label: str) -> str:
+    """What stands in a column, or nothing, as text."""
+    text = str(row.get(name, ""))
+    if not is_text(text):
+        raise CheckpointError(label, expected=f"text in {name}", found=brief(text))
+    return text
 
 
 def _number(known: Mapping[str, int], label: Any) -> int:
@@ -212,15 +224,16 @@ def _number(known: Mapping[str, int], label: Any) -> int:
 
 
 def _spoken(
-    tokenizer: Any, rows: Sequence[Row], names: Mapping[str, str], max_length: int
+    tokenizer: Any, rows: Sequence[Row], names: Mapping[str, str], max_length: int, label: str
 ) -> list[dict[str, Any]]:
     """What comes before the text is a prompt, which does not count."""
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     encoded = []
-    for row in rows:
-        prompt = begin + tokenizer(str(row.get(names["prompt"], "")), add_special_tokens=False)["input_ids"]
-        text = tokenizer(str(row[names["text"]]), add_special_tokens=False)["input_ids"] + end
+    for number, row in enumerate(rows, 1):
+        before, after = (_text(row, names[role], f"{label}: row {number}") for role in ("prompt", "text"))
+        prompt = begin + tokenizer(before, add_special_tokens=False)["input_ids"]
+        text = tokenizer(after, add_special_tokens=False)["input_ids"] + end
         labels = [_IGNORED] * len(prompt) + text
         encoded.append({"input_ids": (prompt + text)[:max_length], "labels": labels[:max_length]})
     kept = [row for row in encoded if any(label != _IGNORED for label in row["labels"][1:])]

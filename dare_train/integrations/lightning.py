@@ -77,6 +77,7 @@ class DareCallback(Callback):  # type: ignore[misc]
         ConfigError: at construction, for values that are wrong or conflict; at train start, for a strategy
             or a layout of weights that is not known.
         BaseMismatch: at train start, when a resumed run's base cannot be established.
+        OutputExists: at train start, when another process is at work in the place of the packages' folder.
         SnapshotError: a package could not be written, with `on_error="raise"`.
     """
 
@@ -222,6 +223,8 @@ class DareCallback(Callback):  # type: ignore[misc]
             try:
                 self._collect(snapshotter.close())
             finally:
+                if self._run is not None:
+                    self._run.leave()
                 if snapshotter.ranks.first and self._companions.is_dir():
                     remove_waiting(self._companions)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -77,6 +78,9 @@ def resumable(staging: Path, identity: str) -> bool:
 
 
 def _begun_as(staging: Path, identity: str) -> bool:
+    """Nothing in the place of a journal is read, or written to, that is no file."""
+    if not all(stat.S_ISREG(path.lstat().st_mode) for path in staging.glob(f"{_STEM}.*")):
+        return False
     path = staging / _DONE
     return path.is_file() and path.read_bytes() == _seal(staging, identity).encode()
 

@@ -8,13 +8,16 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, printable
+from ..parallel.place_lock import kept
 from ..parallel.scratch_folder import scratch_beside
+from ..parallel.staged_folder import check_free, storage_errors
 from .config.recipe import RESCALES, Recipe
 from .config.task import MergeTask
 from .merge import run
@@ -124,10 +127,33 @@ def search(
     Raises:
         ConfigError: a setting is none of the method's, the metric gives no finite number, or Optuna is not
             installed; and as `merge`.
+        OutputExists: `out` is taken, or somebody else is writing there; before the first trial.
     """
     out = Path(out)
     for settings in _grid(axes):
         _checked(task.recipe, settings)
+    with ExitStack() as stack:
+        with storage_errors(out):
+            stack.enter_context(kept(out))
+        check_free(out, overwrite)
+        return _searched(
+            task, axes, metric, out, trials=trials, minimize=minimize, overwrite=overwrite, device=device,
+            told=told,
+        )  # fmt: skip
+
+
+def _searched(
+    task: MergeTask,
+    axes: Sequence[Axis],
+    metric: Metric,
+    out: Path,
+    *,
+    trials: int | None,
+    minimize: bool,
+    overwrite: bool,
+    device: DeviceLike | None,
+    told: Callable[[Trial], object] | None,
+) -> Found:
     done: list[Trial] = []
 
     def score(settings: Mapping[str, Scalar]) -> float:

@@ -7,29 +7,28 @@ that was killed leaves the file, not the lock: the next one takes it, and remove
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shlex
 import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
 
 from ..errors import OutputExists, StorageError
 from .litter import remove
+from .system_lock import SystemLock, flocked
 
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
-"""How file systems say that they have none."""
 _SUFFIX = ".lock"
 _LONGEST = 400
 """Bytes that are read of who holds a lock."""
 _WRITTEN_WITHIN = 0.1
 """Seconds after which a lock says who has it."""
-_held: set[int] = set()
-"""Descriptors of locks in this process."""
+_kept: ContextVar[frozenset[Path]] = ContextVar("kept", default=frozenset())
+"""Files of locks that this thread has for more than one writer."""
 
 
 @contextmanager
@@ -44,22 +43,58 @@ def locked(out: Path, within: Path | None = None) -> Iterator[bool]:
         OSError: the folder cannot be written to.
     """
     path = lock_name(out, within)
-    descriptor = _taken(path, out)
-    if descriptor is None:
+    if path.parent.resolve() / path.name in _kept.get():
+        yield True
+        return
+    lock = _taken(path, out)
+    if lock is None:
         yield False
         return
-    owner = os.getpid()
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, _who().encode(), 0)
+        os.ftruncate(lock.descriptor, 0)
+        os.pwrite(lock.descriptor, _who().encode(), 0)
         yield True
     finally:
-        if os.getpid() == owner:  # what was forked meanwhile holds nothing
-            _held.discard(descriptor)
+        if lock.held:  # what was forked meanwhile holds nothing
             try:
                 remove(path)
             finally:
-                os.close(descriptor)
+                lock.let_go()
+
+
+@contextmanager
+def occupied(out: Path, within: Path | None = None) -> Iterator[None]:
+    """`locked`, of a folder that is written into file by file: by any of its paths. Where nobody may make
+    anything beside `out`, nobody can take its place either, and nothing is locked.
+
+    Raises:
+        As `locked`.
+    """
+    beside = within or out.resolve().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if os.access(beside, os.W_OK):
+            stack.enter_context(locked(out.resolve(), within))
+        yield
+
+
+@contextmanager
+def kept(out: Path) -> Iterator[None]:
+    """`occupied`, for all that this thread writes to `out` in the block: what locks it again passes.
+
+    Raises:
+        As `locked`.
+    """
+    path = lock_name(out.resolve())
+    if path in _kept.get():
+        yield
+        return
+    with occupied(out):
+        before = _kept.set(_kept.get() | {path})
+        try:
+            yield
+        finally:
+            _kept.reset(before)
 
 
 def lock_name(out: Path, within: Path | None = None) -> Path:
@@ -71,37 +106,33 @@ def lock_names(folder: Path) -> set[str]:
     return {path.name[1 : -len(_SUFFIX)] for path in folder.glob(f".?*{_SUFFIX}")}
 
 
-def _taken(path: Path, out: Path) -> int | None:
-    """The descriptor of a lock that is held now; None where there are none to be had."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+def _taken(path: Path, out: Path) -> SystemLock | None:
+    """A lock that is held now; None where there are none to be had."""
     while True:
-        try:
-            descriptor = os.open(path, flags, 0o666)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-                raise _no_lock(path) from error
-            raise
-        try:
+        with ExitStack() as stack:
+            descriptor = _opened(path)
+            stack.callback(os.close, descriptor)
             if not _is_plain(descriptor):
                 raise _no_lock(path)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                if not flocked(descriptor):
+                    path.unlink(missing_ok=True)
+                    return None
+            except BlockingIOError as error:
+                raise _in_use(out, _holder(descriptor)) from error
             if _still_there(descriptor, path):
-                _held.add(descriptor)
-                return descriptor
-        except BlockingIOError as error:
-            found = _holder(descriptor)
-            os.close(descriptor)
-            remedy = "wait until it is done, or choose another place"
-            raise OutputExists(
-                str(out), expected="a place that nobody is writing to", found=found, remedy=remedy
-            ) from error
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno not in _NO_LOCKS:
-                raise
-            path.unlink(missing_ok=True)
-            return None
-        os.close(descriptor)  # whoever held it is done, and has removed the file: another one counts now
+                stack.pop_all()
+                return SystemLock(descriptor)
+            # whoever held it is done, and has removed the file: another one counts now
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise _no_lock(path) from error
+        raise
 
 
 def _holder(descriptor: int) -> str:
@@ -127,6 +158,11 @@ def _still_there(descriptor: int, path: Path) -> bool:
         return False
 
 
+def _in_use(out: Path, who: str) -> OutputExists:
+    remedy = "wait until it is done, or choose another place"
+    return OutputExists(str(out), expected="a place that nobody is writing to", found=who, remedy=remedy)
+
+
 def _no_lock(path: Path) -> StorageError:
     return StorageError(str(path), expected="a lock's file", found="something else", remedy="remove it")
 
@@ -136,12 +172,3 @@ def _who() -> str:
     command = shlex.join([program, *sys.argv[1:2]]) if program.startswith("dare") else program
     since = datetime.now().astimezone().isoformat(timespec="seconds")
     return f"process {os.getpid()} on {os.uname().nodename} ({command or 'python'}), since {since}"
-
-
-def _let_go() -> None:
-    """What is forked would hold the locks beyond the life of the process that took them."""
-    while _held:
-        os.close(_held.pop())
-
-
-os.register_at_fork(after_in_child=_let_go)

@@ -128,7 +128,7 @@ def _begun_before(out: Path, within: Path | None, alone: bool) -> list[Path]:
 def check_free(out: Path, overwrite: bool) -> None:
     """
     Raises:
-        OutputExists: a folder could not be made there.
+        OutputExists: `out` is there already, and may not be replaced.
     """
     taken = out.is_symlink() or (out.exists() and not out.is_dir())
     if taken or (not overwrite and out.exists() and any(out.iterdir())):

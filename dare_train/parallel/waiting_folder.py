@@ -4,17 +4,16 @@ them.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 from pathlib import Path
 
 from .litter import machine, remove
+from .system_lock import SystemLock, flocked
 
 _PREFIX = ".companions-"
 _LOCK = ".lock"
-_held: dict[Path, int] = {}
-"""Descriptors of those of this process."""
+_mine: dict[Path, SystemLock] = {}
+"""Those of this process."""
 
 
 def waiting_folder(folder: Path) -> Path:
@@ -22,9 +21,9 @@ def waiting_folder(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"{_PREFIX}{machine()}-{os.getpid()}-{os.urandom(4).hex()}"
     place.mkdir()
-    descriptor = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    if _lock(descriptor):
-        _held[place] = descriptor
+    descriptor = _opened(place)
+    if flocked(descriptor):
+        _mine[place] = SystemLock(descriptor)
     else:
         os.close(descriptor)
     return place
@@ -33,8 +32,9 @@ def waiting_folder(folder: Path) -> Path:
 def remove_waiting(place: Path) -> None:
     """What it waited for is over."""
     remove(place)
-    if place in _held:
-        os.close(_held.pop(place))
+    lock = _mine.pop(place, None)
+    if lock is not None and lock.held:
+        lock.let_go()
 
 
 def clear_waiting(folder: Path) -> None:
@@ -52,28 +52,15 @@ def _in_use(place: Path) -> bool:
     mine = len(owner) == 3 and owner[0] == machine()
     if mine and owner[1] == str(os.getpid()):
         return False
-    descriptor = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = _opened(place)
     try:
-        if not _lock(descriptor):
-            return True
+        flocked(descriptor)
+    except BlockingIOError:
+        return True
     finally:
         os.close(descriptor)
     return mine and Path(f"/proc/{owner[1]}").exists()
 
 
-def _lock(descriptor: int) -> bool:
-    """Whether it is held now, or file systems have no locks: false where somebody else holds it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
-    return True
-
-
-def _let_go() -> None:
-    """What is forked would hold them beyond the life of the process that made them."""
-    while _held:
-        os.close(_held.popitem()[1])
-
-
-os.register_at_fork(after_in_child=_let_go)
+def _opened(place: Path) -> int:
+    return os.open(place / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

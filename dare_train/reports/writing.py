@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..evaluation.measurements import alone_in
 from ..parallel.staged_file import write_whole
 from ..studies.comparison import Comparison
 from ..studies.drop_rates import FoundRate
@@ -95,15 +96,17 @@ def write_study(study: Study, out: str | os.PathLike[str]) -> Path:
 
     Raises:
         ConfigError: matplotlib is not installed.
+        OutputExists: somebody else is at work in the folder.
         StorageError: the disk is full; each file is the old one or the new one.
     """
     folder = Path(out)
     pictures = {chart.name: png(chart) for chart in study.charts}
     page = folder / f"{study.name}.html"
-    for name, picture in pictures.items():
-        write_whole(folder / f"{name}.png", picture)
-    write_whole(folder / f"{study.name}.json", study.json().encode())
-    write_whole(folder / f"{study.name}.md", study.markdown().encode())
-    write_whole(page, html(study, pictures).encode())
+    with alone_in(folder):
+        for name, picture in pictures.items():
+            write_whole(folder / f"{name}.png", picture)
+        write_whole(folder / f"{study.name}.json", study.json().encode())
+        write_whole(folder / f"{study.name}.md", study.markdown().encode())
+        write_whole(page, html(study, pictures).encode())
     log_study(study, {name: folder / f"{name}.png" for name in pictures}, page)
     return page

@@ -43,6 +43,7 @@ def begin(live: LiveWeights, model: Any, run: RunFolder, known: Known, *, step: 
     Raises:
         BaseMismatch: a resumed run's base is not known, gone, or no longer what it was.
         ConfigError: the model is quantised, and its full-precision weights are not at hand.
+        OutputExists: another training, or command, is at work in the folder's place.
         StorageError: the folder cannot be written.
     """
     origin = _on_disk(live, model, run.base, known, step if resumed else None)
@@ -80,5 +81,6 @@ def _of_a_run(look: FirstLook) -> bool:
 
 def _clear(run: RunFolder, step: int, base_in_use: bool) -> None:
     with storage_errors(run.path):
+        run.claim()
         sweep_folder(run.path, run.private)
         run.make_way(from_step=step, base_in_use=base_in_use)

@@ -92,6 +92,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             for an engine, an adapter or a quantised model that is not supported, or where another process's
             Trainer has not this callback.
         BaseMismatch: at train begin, when a resumed run's base cannot be established.
+        OutputExists: at train begin, when another process is at work in the place of the packages' folder.
         SnapshotError: a package could not be written, with `on_error="raise"`; at the next step.
     """
 
@@ -317,7 +318,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             try:
                 self._collect(self._snapshotter.close(), state)
             finally:
-                self._forget_companions()
+                self._leave_folder()
             if self._joined().first:
                 reporting.conclude(self.packages[self._before :], self.name)
 
@@ -347,9 +348,12 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
                 if self.on_error == "raise":
                     raise
                 tell(self, error)
-            self._forget_companions()
+            self._leave_folder()
 
-    def _forget_companions(self) -> None:
+    def _leave_folder(self) -> None:
+        """What only the training needed goes, and others may write there."""
+        if self._folder is not None:
+            self._folder.leave()
         if self._joined().first and self._companions.is_dir():
             remove_waiting(self._companions)
 

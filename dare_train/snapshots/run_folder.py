@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import re
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..errors import DareError
 from ..package.manifest import MANIFEST
 from ..package.reader import DeltaPackage
 from ..parallel.litter import remove_whole
-from ..parallel.place_lock import locked
+from ..parallel.place_lock import locked, occupied
 
 _log = logging.getLogger("dare_train")
 BASE = "base"
 FINAL = "final"
 _STEP = "step-"
+_claimed: dict[Path, ExitStack] = {}
+"""Folders of trainings of this process, and their locks."""
 
 
 class RunFolder:
@@ -31,6 +35,28 @@ class RunFolder:
         self.path = path
         self.run = run
         self.private = path if private is None else private
+        self._place: ExitStack | None = None
+
+    def claim(self) -> None:
+        """Let nobody else write in the folder's place, and no other process train into it, until `leave`, or
+        until this process trains into it again: what came before was interrupted.
+
+        Raises:
+            OutputExists: somebody else is at work there; it says who.
+            OSError: it cannot be written.
+        """
+        before = _claimed.pop(self.path.resolve(), None)
+        if before is not None:
+            before.close()
+        place = ExitStack()
+        place.enter_context(occupied(self.path, None if self.private == self.path else self.private))
+        self._place = _claimed[self.path.resolve()] = place
+
+    def leave(self) -> None:
+        """The training is over."""
+        path = self.path.resolve()
+        if self._place is not None and _claimed.get(path) is self._place:
+            _claimed.pop(path).close()
 
     @property
     def base(self) -> Path:
@@ -87,6 +113,13 @@ class RunFolder:
         while (aside := self.private.with_name(f"{self.private.name}-earlier-{number}")).exists():
             number += 1
         return aside
+
+
+@atexit.register
+def _leave_all() -> None:
+    """Trainings that were interrupted are over at last."""
+    while _claimed:
+        _claimed.popitem()[1].close()
 
 
 def step_folders(folder: Path) -> list[Path]:

@@ -13,19 +13,20 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import good_files
-from judging import KINDS, Input, build
+from judging import KINDS, LEFT_OUT, Input, build, make_good
 
 _SIZE = 100
 """Inputs of a batch."""
-_PATIENCE = 120
+_PATIENCE = 300
 """Seconds that a batch may take."""
-_SLICE = 20
-"""Seconds of one kind, and of one process: what it leaks, if anything, stays small."""
+_SLICE = 20.0
+"""Seconds of one kind, and of one process: what it leaks, if anything, stays small. In a short run less, so
+that each kind has its turn."""
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Campaign:
     seed: int
     until: float
     kinds: list[str]
+    slice: float = _SLICE
     numbers: Counter[str] = field(default_factory=Counter)
     done: Counter[str] = field(default_factory=Counter)
     taken: Counter[str] = field(default_factory=Counter)
@@ -55,26 +57,34 @@ class Campaign:
     def _process(self, place: Path, kind: str) -> None:
         """A process, and the batches that it is given; where it dies, what it died of is a failure."""
         last = place / "last"
-        command = [sys.executable, "-m", "fuzzing.worker", str(self.good), str(place), str(last)]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
+        said = place / "said"
+        reading, writing = os.pipe()
+        command = [sys.executable, "-m", "fuzzing.worker", *map(str, (self.good, place, last, writing))]
+        with (
+            os.fdopen(reading) as answers,
+            said.open("wb") as output,
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=output, stderr=output, text=True, pass_fds=[writing]
+            ) as process,
+        ):
+            os.close(writing)
             assert process.stdin is not None
-            assert process.stdout is not None
-            assert process.stderr is not None
-            end = min(time.monotonic() + _SLICE, self.until)
+            end = self.until
             while time.monotonic() < end:
                 process.stdin.write(json.dumps([kind, self._next(kind), _SIZE]) + "\n")
                 process.stdin.flush()
                 timer = threading.Timer(_PATIENCE, process.kill)
                 timer.start()
-                answer = process.stdout.readline()
+                answer = answers.readline()
                 timer.cancel()
                 if not answer:
-                    said = process.stderr.read()[-300:]
-                    self._keep(last.read_text(), f"the process died: {process.wait()}: {said}")
+                    code = process.wait()
+                    output_tail = said.read_text(errors="replace")[-300:]
+                    self._keep(last.read_text(), f"the process died: {code}: {output_tail}")
                     break
                 self._note(json.loads(answer))
+                if end == self.until:  # what it imports for the first batch may take as long as a slice
+                    end = min(time.monotonic() + self.slice, self.until)
             process.stdin.close()
         for left in place.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -113,22 +123,23 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory if memory.is_dir() else None) as folder:
         good = Path(folder) / "good"
         good.mkdir()
+        kinds = options.only or sorted(KINDS)
+        make_good(good)
         campaign = Campaign(
-            good=good_files.make(good),
+            good=good,
             place=Path(folder),
             out=options.out,
             seed=options.seed,
             until=time.monotonic() + 60 * options.minutes,
-            kinds=options.only or sorted(KINDS),
+            kinds=kinds,
+            slice=min(_SLICE, 55 * options.minutes * options.processes / len(kinds)),
         )
-        shares = range(options.processes)
-        threads = [threading.Thread(target=campaign.work, args=[number]) for number in shares]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(options.processes) as pool:
+            list(pool.map(campaign.work, range(options.processes)))
+    if LEFT_OUT:
+        print(f"left out, without transformers and gguf: {', '.join(LEFT_OUT)}")
     for kind in campaign.kinds:
-        print(f"{kind:16} {campaign.done[kind]:>9,} inputs, {campaign.taken[kind]:>9,} of them taken")
+        print(f"{kind:18} {campaign.done[kind]:>9,} inputs, {campaign.taken[kind]:>9,} of them taken")
     total = sum(campaign.done.values())
     rate = total / options.minutes * 60
     print(f"seed {options.seed}: {total:,} inputs, {rate:,.0f} an hour; slowest {campaign.slowest:.1f} s")

@@ -123,10 +123,11 @@ def limit_memory() -> None:
 
 
 def main() -> None:
-    """Read a kind, a seed and a size from each line of stdin; write a line of JSON for each."""
-    good, place, last = map(Path, sys.argv[1:])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    """Read a kind, a seed and a size from each line of stdin; write a line of JSON for each to a descriptor
+    that was given.
+    """
+    good, place, last = map(Path, sys.argv[1:4])
+    answers = os.fdopen(int(sys.argv[4]), "w")
 
     def hang(*_: Any) -> None:
         raise Hangs(f"more than {SECONDS} seconds of a processor, or {WAITING} on the clock")
@@ -137,7 +138,7 @@ def main() -> None:
     for line in sys.stdin:
         kind, number, size = json.loads(line)
         if not warmed_up:
-            if kind == "adapter":
+            if kind in ("adapter", "command line"):
                 class_for_task("CAUSAL_LM", {})  # imports transformers, where there is one
             tried(Input(kind, ()), good, place / "warm")
             limit_memory()

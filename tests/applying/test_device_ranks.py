@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from dare_train.weights.live.live.live import LiveWeights
+from dare_train.weights.live.live.live.live import LiveWeights
 from engines import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import State, random_tensor

@@ -67,7 +67,7 @@ def apply_changes(folder: Path, changes: list[Change]) -> None:
         elif kind in _ON_JSON and path.is_file():
             _change_json(path, _ON_JSON[kind], details)
         elif kind == "at":
-            _write_json(path, lambda whole, details=details: _at(whole[""], *details))
+            _set_at(path, *details)
         elif kind == "kind":
             _replace(path, details[0])
 
@@ -91,7 +91,7 @@ def _u64(raw: bytes, place: int, number: int) -> bytes:
     return raw[:place] + (number % (1 << 64)).to_bytes(8, "little") + raw[place + 8 :]
 
 
-_ON_BYTES = {"bit": _bit, "cut": _cut, "put": _put, "u64": _u64}
+_ON_BYTES: dict[str, Any] = {"bit": _bit, "cut": _cut, "put": _put, "u64": _u64}
 
 
 def _replace(path: Path, kind: str) -> None:
@@ -148,6 +148,10 @@ def _again(place: Parent, times: int, _: list[Parent]) -> None:
 def _swap(place: Parent, other: int, places: list[Parent]) -> None:
     there = places[other % len(places)]
     place[0][place[1]] = json.loads(json.dumps(there[0][there[1]]))
+
+
+def _set_at(path: Path, keys: list[Any], value: Any) -> None:
+    _write_json(path, lambda whole: _at(whole[""], keys, value))
 
 
 def _at(structure: Any, keys: list[Any], value: Any) -> None:

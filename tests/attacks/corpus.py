@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from changes import HALF, VALUES, Change, deep
 from good_files import RECIPE
-from judging import KINDS, Input
+from judging import KINDS, LEFT_OUT, Input
 
 _MANIFEST = "dare_config.json"
 _HEAD = ("tensors", 1)
@@ -33,6 +33,13 @@ def _in_place(kind: str) -> tuple[Input, ...]:
     )
 
 
+_WITH_FRAMEWORKS = {
+    "a column without a name": _every("texts", ("u64", "texts.csv", 0, 0)),
+    "half a character in a text": _every("texts", ("set", "texts.json", 1, "half char")),
+    "a text without a token": _every("texts", ("set", "texts.json", 1, "empty")),
+    "architectures that are a number": _every("lora", ("at", "config.json", ["architectures"], 7)),
+}
+_OTHERS: tuple[object, ...] = ([], 7, None, "x", deep(300))
 _TOKENS = ["model", "vocab", "a"]
 _NAMES = ("escape", "[/x]", "square", "digits", "turned", "half char", "line", "nul", "parts", "dollars")
 
@@ -66,9 +73,11 @@ CORPUS: dict[str, tuple[Input, ...]] = {
     "statistics of a tensor of another name": _every(
         "statistics", ("name", "fisher.safetensors", 180, "10^400")
     ),
+    "a pipe in the place of a merge's journal": _every("killed merge", ("kind", "merge-journal.0", "pipe")),
+    **({} if LEFT_OUT else _WITH_FRAMEWORKS),
     "configurations of other kinds": tuple(
         one
-        for value in ([], 7, None, "x", deep(300))
+        for value in _OTHERS
         for field in ("architectures", "model_type", "tie_word_embeddings", "vocab_size")
         for one in _every("checkpoint", ("at", "config.json", [field], value))
     ),

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from checkpoint_files import save_weights
 
-from dare_train import extract
+from dare_train import extract, merge
 from dare_train.evaluation.measurements import Journal, MeasurementRecord, Point
 from dare_train.merging.statistics.statistics_file import save_statistics
 
 Arrays = dict[str, np.ndarray]
 MODULE = "model.layers.0.self_attn.q_proj"
 TOKENS = 6
+WEIGHTS = [0.5, 0.25]
+"""Of the merge that was killed."""
 
 
 def make(folder: Path) -> Path:
@@ -39,6 +43,9 @@ def make(folder: Path) -> Path:
     (folder / "merge" / "config.yml").write_text(RECIPE)
     (folder / "experts").mkdir()
     (folder / "experts" / "config.yml").write_text(EXPERTS)
+    _modules(folder / "modules")
+    _begun(folder)
+    _desk(folder)
     return folder
 
 
@@ -88,6 +95,45 @@ def _sharded(folder: Path, arrays: Arrays) -> None:
         save_weights({name: arrays[name]}, folder / file)
     _write(folder / "model.safetensors.index.json", {"metadata": {"total_size": 1}, "weight_map": files})
     _write(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": "t"}])
+
+
+def _modules(folder: Path) -> None:
+    """As sentence-transformers has them: a module beside the first, in a folder of its own."""
+    base = _base()
+    _model(folder, {name: array + np.float32(0.01) for name, array in base.items()}, TOKENS)
+    listed = [{"idx": 0, "name": "0", "path": ""}, {"idx": 1, "name": "1", "path": "1_Dense"}]
+    _write(folder / "modules.json", listed)
+    (folder / "1_Dense").mkdir()
+    _write(folder / "1_Dense" / "config.json", {"in_features": 4, "out_features": 2})
+    save_weights({"linear.weight": np.ones((2, 4), np.float32)}, folder / "1_Dense" / "model.safetensors")
+
+
+class _Killed(KeyboardInterrupt):
+    """While it was merging."""
+
+
+def _begun(folder: Path) -> None:
+    """What a merge leaves that is killed after its first tensor, and what it would have made."""
+
+    def kill(done: int, everything: int) -> None:
+        if 0 < done < everything:
+            raise _Killed
+
+    models = folder / "base", [folder / "tuned", folder / "later"]
+    merge(*models, folder / "merged", weights=WEIGHTS)
+    with suppress(_Killed):
+        merge(*models, folder / "killed", weights=WEIGHTS, progress=kill)
+    (left,) = folder.glob(".killed.*.partial")
+    left.rename(folder / "begun")
+
+
+def _desk(folder: Path) -> None:
+    """Where command lines are tried."""
+    for name in ("base", "tuned", "package", "adapter"):
+        shutil.copytree(folder / name, folder / "desk" / name)
+    (folder / "desk" / "config.yml").write_text(RECIPE)
+    (folder / "desk" / "texts.jsonl").write_text('{"text": "a b", "label": 0}\n')
+    (folder / "desk" / "words.json").write_text('["inspect", "package"]')
 
 
 def _adapter(folder: Path) -> None:

@@ -4,6 +4,8 @@ project's own that can be read.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import io
 import json
 import shutil
@@ -13,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import command_lines
 import format_reader
+import good_files
 import numpy as np
 from changes import Change, apply_changes
 from resealing import change_part, reseal
@@ -63,7 +67,7 @@ def tried(given: Input, good: Path, place: Path) -> bool:
     """Build an input in a folder, and do with it what it says.
 
     Args:
-        good: the folder of `good_files.make`.
+        good: the folder of `make_good`.
         place: a folder that does not exist; it is removed.
 
     Returns:
@@ -206,6 +210,16 @@ def _statistics(folder: Path, _: Path) -> None:
         file.whole(name)
 
 
+def _resume(begun: Path, good: Path) -> None:
+    """Go on with what a killed merge left: the result is that of one that was not killed."""
+    out = begun.parent / "merged"
+    begun.rename(begun.parent / ".merged.00000000-1-00000000.partial")
+    merge(good / "base", [good / "tuned", good / "later"], out, weights=good_files.WEIGHTS)
+    found, wanted = (format_reader.read_checkpoint(folder) for folder in (out, good / "merged"))
+    if found.keys() != wanted.keys() or not all(_same(found[name], wanted[name]) for name in wanted):
+        raise Wrong("other weights than a merge that was not killed")
+
+
 @dataclass(frozen=True)
 class Kind:
     changed: str
@@ -221,6 +235,7 @@ class Kind:
 
 _PACKAGE = ("dare_config.json", "dare_delta.safetensors")
 _MODEL = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "modules.json")
+_MODULES = ("modules.json", "1_Dense/model.safetensors", "1_Dense/config.json", "model.safetensors")
 _SHARDED = ("model.safetensors.index.json", "modules.json", "model-0.safetensors")
 _ON_MODELS = (_extract_tuned, _merge_tuned, _diagnose, _extract_base)
 KINDS = {
@@ -237,5 +252,45 @@ KINDS = {
     "journal": Kind("records", ("points.jsonl",), (_journal,)),
     "record": Kind("records", ("search.json",), (_search,)),
     "statistics": Kind("records", ("fisher.safetensors",), (_statistics,)),
+    "modules": Kind("modules", _MODULES, _ON_MODELS[:3]),
+    "killed merge": Kind(
+        "begun", ("merge-journal.0", "merge-journal.begun", "model.safetensors"), (_resume,)
+    ),
+    "command line": Kind("desk", ("words.json",), (command_lines.run_line,)),
 }
 """What inputs there are."""
+
+
+def _with_frameworks(*names: str) -> tuple[Action, ...]:
+    """Actions of `with_frameworks`, which takes seconds to import."""
+
+    def action(name: str) -> Action:
+        return lambda folder, good: getattr(importlib.import_module("with_frameworks"), name)(folder, good)
+
+    return tuple(map(action, names))
+
+
+_BERT = ("config.json", "model.safetensors")
+_TEXTS = ("texts.jsonl", "texts.json", "texts.csv", "texts.txt")
+_WITH_FRAMEWORKS = {
+    "texts": Kind("texts", _TEXTS, _with_frameworks("classified", "spoken")),
+    "tokenizer": Kind(
+        "words", ("tokenizer.json", "tokenizer_config.json"), _with_frameworks("read_tokenizer")
+    ),
+    "swept": Kind("swept", ("sweep.jsonl",), _with_frameworks("swept")),
+    "lora": Kind("classifier", _BERT, _with_frameworks("lora_of_model")),
+    "lora of a package": Kind("bert-package", _PACKAGE, _with_frameworks("lora_of_package"), sealed=True),
+    "gguf": Kind("gguf", ("tiny.gguf",), _with_frameworks("dequantized")),
+}
+LEFT_OUT = () if all(map(importlib.util.find_spec, ("transformers", "gguf"))) else tuple(_WITH_FRAMEWORKS)
+"""Kinds for which something is not installed."""
+if not LEFT_OUT:
+    KINDS |= _WITH_FRAMEWORKS
+
+
+def make_good(folder: Path) -> Path:
+    """Write the good files of all kinds into a folder."""
+    good_files.make(folder)
+    if not LEFT_OUT:
+        importlib.import_module("with_frameworks").make(folder)
+    return folder

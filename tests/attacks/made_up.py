@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from changes import VALUES, Change
+from command_lines import lines
 from good_files import EXPERTS, RECIPE
 from hypothesis import strategies as st
 from judging import KINDS, Input
@@ -34,8 +35,13 @@ def inputs(kind: str) -> st.SearchStrategy[Input]:
         sealed=st.booleans() if KINDS[kind].sealed else st.just(False),
         action=st.integers(0, len(KINDS[kind].actions) - 1),
     )
-    text = _YAML.get(kind)
-    return made | st.builds(Input, st.just(kind), st.just(()), text=_yaml(text)) if text else made
+    if kind == "command line":
+        text = lines()
+    elif kind in _YAML:
+        text = _yaml(_YAML[kind])
+    else:
+        return made
+    return made | st.builds(Input, st.just(kind), st.just(()), text=text)
 
 
 def _changes(files: st.SearchStrategy[str], *, sealed: bool) -> st.SearchStrategy[Change]:

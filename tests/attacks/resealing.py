@@ -99,7 +99,7 @@ def _record_files(folder: Path, manifest: dict[str, Any]) -> None:
         record.update(bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())
 
 
-def _row(tensor: dict[str, Any], which: str) -> tuple[str, str, list[int], str]:
+def _row(tensor: dict[str, Any], which: str) -> tuple[str, str, list[int], Any]:
     shape = tensor["shape"]
     if which == "base" and "base_rows" in tensor:
         shape = [tensor["base_rows"], *shape[1:]]

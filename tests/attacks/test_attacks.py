@@ -5,18 +5,17 @@ from __future__ import annotations
 from itertools import count
 from pathlib import Path
 
-import good_files
 import pytest
 from corpus import CORPUS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judging import KINDS, Input, tried
+from judging import KINDS, Input, make_good, tried
 from made_up import inputs
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return good_files.make(tmp_path_factory.mktemp("good"))
+    return make_good(tmp_path_factory.mktemp("good"))
 
 
 @pytest.mark.parametrize("name", sorted(CORPUS))

@@ -297,6 +297,15 @@ def test_a_search_is_logged_to_wandb(place: Path, tmp_path: Path, quiet: Path) -
 # Refusals
 
 
+def test_a_search_for_a_place_that_is_taken_tries_nothing(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis").write_text("t")
+    words = ["base", "one", "--search", "weights=1,2", "--eval", "metrics:broken", "--out", tmp_path / "out"]
+    done = run(place, *words)
+    assert (done.returncode, "does not exist yet" in done.stderr) == (2, True), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [

@@ -145,6 +145,24 @@ def test_columns_limits_and_labels_by_number(
             ConfigError,
             ("expected one that the model knows: even, odd", "found 'prime'"),
         ),
+        (
+            "rows.csv",
+            "label,words\n1,2,3\n",
+            CheckpointError,
+            ("expected a column text", "label, words, None"),
+        ),
+        (
+            "rows.jsonl",
+            '{"text": "\\ud800", "label": "odd"}',
+            CheckpointError,
+            ("row 1: expected text in text, found '\\ud800'",),
+        ),
+        (
+            "rows.jsonl",
+            '{"text": "", "label": "odd"}',
+            CheckpointError,
+            ("row 1: expected a text with tokens in it, found ''",),
+        ),
         ("absent.jsonl", None, CheckpointError, ("absent.jsonl",)),
     ],
 )

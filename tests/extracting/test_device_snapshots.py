@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dare_train.weights.live.live.live import LiveWeights
+from dare_train.weights.live.live.live.live import LiveWeights
 from device_states import base_state, tuned_state
 from merging import files_of
 from tiny import extract_refused, save

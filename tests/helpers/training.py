@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dare_train.weights.live.live.live import LiveWeights
+from dare_train.weights.live.live.live.live import LiveWeights
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from dare_train.weights.live.live.layouts import Block, Place
-from dare_train.weights.live.live.sharding import Held
+from dare_train.weights.live.live.live.layouts import Block, Place
+from dare_train.weights.live.live.live.sharding import Held
 from engines import outcomes, run_ranks
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file

@@ -258,6 +258,43 @@ def test_a_child_that_was_forked_meanwhile_holds_nothing(tmp_path: Path) -> None
     assert names(tmp_path) == []
 
 
+def test_a_place_that_is_kept_is_passed_by_its_own_thread_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "link").symlink_to(out)
+    told: list[str] = []
+
+    def compete() -> None:
+        try:
+            write(out, overwrite=True)
+        except OutputExists as error:
+            told.append(str(error))
+
+    with place_lock.kept(tmp_path / "link"):
+        rival = threading.Thread(target=compete)
+        rival.start()
+        rival.join()
+        with place_lock.kept(out):
+            write(out, "mine", overwrite=True)
+        assert names(tmp_path) == [".out.lock", "link", "out"]
+    assert [f"found process {os.getpid()} on" in text for text in told] == [True]
+    assert names(tmp_path) == ["link", "out"]
+    with place_lock.occupied(tmp_path / "link"):
+        compete()
+    assert len(told) == 2
+    compete()
+    assert len(told) == 2
+
+
+def test_nothing_is_locked_where_nobody_can_take_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with place_lock.kept(tmp_path / "mounted"):
+        assert names(tmp_path) == ["mounted"]
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "record.json"
     write_whole(path, b"old")

@@ -15,7 +15,7 @@ pytest.importorskip("torch", reason="ranks are torch's, as torchrun starts them"
 
 import torch
 import torch.distributed as dist
-from dare_train.weights.live.live.live import LiveWeights
+from dare_train.weights.live.live.live.live import LiveWeights
 from engines import outcomes, run_ranks, train_on
 from training import classifier, save_base
 

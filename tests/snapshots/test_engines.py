@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dare_train.weights.live.live.live import LiveWeights
+from dare_train.weights.live.live.live.live import LiveWeights
 from engines import run_ranks, train_on
 from hub_server import HubServer, hub_of
 from safetensors.torch import load_file

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from training import classifier, make_trainer, save_base
+from transformers import TrainerCallback
 
-from dare_train import DareCallback, DeltaPackage
-from dare_train.errors import SnapshotError
+from dare_train import DareCallback, DeltaPackage, extract
+from dare_train.errors import OutputExists, SnapshotError
 from dare_train.parallel.place_lock import locked
 
 
@@ -53,3 +54,33 @@ def test_it_ends_only_if_that_was_asked_for(place: Path) -> None:
     (place / "out/dare").mkdir(parents=True)
     with locked(place / "out/dare/step-2"), pytest.raises(SnapshotError, match="found process"):
         trained(place, on_error="raise")
+
+
+def test_a_training_does_not_begin_where_somebody_else_is_at_work(place: Path) -> None:
+    (place / "out").mkdir()
+    with locked(place / "out/dare"), pytest.raises(OutputExists, match=r"dare: .*found process \d+ on"):
+        trained(place)
+    trained(place)
+    assert [path.name for path in (place / "out").glob(".*")] == []
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Interrupt(TrainerCallback):
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        raise Interrupted
+
+
+def test_nobody_takes_the_place_of_a_training_until_it_is_over(place: Path) -> None:
+    """One that was interrupted is over when this process ends, or trains there again."""
+    callback = DareCallback(p=0.5, when="end")
+    model = classifier(place / "base")
+    with pytest.raises(Interrupted):
+        make_trainer(model, place / "out", callback, Interrupt(), save_strategy="no").train()
+    with pytest.raises(OutputExists, match="nobody is writing to"):
+        extract(place / "base", place / "base", place / "out/dare", overwrite=True)
+    trained(place)
+    extract(place / "base", place / "base", place / "out/dare", overwrite=True)
+    assert [path.name for path in (place / "out").glob(".*")] == []

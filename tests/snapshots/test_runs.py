@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dare_train.weights.live.live.live import LiveWeights
+from dare_train.weights.live.live.live.live import LiveWeights
 from fine_tunes import ADAPTERS, load, make_trainer, rows, save_decoder
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dare_train.weights.live.live.live import LiveWeights
+from dare_train.weights.live.live.live.live import LiveWeights
 from studying import tuned_model
 from tiny import refusal
 from training import save_base, weights_print

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dare_train.weights.live.live.live import LiveWeights
+from dare_train.weights.live.live.live.live import LiveWeights
 from engines import run_ranks, train_on
 from tiny import refusal
 from training import classifier, examples, make_trainer, save_base, train, weights_print

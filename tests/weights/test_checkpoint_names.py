@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dare_train.weights.live.live.live import LiveWeights
+from dare_train.weights.live.live.live.live import LiveWeights
 from engines import FSDP, run_ranks, train_on
 from safetensors.torch import load_file, save_file
 from training import save_base

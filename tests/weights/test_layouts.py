@@ -9,9 +9,9 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from dare_train.weights.live.live.layouts import Block, Place, blocks_of, widened
-from dare_train.weights.live.live.sharding import Held, Piece
-from dare_train.weights.live.live.views import held_in, numbered
+from dare_train.weights.live.live.live.layouts import Block, Place, blocks_of, widened
+from dare_train.weights.live.live.live.sharding import Held, Piece
+from dare_train.weights.live.live.live.views import held_in, numbered
 
 from dare_train.errors import ConfigError
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dare_train.weights.live.live.layouts import Block, Place
+from dare_train.weights.live.live.live.layouts import Block, Place
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
