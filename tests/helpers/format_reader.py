@@ -14,6 +14,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -111,7 +112,7 @@ def fingerprint_of_set(rows: list[tuple[str, str, list[int], str]]) -> str:
 
 @dataclass
 class Package:
-    manifest: dict
+    manifest: dict[str, Any]
     frames: dict[
         str, list[tuple[int, int, int, int, bytes]]
     ]  # tensor → (start, length, kept, changed, content's frame)
@@ -130,7 +131,7 @@ def read_package(folder: Path) -> Package:
             entry["file"]
         )
     check_set_fingerprints(manifest)
-    frames: dict = {tensor["name"]: [] for tensor in manifest["tensors"]}
+    frames: dict[str, list[Any]] = {tensor["name"]: [] for tensor in manifest["tensors"]}
     for entry in manifest["parts"]:
         part = read_safetensors(folder / entry["file"])
         assert set(part) == {"segments", "data"}
@@ -147,7 +148,7 @@ def read_package(folder: Path) -> Package:
     return Package(manifest, frames)
 
 
-def check_set_fingerprints(manifest: dict) -> None:
+def check_set_fingerprints(manifest: dict[str, Any]) -> None:
     """(2.4) `result` covers all tensors, `parent` those that have a `base`, with the base's shape."""
     result, parent = [], []
     for t in manifest["tensors"]:
@@ -311,7 +312,7 @@ class Change:
     tuned: np.ndarray | None
 
 
-def read_change(package: Package, entry: dict, base: np.ndarray, weight: float) -> Change:
+def read_change(package: Package, entry: dict[str, Any], base: np.ndarray, weight: float) -> Change:
     dtype, work = entry["dtype"], work_type(entry["dtype"])
     threshold, values, name = entry["threshold"], entry["values"], entry["name"]
     rescaled = entry["mask"] == "seeded" and package.manifest["rescale"] == "paper"  # (5.2)
@@ -335,7 +336,7 @@ def read_change(package: Package, entry: dict, base: np.ndarray, weight: float) 
         positions, raw = np.flatnonzero(keep), raw[bitmap:]
         assert len(positions) == kept
         at = positions + start
-        if values == "exact":
+        if change.tuned is not None:
             change.tuned[at] = exact_words(symbols(raw, kept, changed, bytes_of(dtype)), base[at], dtype)
             change.delta[at] = as_float(change.tuned[at], dtype) - as_float(base[at], dtype)
             change.moves[at] = change.tuned[at] != base[at]
@@ -356,7 +357,8 @@ def combine(base: np.ndarray, dtype: str, changes: list[Change]) -> np.ndarray:
     if not changes:  # nothing to compute, and the dtype need not be a float
         return base
     work = work_type(dtype)
-    total, movers = as_float(base, dtype).astype(work), np.zeros(len(base), int)
+    total: np.ndarray = as_float(base, dtype).astype(work)
+    movers = np.zeros(len(base), int)
     for change in changes:
         total = np.where(change.moves, total + work(change.factor) * change.delta, total)
         movers += change.moves
@@ -367,7 +369,7 @@ def combine(base: np.ndarray, dtype: str, changes: list[Change]) -> np.ndarray:
     return out
 
 
-def whole_words(package: Package, entry: dict, begin: int, count: int) -> np.ndarray:
+def whole_words(package: Package, entry: dict[str, Any], begin: int, count: int) -> np.ndarray:
     out, seen = np.zeros(count, word_type(entry["dtype"])), 0
     for start, length, _, _, frame in package.frames[entry["name"]]:
         if start >= begin:
@@ -404,6 +406,7 @@ def apply_side_by_side(
                 entry["dtype"], tuple(entry["shape"]), whole_words(*whole[0], 0, math.prod(entry["shape"]))
             )
             continue
+        assert source is not None
         with np.errstate(all="ignore"):
             changes = [read_change(p, e, source.words, w) for p, e, w in mine if e["kind"] == "delta"]
             words = combine(source.words, entry["dtype"], changes)

@@ -101,6 +101,7 @@ def test_the_reader_knows_nothing_of_the_package():
         "math",
         "numpy",
         "pathlib",
+        "typing",
         "zstandard",
     }
 
