@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dare_train.weights.live.live.live.live import LiveWeights
 from device_states import base_state, same, to, tuned_state
 from merging import files_of
 from safetensors.torch import load_file, save_file
@@ -28,6 +27,7 @@ from dare_train.errors import ConfigError, DeviceMemoryError, PackageError
 from dare_train.extracting import device_encoding as gather
 from dare_train.package import reader as packages
 from dare_train.package.segments import Opened
+from dare_train.weights.live.live import LiveWeights
 from dare_train.weights.protocol import SEGMENT
 
 pytestmark = pytest.mark.gpu

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from dare_train.weights.live.live.live.live import LiveWeights
 from engines import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import State, random_tensor
@@ -20,6 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from dare_train import apply, apply_, extract
 from dare_train.errors import DeviceMemoryError, RankError
+from dare_train.weights.live.live import LiveWeights
 
 WHOLE = 2**20
 """Elements of a segment."""

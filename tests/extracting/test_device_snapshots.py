@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dare_train.weights.live.live.live.live import LiveWeights
 from device_states import base_state, tuned_state
 from merging import files_of
 from tiny import extract_refused, save
@@ -29,6 +28,7 @@ from dare_train.extracting.plan import TensorPlan, plan_tensors
 from dare_train.kernels import cuda_in_torch as plain
 from dare_train.package.masks import Mask
 from dare_train.snapshots.capture import take_run
+from dare_train.weights.live.live import LiveWeights
 
 pytestmark = pytest.mark.gpu
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dare_train.weights.live.live.live.live import LiveWeights
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from dare_train.weights.fingerprint import Fingerprint, model_fingerprint
+from dare_train.weights.live.live import LiveWeights
 
 LABELS = 3
 

@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from dare_train.weights.live.live.live.layouts import Block, Place
-from dare_train.weights.live.live.live.sharding import Held
 from engines import outcomes, run_ranks
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -36,6 +34,8 @@ from dare_train.errors import CheckpointError, ConfigError, StorageError
 from dare_train.evaluation import linear_layers as layers
 from dare_train.merging.statistics.fisher_and_gram import collect_fisher, collect_gram
 from dare_train.merging.statistics.statistics_file import StatisticsFile, save_statistics, statistics_path
+from dare_train.weights.live.layouts import Block, Place
+from dare_train.weights.live.sharding import Held
 
 LENGTHS = [8, 3, 5, 8, 1, 6, 7, 4]
 

@@ -15,7 +15,6 @@ pytest.importorskip("torch", reason="ranks are torch's, as torchrun starts them"
 
 import torch
 import torch.distributed as dist
-from dare_train.weights.live.live.live.live import LiveWeights
 from engines import outcomes, run_ranks, train_on
 from training import classifier, save_base
 
@@ -25,6 +24,7 @@ from dare_train.parallel.ranks import Ranks
 from dare_train.snapshots import snapshotter as snapshot
 from dare_train.snapshots.base_model import from_live
 from dare_train.snapshots.snapshotter import Snapshotter
+from dare_train.weights.live.live import LiveWeights
 
 
 @pytest.fixture

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from dare_train.weights.live.live.live import ownership
-from dare_train.weights.live.live.live.ownership import shares
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dare_train.dtypes import DTYPES
 from dare_train.errors import ConfigError
 from dare_train.parallel.ranks import Ranks
+from dare_train.weights.live.live import ownership
+from dare_train.weights.live.ownership import shares
 from dare_train.weights.protocol import TensorInfo
 
 

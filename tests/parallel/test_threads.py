@@ -65,7 +65,7 @@ def test_what_failed_is_tried_again() -> None:
 def test_ranks_meet_once_for_what_each_of_them_holds() -> None:
     """However many threads ask at a time: a second meeting would be with none."""
     torch = pytest.importorskip("torch", reason="ranks share the weights of a model, torch's")
-    from dare_train.weights.live.live.live.live import LiveWeights
+    from dare_train.weights.live.live import LiveWeights
 
     meetings = []
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dare_train.weights.live.live.live.live import LiveWeights
 from engines import run_ranks, train_on
 from hub_server import HubServer, hub_of
 from safetensors.torch import load_file
@@ -26,6 +25,7 @@ from transformers import TrainerCallback
 from dare_train import DareCallback, DeltaPackage, apply_, extract
 from dare_train.parallel.ranks import Ranks
 from dare_train.weights.fingerprint import Fingerprint, model_fingerprint, total
+from dare_train.weights.live.live import LiveWeights
 from dare_train.weights.protocol import TensorInfo
 
 RUNS = [

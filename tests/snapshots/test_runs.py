@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from dare_train.weights.live.live.live.live import LiveWeights
 from fine_tunes import ADAPTERS, load, make_trainer, rows, save_decoder
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -15,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from dare_train import DareCallback, DareConfig, DeltaPackage, Snapshotter, apply
 from dare_train.errors import ConfigError, PackageError
 from dare_train.weights.fingerprint import weights_fingerprint
+from dare_train.weights.live.live import LiveWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 

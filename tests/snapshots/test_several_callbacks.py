@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import wandb
-from dare_train.weights.live.live.live import live as shards
 from engines import run_ranks, train_on
 from safetensors.torch import load_file, save_file
 from training import classifier, save_base, train
@@ -19,6 +18,7 @@ from wandb_files import history, offline_run
 
 from dare_train import DareCallback, DeltaPackage, apply
 from dare_train.errors import BaseMismatch
+from dare_train.weights.live.live import live as shards
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dare_train.weights.live.live.live.live import LiveWeights
 from studying import tuned_model
 from tiny import refusal
 from training import save_base, weights_print
@@ -21,6 +20,7 @@ from dare_train.reports.rates_report import rates_study
 from dare_train.studies.drop_rates import largest_rate, largest_rates, sensitivity, spread
 from dare_train.weights.fingerprint import weights_fingerprint
 from dare_train.weights.layer_names import layer_of
+from dare_train.weights.live.live import LiveWeights
 
 KEY = "bert.encoder.layer.0.attention.self.key.weight"
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dare_train.weights.live.live.live.live import LiveWeights
 from engines import run_ranks, train_on
 from tiny import refusal
 from training import classifier, examples, make_trainer, save_base, train, weights_print
@@ -22,6 +21,7 @@ from dare_train.config import threshold_of
 from dare_train.errors import ConfigError
 from dare_train.package.masks import Mask, key_of
 from dare_train.training.sparse_tuning import SparseTuning
+from dare_train.weights.live.live import LiveWeights
 
 KEY = "bert.encoder.layer.0.attention.self.key.weight"
 HEAD = {"classifier*": 0.0, "*": 0.9}

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from dare_train.weights.live.live.live.live import LiveWeights
 from engines import FSDP, run_ranks, train_on
 from safetensors.torch import load_file, save_file
 from training import save_base
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 from dare_train import DareCallback, DeltaPackage, apply, apply_, extract
+from dare_train.weights.live.live import LiveWeights
 
 COMMON: dict[str, Any] = dict(
     vocab_size=60,

@@ -9,11 +9,11 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from dare_train.weights.live.live.live.layouts import Block, Place, blocks_of, widened
-from dare_train.weights.live.live.live.sharding import Held, Piece
-from dare_train.weights.live.live.live.views import held_in, numbered
 
 from dare_train.errors import ConfigError
+from dare_train.weights.live.layouts import Block, Place, blocks_of, widened
+from dare_train.weights.live.sharding import Held, Piece
+from dare_train.weights.live.views import held_in, numbered
 
 SHAPES = {"a": (4, 6, 10), "b": (8, 10), "c": (5, 10)}
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from dare_train.weights.live.live.live.live import LiveWeights
 from engines import outcomes, run_ranks, train_on
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,6 +21,7 @@ from transformers import TrainerCallback
 from dare_train import DareConfig, DeltaPackage, Snapshotter, extract
 from dare_train.errors import ConfigError
 from dare_train.parallel.ranks import Ranks
+from dare_train.weights.live.live import LiveWeights
 
 RUNS = [
     ("ddp", 2),

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dare_train.weights.live.live.live.layouts import Block, Place
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +24,7 @@ from transformers import (
 
 from dare_train import apply, diagnose, extract, merge
 from dare_train.errors import DareError, TensorMismatch
+from dare_train.weights.live.layouts import Block, Place
 from dare_train.weights.lora.opening import open_weights
 from dare_train.weights.lora.other_layouts import in_layout_of
 from dare_train.weights.lora.relaid import Relaid
