@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dare_train.dtypes import DTYPES
 from dare_train.errors import ConfigError
 from dare_train.parallel.ranks import Ranks
-from dare_train.weights.live.live import ownership
+from dare_train.weights.live import ownership
 from dare_train.weights.live.ownership import shares
 from dare_train.weights.protocol import TensorInfo
 

@@ -18,7 +18,7 @@ from wandb_files import history, offline_run
 
 from dare_train import DareCallback, DeltaPackage, apply
 from dare_train.errors import BaseMismatch
-from dare_train.weights.live.live import live as shards
+from dare_train.weights.live import live as shards
 
 
 @pytest.fixture(scope="module")
