@@ -137,6 +137,6 @@ def test_a_failed_evaluation_leaves_training_its_own_weights(base: Path, tmp_pat
     trainer = make_trainer(classifier(base), tmp_path / "out", DareCallback(evaluate=True, p=0.5))
     trainer.train()
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    with planted("dare_train.weights.live.LiveWeights.settle", OSError("planted")):
+    with planted("dare_train.weights.live.live.LiveWeights.settle", OSError("planted")):
         trainer.evaluate()
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
