@@ -13,8 +13,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,10 @@ class Campaign:
     seed: int
     until: float
     kinds: list[str]
-    slice: float = _SLICE
+    turns: Iterator[str]
+    """Kinds, in the order in which whoever is free takes them."""
+    slice: float
+    """Seconds of a turn, without what the process imports."""
     numbers: Counter[str] = field(default_factory=Counter)
     done: Counter[str] = field(default_factory=Counter)
     taken: Counter[str] = field(default_factory=Counter)
@@ -49,10 +54,8 @@ class Campaign:
         """One processor's share, until the time is over."""
         place = self.place / str(number)
         place.mkdir()
-        turn = number
         while time.monotonic() < self.until:
-            self._process(place, self.kinds[turn % len(self.kinds)])
-            turn += 1
+            self._process(place, next(self.turns))
 
     def _process(self, place: Path, kind: str) -> None:
         """A process, and the batches that it is given; where it dies, what it died of is a failure."""
@@ -132,7 +135,8 @@ def main() -> int:
             seed=options.seed,
             until=time.monotonic() + 60 * options.minutes,
             kinds=kinds,
-            slice=min(_SLICE, 55 * options.minutes * options.processes / len(kinds)),
+            turns=cycle(kinds),
+            slice=min(_SLICE, 36 * options.minutes * options.processes / len(kinds)),
         )
         with ThreadPoolExecutor(options.processes) as pool:
             list(pool.map(campaign.work, range(options.processes)))
@@ -140,6 +144,8 @@ def main() -> int:
         print(f"left out, without transformers and gguf: {', '.join(LEFT_OUT)}")
     for kind in campaign.kinds:
         print(f"{kind:18} {campaign.done[kind]:>9,} inputs, {campaign.taken[kind]:>9,} of them taken")
+    if untried := [kind for kind in campaign.kinds if not campaign.done[kind]]:
+        print(f"too short a time for: {', '.join(untried)}")
     total = sum(campaign.done.values())
     rate = total / options.minutes * 60
     print(f"seed {options.seed}: {total:,} inputs, {rate:,.0f} an hour; slowest {campaign.slowest:.1f} s")
