@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Union
 import numpy as np
 
 from .._version import __version__
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, printable
 from ..parallel.place_lock import kept, locked
 from ..parallel.ranks import launched_world
 from ..parallel.staged_file import tidy, write_whole
@@ -102,9 +102,21 @@ def numbers(given: float | Mapping[str, float]) -> dict[str, float]:
 
 
 def samples(points: Iterable[Point], variant: str, metric: str) -> dict[float, list[float]]:
-    """By drop rate, ascending, what the seeds gave."""
+    """By drop rate, ascending, what the seeds gave.
+
+    Raises:
+        ConfigError: a point has no such metric.
+    """
     by_rate: dict[float, list[float]] = {}
     for point in sorted((point for point in points if point.variant == variant), key=lambda point: point.p):
+        if metric not in point.metrics:
+            names = ", ".join(sorted(point.metrics))
+            raise ConfigError(
+                f"measurements of {printable(variant, 100)}",
+                expected=f"{printable(metric, 100)} in each",
+                found=f"only {printable(names, 100)} at p = {point.p:g}",
+                remedy="does the evaluation give the same metrics each time? Else the record was damaged",
+            )
         by_rate.setdefault(point.p, []).append(point.metrics[metric])
     return by_rate
 

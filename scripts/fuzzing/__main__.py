@@ -136,7 +136,7 @@ def main() -> int:
             until=time.monotonic() + 60 * options.minutes,
             kinds=kinds,
             turns=cycle(kinds),
-            slice=min(_SLICE, 36 * options.minutes * options.processes / len(kinds)),
+            slice=min(_SLICE, 28 * options.minutes * options.processes / len(kinds)),
         )
         with ThreadPoolExecutor(options.processes) as pool:
             list(pool.map(campaign.work, range(options.processes)))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dare_train.errors import OutputExists, StorageError
-from dare_train.evaluation.measurements import Journal, MeasurementRecord, Point, alone_with
+from dare_train.errors import ConfigError, OutputExists, StorageError
+from dare_train.evaluation.measurements import Journal, MeasurementRecord, Point, alone_with, samples
 
 POINTS = [Point(variant="dare", p=0.5, seed=seed, metrics={"accuracy": 0.5}) for seed in range(20)]
 
@@ -32,6 +32,12 @@ def test_reading_a_whole_journal_writes_nothing(journal: Journal) -> None:
     assert journal.read() == POINTS
     after = journal.path.stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_point_with_other_metrics_is_named(journal: Journal) -> None:
+    journal.add(Point(variant="dare", p=0.9, seed=0, metrics={"accurbcy": 0.5}))
+    with pytest.raises(ConfigError, match="dare: expected accuracy in each, found only accurbcy at p = 0.9"):
+        samples(journal.read(), "dare", "accuracy")
 
 
 def test_a_line_that_was_cut_goes_and_the_rest_stays(journal: Journal) -> None:
