@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, brief
 from ..weights.skeletons import asks_for
 
 if TYPE_CHECKING:
@@ -65,6 +65,10 @@ def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> Any:
     tokenizer = _loaded(folder, what, AutoTokenizer.from_pretrained, trust_remote_code, remedy=remedy)
     if {*tokenizer.get_vocab()} <= {*tokenizer.all_special_tokens}:  # for some models an empty one is made
         raise CheckpointError(folder, expected=what, found="none that loads", remedy=remedy)
+    if not isinstance(longest := tokenizer.model_max_length, (int, float)):  # it compares lengths with it
+        raise CheckpointError(
+            f"{folder}: model_max_length", expected="a number", found=brief(longest), remedy=remedy
+        )
     return tokenizer
 
 

@@ -113,6 +113,13 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path, llama: Path) -> None:
         load_tokenizer(str(tmp_path / "none"))
 
 
+def test_a_longest_length_that_is_no_number_is_refused(llama: Path) -> None:
+    path = llama / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": "BF16"}))
+    with pytest.raises(CheckpointError, match="model_max_length: expected a number, found 'BF16'"):
+        load_tokenizer(str(llama))
+
+
 def evaluated(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)
