@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from ..errors import ConfigError, brief
 from .config.checks import check_choice
-from .config.recipe import DTYPE_NAMES
+from .config.result_dtype import result_dtype
 from .config.yaml_parts import fields_of, parsed, text_of
 
 GateMode = Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"]
@@ -22,7 +22,6 @@ _KEYS = (
 _OF_EXPERT = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
 _LARGEST = 1e30
 """Of scales: more has no float32."""
-_SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,7 @@ def read_experts(path: Path, *, allow_same: bool = False) -> ExpertRecipe:
         experts=experts,
         shared=shared,
         gate=gate,
-        dtype=_dtype(top.get("dtype")),
+        dtype=result_dtype(top),
         per_token=per_token,
         architecture=architecture,
         text=path.read_text(encoding="utf-8"),
@@ -121,17 +120,6 @@ def _number(fields: dict[str, Any], key: str, default: float, where: str) -> flo
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST <= value <= _LARGEST:
         raise ConfigError(f"{where}.{key}", expected="a number", found=brief(value))
     return float(value)
-
-
-def _dtype(value: object) -> str | None:
-    if value is None:
-        return None
-    name = str(value).removeprefix("torch.")
-    codes = {known: code for code, known in DTYPE_NAMES.items()}
-    code = codes.get(_SHORT.get(name, name))
-    if code is None:
-        raise ConfigError("dtype", expected=f"one of {', '.join(codes)}", found=brief(value))
-    return code
 
 
 def _check_prompts(experts: tuple[Expert, ...], gate: GateMode) -> None:

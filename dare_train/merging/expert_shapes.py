@@ -13,7 +13,7 @@ from ..errors import CheckpointError, ConfigError, brief
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.files.config_file import config_beside
 from ..weights.skeletons import asks_for
-from .config.recipe import DTYPE_NAMES
+from .config.result_dtype import DTYPE_NAMES
 from .expert_recipe import DRAWN, ExpertRecipe
 
 Gated = Literal["none", "plain", "gated"]

@@ -25,7 +25,7 @@ from ..weights.fingerprint import model_fingerprint
 from ..weights.lora.opening import open_checkpoint
 from ..weights.protocol import SEGMENT, TensorInfo
 from ..weights.skeletons import skeleton
-from .config.recipe import DTYPE_NAMES
+from .config.result_dtype import code_named
 from .expert_gates import Gates, alike, gates_for
 from .expert_recipe import Expert, ExpertRecipe, read_experts
 from .expert_shapes import Shape, config_for, is_in_mlp, notes_on, shape_for
@@ -148,10 +148,9 @@ def _dtype(recipe: ExpertRecipe, base: Checkpoint) -> DType:
     if recipe.dtype is not None:
         return DTYPES[recipe.dtype]
     config = config_beside(base)
-    said = str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
-    codes = {name: code for code, name in DTYPE_NAMES.items()}
-    if said in codes:
-        return DTYPES[codes[said]]
+    code = code_named(config.get("dtype", config.get("torch_dtype")))
+    if code is not None:
+        return DTYPES[code]
     return next(info.dtype for info in base.tensors.values() if info.dtype.can_be_delta)
 
 

@@ -14,7 +14,7 @@ from ..parallel.scratch_folder import temporary_folder
 from ..weights.files.checkpoint import MERGE_RECORD
 from ..weights.files.config_file import CONFIG, read_config
 from ..weights.files.module_folders import MODULES, module_folders
-from .config.recipe import DTYPE_NAMES
+from .config.result_dtype import DTYPE_NAMES
 from .merge_report import MergeReport
 from .merged_weights import Merged
 from .models.chat_templates import write_template

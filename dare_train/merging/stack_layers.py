@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from ..errors import ConfigError
-from .config.recipe import DTYPE_NAMES
+from .config.result_dtype import DTYPE_NAMES
 from .config.stack import PASSTHROUGH, SCALE, Stack, StackedLayers
 from .methods.parameters import Case, Setting
 from .models.chat_templates import check_template

@@ -13,6 +13,11 @@ from dare_train import apply, extract
 from dare_train.errors import DareError
 
 State = dict[str, torch.Tensor]
+DECODER: dict[str, Any] = dict(
+    vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=2,
+)  # fmt: skip
+"""Sizes in a decoder's configuration."""
 
 
 def random_tensor(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -26,6 +26,7 @@ from transformers import (
 
 from dare_train import mixture_of_experts
 from dare_train.errors import CheckpointError, ConfigError, DareError, TensorMismatch
+from dare_train.merging.config.mergekit import read
 from dare_train.merging.expert_recipe import read_experts
 
 State = dict[str, torch.Tensor]
@@ -355,6 +356,12 @@ def test_a_configuration_that_transformers_does_not_take_is_an_error(dense: Path
         CheckpointError, match="expected a configuration without code and without endless modules"
     ):
         mixture_of_experts(recipe(), "out")
+
+
+def test_merge_names_the_command_for_mixtures() -> None:
+    mixture = {"base_model": "a", "gate_mode": "random", "experts": [{"source_model": "a"}]}
+    with pytest.raises(ConfigError, match="found experts instead; dare-train moe"):
+        read(mixture)
 
 
 def test_short_names_of_dtypes(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tiny import DECODER
 from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
@@ -36,14 +37,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
 ]
 
-TEXT: dict[str, Any] = dict(
-    vocab_size=60,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-)
 IMAGE: dict[str, Any] = dict(
     hidden_size=32,
     num_hidden_layers=2,
@@ -56,7 +49,7 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 def qwen3_vl_moe() -> Qwen3VLMoeConfig:
-    text = {**TEXT, "moe_intermediate_size": 8, "num_experts": 3, "head_dim": 8, "mlp_only_layers": []}
+    text = {**DECODER, "moe_intermediate_size": 8, "num_experts": 3, "head_dim": 8, "mlp_only_layers": []}
     vision = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=16)
     return Qwen3VLMoeConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
 
@@ -102,12 +95,12 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "experts that files have apart": (
         MixtralForCausalLM,
-        lambda: MixtralConfig(**TEXT, num_local_experts=3),
+        lambda: MixtralConfig(**DECODER, num_local_experts=3),
         dict(target_modules=["q_proj"], target_parameters=EXPERTS),
     ),
     "experts that lie transposed": (
         GptOssForCausalLM,
-        lambda: GptOssConfig(**TEXT, head_dim=8, num_local_experts=3),
+        lambda: GptOssConfig(**DECODER, head_dim=8, num_local_experts=3),
         dict(target_modules=["q_proj"], target_parameters=EXPERTS),
     ),
     "experts that files have transposed": (

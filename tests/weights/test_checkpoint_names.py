@@ -11,6 +11,7 @@ import pytest
 import torch
 from engines import FSDP, run_ranks, train_on
 from safetensors.torch import load_file, save_file
+from tiny import DECODER
 from training import save_base
 from transformers import (
     AutoModelForSequenceClassification,
@@ -23,18 +24,10 @@ from transformers import (
 from dare_train import DareCallback, DeltaPackage, apply, apply_, extract
 from dare_train.weights.live.live import LiveWeights
 
-COMMON: dict[str, Any] = dict(
-    vocab_size=60,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-)
 CONFIGS = {
-    "mixtral": MixtralConfig(**COMMON, num_local_experts=3, num_labels=3, pad_token_id=0),
+    "mixtral": MixtralConfig(**DECODER, num_local_experts=3, num_labels=3, pad_token_id=0),
     "qwen3_moe": Qwen3MoeConfig(
-        **COMMON, moe_intermediate_size=8, num_experts=3, num_experts_per_tok=2, num_labels=3, pad_token_id=0
+        **DECODER, moe_intermediate_size=8, num_experts=3, num_experts_per_tok=2, num_labels=3, pad_token_id=0
     ),
 }
 

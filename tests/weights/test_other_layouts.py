@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import DECODER
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -30,26 +30,18 @@ from dare_train.weights.lora.other_layouts import in_layout_of
 from dare_train.weights.lora.relaid import Relaid
 from dare_train.weights.protocol import ArrayWeights, TensorInfo
 
-COMMON: dict[str, Any] = dict(
-    vocab_size=60,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-)
 CONFIGS: dict[str, PreTrainedConfig] = {
-    "mixtral": MixtralConfig(**COMMON, num_local_experts=3),
+    "mixtral": MixtralConfig(**DECODER, num_local_experts=3),
     "qwen2_moe": Qwen2MoeConfig(
-        **COMMON, moe_intermediate_size=8, shared_expert_intermediate_size=8, num_experts=3
+        **DECODER, moe_intermediate_size=8, shared_expert_intermediate_size=8, num_experts=3
     ),
-    "qwen3_moe": Qwen3MoeConfig(**COMMON, moe_intermediate_size=8, num_experts=3, num_experts_per_tok=2),
+    "qwen3_moe": Qwen3MoeConfig(**DECODER, moe_intermediate_size=8, num_experts=3, num_experts_per_tok=2),
     "deepseek_v3": DeepseekV3Config(
-        **COMMON, moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        **DECODER, moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
         first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
         v_head_dim=8,
     ),
-    "jamba": JambaConfig(**COMMON, num_experts=3, use_mamba_kernels=False, mamba_dt_rank=2),
+    "jamba": JambaConfig(**DECODER, num_experts=3, use_mamba_kernels=False, mamba_dt_rank=2),
 }  # fmt: skip
 LAYOUTS = {"by number": True, "in one": False}
 BOTH_WAYS = [("by number", "in one"), ("in one", "by number")]

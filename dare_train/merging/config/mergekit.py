@@ -13,8 +13,9 @@ from ...errors import ConfigError, brief
 from ..methods.parameters import Case, Gradient, Parameter, Scalar, Setting, Settings
 from ..models.token_rows import token_rows
 from .foreign import Foreign
-from .recipe import CHOICES, DTYPE_NAMES, FLAVOUR, Recipe
+from .recipe import CHOICES, FLAVOUR, Recipe
 from .recipe_parts import LayerRange
+from .result_dtype import result_dtype
 from .spelling import model_name, spelt_out
 from .yaml_parts import (
     TOKENIZER,
@@ -111,7 +112,7 @@ def _as_written(top: Mapping[str, Any]) -> Recipe:
         parameters=settings_of(top.get("parameters", {}), "parameters"),
         rescale=top.get("rescale", "paper"),
         seed=top.get("seed", 0),
-        out_dtype=_out_dtype(top),
+        out_dtype=result_dtype(top),
         rounding=top.get("rounding", "nearest"),
         **_vocabulary(top, text_of(top, "base_model")),
         **{name: top[name] for name in CHOICES if name in top},
@@ -153,7 +154,7 @@ def _translated(top: Mapping[str, Any], *, strict: bool) -> tuple[Recipe, list[s
         parameters=_with_implied(method, base_model, changed, in_common),
         rescale=_rescale(rescale, method),
         seed=0 if seed is None else seed,
-        out_dtype=_out_dtype(top),
+        out_dtype=result_dtype(top),
         rounding=top.get("rounding", "nearest"),
         **_vocabulary(top, base),
         **_choices(top, order, len(listed.models)),
@@ -349,20 +350,6 @@ def _complement_of_value(value: Scalar | Gradient) -> Scalar | Gradient:
 
 def _complement_of_scalar(value: Scalar) -> float:
     return round(1 - float(_DENSITY.convert(value, "density")), 12)
-
-
-def _out_dtype(top: Mapping[str, Any]) -> str | None:
-    codes = {name: code for code, name in DTYPE_NAMES.items()}
-    for key in ("dtype", "out_dtype"):
-        if key in top and text_of(top, key).removeprefix("torch.") not in codes:
-            raise ConfigError(
-                key,
-                expected=f"one of {', '.join(codes)}",
-                found=repr(top[key]),
-                remedy="without it the base's is kept",
-            )
-    dtype = top.get("out_dtype", top.get("dtype"))
-    return None if dtype is None else codes[dtype.removeprefix("torch.")]
 
 
 def _vocabulary(top: Mapping[str, Any], base: str) -> dict[str, Any]:

@@ -30,11 +30,10 @@ from .checks import (
     texts_of,
 )
 from .recipe_parts import BASE_LAYERS, TAKES_PART, LayerRange, Model
+from .result_dtype import DTYPE_NAMES
 from .setting_resolver import SettingResolver
 
 RESCALES = ("paper", "norm", "q", "none")
-DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""What a merge can be written as: safetensors code, and the name in a configuration."""
 
 MOST_ROWS = 1 << 16
 """That embeddings are padded to a multiple of."""

@@ -10,10 +10,10 @@ from typing import Any
 
 from ...errors import ConfigError, brief
 from .foreign import is_parameter, is_typo
+from .result_dtype import full_name
 from .yaml_parts import REMEDIES, SLICE, SOURCE, TOKENIZER, WHOLE
 
 _MODULE = ("models", "slices", "parameters")
-_DTYPES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
 
 def spelt_out(
@@ -27,9 +27,19 @@ def spelt_out(
     Args:
         known: keys at the top.
         strict: leave nothing out.
+
+    Raises:
+        ConfigError: it is another kind of configuration, or says something where it does not count.
     """
     if not isinstance(document, dict):
         return document, []  # type: ignore[return-value]
+    if "experts" in document and "merge_method" not in document:
+        raise ConfigError(
+            "merge_method",
+            expected="a name",
+            found="experts instead",
+            remedy="dare-train moe makes mixtures of experts",
+        )
     stray = _Stray(leave_out=not strict)
     top = stray.without(document, (*known, "modules"), "")
     if isinstance(top.get("modules"), dict) and top["modules"]:
@@ -40,8 +50,7 @@ def spelt_out(
         top["tokenizer"] = stray.without(top["tokenizer"], TOKENIZER, "tokenizer")
     for key in ("dtype", "out_dtype"):
         if isinstance(top.get(key), str):
-            name = top[key].removeprefix("torch.")
-            top[key] = _DTYPES.get(name, name)
+            top[key] = full_name(top[key])
     for key in ("base_model", "tokenizer_source"):
         if key in top:
             top[key] = model_name(top[key])

@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ..methods.parameters import Parameter, Settings, value_at
 from ..models.chat_templates import check_template
 from .mergekit import METHODS
-from .recipe import DTYPE_NAMES
+from .result_dtype import result_dtype
 from .spelling import spelt_out
 from .yaml_parts import SLICE, SOURCE, TOKENIZER, WHOLE, fields_of, parsed, settings_of, text_of
 
@@ -96,7 +96,7 @@ def read_stack(given: Path | dict[str, Any], *, strict: bool = False) -> Stack |
     return Stack(
         layers=layers,
         described_by=described_by,
-        out_dtype=_dtype(top),
+        out_dtype=result_dtype(top),
         chat_template=template,
         tokenizer=_tokenizer(top, described_by),
         notes=tuple(ignored),
@@ -199,14 +199,3 @@ def _range(value: object, where: str) -> tuple[int, int]:
     if not 0 <= first <= last:
         raise ConfigError(where, expected="[first, last + 1]", found=repr(value))
     return first, last
-
-
-def _dtype(top: Mapping[str, Any]) -> str | None:
-    codes = {name: code for code, name in DTYPE_NAMES.items()}
-    given = top.get("out_dtype", top.get("dtype"))
-    if given is None:
-        return None
-    name = str(given).removeprefix("torch.")
-    if name not in codes:
-        raise ConfigError("dtype", expected=f"one of {', '.join(codes)}", found=repr(given))
-    return codes[name]
