@@ -37,7 +37,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "qwen3_moe": Qwen3MoeConfig(**DECODER, moe_intermediate_size=8, num_experts=3, num_experts_per_tok=2),
     "deepseek_v3": DeepseekV3Config(
-        **DECODER, moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        **DECODER, moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1,
         first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
         v_head_dim=8,
     ),
