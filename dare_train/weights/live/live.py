@@ -163,10 +163,17 @@ class LiveWeights:
     @property
     def whole(self) -> bool:
         """Whether every tensor lies in this process completely."""
-        return all(
-            self.held[name] == (((0, info.numel),) if info.numel else ())
-            for name, info in self.tensors.items()
-        )
+        return all(map(self._is_here, self.tensors))
+
+    def check_whole(self) -> None:
+        """Raises ConfigError, naming the first tensor that does not lie in this process completely."""
+        for name, info in self.tensors.items():
+            if not self._is_here(name):
+                raise _elsewhere(name, 0, info.numel)
+
+    def _is_here(self, name: str) -> bool:
+        numel = self.tensors[name].numel
+        return self.held[name] == (((0, numel),) if numel else ())
 
     def updates(self) -> dict[str, list[Update]]:
         """What adapters do to the base, by tensor, copied. All ranks call it together.
@@ -192,12 +199,7 @@ class LiveWeights:
     def read(self, name: str, start: int, count: int) -> Words:
         pieces = self._within(self._held[name].pieces, start, start + count)
         if sum(piece.length for piece in pieces) != count:
-            remedy = (
-                "other ranks hold the rest: use the callback or a Snapshotter on all of "
-                "them, or the saved checkpoint"
-            )
-            expected = f"elements [{start}, {start + count}) in this process"
-            raise ConfigError(name, expected=expected, found="a part of them", remedy=remedy)
+            raise _elsewhere(name, start, count)
         if len(pieces) == 1:
             return self._words(name, pieces[0])
         nothing = np.empty(0, self.tensors[name].dtype.word)
@@ -315,6 +317,15 @@ def _spans(held: Held) -> tuple[Span, ...]:
     spans = tuple((piece.start, piece.stop) for piece in held.pieces)
     whole = ((0, prod(held.shape)),)
     return whole if len(spans) > 1 and sum(stop - start for start, stop in spans) == whole[0][1] else spans
+
+
+def _elsewhere(name: str, start: int, count: int) -> ConfigError:
+    """Why a run of a tensor cannot be read in this process alone."""
+    remedy = (
+        "other ranks hold the rest: use the callback or a Snapshotter on all of them, or the saved checkpoint"
+    )
+    expected = f"elements [{start}, {start + count}) in this process"
+    return ConfigError(name, expected=expected, found="a part of them", remedy=remedy)
 
 
 def _no_tensor_for(name: str) -> ConfigError:

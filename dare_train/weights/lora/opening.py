@@ -31,6 +31,7 @@ def open_weights(what: WeightsLike, *, kernels: str | None = None, dequantize: b
 
     Raises:
         CheckpointError: it cannot be read.
+        ConfigError: other processes hold parts of it.
     """
     if isinstance(what, (str, os.PathLike)):
         return open_checkpoint(what, dequantize=dequantize)
@@ -46,6 +47,7 @@ def open_weights(what: WeightsLike, *, kernels: str | None = None, dequantize: b
     from ..live.live_lora import Merged
 
     live = LiveWeights(cast("Live", what), kernels=kernels)
+    live.check_whole()
     return Merged(live, live.updates(), live.tensors) if live.adapted else live
 
 
