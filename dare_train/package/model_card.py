@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,10 +32,10 @@ This folder is not a model: it holds what fine-tuning changed in `{base}`, thinn
 import dare_train
 
 # A checkpoint folder for from_pretrained:
-dare_train.apply("{base}", ["path/to/this/folder"], out="model"{cast_argument})
+dare_train.apply({in_python}, ["path/to/this/folder"], out="model"{cast_argument})
 ```
 
-or, on the command line, `dare-train apply {base} path/to/this/folder --out model{cast_option}`.
+or, on the command line, `dare-train apply {in_shell} path/to/this/folder --out model{cast_option}`.
 A Hub id does in the place of a folder.
 
 | | |
@@ -55,7 +57,7 @@ Each folder is a package: what fine-tuning changed in `{base}`, thinned by
 [DARE](https://arxiv.org/abs/2311.03099) (drop and rescale) and compressed by `dare_train`.
 
 ```bash
-dare-train apply {base} hf://{repo}/FOLDER --out model    # a checkpoint folder for from_pretrained
+dare-train apply {in_shell} hf://{repo}/FOLDER --out model    # a checkpoint folder for from_pretrained
 dare-train pull {repo} --out packages    # all of them
 ```
 
@@ -87,7 +89,7 @@ def text(
     rates = sorted({record.p for record in manifest.tensors if record.kind == "delta"})
     return _TEXT.format(
         base_lines=_base_lines(manifest.base_model),
-        base=_shown(manifest.base_model),
+        **_names_of(manifest.base_model),
         cast_argument=", cast_base=True" if cast_base else "",
         cast_option=" --cast-base" if cast_base else "",
         rates=", ".join(f"{rate:g}" for rate in rates) or "none",
@@ -109,7 +111,7 @@ def of_folders(repo: str, manifest: Manifest) -> str:
     """
     return _FOLDERS.format(
         base_lines=_base_lines(manifest.base_model),
-        base=_shown(manifest.base_model),
+        **_names_of(manifest.base_model),
         repo=repo,
     )
 
@@ -128,8 +130,11 @@ def _base_lines(base: str) -> str:
     return f"base_model: {base.partition('@')[0]}\nbase_model_relation: adapter\n"
 
 
-def _shown(base: str) -> str:
-    return base if _is_on_hub(base) else printable(Path(base).name, 200)
+def _names_of(base: str) -> dict[str, str]:
+    """The base as texts, Python and shells write it."""
+    name = base if _is_on_hub(base) else printable(Path(base).name, 200)
+    in_python = json.dumps(name, ensure_ascii=False)
+    return {"base": name, "in_python": in_python, "in_shell": shlex.quote(name)}
 
 
 def _is_on_hub(base: str) -> bool:

@@ -70,11 +70,11 @@ class Part:
         try:
             content = self._file.read("data", offset, size)
         except CheckpointError as error:
+            self._check_unchanged()
             remedy = FETCH_AGAIN
             raise PackageError(
                 error.name, expected=error.expected, found=error.found, remedy=remedy
             ) from error
-        self._check_unchanged()
         return content.data
 
     def sha256(self) -> str:

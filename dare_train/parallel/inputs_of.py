@@ -11,6 +11,7 @@ from ..errors import ConfigError
 
 def check_apart(out: Path, inputs: Iterable[Path]) -> None:
     """An output is none of what is read, and holds none of it, by whatever links. It may lie inside an input.
+    Nor is it the working folder, or holds it: whoever stands there would be left in one that was removed.
 
     Raises:
         ConfigError: naming the input.
@@ -18,6 +19,14 @@ def check_apart(out: Path, inputs: Iterable[Path]) -> None:
     if not out.exists():
         return
     place = out.stat()
+    here = _working_folder()
+    if any(os.path.samestat(place, above.stat()) for above in here):
+        raise ConfigError(
+            "out",
+            expected="another folder than the one that this process works in",
+            found=f"{out}, which is that, or holds it: {here[0]}",
+            remedy="choose another place for the result, or go elsewhere",
+        )
     for given in inputs:
         if not given.exists():
             continue
@@ -32,6 +41,15 @@ def check_apart(out: Path, inputs: Iterable[Path]) -> None:
                     found=f"{out}, which is {where}: {given}",
                     remedy="choose another place for the result",
                 )
+
+
+def _working_folder() -> list[Path]:
+    """This process's, and all above it; none, if it was removed."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        return []
+    return [here, *here.parents]
 
 
 def _reaches(given: Path) -> Iterator[Path]:

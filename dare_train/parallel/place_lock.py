@@ -27,6 +27,9 @@ _LONGEST = 400
 """Bytes that are read of who holds a lock."""
 _WRITTEN_WITHIN = 0.1
 """Seconds after which a lock says who has it."""
+_ATTEMPTS = 10_000
+"""At a lock that others take and remove. On some network file systems an open file is never the one that
+its name leads to."""
 _kept: ContextVar[frozenset[Path]] = ContextVar("kept", default=frozenset())
 """Files of locks that this thread has for more than one writer."""
 
@@ -108,7 +111,7 @@ def lock_names(folder: Path) -> set[str]:
 
 def _taken(path: Path, out: Path) -> SystemLock | None:
     """A lock that is held now; None where there are none to be had."""
-    while True:
+    for _ in range(_ATTEMPTS):
         with ExitStack() as stack:
             descriptor = _opened(path)
             stack.callback(os.close, descriptor)
@@ -124,6 +127,7 @@ def _taken(path: Path, out: Path) -> SystemLock | None:
                 stack.pop_all()
                 return SystemLock(descriptor)
             # whoever held it is done, and has removed the file: another one counts now
+    return None
 
 
 def _opened(path: Path) -> int:

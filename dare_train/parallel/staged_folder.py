@@ -25,6 +25,9 @@ _OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 _LONGEST_NAME = 210
 """Bytes that leave room for what hidden names say beside it."""
 
+_ATTEMPTS = 100
+"""At a folder that others make and remove. In some, such as `/proc/self`, nothing can ever be made."""
+
 ReadBack = Callable[[Path], object]
 """Called with what is about to be published; raises for what its readers would refuse."""
 
@@ -84,14 +87,15 @@ def staged_folder(
 def _place(out: Path, within: Path | None, overwrite: bool) -> Iterator[bool]:
     """The folder that `out` will lie in, and its lock; yields whether nobody else can be at work there."""
     with ExitStack() as stack:
-        while True:
+        for attempt in reversed(range(_ATTEMPTS)):
             for folder in (out.parent, within or out.parent):
                 folder.mkdir(parents=True, exist_ok=True)
             try:
                 alone = stack.enter_context(locked(out, within))
                 break
             except FileNotFoundError:  # somebody who failed has removed the new folder again
-                continue
+                if not attempt:
+                    raise
             except OSError as error:
                 if isinstance(error, DareError):
                     raise
@@ -261,8 +265,14 @@ def storage_errors(where: Path) -> Iterator[None]:
 
 
 def _nameable(out: Path) -> Path:
-    if "\0" in str(out) or not out.absolute().name or len(os.fsencode(out.name)) > _LONGEST_NAME:
+    try:
+        whole = out.absolute()
+    except FileNotFoundError as error:
+        found, remedy = f"{out} in one that was removed", "go to another, or give the whole path"
+        expected = "a working folder that is there"
+        raise ConfigError("out", expected=expected, found=found, remedy=remedy) from error
+    if "\0" in str(out) or not whole.name or len(os.fsencode(out.name)) > _LONGEST_NAME:
         raise ConfigError(
             "out " + repr(str(out)), expected="a path that a folder can have", remedy="choose another"
         )
-    return out if out.name else out.absolute()
+    return out if out.name else whole

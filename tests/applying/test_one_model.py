@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -233,3 +234,17 @@ def test_a_base_that_is_cut_short_while_it_is_read_is_one_error(tmp_path: Path) 
     last = max(opened.tensors, key=lambda name: opened.tensors[name].numel)
     with pytest.raises(CheckpointError, match=r"its end at .*; was it written over, or cut short"):
         opened.read(last, 0, opened.tensors[last].numel)
+
+
+def test_nothing_is_made_of_two_states_of_a_file(tmp_path: Path) -> None:
+    base = save(base_state(), tmp_path / "base")
+    opened = Checkpoint.open(base)
+    name = next(iter(opened.tensors))
+    opened.read(name, 0, 1)
+    with (base / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    with pytest.raises(
+        CheckpointError, match="the file that was opened, found changes to it; was it written"
+    ):
+        opened.read(name, 0, 1)

@@ -327,6 +327,34 @@ def test_an_output_may_lie_in_an_input_but_not_hold_one(tmp_path: Path) -> None:
     write(tmp_path / "models" / "new", inputs=[tmp_path / "models/new/../base"])
 
 
+def test_the_working_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "note").write_text("n")
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (Path(), Path(".."), tmp_path):
+        with pytest.raises(ConfigError, match="another folder than the one that this process works in"):
+            write(out, overwrite=True)
+    assert names(tmp_path) == ["here", "note"]
+    (tmp_path / "here").rmdir()
+    with pytest.raises(ConfigError, match="expected a working folder that is there, found new in one that"):
+        write(Path("new"))
+    write(tmp_path / "new")
+    write(tmp_path / "new", overwrite=True)
+
+
+def test_a_place_where_nothing_can_be_made_is_an_error_not_a_wait() -> None:
+    with pytest.raises(StorageError, match="/proc/self/new: found No such file"):
+        write(Path("/proc/self/new"))
+
+
+def test_a_lock_that_is_never_the_file_of_its_name_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place_lock, "_still_there", lambda descriptor, path: False)
+    with place_lock.locked(tmp_path / "out") as alone:
+        assert not alone
+
+
 def test_links_do_not_hide_an_input(tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     for folder in (data, out / "blobs", tmp_path / "base"):

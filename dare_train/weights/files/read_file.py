@@ -22,8 +22,8 @@ class ReadFile:
     """An open regular file.
 
     Raises:
-        CheckpointError: it is none, or cannot be opened; where it is read, there is less than at first,
-            or the disk fails.
+        CheckpointError: it is none, or cannot be opened; where it is read, there is less than at first, it
+            was written to since it was opened, or the disk fails.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,6 +46,8 @@ class ReadFile:
                 raise self._failed(offset, f"its end at {os.fstat(self.descriptor).st_size:,}")
             view = view[count:]
             offset += count
+        if self.changed():
+            raise self._failed(offset, "changes to it", expected="the file that was opened")
 
     def read(self, offset: int, count: int) -> bytearray:
         """So many bytes from one on."""
@@ -77,9 +79,10 @@ class ReadFile:
             remedy = "leave it alone while it is read, and run again"
             raise CheckpointError(str(self.path), expected="one file", found="another now", remedy=remedy)
 
-    def _failed(self, offset: int, found: str) -> CheckpointError:
+    def _failed(self, offset: int, found: str, *, expected: str = "") -> CheckpointError:
         remedy = "was it written over, or cut short, while it was read? Leave it alone, and run again"
-        return CheckpointError(str(self.path), expected=f"a byte at {offset:,}", found=found, remedy=remedy)
+        expected = expected or f"a byte at {offset:,}"
+        return CheckpointError(str(self.path), expected=expected, found=found, remedy=remedy)
 
 
 def _state(found: os.stat_result) -> tuple[int, ...]:
