@@ -278,7 +278,8 @@ def grams_of(
     until: torch.nn.Module | None = None,
 ) -> tuple[Grams, int]:
     """`collect_gram` for some of a model's layers, by the names of their weights, and how many examples
-    counted on all ranks. `until`: as for `watch_inputs`."""
+    counted on all ranks. `until`: as for `watch_inputs`.
+    """
     inputs = _Inputs(sums={}, tokens=dict.fromkeys((name for name, _ in layers), 0))
     for name, layer in layers:
         inputs.sums[name] = torch.zeros(
