@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .merging.methods.registry import MERGE_METHODS as MERGE_METHODS
     from .merging.methods.registry import register_merge_method as register_merge_method
     from .merging.mixture import mixture_of_experts as mixture_of_experts
+    from .merging.regmean_plus_plus import regmean_plus_plus as regmean_plus_plus
     from .merging.stack_layers import Layers as Layers
     from .merging.stack_layers import stack_layers as stack_layers
     from .merging.statistics.fisher_and_gram import collect_fisher as collect_fisher
@@ -101,6 +102,7 @@ _PUBLIC = {
     "merging.merge": "merge",
     "merging.methods.registry": "MERGE_METHODS register_merge_method",
     "merging.mixture": "mixture_of_experts",
+    "merging.regmean_plus_plus": "regmean_plus_plus",
     "merging.stack_layers": "Layers stack_layers",
     "merging.statistics.fisher_and_gram": "collect_fisher collect_gram",
     "merging.statistics.statistics_callback": "StatisticsCallback",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -69,25 +69,37 @@ def watch_inputs(
     batches: Iterable[Batch],
     layers: Sequence[tuple[str, Any]],
     see: Callable[[str, torch.Tensor], object],
+    until: torch.nn.Module | None = None,
 ) -> int:
     """Let the model run, in evaluation mode and without gradients, while `see(name, rows)` gets what goes
     into each linear layer.
 
-    Rows are [tokens, in], where masked positions of the batch's `attention_mask` are left out. Returns how
-    many examples there were.
+    Rows are [tokens, in], where masked positions of the batch's `attention_mask` are left out. `until` is the
+    module before which each run ends. Returns how many examples there were.
     """
     count = 0
     watch = _Watch(see)
     with evaluating(model), torch.no_grad(), ExitStack() as hooks:
+        if until is not None:
+            hooks.callback(until.register_forward_pre_hook(_stop).remove)
         for name, layer in layers:
             hooks.callback(
                 layer.register_forward_pre_hook(partial(watch.look, name), with_kwargs=True).remove
             )
         for batch in batches:
             watch.mask = padding_mask(model, batch)
-            model(**batch)
+            with suppress(_Stopped):
+                model(**batch)
             count += batch_size(model, batch)
     return count
+
+
+class _Stopped(Exception):
+    """Nothing more of this run is wanted."""
+
+
+def _stop(*_: object) -> None:
+    raise _Stopped
 
 
 class _Watch:

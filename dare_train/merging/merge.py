@@ -30,11 +30,12 @@ from ..weights.lora.opening import WeightsLike
 from . import output_files
 from .checked_runs import Allowed, check_changed, check_finite, check_something_merged, differs
 from .config.task import MergeTask, rounding_of, task_of
+from .merge_notes import notes_of
 from .merge_report import MergeReport
 from .merged_weights import Merged
 from .methods.matrices import one_thread
 from .models.naming import ModelLike
-from .prepared_merge import DeviceLike, PreparedMerge, check_for_package, gives_q, prepared
+from .prepared_merge import DeviceLike, PreparedMerge, check_for_package, prepared
 from .recorded_bases import check_base, check_bases, recorded_bases
 from .resuming import Journal, resumable
 
@@ -327,33 +328,11 @@ def _report(
         else []
     )
     return MergeReport(
-        out=str(out), recipe=merged.recipe, notes=(*notes, *_own_notes(ready)),
+        out=str(out), recipe=merged.recipe, notes=(*notes, *notes_of(ready)),
         tensors=tuple(merged.fates.values()),
         labels=tuple(model.label for model in merged.inputs),
         fingerprint=model_fingerprint(records) if records else "",
     )  # fmt: skip
-
-
-def _own_notes(ready: PreparedMerge) -> Iterator[str]:
-    merged = ready.merged
-    yield from ready.chosen.notes if ready.chosen is not None else ()
-    dropped = [model.label for model in merged.inputs if any(map(model.dropped, model.tensors))]
-    if dropped:
-        yield f"dropped in their packages already, and not dropped at random again: {', '.join(dropped)}"
-    averaged = [name for name, fate in merged.fates.items() if fate.how == "merged" and merged.averaged(name)]
-    if averaged:
-        needs = merged.method.needs
-        why = f"not every model has {needs} statistics of them" if needs else "they are no matrices"
-        yield f"averaged, since {why}: {_some(averaged)}"
-    if merged.recipe.rescale == "q" and not gives_q(merged.recipe):
-        plain = [
-            name for name, fate in merged.fates.items() if fate.how == "merged" and not merged.has_gram(name)
-        ]
-        yield f"rescaled by 1/(1 - p), since not every model has Gram matrices of them: {_some(plain)}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
 # Into a package

@@ -46,6 +46,11 @@ class Statistics:
     file: StatisticsFile
     names: Mapping[str, str]
 
+    @classmethod
+    def of(cls, file: StatisticsFile, model: Input) -> Statistics:
+        """Those of a model, which has them under its own names."""
+        return cls(file=file, names={name: own for name, own in model.names.items() if own in file.tensors})
+
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return {name: self.file.tensors[name_in_file] for name, name_in_file in self.names.items()}

@@ -8,7 +8,7 @@ from ..errors import ConfigError
 from ..weights.protocol import Weights
 from .config.task import MergeTask
 from .models.naming import ModelLike, open_model, package_of
-from .models.references import folder_of
+from .models.references import folder_of, open_reference, parts_of
 from .models.relayered import Relayered, Run
 
 
@@ -37,7 +37,7 @@ def in_places(task: MergeTask, base: Weights) -> InPlaces:
     runs = []
     for each in recipe.layers:
         name, origin = each.base or (recipe.base, each.first)
-        weights = base if name == recipe.base else named[name]
+        weights = base if name == recipe.base else _as_base(task, name, named[name])
         runs.append(Run(first=each.first, count=each.last - each.first, weights=weights, origin=origin))
     outside = runs[0].weights, runs[-1].weights
     return InPlaces(
@@ -45,6 +45,13 @@ def in_places(task: MergeTask, base: Weights) -> InPlaces:
         models=views,
         numbers=tuple(run.origin + place for run in runs for place in range(run.count)),
     )
+
+
+def _as_base(task: MergeTask, name: str, model: Weights) -> Weights:
+    """A model that stands for the base: with an adapter, in the dtypes of what it is merged into."""
+    if len(parts_of(name)) < 2:
+        return model
+    return open_reference(name, dequantize=task.recipe.dequantize, rounded=True)
 
 
 def _view(task: MergeTask, number: int, model: Weights) -> Relayered:

@@ -15,6 +15,7 @@ from ..parallel.threads import thread_share
 from ..weights.files.full_precision import check_full_precision
 from ..weights.files.module_folders import places_of
 from ..weights.protocol import Weights
+from .config.merge_identity import place_in
 from .config.recipe import Recipe
 from .config.task import MergeTask
 from .merged_weights import Merged, Statistics
@@ -74,8 +75,13 @@ class PreparedMerge:
         return [*(place for folder in self.folders for place in places_of(folder)), *statistics, *packages]
 
 
-def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> PreparedMerge:
+def prepared(
+    task: MergeTask, ranks: Ranks, device: DeviceLike | None, *, collected: bool = True
+) -> PreparedMerge:
     """Open what a task is about, and check it.
+
+    Args:
+        collected: False where Gram matrices are yet to be collected.
 
     Raises:
         As `merge`.
@@ -117,12 +123,13 @@ def prepared(task: MergeTask, ranks: Ranks, device: DeviceLike | None) -> Prepar
             "gram",
             recipe.gram,
             inputs,
-            needed=method.needs == "gram" or (recipe.rescale == "q" and not gives_q(recipe)),
+            needed=collected and (method.needs == "gram" or (recipe.rescale == "q" and not gives_q(recipe))),
         ),
         threads=thread_share(ranks),
         devices=_devices(device, named),
         untied=opening.untied,
     )
+    _check_merge(merged)
     beside = [place for given in (task.base, *task.models) for place in adapters_of(given)]
     return PreparedMerge(
         merged=merged, base=base, base_folder=folder, prefix=opening.prefix, growth=growth, chosen=chosen,
@@ -258,8 +265,21 @@ def _statistics_of(kind: StatisticsKind, model: Input, given: str | None) -> Sta
         raise CheckpointError(
             str(path), expected=f"{kind} statistics of {model.label}", found="no such file", remedy=remedy
         )
-    file = StatisticsFile.open(path, kind)
-    names = {
-        name: name_in_model for name, name_in_model in model.names.items() if name_in_model in file.tensors
-    }
-    return Statistics(file=file, names=names)
+    return Statistics.of(StatisticsFile.open(path, kind), model)
+
+
+def _check_merge(merged: Merged) -> None:
+    """Of inputs that come through merged layers, Gram matrices are those of this merge, model by model."""
+    files = [statistics.file for statistics in merged.gram]
+    if not any(file.merge for file in files):
+        return
+    for number, file in enumerate(files):
+        if file.merge != place_in(merged.recipe, number):
+            raise CheckpointError(
+                str(file.path),
+                expected=f"Gram matrices of model {number + 1}, of what comes through this merge's layers",
+                found="those of another model or merge"
+                if file.merge
+                else "those of inputs of its own layers",
+                remedy="collect them anew: dare_train.regmean_plus_plus",
+            )

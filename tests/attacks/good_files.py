@@ -44,6 +44,7 @@ def make(folder: Path) -> Path:
     (folder / "experts").mkdir()
     (folder / "experts" / "config.yml").write_text(EXPERTS)
     _modules(folder / "modules")
+    _quantised(folder)
     _begun(folder)
     _desk(folder)
     return folder
@@ -69,6 +70,62 @@ experts:
 shared_experts: [{source_model: base}]
 architecture: deepseek
 """
+
+
+def _quantised(folder: Path) -> None:
+    """Weights whose integers lie several in a word."""
+    random = np.random.default_rng(5)
+
+    def words(*shape: int) -> np.ndarray:
+        return random.integers(-(2**31), 2**31, shape, dtype=np.int32)
+
+    def scales(*shape: int) -> np.ndarray:
+        return random.random(shape).astype(np.float16)
+
+    state = {"shape": [4, 32], "blocksize": 64, "dtype": "bfloat16", "quant_type": "nf4"}
+    nested = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.5}
+    four_bits: Arrays = {
+        "weight": random.integers(0, 256, (64, 1), dtype=np.uint8),
+        "weight.absmax": np.array([7, 200], np.uint8),
+        "weight.quant_map": np.linspace(-1, 1, 16, dtype=np.float32),
+        "weight.nested_absmax": np.ones(1, np.float32),
+        "weight.nested_quant_map": np.linspace(-1, 1, 256, dtype=np.float32),
+        "weight.quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state | nested).encode(), np.uint8),
+    }
+    gptq: Arrays = {
+        "qweight": words(1, 8),
+        "qzeros": words(2, 1) & 0x77777777,
+        "scales": scales(2, 8),
+        "g_idx": np.arange(8, dtype=np.int32) % 2,
+    }
+    awq: Arrays = {"qweight": words(8, 1), "qzeros": words(2, 1), "scales": scales(2, 8)}
+    rows: Arrays = {
+        "weight_packed": words(3, 2),
+        "weight_scale": scales(3, 2),
+        "weight_shape": np.array([3, 12]),
+    }
+    bytes_: Arrays = {
+        "weight": random.integers(-128, 128, (4, 6), dtype=np.int8),
+        "weight_scale": scales(4, 1),
+        "weight_zero_point": np.array([[3], [-5], [0], [127]], np.int8),
+    }
+    of_rows = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 6}
+    layouts: dict[str, tuple[dict[str, Arrays], dict[str, Any]]] = {
+        "gptq": ({"a": gptq, "b": four_bits}, {"bits": 4, "checkpoint_format": "gptq"}),
+        "awq": ({"a": awq}, {"bits": 4, "version": "gemm"}),
+        "compressed-tensors": (
+            {"a": rows, "b": bytes_},
+            {"format": "pack-quantized", "config_groups": {"group_0": {"weights": of_rows}}},
+        ),
+    }
+    for method, (units, said) in layouts.items():
+        (folder / method).mkdir()
+        arrays = {
+            f"{module}.{leaf}": array for module, parts in units.items() for leaf, array in parts.items()
+        }
+        save_weights({**arrays, "norm": np.ones(3, np.float32)}, folder / method / "model.safetensors")
+        config = {"torch_dtype": "bfloat16", "quantization_config": {"quant_method": method, **said}}
+        _write(folder / method / "config.json", config)
 
 
 def _base() -> Arrays:

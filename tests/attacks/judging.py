@@ -32,6 +32,7 @@ from dare_train.merging.expert_recipe import read_experts
 from dare_train.merging.merge import run as merged
 from dare_train.merging.statistics.statistics_file import StatisticsFile
 from dare_train.reports.package_tables import diagnosis_table, inspect_json, inspect_table
+from dare_train.weights.lora.opening import open_weights
 
 _LONGEST_MESSAGE = 1000
 
@@ -210,6 +211,13 @@ def _statistics(folder: Path, _: Path) -> None:
         file.whole(name)
 
 
+def _dequantise(folder: Path, _: Path) -> None:
+    opened = open_weights(folder, dequantize=True)
+    for name, info in opened.tensors.items():
+        if opened.read(name, 0, info.numel).size != info.numel:
+            raise Wrong(f"{name} has not {info.numel} elements")
+
+
 def _resume(begun: Path, good: Path) -> None:
     """Go on with what a killed merge left: the result is that of one that was not killed."""
     out = begun.parent / "merged"
@@ -252,6 +260,9 @@ KINDS = {
     "journal": Kind("records", ("points.jsonl",), (_journal,)),
     "record": Kind("records", ("search.json",), (_search,)),
     "statistics": Kind("records", ("fisher.safetensors",), (_statistics,)),
+    "gptq": Kind("gptq", _MODEL[:2], (_dequantise,)),
+    "awq": Kind("awq", _MODEL[:2], (_dequantise,)),
+    "compressed-tensors": Kind("compressed-tensors", _MODEL[:2], (_dequantise,)),
     "modules": Kind("modules", _MODULES, _ON_MODELS[:3]),
     "killed merge": Kind(
         "begun", ("merge-journal.0", "merge-journal.begun", "model.safetensors"), (_resume,)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantised_models import FORMULAS, SCHEMES, State, quantised, save_model, weights
+from quantised_models import FORMULAS, OTHER_FORMULAS, SCHEMES, State, quantised, save_model, weights
 from safetensors.torch import load_file
 
 from dare_train import apply, diagnose, extract, merge
@@ -142,7 +142,7 @@ def test_such_packages_are_not_multiplied_nor_added(pair: tuple[Path, Path, Stat
         merge(base, [package], tmp_path / "out")
 
 
-@pytest.mark.parametrize("pair", FORMULAS, indirect=True)
+@pytest.mark.parametrize("pair", [*FORMULAS, *OTHER_FORMULAS], indirect=True)
 def test_with_dequantize_all_is_as_of_the_models_in_full_precision(
     pair: tuple[Path, Path, State], tmp_path: Path
 ) -> None:

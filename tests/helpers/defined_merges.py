@@ -91,7 +91,7 @@ class Definition:
         sources, document = each["sources"], self.document
         models = [name_of(source["model"]) for source in sources]
         values = [self.states[model][name] for model, name in zip(models, names, strict=True)]
-        base = document.get("base_model", each.get("base_model"))
+        base = each.get("base_model", document.get("base_model"))
         if document["merge_method"] == "passthrough":
             return values[0] * said("scale", names[0], share, sources[0], each, document, default=1.0)
         if document["merge_method"] == "slerp":
@@ -105,7 +105,7 @@ class Definition:
         if document["merge_method"] == "linear":
             return np.asarray(np.average(values, axis=0, weights=weights))
         assert document["merge_method"] == "task_arithmetic"
-        of_base = self.states[base][names[0]]
+        of_base = self.states[base][names[models.index(base) if base in models else 0]]
         total = np.zeros_like(of_base)
         for model, weight, value in zip(models, weights, values, strict=True):
             total += weight * (value - of_base) if model != base else 0

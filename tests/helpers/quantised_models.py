@@ -74,6 +74,12 @@ def _bnb8(module: str, full: torch.Tensor, seed: int) -> State:
     }
 
 
+def _bnb4_state(**more: Any) -> torch.Tensor:
+    """What bitsandbytes keeps as text, of a weight of 32 x 32."""
+    said = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [32, 32], **more}
+    return torch.tensor([*json.dumps(said).encode()], dtype=torch.uint8)
+
+
 def _bnb4(module: str, full: torch.Tensor, seed: int) -> State:
     generator = torch.Generator().manual_seed(seed)
     weight = f"{module}.weight"
@@ -81,7 +87,7 @@ def _bnb4(module: str, full: torch.Tensor, seed: int) -> State:
         weight: torch.randint(0, 256, (512, 1), dtype=torch.uint8, generator=generator),
         f"{weight}.absmax": full.float().abs().reshape(16, 64).amax(1),
         f"{weight}.quant_map": torch.linspace(-1, 1, 16),
-        f"{weight}.quant_state.bitsandbytes__nf4": torch.zeros(20, dtype=torch.uint8),
+        f"{weight}.quant_state.bitsandbytes__nf4": _bnb4_state(),
     }
 
 
@@ -147,6 +153,9 @@ def _bnb4_nested(module: str, full: torch.Tensor, seed: int) -> State:
         f"{weight}.absmax": _drawn((16,), torch.uint8, seed + 1),
         f"{weight}.nested_absmax": full.float().abs().amax().reshape(1),
         f"{weight}.nested_quant_map": torch.linspace(-1, 1, 256),
+        f"{weight}.quant_state.bitsandbytes__nf4": _bnb4_state(
+            nested_blocksize=256, nested_dtype="float32", nested_offset=0.75
+        ),
     }
 
 
@@ -233,7 +242,50 @@ def _unheard_of(module: str, full: torch.Tensor, seed: int) -> State:
     }
 
 
-_MAKERS: dict[str, tuple[Parts, str]] = {
+def _words(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, generator=generator)
+
+
+def _gptq_by_groups(module: str, full: torch.Tensor, seed: int) -> State:
+    """4 bits, two groups of inputs in another order; no zero is 15."""
+    return {
+        f"{module}.qweight": _words((4, 32), seed),
+        f"{module}.qzeros": _words((2, 4), seed + 1) & 0x77777777,
+        f"{module}.scales": (full[:2].abs() / 8).half(),
+        f"{module}.g_idx": torch.arange(32, dtype=torch.int32) % 2,
+    }
+
+
+def _awq_gemm(module: str, full: torch.Tensor, seed: int) -> State:
+    return {
+        f"{module}.qweight": _words((32, 4), seed),
+        f"{module}.qzeros": _words((2, 4), seed + 1),
+        f"{module}.scales": (full[:2].abs() / 8).half(),
+    }
+
+
+def _packed_rows(module: str, full: torch.Tensor, seed: int) -> State:
+    return {
+        f"{module}.weight_packed": _words((32, 4), seed),
+        f"{module}.weight_scale": full[:, :2].abs() / 8,
+        f"{module}.weight_shape": torch.tensor([32, 32]),
+    }
+
+
+_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True}
+_AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}
+_PACKED = {
+    "quant_method": "compressed-tensors", "format": "pack-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"},
+        }
+    },
+}  # fmt: skip
+
+_MAKERS: dict[str, tuple[Parts, str | dict[str, Any]]] = {
     "fp8": (_fp8, "fp8"),
     "fp8 static": (_fp8_static, "fp8"),
     "gptq": (_gptq, "gptq"),
@@ -259,6 +311,9 @@ _MAKERS: dict[str, tuple[Parts, str]] = {
     "hqq": (_hqq, "hqq"),
     "aqlm": (_aqlm, "aqlm"),
     "exl3": (_exl3, "exl3"),
+    "gptq by groups": (_gptq_by_groups, _GPTQ),
+    "awq gemm": (_awq_gemm, _AWQ),
+    "packed rows": (_packed_rows, _PACKED),
 }
 
 SCHEMES = {
@@ -269,11 +324,17 @@ SCHEMES = {
     "bnb 4 nested": "bitsandbytes 4-bit", "bnb 4 in bf16": "bitsandbytes 4-bit", "int8": "",
     "int8 zeros": "", "nvfp4": "compressed-tensors", "modelopt": "", "torchao zeros": "torchao",
     "quanto": "", "hqq": "", "aqlm": "", "exl3": "",
+    "gptq by groups": "GPTQ", "awq gemm": "AWQ", "packed rows": "compressed-tensors",
 }  # fmt: skip
 """What messages call each, also where no configuration names it."""
 FORMULAS = (
     "fp8", "fp8 static", "fp8 blocks", "fp8 powers", "fp8 rows", "fp8 alone", "bnb 8", "mxfp4", "int8",
 )  # fmt: skip
+OTHER_FORMULAS = (
+    "bnb 4", "bnb 4 nested", "bnb 4 in bf16", "gptq by groups", "awq gemm", "packed rows", "torchao",
+    "torchao zeros", "int8 zeros",
+)  # fmt: skip
+"""Which are more than a product of two tensors."""
 
 
 def quantised(scheme: str, full: State, seed: int = 0) -> tuple[State, dict[str, Any]]:
@@ -283,4 +344,5 @@ def quantised(scheme: str, full: State, seed: int = 0) -> tuple[State, dict[str,
     for number, (name, tensor) in enumerate(full.items()):
         module = name.removesuffix(".weight")
         state |= parts(module, tensor, seed + number) if name.endswith("proj.weight") else {name: tensor}
-    return state, {**LLAMA, **({"quantization_config": {"quant_method": method}} if method else {})}
+    said = {"quant_method": method} if isinstance(method, str) else method
+    return state, {**LLAMA, **({"quantization_config": said} if method else {})}

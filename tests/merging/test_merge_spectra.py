@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from dare_train import merge
+from dare_train.merging.methods import spectra
 from dare_train.merging.methods.interference import wudi
 from dare_train.merging.methods.spectra import iso_c, iso_cts, tsv
 
@@ -118,6 +119,36 @@ def test_wudi(shape: tuple[int, int], count: int, told: dict[str, Any]) -> None:
     deltas = drawn(count, shape)
     wide = deltas.astype(np.float32).astype(np.float64)
     within_a_bf16_step(given(wudi, deltas, **told), defined_wudi(wide, told["steps"], told["learning_rate"]))
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (50, 50), (1, 7), (7, 1)])
+@pytest.mark.parametrize("smallest", [0.5, 1e-3, 3e-5, 3e-6, 1e-9, 0.0])
+@pytest.mark.parametrize("least", [0.0, 1e-7, 1.3e-4])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_short_way_leads_to_singular_vectors(
+    shape: tuple[int, int], smallest: float, least: float, share: float
+) -> None:
+    """Or is not taken. Compared are what is left of the matrix, and its nearest orthogonal one."""
+    rng = np.random.default_rng(5)
+    size = min(shape)
+    p, q = (np.linalg.qr(rng.normal(size=(length, size)))[0] for length in shape)
+    values = (
+        np.geomspace(1, smallest, size) if smallest else np.r_[np.ones(size - size // 2), np.zeros(size // 2)]
+    )
+    matrix = p * values @ q.T
+    rank = max(int(size * share), 1)
+    u, expected, v = np.linalg.svd(matrix, full_matrices=False)
+    kept = min(rank, int(np.count_nonzero(expected > least)))
+    found = spectra._leading(matrix, rank, least)
+    close = 1e-12 if expected[kept - 1] > 1e-3 else 3e-6
+    if smallest or least:
+        assert len(found[1]) == kept
+        np.testing.assert_allclose(
+            found[0] * found[1] @ found[2], u[:, :kept] * expected[:kept] @ v[:kept], atol=1e-11
+        )
+        np.testing.assert_allclose(found[0] @ found[2], u[:, :kept] @ v[:kept], atol=close)
+    short = spectra._by_squares(matrix, rank, least)
+    assert (short is None) == bool(least < expected[kept - 1] < 1e-5)
 
 
 def test_wudi_lessens_the_interference() -> None:

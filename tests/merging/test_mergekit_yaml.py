@@ -1135,8 +1135,66 @@ def test_slices_may_have_models_of_their_own() -> None:
 def test_a_base_may_stand_in_slices() -> None:
     given = [{**each, "base_model": "base"} for each in slices((0, 2), (2, 4))]
     assert recipe(base_model=None, models=None, slices=given).base == "base"
-    with pytest.raises(ConfigError, match="base_model: expected one for all slices, found a, base"):
-        recipe(base_model=None, models=None, slices=[*given[:1], {**given[1], "base_model": "a"}])
+
+
+def test_each_slice_may_have_a_base_of_its_own() -> None:
+    """Which is among its sources, and one of them where it is not the base."""
+    given = [
+        {**each, "base_model": base} for each, base in zip(slices((0, 2), (2, 4)), ("base", "a"), strict=True)
+    ]
+    made = recipe(base_model=None, models=None, slices=given)
+    assert (made.base, names(made)) == ("base", ["base", "a"])
+    assert [layers.base for layers in made.layers] == [("base", 0), ("a", 2)]
+    assert [layers.models for layers in made.layers] == [(None, {}), ({}, None)]
+    assert read(made.to_yaml())[0] == made
+    assert recipe(base_model="other", models=None, slices=given).base == "other"
+    mixed = recipe(models=None, slices=[{**given[0], "base_model": None}, given[1]])
+    assert [layers.base for layers in mixed.layers] == [("base", 0), ("a", 2)]
+
+
+def test_a_slices_base_comes_before_that_of_all() -> None:
+    given = [{**each, "base_model": "a"} for each in slices((0, 2), (2, 4))]
+    made = recipe(models=None, slices=given)
+    assert made.base == "base"
+    assert [(layers.base, layers.models) for layers in made.layers] == [
+        (("a", 0), ({}, None)),
+        (("a", 2), ({}, None)),
+    ]
+
+
+@pytest.mark.parametrize("method", ["linear", "karcher"])
+def test_means_have_no_base_in_slices(method: str) -> None:
+    given = [
+        {**each, "base_model": base} for each, base in zip(slices((0, 2), (2, 4)), ("base", "a"), strict=True)
+    ]
+    made = recipe(merge_method=method, base_model=None, models=None, slices=given)
+    assert [layers.models for layers in made.layers] == [({}, {}), ({}, {})]
+
+
+@pytest.mark.parametrize(
+    ("method", "bases", "text"),
+    [
+        (
+            "ties",
+            ("base", "b"),
+            "base_model of layers 2 to 3: expected one of its sources: base, a, found b; list",
+        ),
+        (
+            "ties",
+            ("base", None),
+            "base_model of layers 2 to 3: expected one of its sources: base, a, found none",
+        ),
+        (
+            "slerp",
+            ("base", "a"),
+            "base_model of layers .*: expected a model that is the base wherever it meets",
+        ),
+    ],
+)
+def test_bases_of_slices_that_cannot_be(method: str, bases: tuple[str | None, ...], text: str) -> None:
+    given = [{**each, "base_model": base} for each, base in zip(slices((0, 2), (2, 4)), bases, strict=True)]
+    with pytest.raises(ConfigError, match=text):
+        recipe(merge_method=method, base_model=None, models=None, slices=given)
 
 
 # What is said in several ways.

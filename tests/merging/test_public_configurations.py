@@ -186,3 +186,44 @@ def test_it_comes_to_what_is_defined(name: str, states: dict[str, State]) -> Non
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_allclose(found[key], value, rtol=step, atol=step * len(documents) / 2, err_msg=key)
+
+
+_PAIRS = [("a", 0, 3), ("b", 0, 3)], [("c", 2, 5), ("d", 2, 5)], [("b", 6, 8), ("a", 6, 8)]
+_OWN_BASES: dict[str, dict[str, Any]] = {
+    "sums": {"merge_method": "task_arithmetic", "bases": ("a", "c", "b")},
+    "sums, of which one has the base of all": {
+        "merge_method": "task_arithmetic",
+        "bases": ("b", None, None),
+        "top": "a",
+    },
+    "arcs": {"merge_method": "slerp", "bases": ("a", "d", "a"), "parameters": {"t": [0.2, 0.6]}},
+    "means": {"merge_method": "linear", "bases": ("a", "c", "b")},
+}
+"""Slices that have bases of their own; nobody published one."""
+
+
+@pytest.mark.parametrize("name", _OWN_BASES)
+def test_slices_may_have_bases_of_their_own(name: str, states: dict[str, State]) -> None:
+    given = dict(_OWN_BASES[name])
+    bases, top = given.pop("bases"), given.pop("top", None)
+    slices = []
+    for place, base in enumerate(bases):
+        pairs = _PAIRS[place] if top is None else [("a", 0, 3), ("b", 1, 4)]
+        sources = [
+            {"model": model, "layer_range": [first, last], "parameters": {"weight": weight}}
+            for (model, first, last), weight in zip(pairs, (0.3, 0.7), strict=True)
+        ]
+        if given["merge_method"] == "slerp":
+            sources = [{key: value for key, value in each.items() if key != "parameters"} for each in sources]
+        slices.append({"sources": sources, **({"base_model": base} if base else {})})
+    document = {**given, "slices": slices, "dtype": "float32", **({"base_model": top} if top else {})}
+    Path("c.yml").write_text(yaml.safe_dump(document))
+    out = Path("results") / name.replace(" ", "-")
+    (asked_for,) = asked(["c.yml"], None, [], out=out)
+    assert not isinstance(asked_for, Stacking)
+    run(asked_for.task, out)
+    expected = Definition(document=document, states=states, within=WITHIN, layers=LAYERS).result()
+    found = in_float64(load_file(out / "model.safetensors"))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-5, err_msg=key)

@@ -215,7 +215,21 @@ def test_int8_with_scales_is_their_product(shape: tuple[int, ...], tmp_path: Pat
     assert torch.equal(found, packed.bfloat16() * wide)
 
 
-def test_integers_with_zero_points_are_no_formula_here(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(32, 1), (32, 4)])
+def test_zero_points_come_off_first(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """compressed-tensors: in bfloat16, which has room for any difference of two bytes."""
+    packed = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).repeat(2).reshape(32, 16)
+    scales = torch.rand(shape, generator=torch.Generator().manual_seed(4)).bfloat16()
+    zeros = torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(5)).to(torch.int8)
+    parts = {"weight": packed, "weight_scale": scales, "weight_zero_point": zeros}
+    state = {f"{NAME}.{leaf}": tensor for leaf, tensor in parts.items()}
+    config = {"quantization_config": {"quant_method": "compressed-tensors"}, "dtype": "bfloat16"}
+    found = dequantised(save_model(state, tmp_path / "model", config))
+    scales, zeros = (each.repeat_interleave(16 // shape[1], 1) for each in (scales, zeros))
+    assert torch.equal(found, (packed.bfloat16() - zeros.bfloat16()) * scales)
+
+
+def test_zero_points_of_an_unknown_scheme_are_no_formula(tmp_path: Path) -> None:
     state = {
         f"{NAME}.weight": torch.ones(4, 4, dtype=torch.int8),
         f"{NAME}.weight_scale": torch.ones(4, 1),

@@ -5,7 +5,6 @@ not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ from ..methods.parameters import Case, Gradient, Parameter, Scalar, Setting, Set
 from ..models.token_rows import token_rows
 from .foreign import Foreign
 from .recipe import CHOICES, FLAVOUR, Recipe
-from .recipe_parts import LayerRange
 from .result_dtype import result_dtype
+from .slice_bases import bases_of, with_bases, with_own_bases
 from .spelling import model_name, spelt_out
 from .yaml_parts import (
     TOKENIZER,
     Inputs,
-    base_in_slices,
     fields_of,
     inputs_of,
     parsed,
@@ -40,6 +38,8 @@ METHODS = {"linear": "average", **{name: name for name in _NAMES.split()}}
 """Names of methods in configurations, and ours."""
 
 _BASE_MAY_BE_MISSING = {"average", "karcher", "nuslerp", "multislerp"}
+_BASE_IS_NONE = {"average", "karcher"}
+"""Where mergekit takes a base for a model like others, if slices list it."""
 _DENSITY_BECOMES_P = {"dare_linear", "dare_ties", "drop_only"}
 _RANDOM = {"dare_linear", "dare_ties", "drop_only", "della", "della_linear"}
 _RESCALED = {"dare_linear", "dare_ties", "della", "della_linear"}
@@ -130,16 +130,23 @@ def _translated(top: Mapping[str, Any], *, strict: bool) -> tuple[Recipe, list[s
         )
     method = METHODS[name]
     listed = inputs_of(top)
-    base_model = top.get("base_model", base_in_slices(top["slices"]) if "slices" in top else None)
+    bases = bases_of(top.get("slices"), top.get("base_model"))
+    base_model = top.get("base_model", next(filter(None, bases), None))
     top = {**top, "base_model": base_model} if base_model is not None else top
     base = _base(top, method, listed)
-    listed = _with_bases(listed, base_model)
     _check_names([each.model for each in listed.models])
     shared = dict(settings_of(top.get("parameters", {}), "parameters"))
     rescale = _only(top, shared, "rescale")
     seed = _only(top, shared, "seed")
-    order = _order(name, listed, base_model, shared)
-    inputs = listed.arranged(order, base)
+    order: Sequence[int | None]
+    if method not in _BASE_IS_NONE and {*bases} - {base_model}:
+        is_slerp = method == "slerp"
+        inputs = with_own_bases(listed, bases, merged_too=is_slerp, first=is_slerp)
+        order = [[each.model for each in listed.models].index(each.model) for each in inputs.models]
+    else:
+        listed = with_bases(listed, base_model if len({*bases}) < 2 else None)
+        order = _order(name, listed, base_model, shared)
+        inputs = listed.arranged(order, base)
     given = {parameter for settings in (shared, *inputs.settings()) for parameter in settings}
     change = _spelling(method, given)
     foreign = Foreign(method)
@@ -204,31 +211,6 @@ def _base(top: Mapping[str, Any], method: str, inputs: Inputs) -> str:
     return text_of(top, "base_model")
 
 
-def _with_bases(inputs: Inputs, base: str | None) -> Inputs:
-    """What stands for the base in each slice, where layers move: its own layers, or those that all models
-    have there; without a base the first model's.
-    """
-    if not any(layers.moved for layers in inputs.layers):
-        return inputs
-    names = [each.model for each in inputs.models]
-    return replace(inputs, layers=tuple(_with_base(each, names, base) for each in inputs.layers))
-
-
-def _with_base(layers: LayerRange, names: Sequence[str], base: str | None) -> LayerRange:
-    first = {name: layers.origin(n) for n, name in enumerate(names) if layers.models[n] is not None}
-    origins = tuple(layers.origin(n) for n in range(len(names)))
-    model = next(iter(first)) if base is None else base
-    if model not in first and len({*first.values()}) > 1:
-        raise ConfigError(
-            layers.label,
-            expected=f"{model} among the sources, since they have layers of other places",
-            found=", ".join(first),
-            remedy="list it there with its layer_range",
-        )
-    begin = first.get(model, next(iter(first.values())))
-    return replace(layers, origins=origins, base=(model, begin))
-
-
 def _check_names(names: Sequence[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -248,7 +230,7 @@ def _order(name: str, inputs: Inputs, base: str | None, shared: Settings) -> lis
     others = [place for place, each in enumerate(names) if each != base]
     if METHODS[name] == "slerp":
         return [names.index(base) if base in names else None, *others]
-    if METHODS[name] not in ("average", "karcher"):
+    if METHODS[name] not in _BASE_IS_NONE:
         return [*others]
     # mergekit adds a base to `models`, not to `slices`; and `average` is no word of mergekit's.
     if base in names or inputs.layers or name == "average":

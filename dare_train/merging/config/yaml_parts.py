@@ -149,24 +149,6 @@ def _sliced(value: object) -> Inputs:
     return Inputs(models=tuple(Model(model=name) for name in names), layers=tuple(layers))
 
 
-def base_in_slices(value: object) -> str | None:
-    """The base that slices name, if they do.
-
-    Raises:
-        ConfigError: several.
-    """
-    named = {
-        str(each["base_model"])
-        for each in _list(value, "slices")
-        if isinstance(each, dict) and each.get("base_model")
-    }
-    if len(named) > 1:
-        raise ConfigError(
-            "base_model", expected="one for all slices", found=", ".join(sorted(named)), remedy="choose one"
-        )
-    return named.pop() if named else None
-
-
 def _range(
     sources: Sequence[_Source], settings: Settings, names: Sequence[str], first: int, base: object, where: str
 ) -> LayerRange:

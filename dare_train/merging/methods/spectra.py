@@ -24,6 +24,10 @@ Parts = tuple[Matrix, Matrix, Matrix]
 
 Function = Callable[..., FloatArray]
 
+_SEEN_IN_SQUARES = 1e-5
+"""Of the largest singular value: what is left of the digits of float64 is 1e-6, a thousandth of a step of
+bf16."""
+
 
 def finite_only(function: Function) -> Function:
     """A function of matrices that are finite, for those that may not be."""
@@ -100,9 +104,32 @@ def _least(deltas: FloatArray) -> float:
 
 def _leading(matrix: Matrix, rank: int, least: float) -> Parts:
     """The largest `rank` singular values above `least`, and their vectors."""
+    found = _by_squares(matrix, rank, least)
+    if found is not None:
+        return found
     u, values, v = np.linalg.svd(matrix, full_matrices=False)
     kept = min(rank, int(np.count_nonzero(values > least)))
     return u[:, :kept], values[:kept], v[:kept]
+
+
+def _by_squares(matrix: Matrix, rank: int, least: float) -> Parts | None:
+    """The same from the eigenvectors of MMᵀ or MᵀM, the smaller: a third of the time.
+
+    The vectors of σ are known to about ε(σ₁/σ)². None where one of the `rank` is above `least` and so small
+    that this would be seen.
+    """
+    turned = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.T if turned else matrix
+    squares, vectors = np.linalg.eigh(wide @ wide.T)
+    values = np.sqrt(np.maximum(squares[::-1][:rank], 0))
+    kept = int(np.count_nonzero(values > least))
+    if kept and values[kept - 1] < _SEEN_IN_SQUARES * values[0]:
+        return None
+    values = values[:kept]
+    u = np.ascontiguousarray(vectors[:, ::-1][:, :kept])
+    v = u.T @ wide
+    v /= values[:, None]
+    return (v.T, values, u.T) if turned else (u, values, v)
 
 
 def _joined(parts: Sequence[Parts], weighted: Callable[[Matrix], Matrix]) -> FloatArray:

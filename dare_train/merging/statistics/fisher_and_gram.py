@@ -267,15 +267,25 @@ def gram_and_count(
 ) -> tuple[Grams, int]:
     """`collect_gram`, and how many examples counted on all ranks."""
     model = unwrapped(model)
-    layers = linear_layers(model)
+    return grams_of(model, examples_of(model, batches, examples), linear_layers(model), ranks)
+
+
+def grams_of(
+    model: torch.nn.Module,
+    batches: Iterable[Batch],
+    layers: Sequence[tuple[str, Any]],
+    ranks: Ranks,
+    until: torch.nn.Module | None = None,
+) -> tuple[Grams, int]:
+    """`collect_gram` for some of a model's layers, by the names of their weights, and how many examples
+    counted on all ranks. `until`: as for `watch_inputs`.
+    """
     inputs = _Inputs(sums={}, tokens=dict.fromkeys((name for name, _ in layers), 0))
     for name, layer in layers:
         inputs.sums[name] = torch.zeros(
             width_of(layer), width_of(layer), dtype=torch.float32, device=layer.weight.device
         )
-    counted = ranks.each(
-        lambda: watch_inputs(model, examples_of(model, batches, examples), layers, inputs.see)
-    )
+    counted = ranks.each(lambda: watch_inputs(model, batches, layers, inputs.see, until))
     count, *tokens = _total(ranks, inputs.sums.values(), [counted, *inputs.tokens.values()])
     means = {
         name: inputs.sums[name].div_(seen).cpu()

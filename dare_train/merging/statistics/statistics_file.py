@@ -45,7 +45,12 @@ def statistics_path(model_folder: str | os.PathLike[str], kind: StatisticsKind) 
 
 
 def save_statistics(
-    path: str | os.PathLike[str], kind: StatisticsKind, tensors: Mapping[str, Any], *, examples: int
+    path: str | os.PathLike[str],
+    kind: StatisticsKind,
+    tensors: Mapping[str, Any],
+    *,
+    examples: int,
+    merge: str = "",
 ) -> Path:
     """Write statistics as one file, which appears complete or not at all, in place of an older one. Returns
     its path.
@@ -57,6 +62,8 @@ def save_statistics(
             Its attribute `transposed`, if it has one, is kept: names of tensors that hold a layer as [in,
             out].
         examples: how many examples they are means over.
+        merge: the merge whose layers the inputs came through, and the model's place in it, if it is not the
+            model itself; see `regmean_plus_plus`.
 
     Raises:
         ConfigError: `kind` or `examples` is wrong, or a tensor is not float32.
@@ -70,6 +77,8 @@ def save_statistics(
             raise ConfigError(name, expected="float32", found=str(tensor.dtype), remedy="convert it first")
     path = Path(path)
     metadata = {"format": FORMAT, "kind": kind, "examples": str(examples)}
+    if merge:
+        metadata["merge"] = merge
     if transposed := sorted(getattr(tensors, "transposed", ())):
         metadata["transposed"] = json.dumps(transposed)
     with staged_file(path) as file:
@@ -107,6 +116,7 @@ class StatisticsFile:
         path: of the file.
         kind: see `StatisticsKind`.
         examples: how many examples the tensors are means over.
+        merge: as for `save_statistics`.
         tensors: float32 and shape by checkpoint name.
     """
 
@@ -115,6 +125,7 @@ class StatisticsFile:
         self.path = file.path
         self.kind = kind
         self.examples = examples
+        self.merge = file.metadata.get("merge", "")
         self.tensors: Mapping[str, TensorInfo] = file.tensors
         self._transposed = _transposed(file)
 

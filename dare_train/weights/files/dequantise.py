@@ -1,8 +1,10 @@
 """Quantised checkpoints read in full precision, where that is a formula; in the bits of transformers.
 
-    fp8 and int8           w = q · s, a scale for each block, row or tensor; fp8 without scales: q
+    fp8                    w = q · s, a scale for each block, row or tensor; fp8 without scales: q
+    int8, also torchao's   w = (q - z) · s; without zeros: q · s
     mxfp4                  w = q · 2^(e - 127), q of 16 values, a scale for 32 of them, and turned
     bitsandbytes 8-bit     w = q · s / 127, a scale for each row
+    several in a word      `packed_weights`
 
 each in float32 and rounded once, to the dtype of the model.
 """
@@ -10,10 +12,10 @@ each in float32 and rounded once, to the dtype of the model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,7 @@ from ...errors import CheckpointError
 from ..protocol import TensorInfo, Weights
 from .checkpoint import Checkpoint
 from .config_file import config_beside
+from .packed_weights import Formula, Matrices, packed_formula, unfitting
 from .quantised import NO_SCALES, Quantised, Unit
 
 Float = NDArray[np.float32]
@@ -31,11 +34,14 @@ _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF
 _FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _BY_127 = np.float32(7.874015718698502e-3)
 _SCALES = ("_scale_inv", "_scale")
+_OF_INPUTS = ("input_", "activation_", "_weight_act_quant_")
+KNOWN = "fp8, int8 with scales, mxfp4, bitsandbytes, GPTQ, AWQ for GEMM, compressed-tensors in words"
+"""Schemes, as messages call them."""
 
 
 def is_formula(quantised: Quantised, tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether every unit can be read in full precision here."""
-    return all(_formula_of(unit, tensors) is not None for unit in quantised.units)
+    return all(_formula_of(unit, tensors, quantised.said) is not None for unit in quantised.units)
 
 
 class Dequantised(Checkpoint):
@@ -54,17 +60,17 @@ class Dequantised(Checkpoint):
         self._checkpoint = checkpoint
         self._units = {unit.weight: unit for unit in quantised.units}
         self._dtype = _dtype_of(checkpoint, quantised)
-        self._blocks = _block_size(checkpoint)
+        self._said = quantised.said
         kept = checkpoint.files.keys() - quantised.unit_of.keys()
         self.files = {name: file for name, file in checkpoint.files.items() if name in kept}
         self.tensors = {name: info for name, info in checkpoint.tensors.items() if name in kept}
-        self._matrices: dict[str, _Matrices] = {}
+        self._matrices: dict[str, Matrices] = {}
         for unit in quantised.units:
-            formula = _formula_of(unit, checkpoint.tensors)
+            formula = _formula_of(unit, checkpoint.tensors, quantised.said)
             if formula is None:
                 raise CheckpointError(
                     checkpoint.label,
-                    expected="a scheme that is a formula: fp8, int8 with scales, mxfp4, bitsandbytes 8-bit",
+                    expected=f"a scheme that is a formula: {KNOWN}",
                     found=str(quantised),
                     remedy="give the model as it was before it was quantised",
                 )
@@ -113,20 +119,9 @@ class Dequantised(Checkpoint):
         return self._dtype
 
     @property
-    def blocks(self) -> tuple[int, int] | None:
-        """Rows and columns that share a scale, where the configuration says so."""
-        return self._blocks
-
-
-class _Matrices(NamedTuple):
-    """A weight in full precision: its matrices, one on the other."""
-
-    shape: tuple[int, ...]
-    dtype: DType
-    read: Callable[[int], Float]
-
-
-_Formula = Callable[[Unit, Dequantised], _Matrices]
+    def said(self) -> Mapping[str, Any]:
+        """What the configuration says of how it is quantised."""
+        return self._said
 
 
 def in_single(words: Words, dtype: DType) -> Float:
@@ -163,32 +158,45 @@ def _table(code: str) -> Float:
     return signed
 
 
-def _formula_of(unit: Unit, tensors: Mapping[str, TensorInfo]) -> _Formula | None:
+def _formula_of(unit: Unit, tensors: Mapping[str, TensorInfo], said: Mapping[str, Any]) -> Formula | None:
     packed = tensors[unit.packed]
+    if unit.scheme == "compressed-tensors" and said.get("transform_config"):
+        return None
+    if (formula := packed_formula(unit, tensors, said)) is not None:
+        return formula
     if unit.scheme == "mxfp4" and packed.dtype.code == "U8" and len(packed.shape) >= 3:
         return _mxfp4
     if unit.scheme == "bitsandbytes 8-bit" and packed.dtype.code == "I8" and len(packed.shape) == 2:
         return _int8_by_rows
     if unit.scheme == NO_SCALES and unit.parts == {unit.packed}:
         return _plain
-    scale = _scale_of(unit, tensors) or ""
-    is_fp8 = packed.dtype.code in ("F8_E4M3", "F8_E5M2") and scale
-    is_int8 = packed.dtype.code == "I8" and scale.endswith("_scale")
-    if (is_fp8 or is_int8) and unit.packed == unit.weight and len(packed.shape) >= 2:
-        return _scaled
-    return None
+    scale, zero = _beside(unit)
+    if scale is None or len(packed.shape) < 2:
+        return None
+    is_fp8 = packed.dtype.code in ("F8_E4M3", "F8_E5M2") and zero is None
+    is_int8 = packed.dtype.code == "I8" and not scale.endswith("_scale_inv")
+    if zero is not None:
+        zeros = tensors[zero]
+        fits = zeros.dtype.code == "I8" and zeros.shape == tensors[scale].shape
+        is_int8 = is_int8 and fits and unit.scheme in ("compressed-tensors", "torchao")
+    return _scaled if is_fp8 or is_int8 else None
 
 
-def _scale_of(unit: Unit, tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The scales of a weight; None where something else is beside it that would count."""
-    known = {f"{unit.weight}{ending}" for ending in _SCALES} & unit.parts
-    of_inputs = {part for part in unit.parts if part.rpartition(".")[2].startswith(("input_", "activation_"))}
-    return known.pop() if len(known) == 1 and unit.parts - of_inputs == {unit.packed, *known} else None
+def _beside(unit: Unit) -> tuple[str | None, str | None]:
+    """The scales of a weight, and its zeros; None where something else is beside it that would count."""
+    stem = unit.weight if unit.packed == unit.weight else unit.packed.removesuffix("_qdata")
+    scales = {f"{stem}{ending}" for ending in _SCALES} & unit.parts
+    zeros = {f"{stem}_zero_point"} & unit.parts
+    ignored = {part for part in unit.parts if part.rpartition(".")[2].startswith(_OF_INPUTS)}
+    if len(scales) != 1 or unit.parts - ignored != {unit.packed, *scales, *zeros}:
+        return None, None
+    return scales.pop(), next(iter(zeros), None)
 
 
-def _scaled(unit: Unit, of: Dequantised) -> _Matrices:
+def _scaled(unit: Unit, of: Dequantised) -> Matrices:
     packed = of.info(unit.packed)
-    scale = next(part for part in unit.parts if part in {f"{unit.weight}{ending}" for ending in _SCALES})
+    scale, zero = _beside(unit)
+    assert scale is not None, "only where it is known"
     info = of.info(scale)
     rows, columns = packed.shape[-2:]
     stacked = len(packed.shape) > 2
@@ -197,25 +205,30 @@ def _scaled(unit: Unit, of: Dequantised) -> _Matrices:
     grid = own_scales if info.numel > 1 else (1, 1)
     in_each = prod(grid)
     shared = stacked and info.numel == in_each
+    blocks = _block_size(of.said)
 
     def read(number: int) -> Float:
+        high, wide = _steps((rows, columns), grid, blocks, unit.weight)
+
+        def spread(name: str) -> Float:
+            own = of.part(name, 0 if shared else number * in_each, in_each).reshape(grid)
+            if name == scale and info.dtype.code == "U8":
+                own = _powers(own)
+            return np.repeat(np.repeat(own, high, 0)[:rows], wide, 1)[:, :columns]
+
         values = of.part(unit.packed, number * rows * columns, rows * columns).reshape(rows, columns)
-        scales = of.part(scale, 0 if shared else number * in_each, in_each).reshape(grid)
-        if info.dtype.code == "U8":
-            scales = _powers(scales)
-        high, wide = _steps((rows, columns), grid, of.blocks, unit.weight)
-        return values * np.repeat(np.repeat(scales, high, 0)[:rows], wide, 1)[:, :columns]
+        return (values if zero is None else values - spread(zero)) * spread(scale)
 
     if count * in_each != info.numel and not shared:
-        raise _unfitting(unit.weight, packed, info)
-    _steps((rows, columns), grid, of.blocks, unit.weight)
-    return _Matrices(packed.shape, of.dtype, read)
+        raise unfitting(unit.weight, packed, info)
+    _steps((rows, columns), grid, blocks, unit.weight)
+    return Matrices(packed.shape, of.dtype, read)
 
 
-def _plain(unit: Unit, of: Dequantised) -> _Matrices:
+def _plain(unit: Unit, of: Dequantised) -> Matrices:
     packed = of.info(unit.packed)
     size = prod(packed.shape[-2:])
-    return _Matrices(packed.shape, of.dtype, lambda number: of.part(unit.packed, number * size, size))
+    return Matrices(packed.shape, of.dtype, lambda number: of.part(unit.packed, number * size, size))
 
 
 def _steps(
@@ -234,12 +247,12 @@ def _steps(
     return steps[0], steps[1]
 
 
-def _mxfp4(unit: Unit, of: Dequantised) -> _Matrices:
+def _mxfp4(unit: Unit, of: Dequantised) -> Matrices:
     blocks = of.info(unit.packed)
     scales = of.info(f"{unit.weight}_scales")
     *stack, rows, groups, width = blocks.shape
     if scales.shape != blocks.shape[:-1]:
-        raise _unfitting(unit.weight, blocks, scales)
+        raise unfitting(unit.weight, blocks, scales)
     columns = groups * width * 2
 
     def read(number: int) -> Float:
@@ -248,25 +261,21 @@ def _mxfp4(unit: Unit, of: Dequantised) -> _Matrices:
         both = np.stack([words & 15, words >> 4], -1).reshape(rows * groups, width * 2)
         return np.ldexp(_FP4[both], exponents[:, None] - 127).reshape(rows, columns).T
 
-    return _Matrices((*stack, columns, rows), DTYPES["BF16"], read)
+    return Matrices((*stack, columns, rows), DTYPES["BF16"], read)
 
 
-def _int8_by_rows(unit: Unit, of: Dequantised) -> _Matrices:
+def _int8_by_rows(unit: Unit, of: Dequantised) -> Matrices:
     packed = of.info(unit.packed)
     rows, columns = packed.shape
     scale = next(part for part in unit.parts if part.endswith("SCB"))
     if of.info(scale).numel != rows:
-        raise _unfitting(unit.weight, packed, of.info(scale))
+        raise unfitting(unit.weight, packed, of.info(scale))
 
     def read(number: int) -> Float:
         values = of.part(unit.packed, 0, rows * columns).reshape(rows, columns)
         return values * of.part(scale, 0, rows)[:, None] * _BY_127
 
-    return _Matrices(packed.shape, of.dtype, read)
-
-
-def _unfitting(name: str, packed: TensorInfo, scales: TensorInfo) -> CheckpointError:
-    return CheckpointError(name, expected=f"scales that fit {packed}", found=str(scales))
+    return Matrices(packed.shape, of.dtype, read)
 
 
 def _dtype_of(checkpoint: Weights, quantised: Quantised) -> DType:
@@ -285,9 +294,9 @@ def _dtype_of(checkpoint: Weights, quantised: Quantised) -> DType:
     return DTYPES[Counter(plain).most_common(1)[0][0] if plain else "BF16"]
 
 
-def _block_size(checkpoint: Weights) -> tuple[int, int] | None:
-    said: Any = config_beside(checkpoint).get("quantization_config")
-    size = said.get("weight_block_size") if isinstance(said, Mapping) else None
+def _block_size(said: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, where the configuration says so."""
+    size = said.get("weight_block_size")
     if not isinstance(size, list) or len(size) != 2:
         return None
     return (size[0], size[1]) if all(type(each) is int and each > 0 for each in size) else None

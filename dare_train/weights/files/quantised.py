@@ -73,6 +73,9 @@ class Quantised:
 
     def __init__(self, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None = None) -> None:
         self._tensors = tensors
+        said = (config or {}).get("quantization_config")
+        self.said: Mapping[str, Any] = said if isinstance(said, Mapping) else {}
+        """What the configuration says of how they are quantised."""
         self.units = tuple(units_of(tensors, config or {}))
 
     @classmethod
