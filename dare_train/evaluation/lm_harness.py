@@ -47,8 +47,8 @@ class HarnessTasks:
 
     Names are `task/metric`, or `task/metric/filter` where the task filters what the model says. A group gives
     what it puts together of its tasks, or else each of them. The generators of Python, numpy and torch begin
-    alike each time, and afterwards are as they were. Code from the Hub is not run, and what a model writes
-    only where the environment has HF_ALLOW_CODE_EVAL=1.
+    alike each time, and afterwards are as they were. A task runs the Python that its file names, and what a
+    model writes only where the environment has HF_ALLOW_CODE_EVAL=1.
 
     Args:
         text: `lm_eval:TASK,TASK`, names of the harness's tasks or YAML files, and perhaps `?limit=50`,
@@ -113,7 +113,9 @@ class HarnessTasks:
         return results, found["higher_is_better"]
 
     def _evaluated(self, model: Any, tokenizer: Any) -> Any:
-        """What `lm_eval.simple_evaluate` does of it, without reading the machine's description each time."""
+        """What `lm_eval.simple_evaluate` does of it, without its description of the machine, which takes
+        seconds each time.
+        """
         from lm_eval import evaluate
 
         for task in self._tasks["tasks"].values():
@@ -204,6 +206,7 @@ def _loaded(asked: HarnessText) -> tuple[dict[str, Any], list[str]]:
             _check_single(spec)
         else:
             _check_known(spec, manager.all_tasks)
+            _check_code(spec, manager.task_index)
     every: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     shown: list[str] = []
     for spec in asked.tasks:
@@ -232,6 +235,13 @@ def _check_known(name: str, known: Sequence[str]) -> None:
         expected = "a task of lm-evaluation-harness, or a YAML file"
         remedy = f"{near[0]}?" if near else "`lm_eval ls tasks` lists them"
         raise ConfigError(name, expected=expected, found="none of that name", remedy=remedy)
+
+
+def _check_code(name: str, index: Mapping[str, Any]) -> None:
+    """Before a task is loaded: what runs a model's code may fetch code of its own to do so."""
+    for member in index[name].tags if index[name].cfg is None else (name,):
+        if (index[member].cfg or {}).get("unsafe_code") and not _code_may_run():
+            raise _refused_code(member)
 
 
 def _check_single(path: str) -> None:

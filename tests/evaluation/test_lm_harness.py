@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ pytestmark = [needs_harness, theirs]
 
 FUNCTION = "process_results: !function functions.{}\n"
 CODE = "unsafe_code: true\n"
+ROOT = Path(__file__).parents[2]
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}w1 {{ m.content }} w2 {% else %}{{ m.content }} w3 w4"
+    "{% endif %}{% endfor %}"
+)
 LESS = "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: false\n"
 
 
@@ -121,6 +127,9 @@ def test_a_group_gives_what_it_puts_together(
     refused(lambda: HarnessTasks("lm_eval:both,one"), ConfigError, "each task once", "one twice")
     refused(lambda: HarnessTasks("lm_eval:xyzzy"), ConfigError, "none of that name", "lm_eval ls tasks")
     refused(lambda: HarnessTasks(f"lm_eval:{group}"), ConfigError, "one of a group", "name its tasks' files")
+    save_task(tmp_path / "tasks", "code", more=f"{CODE}tag: risky\n{FUNCTION.format('not_there')}")
+    for name in ("code", "risky"):
+        refused(lambda: HarnessTasks(f"lm_eval:{name}"), ConfigError, "code", "set HF_ALLOW_CODE_EVAL=1")  # noqa: B023
 
 
 def test_only_the_first_examples(base: Path, tmp_path: Path) -> None:
@@ -159,6 +168,26 @@ def test_chat_models_are_asked_in_their_template(base: Path, tmp_path: Path) -> 
     expected = by_definition(model, tokenizer, told)
     found = HarnessTasks(f"lm_eval:{path}?apply_chat_template=true", tokenizer)(model)
     assert found == {f"quiz/{name}": pytest.approx(value) for name, value in expected.items()}
+
+
+def test_chat_models_choose_as_in_the_recipes(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("recipes", "scripts"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    agreement, answers = (import_module(name) for name in ("agree_with_harness", "chat_answers"))
+    model, tokenizer = loaded(base)
+    tokenizer.chat_template = TEMPLATE
+    assert agreement.end_of_answer(tokenizer) == " w3 w4"
+    file = save_task(tmp_path / "tasks").with_suffix(".jsonl")
+    chosen = {}
+    for kind in ("PLAIN", "ENDED"):
+        task = agreement.TASK.format(name="quiz", file=file) + getattr(agreement, kind)
+        acc_norm, chosen[kind] = agreement.of_harness(model, tokenizer, questions(30, 1), "quiz", task)
+        right = [row["answer"] == one for row, one in zip(questions(30, 1), chosen[kind], strict=True)]
+        assert acc_norm == pytest.approx(sum(right) / 30)
+    assert chosen["ENDED"] == answers.choices(model, tokenizer, questions(30, 1))
+    assert chosen["ENDED"] != chosen["PLAIN"]
 
 
 def test_tasks_that_cannot_be_had(tmp_path: Path) -> None:
