@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .applying.in_place import apply_ as apply_
     from .config import DareConfig as DareConfig
     from .errors import DareError as DareError
+    from .evaluation.lm_harness import HarnessTasks as HarnessTasks
     from .evaluation.measurements import MeasurementRecord as MeasurementRecord
     from .evaluation.model_loading import load_model as load_model
     from .evaluation.swapped_model import SwappedModel as SwappedModel
@@ -94,6 +95,7 @@ _PUBLIC = {
     "applying.in_place": "applied apply_",
     "config": "DareConfig",
     "errors": "DareError",
+    "evaluation.lm_harness": "HarnessTasks",
     "evaluation.measurements": "MeasurementRecord",
     "evaluation.model_loading": "load_model",
     "evaluation.swapped_model": "SwappedModel",

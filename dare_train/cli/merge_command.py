@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +20,7 @@ from .terminal import (
     Out,
     Overwrite,
     Rename,
+    expect_models,
     joined_ranks,
     pairs,
     progress_bar,
@@ -152,6 +153,7 @@ def _searched(
     """A table of the trials. The user's function may be anything, so the process is no longer settled for a
     small command.
     """
+    from ..evaluation.harness_text import is_harness
     from ..evaluation.wandb_run import searching
     from ..merging.search import metric_of, results, search
     from .merge_arguments import Merging
@@ -165,6 +167,18 @@ def _searched(
             "--search", expected="--eval, and no --package", found="--package" if package else "no --eval"
         )
     gc.enable()
+    metric = _of_tasks(evaluate, given["minimize"]) if is_harness(evaluate) else metric_of(evaluate)
     with searching(project) as tell:
-        trials_done = search(only.task, axes, metric_of(evaluate), only.out, told=tell, **given)
+        trials_done = search(only.task, axes, metric, only.out, told=tell, **given)
     return results(trials_done)
+
+
+def _of_tasks(evaluate: str, minimize: bool) -> Callable[[str], float]:
+    """What a search goes by where `--eval` names tasks of lm-evaluation-harness."""
+    from ..evaluation.harness_text import harness_version
+
+    harness_version()
+    expect_models()
+    from ..evaluation.lm_harness import folder_score
+
+    return folder_score(evaluate, minimize=minimize)

@@ -45,7 +45,12 @@ Search = Annotated[
     Optional[str], typer.Option(help="Settings to search: NAME=LOW:HIGH:STEP or NAME=A,B; more may follow.")
 ]
 Evaluate = Annotated[
-    Optional[str], typer.Option("--eval", help="MODULE:FUNCTION that scores a merged folder.")
+    Optional[str],
+    typer.Option(
+        "--eval",
+        help="MODULE:FUNCTION that scores a merged folder; or lm_eval:TASK,TASK, tasks of "
+        "lm-evaluation-harness.",
+    ),
 ]
 Trials = Annotated[
     Optional[int], typer.Option(help="Let Optuna choose this many, instead of the whole grid.")

@@ -32,7 +32,9 @@ Models = Annotated[
 Eval = Annotated[
     Optional[str],
     typer.Option(
-        "--eval", help="MODULE:FUNCTION, called with the model; returns a number, or several by name."
+        "--eval",
+        help="MODULE:FUNCTION, called with the model; returns a number, or several by name. Or "
+        "lm_eval:TASK,TASK: tasks of lm-evaluation-harness, by name or as YAML files.",
     ),
 ]
 Data = Annotated[
@@ -107,7 +109,7 @@ def sweep(
                     model, base, metric, out=place, p=rates, seeds=seeds, first_seed=first_seed,
                     variants=names, tuned=folder if dtype == "auto" else None,
                     batches=texts.batches if texts is not None else None, progress=progress,
-                    setup=_depends(evaluate, data, column, max_length, examples, dtype),
+                    setup=_depends(evaluate, data, column, max_length, examples, dtype, metric),
                 )  # fmt: skip
             sweeps[label] = replace(
                 sweeps[label], setup={**_named(base, folder, data), **sweeps[label].setup}
@@ -200,7 +202,8 @@ def compare(
             result = run(
                 model, base, tuned, metric, out=out, p=rates, ranks=ranks, seeds=seeds, first_seed=first_seed,
                 adapters=adapter,
-                setup=_depends(evaluate, data, column, max_length, examples, dtype), progress=progress,
+                setup=_depends(evaluate, data, column, max_length, examples, dtype, metric),
+                progress=progress,
             )  # fmt: skip
         result = replace(result, setup={**_named(base, tuned, data), **result.setup})
         _publish(result, f"What the delta of {_labels([tuned])[0]} is worth in bytes", out, wandb)
@@ -208,10 +211,15 @@ def compare(
 
 def _check_inputs(evaluate: str | None, data: Path | None, columns: Sequence[str], dtype: str) -> None:
     """What can be seen to be wrong before a model is loaded."""
+    from ..evaluation.harness_text import HarnessText, harness_version, is_harness
+
     if evaluate is None and data is None:
         raise ConfigError("--eval", expected="MODULE:FUNCTION, or a file of texts as --data", found="neither")
     if data is not None and not data.is_file():
         raise CheckpointError(str(data), expected="a file of texts", found="no such file")
+    if is_harness(evaluate):
+        HarnessText.of(evaluate)
+        harness_version()
     if dtype not in _DTYPES:
         raise ConfigError("--dtype", expected=", ".join(_DTYPES), found=dtype)
     for pair in columns:
@@ -240,9 +248,15 @@ def _metric(
     trusted: bool,
 ) -> tuple[Evaluate, Texts | None]:
     """What is measured, and the texts, if there are any."""
+    from ..evaluation.harness_text import is_harness
+    from ..evaluation.lm_harness import HarnessTasks
+    from ..evaluation.model_loading import load_tokenizer
     from ..merging.search import metric_of
 
     texts = _texts(model, folder, data, columns, max_length, limit, trusted) if data is not None else None
+    if is_harness(evaluate):
+        tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
+        return HarnessTasks(evaluate, tokenizer, limit=limit), texts
     if evaluate is not None:
         return metric_of(evaluate), texts
     assert texts is not None
@@ -282,11 +296,16 @@ def _depends(
     max_length: int,
     examples: int | None,
     dtype: str,
+    metric: Evaluate | None = None,
 ) -> dict[str, Any]:
     """What the figures depend on besides the weights, wherever it lies."""
+    from ..evaluation.lm_harness import HarnessTasks
+
     setup: dict[str, Any] = {"eval": evaluate, "columns": sorted(columns) or None, "examples": examples}
     if data is not None:
         setup["data_sha256"] = hashlib.sha256(data.read_bytes()).hexdigest()
+    if isinstance(metric, HarnessTasks):
+        setup |= metric.setup
     return {name: value for name, value in setup.items() if value is not None} | {
         "max_length": max_length,
         "dtype": dtype,

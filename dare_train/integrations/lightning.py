@@ -102,6 +102,7 @@ class DareCallback(Callback):  # type: ignore[misc]
             keep=keep,
             keep_best=False,
             incremental=incremental,
+            evaluate=False,
             values=self.config.values,
             name=name,
             on_error=on_error,

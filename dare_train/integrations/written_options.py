@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import DareConfig
 from ..errors import ConfigError
+from ..evaluation.harness_text import is_harness
 from ..kernels.backends import checked
 from ..snapshots.callback_options import check_options, schedule
 
@@ -55,6 +56,11 @@ def _truth(name: str, words: Words) -> bool:
     return _TRUTH[word.lower()]
 
 
+def _evaluation(name: str, words: Words) -> str | bool:
+    word = _text(name, words)
+    return word if is_harness(word) else _truth(name, words)
+
+
 def _patterns(name: str, words: Words) -> Words:
     return words
 
@@ -79,7 +85,7 @@ OPTIONS: Mapping[str, Callable[[str, Words], Any]] = {
     "keep": _number,
     "keep_best": _truth,
     "incremental": _truth,
-    "evaluate": _truth,
+    "evaluate": _evaluation,
     "on_error": _text,
     "source": _text,
     "kernels": _text,
@@ -93,6 +99,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "keep": None,
     "keep_best": False,
     "incremental": False,
+    "evaluate": False,
     "values": "auto",
     "name": "dare",
     "on_error": "warn",

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..config import DareConfig, Patterns, Rescale, Rounding, Source, Target, Values
 from ..errors import ConfigError, SnapshotError
+from ..evaluation.measurements import Evaluate
 from ..hub.upload import check_repository
 from ..kernels.backends import checked
 from ..package.reader import DeltaPackage
@@ -27,7 +28,7 @@ from .callback_options import OnError, When, check_options, schedule
 from .grids import reading_of
 from .guest import as_guest, tell, tell_again
 from .pushing import Pusher, pusher_for
-from .receiver_evaluation import check_evaluation, evaluate_received
+from .receiver_evaluation import check_evaluation, evaluate_received, measure_received, metric_of
 from .run_folder import FINAL, RunFolder
 from .shared_pass import Order, Snapshot, take_together
 from .snapshotter import Snapshotter
@@ -69,7 +70,10 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         incremental: each package continues the one before. Together they are a chain; its every result has
             the same bits as the package on the base would have given.
         evaluate: after each evaluation, also evaluate the model as a receiver of the package gets it, on the
-            same data; metrics are logged with the prefix `eval_{name}`.
+            same data; metrics are logged with the prefix `eval_{name}`. Or measure it there by tasks of
+            lm-evaluation-harness, `"lm_eval:TASK,TASK?limit=50"` (see `HarnessTasks`), with the Trainer's
+            `processing_class`; or by a function of the model, which returns a number, or several by name.
+            Functions and tasks need weights that are whole in each process.
         on_error: "warn": what fails after training began is logged as an error, counted in the Trainer's log
             as `{name}/failures`, and told again at the end; training goes on. "raise": it ends.
         source: "weights", or "master": the fp32 values that DeepSpeed ZeRO keeps beside 16-bit weights.
@@ -114,7 +118,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         keep: int | None = None,
         keep_best: bool = False,
         incremental: bool = False,
-        evaluate: bool = False,
+        evaluate: bool | str | Evaluate = False,
         on_error: OnError = "warn",
         source: Source = "weights",
         kernels: str | None = None,
@@ -139,6 +143,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
             keep=keep,
             keep_best=keep_best,
             incremental=incremental,
+            evaluate=evaluate,
             values=values,
             name=name,
             on_error=on_error,
@@ -172,6 +177,10 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         self._attached: Trainer | None = None
         self._trainer: Trainer | None = None
         self._training = False
+        self._metric: Evaluate | None = None
+        """What the receiver's model is measured by, where that is not the Trainer's evaluation."""
+        self._last_measured = -1
+        """Step at which that was done last."""
         self._last_taken: int | str = -1
         """Step of the last snapshot, or "end"."""
         self._before = 0
@@ -222,6 +231,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         live = LiveWeights(model, source=reading, ranks=self._joined(), kernels=self.kernels, but_packed=True)
         if self.evaluate:
             check_evaluation(live, self._trainer)
+            self._metric = live.ranks.each(lambda: metric_of(self.evaluate, model, processing_class))
         if self.push_to_hub is not None:
             self._check_repository_is_its_own()
             self._pusher = pusher_for(destination_of(args, self.push_to_hub), live.ranks)
@@ -244,7 +254,7 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         self._remember(state, origin)
         self.failures = []
         self._before = len(self.packages)
-        self._last_taken = -1
+        self._last_measured = self._last_taken = -1
         self._training = True
         if record is not None:
             self._make_up(args, state, model)
@@ -274,17 +284,15 @@ class DareCallback(TrainerCallback):  # type: ignore[misc]
         eval_dataloader: Any = None,
         **__: Any,
     ) -> None:
-        if self.evaluate and self._snapshotter is not None and self._folder is not None:
-            assert self._trainer is not None, "train begin refuses evaluate without a Trainer"
-            evaluate_received(
-                self._trainer,
-                module_of(model),
-                self._snapshotter,
-                self._folder.private,
-                name=self.name,
-                loader=eval_dataloader,
-                metrics=metrics or {},
-            )
+        if not self.evaluate or self._snapshotter is None or self._folder is None:
+            return
+        assert self._trainer is not None, "train begin refuses evaluate without a Trainer"
+        received = (self._trainer, module_of(model), self._snapshotter, self._folder.private)
+        if self._metric is None:
+            evaluate_received(*received, name=self.name, loader=eval_dataloader, metrics=metrics or {})
+        elif self._last_measured != state.global_step:  # once, however many data sets there are
+            self._last_measured = state.global_step
+            measure_received(*received, name=self.name, metric=self._metric)
 
     @as_guest
     def on_save(

@@ -8,6 +8,7 @@ from typing import Literal, Union, get_args
 
 from ..config import Source
 from ..errors import ConfigError
+from ..evaluation.harness_text import HarnessText, harness_version, is_harness
 
 When = Union[str, int]
 OnError = Literal["warn", "raise"]
@@ -36,6 +37,7 @@ def check_options(
     keep: int | None,
     keep_best: bool,
     incremental: bool,
+    evaluate: object,
     values: str,
     name: str,
     on_error: str,
@@ -45,6 +47,7 @@ def check_options(
         raise ConfigError("on_error", expected='"warn" or "raise"', found=repr(on_error))
     if source not in get_args(Source):
         raise ConfigError("source", expected='"weights" or "master"', found=repr(source))
+    check_evaluate(evaluate)
     if keep_best and keep is None:
         remedy = "without keep, all packages stay"
         raise ConfigError("keep_best", expected="False without keep", found=repr(keep_best), remedy=remedy)
@@ -66,3 +69,17 @@ def check_options(
         )
     if not name or Path(name).name != name:
         raise ConfigError("name", expected="the name of a folder", found=repr(name))
+
+
+def check_evaluate(evaluate: object) -> None:
+    """
+    Raises:
+        ConfigError: a model cannot be evaluated by that, or lm-evaluation-harness is not installed.
+        CheckpointError: a task's file is not there.
+    """
+    if is_harness(evaluate):
+        HarnessText.of(evaluate)
+        harness_version()
+    elif not isinstance(evaluate, bool) and not callable(evaluate):
+        expected = "true or false, lm_eval:TASK,TASK, or a function of the model"
+        raise ConfigError("evaluate", expected=expected, found=repr(evaluate))

@@ -10,6 +10,10 @@ import torch
 from transformers import Trainer
 
 from ..errors import ConfigError
+from ..evaluation.generators import borrowed_generators
+from ..evaluation.linear_layers import evaluating
+from ..evaluation.lm_harness import HarnessTasks
+from ..evaluation.measurements import Evaluate, numbers
 from ..weights.live.live import LiveWeights
 from ..weights.live.named_tensors import Live
 from .received_weights import received_weights
@@ -29,6 +33,48 @@ def check_evaluation(live: LiveWeights, trainer: Trainer | None) -> None:
         raise ConfigError(
             "evaluate", expected="weights in full precision", found="quantised ones", remedy=remedy
         )
+
+
+def metric_of(evaluate: bool | str | Evaluate, model: Live, processing_class: Any) -> Evaluate | None:
+    """What a model is measured by; None where it is evaluated on the Trainer's data.
+
+    Raises:
+        ConfigError: weights are spread over processes, or there is no tokenizer.
+        As `HarnessTasks`.
+    """
+    if isinstance(evaluate, bool):
+        return None
+    if not LiveWeights(model).whole:
+        raise ConfigError(
+            "evaluate",
+            expected="True where weights are spread over processes (FSDP, ZeRO-3)",
+            found=evaluate if isinstance(evaluate, str) else "a function",
+            remedy="measure packages afterwards: dare-train apply, then dare-train sweep --eval",
+        )
+    if not isinstance(evaluate, str):
+        return evaluate
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer is None:
+        remedy = "hand it over: Trainer(processing_class=tokenizer)"
+        raise ConfigError("evaluate", expected="a tokenizer for lm_eval", found="none", remedy=remedy)
+    return HarnessTasks(evaluate, tokenizer)
+
+
+def measure_received(
+    trainer: Trainer, model: Any, snapshotter: Snapshotter, folder: Path, *, name: str, metric: Evaluate
+) -> None:
+    """Measure the model with the weights that a package taken now would give, on every rank, and log what the
+    first one found as `eval_{name}_…`. Other arguments are those of `evaluate_received`.
+    """
+
+    def measured() -> dict[str, float]:
+        with evaluating(model), torch.no_grad():
+            return numbers(metric(model))
+
+    device = next(model.parameters()).device
+    with borrowed_generators(device), received_weights(model, snapshotter, folder):
+        found = snapshotter.ranks.together(measured)[0]
+    trainer.log({f"eval_{name}_{key}": value for key, value in found.items()})
 
 
 def evaluate_received(
