@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ Found = (
     | Mapping[str, FoundRate]
     | Sequence[Tickets]
 )
+
+_LONGEST_NAME = 100
 
 _ONE: dict[type, Callable[..., Study]] = {
     Sweep: sweep_study, Inside: inside_study, Comparison: comparison_study, Continual: continual_study,
@@ -101,12 +104,22 @@ def write_study(study: Study, out: str | os.PathLike[str]) -> Path:
     """
     folder = Path(out)
     pictures = {chart.name: png(chart) for chart in study.charts}
+    places = {name: folder / f"{file}.png" for name, file in _file_names(pictures).items()}
     page = folder / f"{study.name}.html"
     with alone_in(folder):
         for name, picture in pictures.items():
-            write_whole(folder / f"{name}.png", picture)
+            write_whole(places[name], picture)
         write_whole(folder / f"{study.name}.json", study.json().encode())
         write_whole(folder / f"{study.name}.md", study.markdown().encode())
         write_whole(page, html(study, pictures).encode())
-    log_study(study, {name: folder / f"{name}.png" for name in pictures}, page)
+    log_study(study, places, page)
     return page
+
+
+def _file_names(names: Iterable[str]) -> dict[str, str]:
+    """Names that files can have: those of metrics and runs are anybody's, such as `arc_easy/acc_norm`."""
+    found: dict[str, str] = {}
+    for name in names:
+        plain = re.sub(r"[^\w.,=+ -]+", "-", name).lstrip(".")[:_LONGEST_NAME]
+        found[name] = plain if plain not in found.values() else f"{plain}-{len(found)}"
+    return found

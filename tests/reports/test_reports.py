@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -108,6 +109,20 @@ def test_the_page_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
     assert "<b>" not in text
     assert re.findall(r'(?:src|href)="(?!data:)|url\(', text) == []
     assert "<script" not in text
+
+
+def test_pictures_of_metrics_of_any_name_lie_in_the_folder(tmp_path: Path) -> None:
+    chart = study().charts[0]
+    names = ("trial-arc_easy/acc_norm", "../../up", "trial-arc_easy-acc_norm", "x" * 300)
+    several = replace(study(), charts=tuple(replace(chart, name=name) for name in names))
+    page = write_study(several, tmp_path / "in" / "out")
+    assert {path.name for path in page.parent.glob("*.png")} == {
+        "trial-arc_easy-acc_norm.png",
+        "-..-up.png",
+        "trial-arc_easy-acc_norm-2.png",
+        f"{'x' * 100}.png",
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def browser() -> str:
