@@ -102,6 +102,18 @@ def test_a_model_of_which_layers_are_missing_is_refused(described: bool, base: P
     assert not missing_where_loaded(tmp_path / "merged")
 
 
+def test_weights_that_were_not_gathered_are_refused(base: Path, tmp_path: Path) -> None:
+    """What DeepSpeed ZeRO-3 leaves in place of a weight on each process."""
+    empty = {name: torch.zeros(0) if "proj" in name else tensor for name, tensor in state(1).items()}
+    tuned = save_model(empty, tmp_path / "tuned", LLAMA)
+    name = "model.layers.0.mlp.down_proj.weight"
+    texts = (f"{name}: expected shape [8, 8], as in the base, found [0] in", "ZeRO-3", "Save it again")
+    extract_refused(base, tuned, tmp_path / "p", TensorMismatch, *texts, p=0)
+    for command in (diagnose, lambda *models: merge(models[0], [models[1]], tmp_path / "merged")):
+        with pytest.raises(TensorMismatch, match="ZeRO-3"):
+            command(base, tuned)
+
+
 def test_a_head_that_is_missing_is_told(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     headless = {name: tensor for name, tensor in state(1).items() if name != HEAD}
     tuned = save_model(headless, tmp_path / "tuned", LLAMA)
@@ -109,6 +121,24 @@ def test_a_head_that_is_missing_is_told(base: Path, tmp_path: Path, caplog: pyte
         apply(base, extract(base, tuned, tmp_path / "package", p=0), tmp_path / "applied")
     assert f"{HEAD}: missing in {tuned}, so in the result, though LlamaForCausalLM needs it" in caplog.text
     assert missing_where_loaded(tmp_path / "applied") == {HEAD}
+
+
+def test_a_head_under_another_name_is_told(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    named = {"output.weight" if name == HEAD else name: tensor for name, tensor in state(1).items()}
+    tuned = save_model(named, tmp_path / "tuned", LLAMA)
+    told = f"{tuned}: no {HEAD}, but output.weight has its shape"
+    remedy = "--rename output.=lm_head."
+    for number, command in enumerate((extract, merge)):
+        models: Any = tuned if command is extract else [tuned]
+        with caplog.at_level(logging.WARNING, "dare_train"):
+            command(base, models, tmp_path / f"told-{number}")
+        assert f"{told}: if they are one, {remedy}" in caplog.text
+        caplog.clear()
+    merge(base, [tuned], tmp_path / "merged", rename={"output.": "lm_head."})
+    found = load_file(tmp_path / "merged/model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in state(1).items())
 
 
 @pytest.mark.parametrize(
