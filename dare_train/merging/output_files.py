@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..dtypes import DTYPE_NAMES
 from ..package.companion_files import copy_carried, copy_companions
@@ -20,7 +21,7 @@ from .merged_weights import Merged
 from .models.chat_templates import write_template
 from .models.chosen_vocabulary import ChosenVocabulary
 from .models.inputs import Input, PackageInput
-from .models.layers import LAYER_COUNTS, with_layers
+from .models.layers import LAYER_COUNTS, layer_of, with_layers
 from .models.matching import Fate
 from .models.merged_tokenizer import write_chosen, write_tokenizer
 from .models.model_files import config_of, files_in, own_files
@@ -94,8 +95,9 @@ def _settle_use(merged: Merged, base_folder: Path | None, staging: Path) -> Sequ
     """Have the configuration say how the models' weights are used. Returns sentences on what they and the
     base contradict one another in.
     """
+    base = config_of(files_in(base_folder))
     models = [(model.label, config_of(own_files(model.folder))) for model in merged.inputs]
-    settled = settled_use(config_of(files_in(base_folder)), models)
+    settled = settled_use(base, models, labels=_merges_labels(merged, base))
     config = read_config(staging / CONFIG)
     if config and settled.changes:
         (staging / CONFIG).write_text(json.dumps(with_settings(config, settled.changes), indent=2) + "\n")
@@ -132,6 +134,16 @@ def _described_by(merged: Merged, *, prefixed: bool) -> Input | None:
 
 def _is_news(fate: Fate, merged: Merged) -> bool:
     return fate.name not in merged.base.tensors or fate.info.shape != merged.base.tensors[fate.name].shape
+
+
+def _merges_labels(merged: Merged, base: Mapping[str, Any]) -> bool:
+    """Whether a head is merged that has a row for each label."""
+    labels = base.get("id2label")
+    count = len(labels) if isinstance(labels, Mapping) else 0
+    return any(
+        fate.how == "merged" and fate.info.shape[:1] == (count,) and layer_of(fate.name) is None
+        for fate in merged.fates.values()
+    )
 
 
 def _remove_tokenizer(staging: Path) -> None:

@@ -19,11 +19,12 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 def merged(place: Path, base: dict[str, Any], *models: dict[str, Any]) -> tuple[MergeReport, dict[str, Any]]:
     """A merge of models with these settings, its report and its configuration."""
+    labels = base.get("id2label")
+    rows = len(labels) if isinstance(labels, dict) else 4
+    named = {"base": base, **dict(zip("abc", models, strict=False))}
     folders = [
-        save_model({"w": torch.full((4,), float(number))}, place / name, {**PLAIN, **config})
-        for number, (name, config) in enumerate(
-            {"base": base, **dict(zip("abc", models, strict=False))}.items()
-        )
+        save_model({"w": torch.full((rows,), float(number))}, place / name, {**PLAIN, **config})
+        for number, (name, config) in enumerate(named.items())
     ]
     report = merge(folders[0], folders[1:], place / "out")
     return report, json.loads((place / "out/config.json").read_text())
@@ -90,6 +91,19 @@ def test_labels_in_another_order_are_told(tmp_path: Path) -> None:
         "config.json: id2label is {'0': 'no', '1': 'yes'} in the base, and {'0': 'yes', '1': 'no'} in "
         f"{tmp_path / 'b'}: check what the result says"
     )
+
+
+def test_labels_of_a_head_that_is_not_merged_are_the_bases(tmp_path: Path) -> None:
+    own, other = ({"id2label": {"0": names[0], "1": names[1], "2": "z"}} for names in ("ab", "ba"))
+    folders = [
+        save_model(
+            {"w": torch.ones(4) * n, "score": torch.ones(3) * n}, tmp_path / str(n), {**PLAIN, **config}
+        )
+        for n, config in enumerate((own, other))
+    ]
+    report = merge(folders[0], folders[1:], tmp_path / "out", exclude=["score"])
+    assert report.notes == ()
+    assert json.loads((tmp_path / "out/config.json").read_text())["id2label"] == own["id2label"]
 
 
 def test_names_of_labels_that_the_base_has_not_are_the_models(tmp_path: Path) -> None:

@@ -54,16 +54,17 @@ class Settled:
     notes: Sequence[str]
 
 
-def settled_use(base: Config, models: Sequence[tuple[str, Config]]) -> Settled:
+def settled_use(base: Config, models: Sequence[tuple[str, Config]], *, labels: bool = True) -> Settled:
     """What all models say instead of the base; and what the base says, where they contradict one another.
 
     Args:
         base: the base's configuration.
         models: those of the models, and what messages call these; empty where one has none.
+        labels: whether rows of heads are merged, so that their labels have to be the same.
     """
     changes: dict[str, Any] = {}
     notes = []
-    for group in _GROUPS:
+    for group in _GROUPS if labels else [group for group in _GROUPS if group != _LABELS]:
         own = _meaning(group, base)
         said = [(label, config, _meaning(group, config)) for label, config in models]
         said = [each for each in said if each[2] is not None]
