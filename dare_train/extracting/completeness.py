@@ -13,7 +13,7 @@ from ..errors import ConfigError, TensorMismatch
 from ..weights.derived_buffers import is_derived
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.files.config_file import CONFIG, config_beside, read_config
-from ..weights.heads import embeddings_in
+from ..weights.heads import embeddings_in, heads_in
 from ..weights.protocol import Weights
 from ..weights.skeletons import skeleton
 
@@ -56,6 +56,20 @@ def check_complete(
             remedy="save the whole model; or dare-train merge takes the base's for what is missing",
         )
     return [f"{missing[0]}{count}: missing in {tuned.label}, so in the result, though {of} needs it"]
+
+
+def notes_on_new_modules(folder: Path | None, base: Weights, adapted: Weights) -> list[str]:
+    """A sentence on modules that only an adapter has, such as a classifier's head, where no configuration
+    comes with it that has them.
+    """
+    new = sorted(adapted.tensors.keys() - base.tensors.keys())
+    others = [name for name in new if name not in heads_in(new)]
+    if not others or folder is None or (folder / CONFIG).exists():
+        return []
+    of = (
+        "config.json of the result is the base's: name the class and the labels there that the adapter is for"
+    )
+    return [f"{others[0]}: in {adapted.label} alone; {of}"]
 
 
 def _needed(config: Mapping[str, Any], held: Collection[str]) -> set[str]:

@@ -35,7 +35,7 @@ from ..weights.lora.wrapped_files import without_wrapper
 from ..weights.meeting import meet, renamed
 from ..weights.protocol import InMemory, Weights
 from .assembly import Provenance, Spool, Tallies, Work, summed, tallied, work_of, write_manifest
-from .completeness import check_complete
+from .completeness import check_complete, notes_on_new_modules
 from .encoding import Encoded, KeptWords, PackedRun, encode, encode_gathered
 from .patterns import notes_on_patterns, notes_on_renaming
 from .plan import TensorPlan, plan_tensors
@@ -138,7 +138,7 @@ def extract(
     for note in task.notes if ranks.first else ():
         logger.warning("%s", note)
     package = _written(task, Path(out), ranks, overwrite=overwrite, progress=progress)
-    if ranks.first and all(record.kind == "base" for record in package.manifest.tensors):
+    if ranks.first and not any(record.changes for record in package.manifest.tensors):
         covered = "" if all(config.rule(plan.name).covered for plan in task.plans) else "what it covers of "
         told = "%s: it changes nothing: %s%s equals %s"
         logger.warning(told, out, covered, task.tuned.label, task.base.label)
@@ -247,6 +247,8 @@ def _task(
         tuned_weights = in_layout_of(plain_base, without_wrapper(plain_base, tuned_weights))
         aligned, prefix = meet(plain_base, tuned_weights, known=decided)
         notes += check_complete(tuned_folder, plain_base, aligned, tuned_weights, decided=decided)
+    if isinstance(tuned_weights, AdapterWeights):
+        notes += notes_on_new_modules(tuned_folder, aligned, tuned_weights)
     as_found = aligned.tensors
     if cast_base:
         aligned = cast_to(aligned, tuned_weights.tensors)
