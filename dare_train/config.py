@@ -125,6 +125,12 @@ class DareConfig:
             return self.values == "auto" and any(map(threshold_of, self._rates.values()))
         return self.dtype == "base"
 
+    @property
+    def patterns(self) -> Mapping[str, Collection[str]]:
+        """Name patterns by the field that they are given for."""
+        named = {name: getattr(self, name) for name in ("include", "exclude", "whole")}
+        return {**named, "p": tuple(self._rates)}
+
     def rule(self, tensor: str) -> TensorRule:
         """All that this says of one tensor."""
         rates = (rate for pattern, rate in self._rates.items() if fnmatchcase(tensor, pattern))
@@ -194,6 +200,12 @@ class TensorRule:
 def matches(name: str, patterns: Patterns) -> bool:
     """Whether one of the patterns matches; a `DareConfig` holds tuples."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def unmatched(patterns: Patterns, names: Collection[str]) -> list[str]:
+    """Those of some name patterns that match none of the names."""
+    given = (patterns,) if isinstance(patterns, str) else patterns
+    return [pattern for pattern in given if not any(fnmatchcase(name, pattern) for name in names)]
 
 
 def _patterns(name: str, given: object) -> tuple[str, ...]:

@@ -82,6 +82,23 @@ _ALL = [
 DTYPES = {dtype.code: dtype for dtype in _ALL}
 
 
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""By code, the name in a model's configuration of those in which models are computed."""
+_CODES = {name: code for code, name in DTYPE_NAMES.items()}
+_SHORT = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+
+
+def full_name(name: str) -> str:
+    """Of a type that goes by several."""
+    plain = name.removeprefix("torch.")
+    return _SHORT.get(plain, plain)
+
+
+def code_named(name: object) -> str | None:
+    """The code of a type's name in a configuration; None where it is none of these."""
+    return _CODES.get(full_name(name)) if isinstance(name, str) else None
+
+
 def dtype_of(code: str, *, tensor: str = "dtype") -> DType:
     """The `DType` named `code`.
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from filecmp import cmp
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 from ..dtypes import Words
 from ..errors import ConfigError
+from ..merging.models.tokenizer_files import tokenizer_files
 from ..weights.files.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..weights.files.checkpoint_writer import CheckpointWriter, Layout
 from ..weights.lora.lora_config import AdapterConfig
@@ -28,6 +31,15 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> 
         for name, (_, words) in named.items():
             writer.write(name, 0, words)
     return (folder / ADAPTER_WEIGHTS).stat().st_size
+
+
+def write_tokenizer_of(tuned: Path | None, base: Path | None, folder: Path) -> None:
+    """Put the tuned model's tokenizer beside its adapter, as trainers do, if it is not the base's."""
+    files = tokenizer_files(tuned, None) if tuned is not None else {}
+    others = tokenizer_files(base, None) if base is not None else {}
+    if any(name not in others or not cmp(path, others[name], shallow=False) for name, path in files.items()):
+        for name, path in files.items():
+            copyfile(path, folder / name)
 
 
 def config_fields(

@@ -19,6 +19,7 @@ from ..package.reader import DeltaPackage
 from ..reading.structures import json_in
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.files.full_precision import check_full_precision
+from ..weights.files.module_folders import places_of
 from ..weights.lora.lora_checkpoint import merge_adapter
 from ..weights.protocol import Weights
 
@@ -47,6 +48,17 @@ def open_both(base: Place, tuned: Tuned | Sequence[Tuned]) -> tuple[Weights, Wei
     check_full_precision(checkpoint, purpose=_PURPOSE, option=False)
     configs.insert(0, checkpoint.folder)
     return opened, merge_adapter(checkpoint, opened, unrounded=True), _config(configs)
+
+
+def places_read(base: Place, tuned: Tuned | Sequence[Tuned]) -> list[Path]:
+    """Where what an adapter is made of lies: no output may take its place."""
+    found = places_of(Checkpoint.open(base).folder)
+    for given in _several(tuned):
+        if isinstance(given, DeltaPackage) or _is_package(given):
+            found += DeltaPackage.open(given).paths
+        else:
+            found += places_of(Checkpoint.open(given).folder)
+    return found
 
 
 def _several(tuned: Tuned | Sequence[Tuned]) -> list[Tuned]:

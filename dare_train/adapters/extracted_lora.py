@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,17 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import Patterns, matches
+from ..config import Patterns, matches, unmatched
 from ..dtypes import DTYPES, Words
 from ..errors import CheckpointError, ConfigError, brief
 from ..parallel.staged_folder import staged_folder, storage_errors
 from ..weights.protocol import TensorInfo
 from ..weights.skeletons import skeleton, task_of_class
 from .adapter_factors import Factors, relative
-from .adapter_files import check_ranks, config_fields, write_adapter
+from .adapter_files import check_ranks, config_fields, write_adapter, write_tokenizer_of
 from .adapter_plan import Plan, planned
-from .adapter_sources import Place, Tuned, gram_beside, open_both
+from .adapter_sources import Place, Tuned, gram_beside, open_both, places_read
 from .module_deltas import ModuleDeltas
+
+logger = logging.getLogger("dare_train")
 
 _DTYPES = ("F32", "BF16", "F16")
 
@@ -119,9 +122,12 @@ def extract_lora(
     deltas = ModuleDeltas(start, end, model)
     task = task_of_class(type(model).__name__, config)
     added = {name for name in deltas.shapes if deltas.added(name)}
-    tuned_names = [name for name in deltas.shapes if name in added or deltas.changed(name)]
     patterns = (exclude,) if isinstance(exclude, str) else exclude
+    resized = {name for name in deltas.shapes if matches(name, patterns) and deltas.resized(name)}
+    tuned_names = [name for name in deltas.shapes if name in added | resized or deltas.changed(name)]
     kept = [name for name in tuned_names if not matches(name, patterns)]
+    for pattern in unmatched(patterns, deltas.shapes):
+        logger.warning("exclude: no tensor of %s is called %s: is it misspelt?", end.label, pattern)
     plan = planned(model, kept, added & {*kept}, task=task, aliases=deltas.aliases)
     if not plan.matrices:
         expected = "linear layers that were tuned"
@@ -144,13 +150,14 @@ def extract_lora(
         biases=bool(plan.biases),
         transposed=bool(plan.transposed),
     )
-    folders = [folder for weights in (start, end) if (folder := getattr(weights, "folder", None)) is not None]
     with (
-        staged_folder(Path(out), overwrite=overwrite, inputs=folders) as folder,
+        staged_folder(Path(out), overwrite=overwrite, inputs=places_read(base, tuned)) as folder,
         storage_errors(Path(out)),
     ):
         nbytes = write_adapter(folder, fields, {**factors.tensors, **_as_tuned(deltas, plan, model)})
         check_ranks(folder, factors.ranks)
+        if not resized:  # else the tuned model's tokens have no rows in the base
+            write_tokenizer_of(getattr(end, "folder", None), getattr(start, "folder", None), folder)
     return ExtractedLora(
         path=Path(out),
         ranks=factors.ranks,

@@ -71,6 +71,11 @@ class ModuleDeltas:
         """Whether the base has no such tensor, as of a new head."""
         return not self._has(self._base, source)
 
+    def resized(self, source: str) -> bool:
+        """Whether the base has the tensor in another shape, as an embedding that grew."""
+        files = () if self.added(source) else self._places[source]
+        return any(self._tuned.tensors[file].shape != self._base.tensors[file].shape for file in files)
+
     def changed(self, source: str) -> bool:
         """Whether the tensor is another than the base's.
 
@@ -91,14 +96,18 @@ class ModuleDeltas:
         return self._assembled(self._tuned, source)
 
     def squares(self, source: str) -> float:
-        """The squared norm of its delta; of integers and of what the base does not have, 0.
+        """The squared norm of its delta; 0 of integers, and of what the base does not have in this shape.
 
         Raises:
             NonFiniteDelta: it has infinities or NaN.
         """
         files = self._places[source]
         infos = {file: self._tuned.tensors[file] for file in files}
-        if self.added(source) or not all(info.dtype.can_be_delta for info in infos.values()):
+        if (
+            self.added(source)
+            or self.resized(source)
+            or not all(info.dtype.can_be_delta for info in infos.values())
+        ):
             return 0.0
         if any(len(place.sources) > 1 for place in files.values()):
             return float(np.square(self.delta(source), dtype=np.float64).sum())

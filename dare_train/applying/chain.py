@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import numpy as np
 
 from ..errors import ChainError, ConfigError
 from ..package.reader import DeltaPackage
+
+logger = logging.getLogger("dare_train")
 
 Packages = Sequence["str | os.PathLike[str] | DeltaPackage"]
 
@@ -44,6 +47,7 @@ def open_chain(packages: Packages, weights: Sequence[float] | None, *, check: bo
     for package in opened if check else ():
         package.check_integrity()
     if len({package.manifest.parent for package in opened}) == 1:
+        _tell_twice(opened)
         return [Link(packages=tuple(opened), weights=tuple(given))]
     for before, after in zip(opened, opened[1:], strict=False):
         _check_follows(before, after)
@@ -52,6 +56,18 @@ def open_chain(packages: Packages, weights: Sequence[float] | None, *, check: bo
         remedy = "only packages side by side on one base can be weighted"
         raise ChainError("weights", expected=expected, found=repr(given), remedy=remedy)
     return [Link(packages=(package,), weights=(1.0,)) for package in opened]
+
+
+def _tell_twice(packages: Sequence[DeltaPackage]) -> None:
+    """One package twice is what it says, and rarely what is meant."""
+    for number, package in enumerate(packages):
+        if any(_is_same(package, earlier) for earlier in packages[:number]):
+            logger.warning("%s: given twice, so that its delta counts twice", package.name)
+
+
+def _is_same(one: DeltaPackage, other: DeltaPackage) -> bool:
+    parts = [[record.sha256 for record in package.manifest.parts] for package in (one, other)]
+    return one.manifest.result == other.manifest.result and parts[0] == parts[1]
 
 
 def _checked(weights: Sequence[float], count: int) -> list[float]:

@@ -8,12 +8,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..dtypes import DTYPE_NAMES
 from ..package.companion_files import copy_carried, copy_companions, copy_unchanged_modules
-from ..package.model_config import Facts, settle_config, vocabulary_sizes
+from ..package.model_config import Facts, said_dtype, settle_config, vocabulary_sizes
+from ..package.reader import DeltaPackage
 from ..weights.files.checkpoint import Checkpoint
+from ..weights.files.config_file import CONFIG, config_beside, read_config
 from ..weights.files.dequantise import Dequantised
 from ..weights.fingerprint import Fingerprint
 from ..weights.heads import embeddings_in, heads_in
+from ..weights.protocol import TensorInfo
 from .chain import Link
 from .resolver import Resolver
 
@@ -34,6 +38,7 @@ def write_files(
         tensors=tensors,
         sizes=vocabulary_sizes(base.tensors),
         untied=_is_untied(resolver, prints),
+        dtype=_moved_dtype(base, tensors, staging),
         dequantised=isinstance(base, Dequantised),
     )
     for note in settle_config(staging, facts):
@@ -44,9 +49,41 @@ def _copy(base: Path, links: Sequence[Link], staging: Path) -> None:
     """The base's, then what packages carry."""
     copy_companions(base, staging)
     for link in links:
-        for package in link.packages:
+        for package in _by_claim(link.packages):
             copy_carried(package, staging)
     copy_unchanged_modules(base, staging)
+
+
+def _by_claim(packages: Sequence[DeltaPackage]) -> list[DeltaPackage]:
+    """Packages side by side in the order in which they are heard on files: those last that bring tensors of
+    their own, such as a head, which their configuration describes. Where they contradict one another, that is
+    told.
+    """
+    ordered = sorted(
+        packages, key=lambda package: any(record.base is None for record in package.records.values())
+    )
+    last: dict[str, tuple[DeltaPackage, str]] = {}
+    for package in ordered:
+        for record in package.manifest.files:
+            before = last.get(record.file)
+            if before is not None and before[1] != record.sha256:
+                told = "%s: that of %s counts, and that of %s does not, which is another"
+                logger.warning(told, record.file, package.name, before[0].name)
+            last[record.file] = package, record.sha256
+    return ordered
+
+
+def _moved_dtype(base: Checkpoint, tensors: Mapping[str, TensorInfo], folder: Path) -> str | None:
+    """The one dtype of a result, where the configuration that lies in a folder speaks of another; None where
+    it does not, or where the base's own is no better.
+    """
+    codes, before = (
+        {info.dtype.code for info in of.values() if info.dtype.can_be_delta} for of in (tensors, base.tensors)
+    )
+    said, said_before = (said_dtype(of) for of in (read_config(folder / CONFIG), config_beside(base)))
+    if len(codes) != 1 or said in (None, *codes) or (said == said_before and codes == before):
+        return None
+    return DTYPE_NAMES[codes.pop()]
 
 
 def _is_untied(resolver: Resolver, prints: Mapping[str, Fingerprint]) -> bool:

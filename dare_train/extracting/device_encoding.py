@@ -251,6 +251,7 @@ def _share(both: Both, factors: Sequence[float], begin: int, end: int) -> list[P
     exact = pack.exact(base_words, tuned_words, sizes, dtype)
     deltas = pack.magnitudes(base_words, tuned_words, sizes, dtype)
     tuned_words.copy_(unpack.law(base_words, tuned_words, sizes, factors[begin:end], dtype))
+    too_large = pack.not_finite(base_words, tuned_words, sizes, dtype)
     contents = to_host(exact.contents).data
     table = zip(
         sizes,
@@ -258,16 +259,22 @@ def _share(both: Both, factors: Sequence[float], begin: int, end: int) -> list[P
         to_host(exact.starts),
         to_host(exact.before),
         _hosted(deltas),
+        too_large.tolist(),
         strict=True,
     )
     runs: list[PackedRun] = []
     done = 0
-    for kept, changed, starts, before, (magnitudes, not_finite) in table:
+    for kept, changed, starts, before, (magnitudes, not_finite), overflown in table:
         data = contents[done : done + codec.content_size("exact", dtype, kept, changed, 0)]
         content = codec.packed_exact(data, kept, starts, before, dtype)
         runs.append(
             PackedRun(
-                content=content, kept=kept, changed=changed, magnitudes=magnitudes, not_finite=not_finite
+                content=content,
+                kept=kept,
+                changed=changed,
+                magnitudes=magnitudes,
+                not_finite=not_finite,
+                too_large=overflown,
             )
         )
         done += len(data)

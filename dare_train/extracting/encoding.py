@@ -67,6 +67,8 @@ class PackedRun:
     magnitudes: Magnitudes
     not_finite: int
     """How many deltas are not finite."""
+    too_large: int
+    """How many elements of the result are not finite, though the base's are, or other ones."""
     base: Fingerprint = field(default_factory=Fingerprint)
     result: Fingerprint = field(default_factory=Fingerprint)
 
@@ -153,6 +155,8 @@ def encode_kept(run: KeptRun) -> Encoded:
     if not values.changed:
         return unchanged
     received_words = values.term.result(run.base_words, plan.info.dtype)
+    if not values.term.exact(plan.info.dtype):
+        _check_fits(plan, run.base_words, received_words)
     change = cpu.fingerprint_change(run.base_words, received_words, run.positions, run.start)
     moved = replace(unchanged, result=run.base.plus(change))
     return _framed(moved, plan, run.start, run.length, values.content, values.symbols)
@@ -160,6 +164,8 @@ def encode_kept(run: KeptRun) -> Encoded:
 
 def _encode_packed(plan: TensorPlan, start: int, length: int, packed: PackedRun) -> Encoded:
     _check_finite(plan, packed.not_finite)
+    if packed.too_large and not plan.allow_nonfinite:
+        raise _too_large(plan)
     encoded = Encoded(
         index=plan.index,
         base=packed.base,
@@ -204,12 +210,25 @@ def _landed(run: KeptRun) -> KeptRun:
     if plan.landing is None:
         return run
     words = plan.landing.landed(run.base_words, run.tuned_words, dtype, run.start, run.positions)
-    moved = words[words != run.base_words]
-    if not plan.allow_nonfinite and cpu.has_nonfinite(moved, dtype.exponent_mask):
-        expected = f"rescaled deltas that fit {dtype.code}"
-        remedy = 'a smaller p, or dtype="trained" (--dtype trained)'
-        raise NonFiniteDelta(plan.name, expected=expected, found="larger ones", remedy=remedy)
+    _check_fits(plan, run.base_words, words)
     return replace(run, tuned_words=words)
+
+
+def _check_fits(plan: TensorPlan, base_words: Words, words: Words) -> None:
+    """What finite deltas were rescaled, rounded or landed to is finite."""
+    mask = plan.info.dtype.exponent_mask
+    if plan.allow_nonfinite or not cpu.has_nonfinite(words, mask):
+        return
+    if cpu.has_nonfinite(words[words != base_words], mask):
+        raise _too_large(plan)
+
+
+def _too_large(plan: TensorPlan) -> NonFiniteDelta:
+    expected = f"rescaled deltas that fit {plan.info.dtype.code}"
+    finer = "p=0 (--p 0)" if plan.landing is None else 'dtype="trained" (--dtype trained)'
+    return NonFiniteDelta(
+        plan.name, expected=expected, found="larger ones", remedy=f"a smaller p, or {finer}"
+    )
 
 
 def _encode_whole(plan: TensorPlan, start: int, words: Words) -> Encoded:

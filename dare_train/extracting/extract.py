@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -17,7 +17,7 @@ from ..config import DareConfig, Patterns, Rescale, Rounding, Target, Values
 from ..dtypes import Words, to_float
 from ..errors import ConfigError, NonFiniteDelta
 from ..kernels import cpu
-from ..package.companion_files import carry_files
+from ..package.companion_files import carry_files, left_behind
 from ..package.manifest import Manifest
 from ..package.reader import DeltaPackage, read_back
 from ..package.writer import PackageWriter
@@ -31,10 +31,13 @@ from ..weights.files.module_folders import places_of
 from ..weights.lora.lora_checkpoint import AdapterWeights, merge_adapter
 from ..weights.lora.opening import WeightsLike, open_weights
 from ..weights.lora.other_layouts import in_layout_of
+from ..weights.lora.wrapped_files import without_wrapper
 from ..weights.meeting import meet, renamed
 from ..weights.protocol import InMemory, Weights
 from .assembly import Provenance, Spool, Tallies, Work, summed, tallied, work_of, write_manifest
+from .completeness import check_complete, notes_on_new_modules
 from .encoding import Encoded, KeptWords, PackedRun, encode, encode_gathered
+from .patterns import notes_on_patterns, notes_on_renaming
 from .plan import TensorPlan, plan_tensors
 from .quantised_units import check_one_scheme, parts_of_units
 
@@ -132,9 +135,13 @@ def extract(
             kernels=kernels,
         )
     )
+    for note in task.notes if ranks.first else ():
+        logger.warning("%s", note)
     package = _written(task, Path(out), ranks, overwrite=overwrite, progress=progress)
-    if ranks.first and all(record.kind == "base" for record in package.manifest.tensors):
-        logger.warning("%s: it changes nothing: %s equals %s", out, task.tuned.label, task.base.label)
+    if ranks.first and not any(record.changes for record in package.manifest.tensors):
+        covered = "" if all(config.rule(plan.name).covered for plan in task.plans) else "what it covers of "
+        told = "%s: it changes nothing: %s%s equals %s"
+        logger.warning(told, out, covered, task.tuned.label, task.base.label)
     return package
 
 
@@ -199,6 +206,8 @@ class _Task:
     tuned_folder: Path | None
     dequantised: bool
     """Whether the tuned weights were quantised, and are read in full precision."""
+    notes: Sequence[str] = ()
+    """Sentences on what the user should know of them."""
 
     @property
     def inputs(self) -> list[Path]:
@@ -220,24 +229,35 @@ def _task(
     checked: bool = True,
 ) -> _Task:
     """`checked`: look whether names meet; where the tuned weights were made of the base's, they do."""
+
+    def decided(name: str) -> bool:
+        return _is_decided(name, config)
+
     tuned_weights = open_weights(tuned, kernels=kernels, dequantize=dequantize)
     plain_base = open_weights(base, kernels=kernels, dequantize=dequantize)
     tuned_folder, plain_tuned = _folder_of(tuned_weights), isinstance(tuned_weights, Dequantised)
     said = _quantisation(plain_base, tuned_weights)
-    tuned_weights = renamed(merge_adapter(tuned_weights, plain_base, unrounded=config.lands), rename or {})
+    merged_weights = merge_adapter(tuned_weights, plain_base, unrounded=config.lands)
+    tuned_weights = renamed(merged_weights, rename or {})
     check_one_scheme(plain_base, tuned_weights, said)
+    notes = notes_on_renaming(rename or {}, merged_weights.tensors)
     if not checked or isinstance(tuned_weights, AdapterWeights):
         aligned, prefix = align(plain_base, tuned_weights.tensors.keys(), model=tuned_weights.label)
     else:
-        tuned_weights = in_layout_of(plain_base, tuned_weights)
-        aligned, prefix = meet(plain_base, tuned_weights, known=lambda name: _is_decided(name, config))
+        tuned_weights = in_layout_of(plain_base, without_wrapper(plain_base, tuned_weights))
+        aligned, prefix = meet(plain_base, tuned_weights, known=decided)
+        notes += check_complete(tuned_folder, plain_base, aligned, tuned_weights, decided=decided)
+    if isinstance(tuned_weights, AdapterWeights):
+        notes += notes_on_new_modules(tuned_folder, aligned, tuned_weights)
     as_found = aligned.tensors
     if cast_base:
         aligned = cast_to(aligned, tuned_weights.tensors)
     fresh = tuned_weights.whole if isinstance(tuned_weights, AdapterWeights) else ()
     together = parts_of_units(aligned, tuned_weights, config, said=said, masks=masks)
     plans = plan_tensors(aligned, tuned_weights, config, fresh=fresh, masks=masks, together=together)
+    notes += left_behind(_folder_of(plain_base), tuned_folder)
     base_only = tuple(sorted(aligned.tensors.keys() - {plan.name for plan in plans}))
+    notes += notes_on_patterns(config, plans, base_only, label=tuned_weights.label)
     source = Provenance(
         base_model=base_model or plain_base.label,
         prefix=prefix,
@@ -248,7 +268,7 @@ def _task(
     )
     return _Task(
         base=aligned, tuned=tuned_weights, plans=plans, source=source,
-        base_folder=_folder_of(plain_base), tuned_folder=tuned_folder, dequantised=plain_tuned,
+        base_folder=_folder_of(plain_base), tuned_folder=tuned_folder, dequantised=plain_tuned, notes=notes,
     )  # fmt: skip
 
 

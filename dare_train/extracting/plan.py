@@ -212,6 +212,9 @@ def _plan(
         return replace(whole, kind="base") if unchanged else whole
     rows = None if base_info.shape == info.shape else _added_rows(name, base, tuned)
     delta = replace(whole, kind="delta", in_base=True, base_rows=rows)
+    if not rule.covered:  # the base's rows stay as they are, and only those that were added travel
+        nothing = np.broadcast_to(np.bool_(False), info.numel)
+        return replace(delta, mask=Mask(kind="stored", key=key_of(config.seed, name)), stored=nothing)
     return _dropped(delta, rule, config.seed) if mask is None else _masked(delta, rule, config.seed, mask)
 
 

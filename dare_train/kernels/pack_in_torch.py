@@ -111,6 +111,15 @@ def magnitudes(base_words: Tensor, tuned_words: Tensor, kept: Sequence[int], dty
     )
 
 
+def not_finite(base_words: Tensor, words: Tensor, kept: Sequence[int], dtype: DType) -> Tensor:
+    """int64 [segments]: how many words of a result are NaN or infinite, and others than those of the base."""
+    sizes = to_device(torch.tensor(list(kept), dtype=torch.int64), words.device)
+    strange = ~words.view(FLOATS[dtype.code]).isfinite() & (words != base_words)
+    segment = torch.arange(len(kept), device=words.device)
+    of_words = torch.repeat_interleave(segment, sizes, output_size=words.numel())
+    return of_words[strange].bincount(minlength=len(kept))
+
+
 def _put_bitmaps(
     contents: Tensor, flags: Tensor, segment: Tensor, firsts: Tensor, bitmaps: Tensor, begins: Tensor
 ) -> None:

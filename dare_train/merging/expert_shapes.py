@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..dtypes import DTYPE_NAMES
 from ..errors import CheckpointError, ConfigError, brief
 from ..weights.files.checkpoint import Checkpoint
 from ..weights.files.config_file import config_beside
 from ..weights.skeletons import asks_for
-from .config.result_dtype import DTYPE_NAMES
 from .expert_recipe import DRAWN, ExpertRecipe
 
 Gated = Literal["none", "plain", "gated"]

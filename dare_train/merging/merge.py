@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -38,6 +39,8 @@ from .models.naming import ModelLike
 from .prepared_merge import DeviceLike, PreparedMerge, check_for_package, prepared
 from .recorded_bases import check_base, check_bases, recorded_bases
 from .resuming import Journal, resumable
+
+logger = logging.getLogger("dare_train")
 
 Progress = Callable[[int, int], object]
 """Called with the bytes of the result that are done and of all that there are."""
@@ -156,6 +159,8 @@ def run(
     ranks = ranks or Ranks()
     out = Path(out)
     ready = ranks.each(lambda: prepared(task, ranks, device))
+    for note in ready.notes if ranks.first else ():
+        logger.warning("%s", note)
     if package:
         check_for_package(task, ready)
     allow_unchanged |= ready.numbers is not None  # layers in other places are a change
@@ -313,6 +318,8 @@ def _finish(ready: PreparedMerge, report: MergeReport, journal: Journal, staging
         ready.merged, ready.base_folder, ready.growth.vocabulary, staging, prefixed=bool(ready.prefix),
         chosen=ready.chosen, numbers=ready.numbers,
     )  # fmt: skip
+    for note in notes:
+        logger.warning("%s", note)
     report = replace(report, notes=(*report.notes, *notes))
     output_files.write_record(report, staging)
     return report

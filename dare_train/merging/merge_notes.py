@@ -10,6 +10,7 @@ from .prepared_merge import PreparedMerge, gives_q
 def notes_of(ready: PreparedMerge) -> Iterator[str]:
     """What a merge does that its recipe does not say."""
     merged = ready.merged
+    yield from ready.notes
     yield from ready.chosen.notes if ready.chosen is not None else ()
     dropped = [model.label for model in merged.inputs if any(map(model.dropped, model.tensors))]
     if dropped:

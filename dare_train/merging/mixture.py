@@ -12,7 +12,7 @@ from typing import Any, Union
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES, DType, Words, cast, from_float, to_float
+from ..dtypes import DTYPES, DType, Words, cast, code_named, from_float, to_float
 from ..errors import CheckpointError, TensorMismatch
 from ..package.companion_files import copy_companions
 from ..package.masks import generator_of
@@ -25,7 +25,6 @@ from ..weights.fingerprint import model_fingerprint
 from ..weights.lora.opening import open_checkpoint
 from ..weights.protocol import SEGMENT, TensorInfo
 from ..weights.skeletons import skeleton
-from .config.result_dtype import code_named
 from .expert_gates import Gates, alike, gates_for
 from .expert_recipe import Expert, ExpertRecipe, read_experts
 from .expert_shapes import Shape, config_for, is_in_mlp, notes_on, shape_for

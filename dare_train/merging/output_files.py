@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from ..dtypes import DTYPE_NAMES
 from ..package.companion_files import copy_carried, copy_companions
 from ..package.model_config import Facts, settle_config, vocabulary_sizes
 from ..parallel.scratch_folder import temporary_folder
 from ..weights.files.checkpoint import MERGE_RECORD
 from ..weights.files.config_file import CONFIG, read_config
 from ..weights.files.module_folders import MODULES, module_folders
-from .config.result_dtype import DTYPE_NAMES
 from .merge_report import MergeReport
 from .merged_weights import Merged
 from .models.chat_templates import write_template
 from .models.chosen_vocabulary import ChosenVocabulary
 from .models.inputs import Input, PackageInput
-from .models.layers import LAYER_COUNTS, with_layers
+from .models.layers import LAYER_COUNTS, layer_of, with_layers
 from .models.matching import Fate
 from .models.merged_tokenizer import write_chosen, write_tokenizer
-from .models.model_files import own_files
-from .models.tokenizer_files import is_tokenizer_file
+from .models.model_files import config_of, files_in, own_files
+from .models.settings_of_use import settled_use, with_settings
+from .models.tokenizer_files import CONFIG as TOKENIZER_CONFIG
+from .models.tokenizer_files import TOKENIZER, tokenizer_files
 from .models.vocabulary import Vocabulary
 
 CARD = """\
@@ -69,6 +72,8 @@ def write(
     if isinstance(model, PackageInput):
         copy_carried(model.package, staging)
     elif model is not None and model.folder is not None:
+        if tokenizer_files(model.folder, None).keys() & {TOKENIZER_CONFIG, TOKENIZER}:
+            _remove_tokenizer(staging)
         copy_companions(model.folder, staging)
     if chosen is not None:
         write_chosen(chosen, [model.folder for model in merged.inputs], staging)
@@ -82,7 +87,21 @@ def write(
         folders = [base_folder, *(model.folder for model in merged.inputs)]
         write_template(merged.recipe.chat_template, folders, staging)
     sizes = chosen.sizes if chosen is not None else frozenset[int]()
-    return settle_config(staging, _facts(merged, sizes, described=model is not None))
+    notes = _settle_use(merged, base_folder, staging)
+    return [*notes, *settle_config(staging, _facts(merged, sizes, described=model is not None))]
+
+
+def _settle_use(merged: Merged, base_folder: Path | None, staging: Path) -> Sequence[str]:
+    """Have the configuration say how the models' weights are used. Returns sentences on what they and the
+    base contradict one another in.
+    """
+    base = config_of(files_in(base_folder))
+    models = [(model.label, config_of(own_files(model.folder))) for model in merged.inputs]
+    settled = settled_use(base, models, labels=_merges_labels(merged, base))
+    config = read_config(staging / CONFIG)
+    if config and settled.changes:
+        (staging / CONFIG).write_text(json.dumps(with_settings(config, settled.changes), indent=2) + "\n")
+    return settled.notes
 
 
 def _write_layers(numbers: Sequence[int], staging: Path) -> None:
@@ -117,12 +136,28 @@ def _is_news(fate: Fate, merged: Merged) -> bool:
     return fate.name not in merged.base.tensors or fate.info.shape != merged.base.tensors[fate.name].shape
 
 
+def _merges_labels(merged: Merged, base: Mapping[str, Any]) -> bool:
+    """Whether a head is merged that has a row for each label."""
+    labels = base.get("id2label")
+    count = len(labels) if isinstance(labels, Mapping) else 0
+    return any(
+        fate.how == "merged" and fate.info.shape[:1] == (count,) and layer_of(fate.name) is None
+        for fate in merged.fates.values()
+    )
+
+
+def _remove_tokenizer(staging: Path) -> None:
+    """What one tokenizer lacks would be said by another's files beside it."""
+    for name in tokenizer_files(staging, None):
+        (staging / name).unlink()
+
+
 def _keep_tokenizer(base_folder: Path | None, staging: Path) -> None:
     """The base's tokenizer, whatever a model brought."""
-    for path in [path for path in staging.iterdir() if is_tokenizer_file(path)]:
-        path.unlink()
-        if base_folder is not None and (base_folder / path.name).is_file():
-            shutil.copyfile(base_folder / path.name, path)
+    _remove_tokenizer(staging)
+    files = tokenizer_files(base_folder, None) if base_folder is not None else {}
+    for name, path in files.items():
+        shutil.copyfile(path, staging / name)
 
 
 def _facts(merged: Merged, sizes: frozenset[int], *, described: bool) -> Facts:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
+from ..config import unmatched
 from ..dtypes import DTYPES
 from ..errors import CheckpointError, ConfigError
+from ..extracting.patterns import notes_on_renaming
 from ..hub.download import locate
 from ..parallel.ranks import Ranks
 from ..parallel.threads import thread_share
@@ -54,6 +56,8 @@ class PreparedMerge:
     """Where the result has tokens of its own."""
     numbers: tuple[int, ...] | None = None
     """By layer of the result, its number in the base's model, where layers moved."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what was asked for and found nothing."""
     beside: tuple[Path, ...] = ()
     """Folders that are read besides those of base and models: of adapters in them, and of a tokenizer."""
 
@@ -107,7 +111,8 @@ def prepared(
         known=choices.decide,
     )
     named, inputs = opening.base, opening.inputs
-    growth = Growth(named, folder, inputs, "base" if chosen else _one_of_two(recipe.tokenizer))
+    one_of_two = "base" if chosen else _one_of_two(recipe.tokenizer)
+    growth = Growth(named, folder, inputs, one_of_two, decided=choices.decide)
     inputs = growth.padded()
     values = recipe.resolver(layer_counts(named.tensors))
     out_dtype = DTYPES[recipe.out_dtype] if recipe.out_dtype else None
@@ -134,8 +139,26 @@ def prepared(
     return PreparedMerge(
         merged=merged, base=base, base_folder=folder, prefix=opening.prefix, growth=growth, chosen=chosen,
         numbers=placed.numbers,
+        notes=(*_in_vain(recipe, named, inputs), *_twice(inputs)),
         beside=tuple([*beside, chosen.folder] if chosen else beside),
     )  # fmt: skip
+
+
+def _in_vain(recipe: Recipe, base: Weights, inputs: Sequence[Input]) -> Iterator[str]:
+    """Name patterns that match nothing, and parts of names that no model has."""
+    names = {*base.tensors, *(name for model in inputs for name in model.tensors)}
+    for option, patterns in (("exclude", recipe.exclude), ("take", tuple(recipe.take))):
+        for pattern in unmatched(patterns, names):
+            yield f"{option}: no tensor is called {pattern}: is it misspelt?"
+    yield from notes_on_renaming(recipe.rename, {name for model in inputs for name in model.names.values()})
+
+
+def _twice(inputs: Sequence[Input]) -> Iterator[str]:
+    """Models that are given several times: their deltas count as often."""
+    labels = [model.label for model in inputs if model.folder is not None]
+    for label in dict.fromkeys(labels):
+        if labels.count(label) > 1:
+            yield f"{label}: given {labels.count(label)} times, so that it counts as often"
 
 
 def check_for_package(task: MergeTask, ready: PreparedMerge) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
 
+from ..dtypes import DTYPE_NAMES
 from ..errors import ConfigError
-from .config.result_dtype import DTYPE_NAMES
 from .config.stack import PASSTHROUGH, SCALE, Stack, StackedLayers
 from .methods.parameters import Case, Setting
 from .models.chat_templates import check_template

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..dtypes import DTYPES, DType, Words, cast, from_float, to_float
+from ..dtypes import DTYPE_NAMES, DTYPES, DType, Words, cast, from_float, to_float
 from ..errors import ConfigError, NonFiniteDelta, TensorMismatch
 from ..hub.download import locate
 from ..kernels import cpu
@@ -30,7 +30,6 @@ from ..weights.files.module_folders import places_of
 from ..weights.fingerprint import Fingerprint, model_fingerprint, total
 from ..weights.heads import embeddings_in, heads_in
 from ..weights.protocol import SEGMENT, TensorInfo, runs
-from .config.result_dtype import DTYPE_NAMES
 from .config.stack import Stack, StackedLayers
 from .models.chat_templates import write_template
 from .models.layers import comes_before_layers, layer_of, stack_of, with_layers

@@ -11,15 +11,19 @@ from typing import Any
 from ..errors import CheckpointError, PackageError
 from ..reading.links import staying_inside
 from ..reading.structures import json_in
-from ..weights.files.checkpoint import ADAPTER_CONFIG, MERGE_RECORD, SINGLE
+from ..weights.files.checkpoint import ADAPTER_CONFIG, MERGE_RECORD, SINGLE, WEIGHT_SUFFIXES
 from ..weights.files.config_file import CONFIG
 from ..weights.files.module_folders import module_folders
+from .absent_files import in_place_of_absent, notes_on_absent
 from .manifest import CARRIED, FileRecord, file_record
 from .model_config import Facts, settle_config
 from .reader import DeltaPackage, check_digest
 
 _COMPANION_SUFFIXES = {*CARRIED, ".py"}
 _FOLDERS = ("additional_chat_templates",)
+_WHOLE_FOLDERS = ("custom_generate", "language_model", "speaker_embeddings")
+"""Of `generate` and of processors of speech: all that is in them is theirs, whatever it is called."""
+_TOKENIZER = "tokenizer_config.json"
 _OTHER_FILES = {"trainer_state.json", "dare_config.json", "requirements.txt", ADAPTER_CONFIG}
 _COMPANION_NAMES = {"LICENSE", "LICENCE", "NOTICE"}
 _NOT_THE_MODELS = {"README.md", MERGE_RECORD}
@@ -30,12 +34,32 @@ def companions(folder: Path) -> list[Path]:
     licence. Relative, sorted. Links that lead out of the folder are not followed, and named in a warning.
 
     Of subfolders only those count that a sentence-transformers `modules.json` names, with what is in them,
-    and those that transformers writes beside a tokenizer; others hold other things, such as a run's output.
+    those that processors of transformers write, and those of further tokenizers; others hold other things,
+    such as a run's output.
     """
-    inside = [folder / name for name in (*module_folders(folder), *_FOLDERS)]
-    found = [*folder.iterdir(), *(path for place in inside if place.is_dir() for path in place.rglob("*"))]
+    inside = [folder / name for name in (*module_folders(folder), *_FOLDERS, *_tokenizers(folder))]
+    found = [*folder.iterdir(), *(path for place in inside for path in _files_below(place))]
     files = [path for path in found if path.is_file() and _is_companion(path)]
+    files += [path for name in _WHOLE_FOLDERS for path in _files_below(folder / name)]
     return sorted({path.relative_to(folder) for path in staying_inside(files, folder)})
+
+
+def _tokenizers(folder: Path) -> list[str]:
+    """Sub-folders with a tokenizer and no weights, such as that of a second text encoder."""
+    places = [place for place in folder.iterdir() if (place / _TOKENIZER).is_file()]
+    return [
+        place.name for place in places if not any(path.suffix in WEIGHT_SUFFIXES for path in place.iterdir())
+    ]
+
+
+def _files_below(place: Path) -> list[Path]:
+    if not place.is_dir():
+        return []
+    return [
+        path
+        for path in place.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(place).parts)
+    ]
 
 
 def _is_companion(path: Path) -> bool:
@@ -105,7 +129,29 @@ def carry_files(
             if dequantised and relative == Path(CONFIG):
                 settle_config(staging, Facts(tensors={}, dequantised=True))
             carried.append(file_record(target, staging))
+    for name, text in in_place_of_absent(base, tuned) if base is not None else ():
+        (staging / name).write_text(text)
+        carried.append(file_record(staging / name, staging))
     return tuple(carried)
+
+
+def left_behind(base: Path | None, tuned: Path | None) -> list[str]:
+    """Sentences on files of a model that its package does not bring, since they may be code, and that the
+    base lacks or has otherwise; and on those of the base that would speak for it.
+    """
+    if tuned is None:
+        return []
+    others = [
+        str(path)
+        for path in companions(tuned)
+        if path.suffix not in CARRIED
+        and path.stem.upper() not in _COMPANION_NAMES
+        and (base is None or not _same_content(base / path, tuned / path))
+    ]
+    named = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+    note = f"not in the package, which brings configuration and tokenizers alone: {named}"
+    remedy = f"copy from {tuned} beside the result what the model needs"
+    return [*notes_on_absent(base, tuned), *([f"{note}; {remedy}"] if others else [])]
 
 
 def _same_content(base: Path, tuned: Path) -> bool:

@@ -62,6 +62,11 @@ class TensorRecord:
         return self.values in ("exact", "rounded")
 
     @property
+    def changes(self) -> bool:
+        """Whether the result's tensor is not the base's, or may be another."""
+        return self.kind == "whole" or (self.kind == "delta" and self.result != self.base)
+
+    @property
     def base_info(self) -> TensorInfo:
         """dtype and shape of the base's tensor."""
         shape = self.info.shape if self.base_rows is None else (self.base_rows, *self.info.shape[1:])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..dtypes import code_named
 from ..weights.files.config_file import CONFIG, read_config
 from ..weights.heads import embeddings_in
 from ..weights.protocol import TensorInfo
@@ -75,6 +76,16 @@ def settled(config: Mapping[str, Any], facts: Facts) -> tuple[dict[str, Any], li
 def vocabulary_sizes(tensors: Mapping[str, TensorInfo]) -> set[int]:
     """Numbers of rows of embeddings."""
     return {tensors[name].shape[0] for name in embeddings_in(tensors) if tensors[name].shape}
+
+
+def said_dtype(config: Mapping[str, Any]) -> str | None:
+    """The code of the type that a configuration says its weights have; None where it says none."""
+    for fields in (config, config.get("text_config")):
+        said = fields.get("dtype", fields.get("torch_dtype")) if isinstance(fields, Mapping) else None
+        code = code_named(said)
+        if code is not None:
+            return code
+    return None
 
 
 def _said_size(config: Mapping[str, Any]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,7 @@ from ..extracting.assembly import (
 )
 from ..extracting.device_encoding import on_devices
 from ..extracting.encoding import Encoded
+from ..extracting.patterns import notes_on_patterns
 from ..extracting.plan import TensorPlan, landings, plan_tensors
 from ..kernels import cpu
 from ..package.companion_files import carry_files
@@ -49,6 +51,8 @@ from .capture import Taken, cut_groups, encode_link, encode_taken, largest_of, l
 from .comparing import adapted_apart
 from .run_folder import RunFolder
 from .shared_pass import Job, Order, Snapshot, take_together
+
+logger = logging.getLogger("dare_train")
 
 _QUANTISED = (
     "The adapter was trained on a quantised base; this is its update of the full-precision weights, which it "
@@ -120,6 +124,10 @@ class Snapshotter:
         if config.dtype is None and self.ranks.first:
             grids.tell(origin.own, live, self._merged_names, config, lands=self.lands)
         self._plans = self._plan(live)
+        absent = self.base.tensors.keys() - live.tensors.keys()
+        notes = notes_on_patterns(config, self._plans, absent, label=live.label)
+        for note in notes if self.ranks.first else ():
+            logger.warning("%s", note)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="dare-train-writer")
         self._prepared = self._writer.submit(self._prepare, on_devices(live))
 

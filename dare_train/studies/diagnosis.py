@@ -4,12 +4,14 @@ written.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..dtypes import to_float
+from ..extracting.completeness import check_complete
 from ..package.magnitudes import Magnitudes, merged
 from ..parallel.threads import ordered_map
 from ..weights.alignment import cast_to, dtype_mismatch
@@ -17,8 +19,11 @@ from ..weights.files.full_precision import check_full_precision
 from ..weights.lora.lora_checkpoint import merge_adapter
 from ..weights.lora.opening import WeightsLike, open_weights
 from ..weights.lora.other_layouts import in_layout_of
+from ..weights.lora.wrapped_files import without_wrapper
 from ..weights.meeting import meet, renamed
 from ..weights.protocol import SEGMENT, Weights, runs
+
+logger = logging.getLogger("dare_train")
 
 DROP_RATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 PAPER_MAGNITUDES = (0.002, 0.005, 0.01)
@@ -108,9 +113,12 @@ def diagnose(
     plain = open_weights(base, dequantize=dequantize)
     for weights in (plain, tuned_weights):
         check_full_precision(weights, purpose="of which elements can be dropped")
+    folder = getattr(tuned_weights, "folder", None)
     tuned_weights = renamed(merge_adapter(tuned_weights, plain), rename or {})
-    tuned_weights = in_layout_of(plain, tuned_weights)
+    tuned_weights = in_layout_of(plain, without_wrapper(plain, tuned_weights))
     aligned, _ = meet(plain, tuned_weights)
+    for note in check_complete(folder, plain, aligned, tuned_weights, decided=lambda name: False):
+        logger.warning("%s", note)
     if cast_base:
         aligned = cast_to(aligned, tuned_weights.tensors)
     shared = list(_shared(aligned, tuned_weights))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from ..errors import DtypeMismatch, TensorMismatch
+import numpy as np
+
+from ..dtypes import Words, to_float
+from ..errors import DtypeMismatch, NonFiniteDelta, TensorMismatch
+from ..kernels import cpu
 from .protocol import Cast, TensorInfo, Weights, under
 
 
@@ -59,7 +63,31 @@ def cast_to(base: Weights, tuned: Mapping[str, TensorInfo]) -> Weights:
         for name, info in tuned.items()
         if name in base.tensors and base.tensors[name].dtype != info.dtype
     }
-    return Cast(base, dtypes) if dtypes else base
+    return _Rounded(base, dtypes) if dtypes else base
+
+
+class _Rounded(Cast):
+    """Weights rounded to other dtypes, into which they fit."""
+
+    def read(self, name: str, start: int, count: int) -> Words:
+        """
+        Raises:
+            NonFiniteDelta: a number is too large for the dtype, and would become an infinity.
+        """
+        words = super().read(name, start, count)
+        dtype, source = self.tensors[name].dtype, self._weights.tensors[name].dtype
+        if dtype == source or not cpu.has_nonfinite(words, dtype.exponent_mask):
+            return words
+        finite = np.isfinite(to_float(self._weights.read(name, start, count), source))
+        lost = finite & ~np.isfinite(to_float(words, dtype))
+        if lost.any():
+            raise NonFiniteDelta(
+                name,
+                expected=f"numbers in {self.label} that fit {dtype.code}",
+                found=f"a larger one at flat index {start + int(np.argmax(lost))}",
+                remedy=f"give the fine-tuned weights in {source.code}, as the base's are",
+            )
+        return words
 
 
 def dtype_mismatch(

@@ -5,6 +5,7 @@ Nothing is renamed by guesses. What can be seen from shapes is told, with the `-
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,10 @@ from typing import NamedTuple
 
 from ..errors import TensorMismatch
 from .derived_buffers import is_derived
+from .heads import embeddings_in, heads_in
 from .protocol import TensorInfo
+
+logger = logging.getLogger("dare_train")
 
 _NUMBERS = re.compile(r"(?<![0-9A-Za-z])[0-9]+(?![0-9A-Za-z])")
 _EXPERTS = re.compile(r"(^|\.)experts\.")
@@ -44,12 +48,17 @@ def check_names_meet(
 
     Raises:
         TensorMismatch: many of the base's tensors are not in the model, and as many of the same shapes are
-            new.
+            new; or tensors of the model are empty.
     """
+    _check_not_empty(base, model, label)
     missing, new = _apart(base, model)
     pairs = pairs_of(missing, new)
     if _is_no_chance(pairs, len(base)):
         raise _error(pairs, missing, base_label, label)
+    by_token = {*embeddings_in(base), *heads_in(base)}
+    for pair in (pair for pair in pairs if pair.base in by_token):
+        told = "%s: no %s, but %s has its shape: if they are one, --rename %s=%s (rename=) says so"
+        logger.warning(told, label, pair.base, pair.model, pair.old, pair.new)
     if _cut_otherwise(missing, new, sum(info.numel for info in base.values())):
         expected = f"in {label}, as {base_label} has it"
         found = f"not there, and {min(new)} {list(new[min(new)].shape)} instead"
@@ -57,6 +66,21 @@ def check_names_meet(
             "are weights cut or packed otherwise, as experts are? Save both with one version of their library"
         )
         raise TensorMismatch(min(missing), expected=expected, found=found, remedy=remedy)
+
+
+def _check_not_empty(base: Mapping[str, TensorInfo], model: Mapping[str, TensorInfo], label: str) -> None:
+    """What a process has of weights that others hold, saved as if it were all."""
+    empty = sorted(
+        name for name, info in model.items() if not info.numel and name in base and base[name].numel
+    )
+    if empty:
+        expected = f"shape {list(base[empty[0]].shape)}, as in the base"
+        found = f"{list(model[empty[0]].shape)} in {label}"
+        remedy = (
+            "was it saved by DeepSpeed ZeRO-3 without gathering weights? Save it again, with "
+            "stage3_gather_16bit_weights_on_model_save"
+        )
+        raise TensorMismatch(empty[0], expected=expected, found=found, remedy=remedy)
 
 
 def explained(

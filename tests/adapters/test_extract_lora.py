@@ -144,6 +144,19 @@ def test_what_is_left_out_is_told_and_counted(tmp_path: Path) -> None:
     assert "6 tuned tensors left as in the base" in str(found)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_tokenizer_comes_along_if_it_is_not_the_bases(own: bool, tmp_path: Path) -> None:
+    models = pair("qwen2, with biases", tmp_path)
+    for folder in (models.base, models.tuned):
+        (folder / "tokenizer_config.json").write_text('{"eos_token": "a"}')
+    if own:
+        (models.tuned / "chat_template.jinja").write_text("{{ x }}")
+    extract_lora(models.base, models.tuned, tmp_path / "adapter", rank=2)
+    expected = {"tokenizer_config.json", "chat_template.jinja"} if own else set()
+    found = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert found == {"adapter_config.json", "adapter_model.safetensors", *expected}
+
+
 def test_a_new_head_on_a_bare_encoder_is_saved_whole(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     train(classifier(base), tmp_path / "run").save_model(str(tmp_path / "tuned"))
@@ -251,7 +264,12 @@ def test_rows_that_the_base_does_not_have_are_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "longer")
     with pytest.raises(TensorMismatch) as caught:
         extract_lora(models.base, tmp_path / "longer", tmp_path / "adapter", rank=2)
-    refusal(caught.value, TensorMismatch, "shape [64, 32]", "[70, 32]", "ship it as a package")
+    refusal(caught.value, TensorMismatch, "shape [64, 32]", "[70, 32]", "leave it out (exclude)")
+    both = ["model.embed_tokens.weight", "lm_head.weight"]
+    found = extract_lora(models.base, tmp_path / "longer", tmp_path / "adapter", rank=2, exclude=both)
+    assert {*found.left_out} == {*both}
+    assert 0 < found.error < 1
+    models.adapted(tmp_path / "adapter")
 
 
 def test_nan_is_refused(tmp_path: Path) -> None:
@@ -262,6 +280,16 @@ def test_nan_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "broken")
     with pytest.raises(NonFiniteDelta, match=re.escape(f"{Q}.weight: expected a finite delta")):
         extract_lora(models.base, tmp_path / "broken", tmp_path / "adapter", rank=2)
+
+
+def test_what_an_adapter_is_made_of_is_not_overwritten(tmp_path: Path) -> None:
+    models = pair("qwen2, with biases", tmp_path)
+    extract(models.base, models.tuned, tmp_path / "package", p=0)
+    for tuned in (models.tuned, tmp_path / "package"):
+        for out in (models.base, tuned, tmp_path):
+            with pytest.raises(ConfigError, match="expected another folder than those that are read"):
+                extract_lora(models.base, tuned, out, rank=2, overwrite=True)
+    assert extract_lora(models.base, tmp_path / "package", tmp_path / "adapter", rank=2).ranks
 
 
 def test_a_folder_that_is_there_stays_unless_told_otherwise(tmp_path: Path) -> None:

@@ -275,3 +275,38 @@ def test_a_large_float64_is_carried_exactly(tmp_path: Path) -> None:
     package = extract(base, tuned, tmp_path / "package", p=0.0)
     apply_(base, package)
     assert torch.equal(base["w"], tuned["w"])
+
+
+@pytest.mark.parametrize("values", ["auto", "rounded", "int8", "int4", "sign"])
+@pytest.mark.parametrize("kernels", [None, "torch"])
+def test_what_rescaling_makes_infinite_is_refused(tmp_path: Path, values: str, kernels: str | None) -> None:
+    base = {"w": torch.full((3000,), 60000.0, dtype=torch.float16)}
+    tuned = {"w": base["w"] + 1024}
+    texts = ("w: expected rescaled deltas that fit F16", "found larger ones; a smaller p, or p=0 (--p 0)")
+    options: dict[str, Any] = {"values": values, "kernels": kernels}
+    extract_refused(base, tuned, tmp_path / "p", NonFiniteDelta, *texts, p=0.9, **options)
+    package = extract(base, tuned, tmp_path / "kept", p=0, kernels=kernels)
+    apply_(base, package)
+    assert torch.equal(base["w"], tuned["w"])
+
+
+def test_infinity_is_allowed_by_who_allows_it(tmp_path: Path) -> None:
+    base = {"w": torch.full((3000,), 60000.0, dtype=torch.float16)}
+    package = extract(base, {"w": base["w"] + 1024}, tmp_path / "package", p=0.9, allow_nonfinite=True)
+    apply_(base, package)
+    assert 0.05 < base["w"].isinf().float().mean() < 0.15
+
+
+@pytest.mark.parametrize("p", [0.0, 0.9])
+def test_a_base_that_does_not_fit_the_dtype_it_is_rounded_to_is_refused(p: float, tmp_path: Path) -> None:
+    base = save({"w": torch.cat([torch.ones(600), torch.full((1,), 1e5)]).bfloat16()}, tmp_path / "base")
+    tuned = save({"w": torch.ones(601, dtype=torch.float16)}, tmp_path / "tuned")
+    texts = (
+        "w: expected numbers in",
+        "that fit F16, found a larger one at flat index 600",
+        "give the fine-tuned weights in BF16",
+    )
+    extract_refused(base, tuned, tmp_path / "p", NonFiniteDelta, *texts, p=p, cast_base=True)
+    for name in ("*", "excluded"):
+        with pytest.raises(NonFiniteDelta, match="found a larger one at flat index 600"):
+            merge(base, [tuned], tmp_path / name, cast_base=True, exclude=["w"] if name == "*" else [])

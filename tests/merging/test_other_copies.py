@@ -111,6 +111,17 @@ def test_fewer_rows_of_unknown_tokens_are_refused(tmp_path: Path) -> None:
     torch.testing.assert_close(found, torch.cat([own[[1, 0]], own[2:], before[6:]]))
 
 
+def test_fewer_rows_of_tensors_that_are_excluded_do_not_matter(tmp_path: Path) -> None:
+    base = save_model(state(tied=False, rows=9), tmp_path / "base", {})
+    model = save_model(state(tied=False, rows=6, seed=1), tmp_path / "model", {})
+    excluded = ["lm_head.weight", "model.embed_tokens.weight"]
+    with pytest.raises(TensorMismatch, match=r"model\.embed_tokens\.weight: expected 9 rows"):
+        merge(base, [model], tmp_path / "out", exclude=excluded[:1])
+    merge(base, [model], tmp_path / "out", exclude=excluded)
+    found, before = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "base"))
+    assert all(torch.equal(found[name], before[name]) for name in excluded)
+
+
 @pytest.mark.parametrize(
     ("said", "told"),
     [

@@ -5,6 +5,7 @@ files.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +227,82 @@ def test_verify_notices_a_wrong_base(tmp_path: Path) -> None:
     package.verify(base)
     with pytest.raises(Exception, match="this is not the base the package was made from"):
         package.verify(save(moved(base_state()), tmp_path / "other"))
+
+
+def test_files_of_processors_in_subfolders_come_along(tmp_path: Path) -> None:
+    """A second tokenizer, voices, a language model of speech, code of `generate`: what processors read."""
+    tokenizer = {"qformer_tokenizer/tokenizer_config.json": "{}", "qformer_tokenizer/vocab.txt": "x"}
+    others = {
+        "custom_generate/generate.py": "x",
+        "custom_generate/requirements.txt": "x",
+        "language_model/5gram.bin": "x",
+        "speaker_embeddings/v2/voice.npy": "x",
+    }
+    left = {
+        "checkpoint-1/tokenizer_config.json": "{}",
+        "checkpoint-1/model.safetensors": "",
+        "logs/config.json": "{}",
+        "language_model/.cache/x.bin": "",
+    }
+    base, tuned = save(base_state(), tmp_path / "base"), save(moved(base_state()), tmp_path / "tuned")
+    for name, text in {**tokenizer, **others, **left}.items():
+        for folder in (base, tuned):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+    (tuned / "qformer_tokenizer/vocab.txt").write_text("y")
+    assert companions(base) == sorted(map(Path, {**tokenizer, **others}))
+    package = extract(base, tuned, tmp_path / "package", p=0)
+    assert [record.file for record in package.manifest.files] == ["qformer_tokenizer/vocab.txt"]
+    apply(base, package, tmp_path / "result")
+    found = {
+        str(path.relative_to(tmp_path / "result"))
+        for path in (tmp_path / "result").rglob("*")
+        if path.is_file()
+    }
+    assert found == {"model.safetensors", *tokenizer, *others}
+    assert (tmp_path / "result/qformer_tokenizer/vocab.txt").read_text() == "y"
+
+
+def tokenizer_files(folder: Path, config: dict[str, str], **files: str) -> None:
+    texts = {"tokenizer_config.json": json.dumps(config), **files}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+
+
+TEMPLATE, SPECIAL, ADDED = "chat_template.jinja", "special_tokens_map.json", "added_tokens.json"
+
+
+@pytest.mark.parametrize("config", [{"chat_template": "{{ 'tuned' }}"}, {}], ids=["in another file", "gone"])
+def test_a_template_that_the_tuned_model_does_not_have_is_not_the_bases(
+    config: dict[str, str], tmp_path: Path
+) -> None:
+    """`tokenizer_config.json` has it, or nothing has; a file of the base's would speak for both."""
+    base, tuned = save(base_state(), tmp_path / "base"), save(moved(base_state()), tmp_path / "tuned")
+    tokenizer_files(base, {"eos_token": "a"}, **{TEMPLATE: "{{ 'base' }}"})
+    tokenizer_files(tuned, {"eos_token": "b", **config})
+    apply(base, extract(base, tuned, tmp_path / "package", p=0), tmp_path / "result")
+    assert (tmp_path / "result" / TEMPLATE).read_text() == config.get("chat_template", "")
+
+
+@pytest.mark.parametrize("eos", ["</s>", "<end>"])
+def test_older_files_of_a_tokenizer_do_not_contradict_its_newer_ones(eos: str, tmp_path: Path) -> None:
+    """transformers 5 writes no `special_tokens_map.json` any more, and reads it before other files."""
+    base, tuned = save(base_state(), tmp_path / "base"), save(moved(base_state()), tmp_path / "tuned")
+    special = json.dumps({"eos_token": {"content": "</s>", "lstrip": False}})
+    tokenizer_files(base, {"eos_token": "</s>"}, **{SPECIAL: special, ADDED: '{"<x>": 9}'})
+    tokenizer_files(tuned, {"eos_token": eos})
+    package = extract(base, tuned, tmp_path / "package", p=0)
+    apply(base, package, tmp_path / "result")
+    found = {name: json.loads((tmp_path / "result" / name).read_text()) for name in (SPECIAL, ADDED)}
+    assert found == {SPECIAL: {} if eos == "<end>" else json.loads(special), ADDED: {}}
+
+
+def test_a_tokenizer_json_that_the_tuned_model_lacks_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, tuned = save(base_state(), tmp_path / "base"), save(moved(base_state()), tmp_path / "tuned")
+    tokenizer_files(base, {}, **{"tokenizer.json": "{}"})
+    tokenizer_files(tuned, {}, **{"vocab.json": "{}"})
+    with caplog.at_level(logging.WARNING, "dare_train"):
+        extract(base, tuned, tmp_path / "package", p=0)
+    assert f"tokenizer.json: that of {base} counts in the result" in caplog.text

@@ -259,3 +259,19 @@ def test_a_configuration_that_is_no_json_says_nothing(tmp_path: Path) -> None:
     folder = save_model(weights(), tmp_path / "model", {})
     (folder / "config.json").write_text(json.dumps(["quantization_config"]))
     assert not Quantised.of(open_weights(folder))
+
+
+def test_integers_in_rows_are_a_weight_where_a_configuration_says_so(tmp_path: Path) -> None:
+    """SpQR: no matrix, and no scales that are floating-point numbers."""
+    module = "model.layers.0.self_attn.q_proj"
+    parts = {
+        f"{module}.dense_weights": torch.arange(64),
+        f"{module}.row_offsets": torch.arange(17, dtype=torch.int32),
+        f"{module}.in_perm": torch.arange(16),
+    }
+    plain = {"model.norm.weight": torch.ones(16), "model.position_ids": torch.arange(4)}
+    config = {"quantization_config": {"quant_method": "spqr"}}
+    folder = save_model({**parts, **plain}, tmp_path / "said", config)
+    (unit,) = Quantised.of(Checkpoint.open(folder)).units
+    assert (unit.weight, unit.parts, unit.scheme) == (f"{module}.weight", {*parts}, "spqr")
+    assert not Quantised.of(Checkpoint.open(save_model({**parts, **plain}, tmp_path / "not", {})))

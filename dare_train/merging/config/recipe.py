@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from ...config import Rounding
+from ...dtypes import DTYPE_NAMES
 from ...errors import ConfigError
 from ..methods.parameters import (
     Case,
@@ -30,7 +31,6 @@ from .checks import (
     texts_of,
 )
 from .recipe_parts import BASE_LAYERS, TAKES_PART, LayerRange, Model
-from .result_dtype import DTYPE_NAMES
 from .setting_resolver import SettingResolver
 
 RESCALES = ("paper", "norm", "q", "none")

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from ...dtypes import full_name
 from ...errors import ConfigError, brief
 from .foreign import is_parameter, is_typo
-from .result_dtype import full_name
 from .yaml_parts import REMEDIES, SLICE, SOURCE, TOKENIZER, WHOLE
 
 _MODULE = ("models", "slices", "parameters")

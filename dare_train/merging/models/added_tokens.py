@@ -4,7 +4,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -36,14 +36,22 @@ class Growth:
     Args:
         tokenizer: `base` leaves all added rows out; `union` insists on tokenizers; None does what can be done
             safely.
+        decided: whether the user has said what becomes of a tensor.
 
     Raises:
         ConfigError, TensorMismatch: `union` without tokenizers, or tokenizers that do not fit together.
     """
 
     def __init__(
-        self, base: Weights, base_folder: Path | None, inputs: Sequence[Input], tokenizer: Tokenizer | None
+        self,
+        base: Weights,
+        base_folder: Path | None,
+        inputs: Sequence[Input],
+        tokenizer: Tokenizer | None,
+        *,
+        decided: Callable[[str], bool] = lambda name: False,
     ) -> None:
+        self._decided = decided
         self._base = base
         self._inputs = inputs
         self._tokenizer = tokenizer
@@ -75,7 +83,9 @@ class Growth:
         return [self._padded(number, model) for number, model in enumerate(self._inputs)]
 
     def _padded(self, number: int, model: Input) -> Input:
-        shorter = [name for name in sorted(self._axis) if self._is_shorter(model, name)]
+        shorter = [
+            name for name in sorted(self._axis) if self._is_shorter(model, name) and not self._decided(name)
+        ]
         if not shorter or not isinstance(model, CheckpointInput):
             return model
         if self.vocabulary is None and not self._knows_base_tokens(model):

@@ -71,7 +71,7 @@ def fates(
     Raises:
         TensorMismatch: shapes do not fit, or models carry different content that cannot be merged.
         DtypeMismatch: a model has integers where the base has floating-point numbers.
-        ConfigError: `take` names a model that has no such tensor.
+        ConfigError: `take` names a model that has no such tensor; or `exclude` names it, too.
     """
     names = sorted(set(base.tensors).union(*(model.tensors for model in inputs)))
     found = (_fate(name, base, inputs, choices, grown, takes_part) for name in names)
@@ -116,6 +116,9 @@ def _fate(
     info = base.tensors.get(name)
     holders = [number for number, model in enumerate(inputs) if name in model.tensors]
     taken = choices.taken(name)
+    if matches(name, choices.exclude) and taken is not None:
+        expected = "exclude or take to name it"
+        raise ConfigError(name, expected=expected, found="both", remedy="give one of them")
     if matches(name, choices.exclude):
         return Fate(name=name, info=info, how="copied", note="excluded") if info is not None else None
     if taken is not None:

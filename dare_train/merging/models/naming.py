@@ -20,6 +20,7 @@ from ...weights.live.declared_ties import Ties
 from ...weights.lora.lora_checkpoint import AdapterWeights, merge_adapter
 from ...weights.lora.opening import WeightsLike
 from ...weights.lora.other_layouts import in_layout_of
+from ...weights.lora.wrapped_files import without_wrapper
 from ...weights.meeting import aligned_or_explained, put_name, renamed, renamed_names
 from ...weights.protocol import TensorInfo, Weights, under
 from ...weights.renaming import check_names_meet, respelt
@@ -316,7 +317,7 @@ def _as_cut_in(
     if isinstance(weights, OnBase):
         return weights, rename
     given = renamed(weights, rename)
-    found = in_layout_of(base, given)
+    found = in_layout_of(base, without_wrapper(base, given))
     return (weights, rename) if found is given else (found, {})
 
 

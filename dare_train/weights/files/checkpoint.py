@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -43,7 +44,10 @@ _ENTRIES = (
 )
 """By which file a folder is read, the first that is there: one with all weights, or an index of several. A
 variant, such as `fp16`, comes after what libraries load when nobody asks for one."""
-_WEIGHT_SUFFIXES = {
+_OF_TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What `from_pretrained` loads where neither `SINGLE` nor `INDEX` is there, whatever else is."""
+_SHARD = re.compile(r"-([0-9]{5})-of-([0-9]{5})\.safetensors$")
+WEIGHT_SUFFIXES = {
     ".safetensors",
     ".bin",
     ".pt",
@@ -153,8 +157,12 @@ class Checkpoint:
             return cls([SafetensorsFile(path)], folder=path.parent, label=str(where), single=single)
         entry = _entry(path)
         if entry.suffix == ".json":
-            files = [*_open_indexed(entry), *_open_modules(path)]
-            return cls(files, folder=path, label=str(where), index=entry.name)
+            indexed = _open_indexed(entry)
+            if not _is_left_behind(entry, indexed):
+                files = [*indexed, *_open_modules(path)]
+                return cls(files, folder=path, label=str(where), index=entry.name)
+            entry = path / SINGLE
+            logger.warning("%s: read from %s, as from_pretrained does, without %s", where, SINGLE, INDEX)
         files = [SafetensorsFile(entry), *_open_modules(path)]
         return cls(files, folder=path, label=str(where), single=entry.name)
 
@@ -168,7 +176,32 @@ def _entry(folder: Path) -> Path:
         raise CheckpointError(str(folder), expected="one index", found=several, remedy=remedy)
     if len(found) != 1:
         raise _not_safetensors(folder, found)
+    _check_meant(found[0])
     return found[0]
+
+
+def _is_left_behind(index: Path, listed: list[SafetensorsFile]) -> bool:
+    """Whether an index and what it lists are an earlier model's, beside the one that libraries load."""
+    named = {file.path.name for file in listed}
+    return index.name == INDEX and SINGLE not in named and (index.parent / SINGLE).exists()
+
+
+def _check_meant(entry: Path) -> None:
+    """What was found in a folder is all of the model, and the one that libraries load.
+
+    Raises:
+        CheckpointError: it is one shard of several, or something else beside weights in `.bin` files.
+    """
+    folder = entry.parent
+    shard = _SHARD.search(entry.name)
+    if shard and int(shard[2]) > 1:
+        expected = f"{INDEX}, and {int(shard[2])} files that it lists"
+        raise CheckpointError(str(folder), expected=expected, found=entry.name, remedy=_FETCH_AGAIN)
+    older = next((name for name in _OF_TORCH if (folder / name).exists()), None)
+    if older and entry.name not in (SINGLE, INDEX, ADAPTER_WEIGHTS):
+        found = f"{older}, which from_pretrained loads, and {entry.name}"
+        remedy = f"give the file itself if it is meant: {entry}; else {_conversion(folder)}"
+        raise CheckpointError(str(folder), expected=f"{SINGLE} or {INDEX}", found=found, remedy=remedy)
 
 
 def _open_indexed(index: Path) -> list[SafetensorsFile]:
@@ -199,7 +232,7 @@ def _open_modules(folder: Path) -> list[SafetensorsFile]:
         others = sorted(
             file
             for file in path.parent.rglob("*")
-            if file.suffix in _WEIGHT_SUFFIXES and not (path.exists() and file.parent == path.parent)
+            if file.suffix in WEIGHT_SUFFIXES and not (path.exists() and file.parent == path.parent)
         )
         if others:
             remedy = "convert it: SentenceTransformer(folder).save_pretrained(new_folder) writes safetensors"
@@ -234,9 +267,8 @@ def _not_safetensors(path: Path, files: list[Path] | None = None) -> CheckpointE
     if path.is_file():
         weights = [path]
     else:
-        weights = sorted(file for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
-    kind = _class_of(path if path.is_dir() else path.parent)
-    convert = f"convert it: {kind}.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
+        weights = sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    convert = _conversion(path if path.is_dir() else path.parent)
     if weights and all(file.suffix == ".gguf" for file in weights):
         convert = f"dequantize it: dare-train dequantize {shlex.quote(str(weights[0]))} --out FOLDER"
     remedy = convert if weights and not files else ""
@@ -248,6 +280,12 @@ def _not_safetensors(path: Path, files: list[Path] | None = None) -> CheckpointE
     inside = f", but in {', '.join(parts[:4])}" if parts else ""
     listed = ", ".join(file.name for file in weights[:3]) or f"no weights{inside}"
     return CheckpointError(str(path), expected=f"{SINGLE} or {INDEX}", found=listed, remedy=remedy)
+
+
+def _conversion(folder: Path) -> str:
+    """What to do with weights in other files. A model's `save_pretrained` writes no tokenizer."""
+    convert = f"convert it: {_class_of(folder)}.from_pretrained(folder).save_pretrained(new_folder)"
+    return f"{convert} writes safetensors; copy tokenizer and processor files there"
 
 
 def _class_of(folder: Path) -> str:

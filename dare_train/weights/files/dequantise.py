@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...dtypes import DTYPES, DType, Words, from_float, to_float
+from ...dtypes import DTYPES, DType, Words, code_named, from_float, to_float
 from ...errors import CheckpointError
 from ..protocol import TensorInfo, Weights
 from .checkpoint import Checkpoint
@@ -30,7 +30,6 @@ from .quantised import NO_SCALES, Quantised, Unit
 
 Float = NDArray[np.float32]
 
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _BY_127 = np.float32(7.874015718698502e-3)
 _SCALES = ("_scale_inv", "_scale")
@@ -283,7 +282,7 @@ def _dtype_of(checkpoint: Weights, quantised: Quantised) -> DType:
     config = config_beside(checkpoint)
     for fields in (config, *(part for name, part in config.items() if name.endswith("_config"))):
         said = fields.get("dtype", fields.get("torch_dtype")) if isinstance(fields, Mapping) else None
-        code = _DTYPES.get(str(said).removeprefix("torch."))
+        code = code_named(said)
         if code is not None:
             return DTYPES[code]
     plain = [

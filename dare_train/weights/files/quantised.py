@@ -176,6 +176,8 @@ def _weight_of(
         return name
     if is_matrix and info.dtype.itemsize < 8 and _is_layer(name, module, tensors, beside):
         return f"{within}weight"
+    if said and not is_matrix and not info.dtype.is_float and f"{within}weight" not in tensors:
+        return None if _is_index(leaf) else f"{within}weight"  # such as SpQR's, which lie in rows of numbers
     return name if is_matrix and (said or info.dtype.is_float) else None
 
 

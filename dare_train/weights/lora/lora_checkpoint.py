@@ -25,10 +25,17 @@ from ..files.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SINGLE, Checkpoi
 from ..files.full_precision import check_full_precision
 from ..live.viewed_updates import in_files
 from ..low_rank import LowRank, Matrix, Stacked, Update, finest, merged_words, stacked_factors
-from ..protocol import SEGMENT, TensorInfo, Weights, runs
+from ..protocol import TensorInfo, Weights
 from .adapted_base import AdaptedBase
 from .adapted_modules import Modules, Parameter, by_class, plain
-from .bases_of_adapters import tell_other_base, with_own_heads
+from .bases_of_adapters import (
+    same_in,
+    saved_alone,
+    tell_adapter_beside,
+    tell_other_base,
+    tell_tied_head,
+    with_own_heads,
+)
 from .lora_config import MERGE, AdapterConfig
 
 logger = logging.getLogger("dare_train")
@@ -47,6 +54,7 @@ def merge_adapter(tuned: Weights, base: Weights, *, unrounded: bool = False) -> 
         CheckpointError: the adapter is of a kind that cannot be merged here, or lies beside a whole model.
         TensorMismatch: it does not fit the base.
     """
+    tell_adapter_beside(base)
     if not isinstance(tuned, Checkpoint):
         return tuned
     opened = {file.path.name for file in tuned.files.values()}
@@ -80,7 +88,9 @@ class AdapterWeights:
             expected = "factors lora_A and lora_B"
             raise CheckpointError(adapter.label, expected=expected, found=f"{len(full)} other tensors")
         of_files = base.tensors.keys()
-        base = with_own_heads(base, {f"{module}.weight" for module in factors})
+        adapted = {f"{module}.weight" for module in factors}
+        base = with_own_heads(base, adapted, saved_alone(full, adapter, config))
+        tell_tied_head(adapter, base, adapted)
         modules = _modules(base, adapter, factors, full, config)
         self._adapter = adapter
         self._modules = modules
@@ -210,19 +220,11 @@ def _without_copies(
     """
     known = {name: key for name, key in full.items() if name in base.tensors or config.adds(name)}
     for name in sorted(full.keys() - known.keys()):
-        if not any(_same(adapter, full[name], key) for key in known.values()):
+        if not any(same_in(adapter, full[name], key) for key in known.values()):
             expected = f"in {base.label}, or in a module under modules_to_save of {adapter.label}"
             remedy = f"{_WRONG_BASE} If so, {MERGE}"
             raise TensorMismatch(name, expected=expected, found="neither", remedy=remedy)
     return known
-
-
-def _same(adapter: Checkpoint, first: str, second: str) -> bool:
-    info = adapter.tensors[first]
-    return info == adapter.tensors[second] and all(
-        np.array_equal(adapter.read(first, start, count), adapter.read(second, start, count))
-        for start, count in runs(info.numel, SEGMENT)
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,50 @@
+"""Files of a base's tokenizer that a fine-tuned model's does not have, and that would speak for it beside the
+files that a package brings: what stands in their place there says what their absence does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..weights.files.config_file import read_config
+
+_CONFIG = "tokenizer_config.json"
+_TOKENIZER = "tokenizer.json"
+_TEMPLATE = "chat_template.jinja"
+_SPECIAL = "special_tokens_map.json"
+_ADDED = "added_tokens.json"
+
+
+def in_place_of_absent(base: Path, tuned: Path) -> Iterator[tuple[str, str]]:
+    """Names of such files, and what they say."""
+    config = read_config(tuned / _CONFIG)
+    if not config:
+        return
+    gone = {name for name in (_TEMPLATE, _SPECIAL, _ADDED) if _is_gone(name, base, tuned)}
+    if _TEMPLATE in gone:
+        template = config.get("chat_template")
+        yield _TEMPLATE, template if isinstance(template, str) else ""
+    said = read_config(base / _SPECIAL) if _SPECIAL in gone else {}
+    if any(_content(config.get(key)) != _content(token) for key, token in said.items()):
+        yield _SPECIAL, "{}\n"
+    if _ADDED in gone and read_config(base / _ADDED):
+        yield _ADDED, "{}\n"
+
+
+def notes_on_absent(base: Path | None, tuned: Path | None) -> list[str]:
+    """A sentence where nothing can say that a file is absent."""
+    if base is None or tuned is None or not (tuned / _CONFIG).is_file():
+        return []
+    if not _is_gone(_TOKENIZER, base, tuned):
+        return []
+    return [f"{_TOKENIZER}: that of {base} counts in the result: save the tokenizer of {tuned} with one"]
+
+
+def _is_gone(name: str, base: Path, tuned: Path) -> bool:
+    return (base / name).is_file() and not (tuned / name).exists()
+
+
+def _content(token: object) -> object:
+    """A token's text, however it is written."""
+    return token.get("content") if isinstance(token, dict) else token
