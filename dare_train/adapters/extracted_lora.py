@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,26 +109,16 @@ def extract_lora(
     Raises:
         ConfigError: an option is wrong; no linear layer was tuned; or an adapter cannot hold what was, such
             as tied embeddings.
-        CheckpointError: transformers does not have the model's class.
+        CheckpointError: transformers does not have the model's class, or cannot build it.
         TensorMismatch, NonFiniteDelta, OutputExists, StorageError; of packages, as `apply`.
     """
     _check_options(rank, error, dtype)
     start, end, config = open_both(base, tuned)
-    model = skeleton(config)
-    if model is None:
-        expected = "a class of transformers under architectures in config.json"
-        found = brief(config.get("architectures") or "none")
-        raise CheckpointError(end.label, expected=expected, found=found, remedy="ship it as a package")
+    model = _model_of(config, label=end.label)
     deltas = ModuleDeltas(start, end, model)
     task = task_of_class(type(model).__name__, config)
-    added = {name for name in deltas.shapes if deltas.added(name)}
-    patterns = (exclude,) if isinstance(exclude, str) else exclude
-    resized = {name for name in deltas.shapes if matches(name, patterns) and deltas.resized(name)}
-    tuned_names = [name for name in deltas.shapes if name in added | resized or deltas.changed(name)]
-    kept = [name for name in tuned_names if not matches(name, patterns)]
-    for pattern in unmatched(patterns, deltas.shapes):
-        logger.warning("exclude: no tensor of %s is called %s: is it misspelt?", end.label, pattern)
-    plan = planned(model, kept, added & {*kept}, task=task, aliases=deltas.aliases)
+    chosen = _chosen(deltas, exclude, label=end.label)
+    plan = planned(model, chosen.kept, chosen.added, task=task, aliases=deltas.aliases)
     if not plan.matrices:
         expected = "linear layers that were tuned"
         raise ConfigError(end.label, expected=expected, found="none", remedy="is this the tuned model?")
@@ -139,7 +129,6 @@ def extract_lora(
         factors.add(module, matrix, rank=rank, error=error)
         if progress is not None:
             progress(number + 1, len(plan.matrices))
-    left_out = tuple(name for name in tuned_names if name not in kept)
     fields = config_fields(
         factors.ranks,
         base=os.fspath(base),
@@ -156,16 +145,17 @@ def extract_lora(
     ):
         nbytes = write_adapter(folder, fields, {**factors.tensors, **_as_tuned(deltas, plan, model)})
         check_ranks(folder, factors.ranks)
-        if not resized:  # else the tuned model's tokens have no rows in the base
+        if not chosen.resized:  # else the tuned model's tokens have no rows in the base
             write_tokenizer_of(getattr(end, "folder", None), getattr(start, "folder", None), folder)
     return ExtractedLora(
         path=Path(out),
         ranks=factors.ranks,
         errors=factors.errors,
         saved=plan.saved,
-        left_out=left_out,
+        left_out=chosen.left_out,
         error=relative(
-            factors.squares_left + sum(map(deltas.squares, left_out)), sum(map(deltas.squares, tuned_names))
+            factors.squares_left + sum(map(deltas.squares, chosen.left_out)),
+            sum(map(deltas.squares, chosen.tuned)),
         ),
         output_error=factors.output_error,
         nbytes=nbytes,
@@ -182,6 +172,53 @@ def _check_options(rank: int | None, error: float | None, dtype: str) -> None:
         raise ConfigError("error", expected="a share between 0 and 1", found=str(error))
     if dtype not in _DTYPES:
         raise ConfigError("dtype", expected=f"one of {', '.join(_DTYPES)}", found=dtype)
+
+
+def _model_of(config: Mapping[str, Any], *, label: str) -> Any:
+    """The model's class, without weights.
+
+    Raises:
+        CheckpointError: transformers does not have it, or has something against its settings.
+    """
+    model = skeleton(config)
+    if model is None:
+        raise CheckpointError(
+            label,
+            expected="a config.json of which transformers can build the class under architectures",
+            found=brief(config.get("architectures") or "none"),
+            remedy="ship it as a package",
+        )
+    return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """Tensors, by the modules' names."""
+
+    tuned: Sequence[str]
+    """Those that are not the base's."""
+    kept: Sequence[str]
+    """Of these, what `exclude` leaves."""
+    added: Collection[str]
+    """Of these, those that the base does not have."""
+    resized: bool
+    """Whether one is left out that has another shape than the base's."""
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        kept = {*self.kept}
+        return tuple(name for name in self.tuned if name not in kept)
+
+
+def _chosen(deltas: ModuleDeltas, exclude: Patterns, *, label: str) -> _Chosen:
+    patterns = (exclude,) if isinstance(exclude, str) else exclude
+    for pattern in unmatched(patterns, deltas.shapes):
+        logger.warning("exclude: no tensor of %s is called %s: is it misspelt?", label, pattern)
+    added = {name for name in deltas.shapes if deltas.added(name)}
+    resized = {name for name in deltas.shapes if matches(name, patterns) and deltas.resized(name)}
+    tuned = [name for name in deltas.shapes if name in added | resized or deltas.changed(name)]
+    kept = [name for name in tuned if not matches(name, patterns)]
+    return _Chosen(tuned=tuned, kept=kept, added=added & {*kept}, resized=bool(resized))
 
 
 def _as_tuned(deltas: ModuleDeltas, plan: Plan, model: Any) -> dict[str, tuple[TensorInfo, Words]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,7 @@ def test_runs_of_rows_come_to_the_whole(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.skipif(find_spec("torchao") is None, reason="no torchao: pip install -e '.[torchao]'")
 def test_eight_bits_of_torchao_are_read_in_its_bits(
     kind: str, granularity: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:

@@ -61,6 +61,14 @@ def renamed(model: Any, name: str) -> str:
     return in_files
 
 
+def loads_without(model: Any, prefix: str, name: str) -> bool:
+    """Whether transformers takes a prefix away from a name in a file, when it loads the model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    known = get_model_conversion_mapping(model, add_legacy=False)
+    return any(not conversion.rename_source_key(name)[0].startswith(prefix) for conversion in known)
+
+
 def _is_pretrained(model: Any) -> bool:
     return hasattr(model, "save_pretrained") and hasattr(model, "base_model_prefix")
 

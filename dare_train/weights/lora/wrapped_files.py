@@ -31,15 +31,17 @@ def without_wrapper(base: Weights, model: Weights) -> Weights:
 
 
 def _is_own(prefix: str, base: Weights, model: Weights) -> bool:
-    """Whether names with the prefix are the class's own. Where no class is known, those are not that would
+    """Whether names with the prefix are the class's own, or such as transformers loads. Where no class is known, those are not that would
     have it twice.
     """
     for weights in (model, base):
         module = skeleton(config_beside(weights))
         if module is None:
             continue
+        from ..live.checkpoint_names import loads_without
+
         known = module.state_dict().keys()
-        if not known.isdisjoint(model.tensors):
+        if not known.isdisjoint(model.tensors) or loads_without(module, prefix, next(iter(model.tensors))):
             return True
         if any(name.removeprefix(prefix) in known for name in model.tensors):
             return False
