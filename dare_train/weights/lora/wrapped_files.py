@@ -31,8 +31,8 @@ def without_wrapper(base: Weights, model: Weights) -> Weights:
 
 
 def _is_own(prefix: str, base: Weights, model: Weights) -> bool:
-    """Whether names with the prefix are the class's own, or such as transformers loads. Where no class is known, those are not that would
-    have it twice.
+    """Whether names with the prefix are the class's own, or such as transformers loads. Where no class is
+    known, those are not that would have it twice.
     """
     for weights in (model, base):
         module = skeleton(config_beside(weights))
