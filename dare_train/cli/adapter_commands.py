@@ -6,12 +6,13 @@ from typing import Annotated, Optional
 
 import typer
 
+from .given_once import OnceCommand
 from .terminal import Base, Out, Overwrite, expect_models, progress_bar
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def lora(
     base: Base,
     tuned: Annotated[

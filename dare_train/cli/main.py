@@ -21,6 +21,7 @@ from . import merge_command as merging
 from . import moe_command as moe
 from . import study_commands as studies
 from . import training_commands as training
+from .given_once import OnceCommand
 from .leaving import code_of, leave_cleanly
 from .terminal import (
     AllowNonfinite,
@@ -77,7 +78,7 @@ def options(
     """Options before the command."""
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def extract(
     base: Base,
     tuned: Tuned,
@@ -149,7 +150,7 @@ def extract(
             typer.echo(f"{out}: {stats['bytes']:,} bytes, {size}")
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def apply(
     base: Base,
     packages: Annotated[
@@ -194,7 +195,7 @@ app.add_typer(studies.app)
 app.add_typer(training.app)
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def inspect(
     package: Package,
     as_json: AsJson = False,
@@ -216,7 +217,7 @@ def inspect(
         typer.echo(f"drew {plot}", err=True)
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def verify(
     package: Package,
     base: Annotated[
@@ -238,7 +239,7 @@ def verify(
     )
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def push(
     packages: Annotated[
         list[str], typer.Argument(metavar="PKG... REPO", help="Packages; and the repository, as user/name.")
@@ -266,7 +267,7 @@ def push(
     typer.echo(f"{repo}: {address}")
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def pull(
     where: Annotated[
         str,
@@ -283,7 +284,7 @@ def pull(
         typer.echo(f"{path}: intact")
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def diagnose(
     base: Base,
     tuned: Tuned,
@@ -300,7 +301,7 @@ def diagnose(
     show(report.diagnosis_json(diagnosis) if as_json else report.diagnosis_table(diagnosis))
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def dequantize(
     file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A causal language model.")],
     out: Out,

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from typer.core import TyperCommand
-
 from ..errors import ConfigError
+from .given_once import OnceCommand
 
 NOTES = "dare_train.flags"
 """Under this name, what is to be told is in a command's context."""
@@ -122,7 +121,7 @@ def _ours(name: str, equals: str, value: str) -> Iterator[str]:
         yield value
 
 
-class MergeCommand(TyperCommand):
+class MergeCommand(OnceCommand):
     """A command that takes mergekit's options beside its own."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from ..errors import printable
+from .given_once import OnceCommand
 from .terminal import AllowNonfinite, Out, Overwrite
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def moe(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yml", help="As for mergekit-moe.")],
     out: Out,

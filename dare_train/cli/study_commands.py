@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from ..errors import CheckpointError, ConfigError, printable
+from .given_once import OnceCommand
 from .terminal import Base, Out, expect_models, progress_bar
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ Seeds = Annotated[int, typer.Option("--seeds", help="Masks at each rate.")]
 FirstSeed = Annotated[int, typer.Option("--first-seed", help="Seed of the first mask.")]
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def sweep(
     base: Base,
     tuned: Models,
@@ -119,7 +120,7 @@ def sweep(
             _publish(sweeps, "When it breaks", out, wandb)
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def inside(
     base: Base,
     tuned: Model,
@@ -160,7 +161,7 @@ def inside(
         _publish(result, f"What happens inside {_labels([tuned])[0]}", out, wandb)
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 def compare(
     base: Base,
     tuned: Model,

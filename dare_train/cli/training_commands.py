@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from .given_once import OnceCommand
+
 app = typer.Typer()
 
 
-@app.command(context_settings={"allow_interspersed_args": False})
+@app.command(cls=OnceCommand, context_settings={"allow_interspersed_args": False})
 def run(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="Whatever trains.")],
     dare: Annotated[

@@ -109,6 +109,12 @@ def lock_names(folder: Path) -> set[str]:
     return {path.name[1 : -len(_SUFFIX)] for path in folder.glob(f".?*{_SUFFIX}")}
 
 
+def remove_locks(folder: Path) -> None:
+    """Of places in a folder that nobody writes into any more, where one could not be removed at its time."""
+    for path in folder.glob(f".?*{_SUFFIX}"):
+        remove(path)
+
+
 def _taken(path: Path, out: Path) -> SystemLock | None:
     """A lock that is held now; None where there are none to be had."""
     for _ in range(_ATTEMPTS):

@@ -15,7 +15,7 @@ from ..errors import ConfigError, DareError, OutputExists, RankError, StorageErr
 from .exchange import exchange
 from .inputs_of import check_apart
 from .litter import clear, hidden_name, leftovers, remove
-from .place_lock import lock_names, locked
+from .place_lock import lock_names, locked, remove_locks
 from .ranks import Ranks
 from .synced import sync, sync_tree
 from .waiting_folder import clear_waiting
@@ -66,6 +66,7 @@ def staged_folder(
                 if read_back is not None:
                     with _named_as(out, staging):
                         read_back(staging)
+                remove_locks(staging)
                 sync_tree(staging)
                 replaced = _publish(staging, out, within, overwrite)
             except BaseException as error:

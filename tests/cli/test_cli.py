@@ -156,6 +156,10 @@ def test_data_errors_exit_with_1_and_one_line(pair: tuple[Path, Path], package: 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
+        (
+            ["extract", "a", "b", "--out", "c", "--seed", "1", "--seed", "2"],
+            "--seed: expected once, found 2 times",
+        ),
         (["extract", "only-one"], "tuned"),
         (
             ["extract", "a", "b", "--out", "c", "--p", "much"],

@@ -372,6 +372,13 @@ def test_links_do_not_hide_an_input(tmp_path: Path) -> None:
     write(out, overwrite=True, inputs=[data])
 
 
+def test_a_lock_whose_file_could_not_be_removed_is_not_published(tmp_path: Path) -> None:
+    with staged_folder.staged_folder(tmp_path / "out") as folder:
+        (folder / "content").write_text("new")
+        (folder / ".record.lock").touch()
+    assert names(tmp_path / "out") == ["content"]
+
+
 def test_a_lock_whose_file_cannot_be_removed_is_free_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
