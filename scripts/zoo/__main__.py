@@ -18,7 +18,10 @@ def main() -> None:
     options = parser().parse_args()
     logging.disable(logging.WARNING)
     number, count = options.shard
-    chosen = [one for one in architectures() if not options.only or one.name in options.only]
+    known = architectures()
+    if unknown := {*options.only} - {one.name for one in known}:
+        parser().error(f"--only: expected classes of the catalogue, found {', '.join(sorted(unknown))}")
+    chosen = [one for one in known if not options.only or one.name in options.only]
     chosen = [one for one in chosen if not options.most_used or one.name in MOST_USED]
     left = [
         one for one in chosen[number - 1 :: count] if options.again or read(options.out, one.name) is None
@@ -29,8 +32,8 @@ def main() -> None:
     done = [record for one in chosen if (record := read(options.out, one.name)) is not None]
     print(summary(done))
     if options.table:
-        known = {record.name for record in done}
-        options.table.write_text(table(done, [one.name for one in chosen if one.name not in known]))
+        tried_before = {record.name for record in done}
+        options.table.write_text(table(done, [one.name for one in chosen if one.name not in tried_before]))
 
 
 def _try(one: Architecture, out: Path) -> None:
