@@ -4,6 +4,7 @@ files that a package brings: what stands in their place there says what their ab
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from ..weights.files.config_file import read_config
 _CONFIG = "tokenizer_config.json"
 _TOKENIZER = "tokenizer.json"
 _TEMPLATE = "chat_template.jinja"
+_FURTHER = "additional_chat_templates"
+_PLAIN = re.compile(r"[\w-]{1,100}", re.ASCII)
 _SPECIAL = "special_tokens_map.json"
 _ADDED = "added_tokens.json"
 
@@ -23,8 +26,10 @@ def in_place_of_absent(base: Path, tuned: Path) -> Iterator[tuple[str, str]]:
         return
     gone = {name for name in (_TEMPLATE, _SPECIAL, _ADDED) if _is_gone(name, base, tuned)}
     if _TEMPLATE in gone:
-        template = config.get("chat_template")
-        yield _TEMPLATE, template if isinstance(template, str) else ""
+        templates = _templates(config.get("chat_template"))
+        yield _TEMPLATE, templates.pop("default", "")
+        for name, template in templates.items():
+            yield f"{_FURTHER}/{name}.jinja", template
     said = read_config(base / _SPECIAL) if _SPECIAL in gone else {}
     if any(_content(config.get(key)) != _content(token) for key, token in said.items()):
         yield _SPECIAL, "{}\n"
@@ -39,6 +44,19 @@ def notes_on_absent(base: Path | None, tuned: Path | None) -> list[str]:
     if not _is_gone(_TOKENIZER, base, tuned):
         return []
     return [f"{_TOKENIZER}: that of {base} counts in the result: save the tokenizer of {tuned} with one"]
+
+
+def _templates(said: object) -> dict[str, str]:
+    """By name, what a configuration has: one, or a list of several; none whose name no file can have."""
+    if isinstance(said, str):
+        return {"default": said}
+    entries = [entry for entry in said if isinstance(entry, dict)] if isinstance(said, list) else []
+    named = {str(entry.get("name")): entry.get("template") for entry in entries}
+    return {
+        name: template
+        for name, template in named.items()
+        if isinstance(template, str) and _PLAIN.fullmatch(name)
+    }
 
 
 def _is_gone(name: str, base: Path, tuned: Path) -> bool:

@@ -130,6 +130,7 @@ def carry_files(
                 settle_config(staging, Facts(tensors={}, dequantised=True))
             carried.append(file_record(target, staging))
     for name, text in in_place_of_absent(base, tuned) if base is not None else ():
+        (staging / name).parent.mkdir(exist_ok=True)
         (staging / name).write_text(text)
         carried.append(file_record(staging / name, staging))
     return tuple(carried)

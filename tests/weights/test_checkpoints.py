@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -263,7 +264,7 @@ def test_files_of_processors_in_subfolders_come_along(tmp_path: Path) -> None:
     assert (tmp_path / "result/qformer_tokenizer/vocab.txt").read_text() == "y"
 
 
-def tokenizer_files(folder: Path, config: dict[str, str], **files: str) -> None:
+def tokenizer_files(folder: Path, config: dict[str, Any], **files: str) -> None:
     texts = {"tokenizer_config.json": json.dumps(config), **files}
     for name, text in texts.items():
         (folder / name).write_text(text)
@@ -282,6 +283,21 @@ def test_a_template_that_the_tuned_model_does_not_have_is_not_the_bases(
     tokenizer_files(tuned, {"eos_token": "b", **config})
     apply(base, extract(base, tuned, tmp_path / "package", p=0), tmp_path / "result")
     assert (tmp_path / "result" / TEMPLATE).read_text() == config.get("chat_template", "")
+
+
+def test_several_templates_of_a_tuned_model_are_all_heard(tmp_path: Path) -> None:
+    """An older `tokenizer_config.json` lists them, and would not be asked beside the base's file."""
+    base, tuned = save(base_state(), tmp_path / "base"), save(moved(base_state()), tmp_path / "tuned")
+    tokenizer_files(base, {"eos_token": "a"}, **{TEMPLATE: "{{ 'base' }}"})
+    listed = [
+        {"name": name, "template": f"{{{{ '{name}' }}}}"} for name in ("default", "tool_use", "../../outside")
+    ]
+    tokenizer_files(tuned, {"eos_token": "b", "chat_template": listed})
+    result = tmp_path / "result"
+    apply(base, extract(base, tuned, tmp_path / "package", p=0), result)
+    assert (result / TEMPLATE).read_text() == "{{ 'default' }}"
+    assert [path.name for path in (result / "additional_chat_templates").iterdir()] == ["tool_use.jinja"]
+    assert not list(tmp_path.rglob("outside*"))
 
 
 @pytest.mark.parametrize("eos", ["</s>", "<end>"])
