@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapting import save_adapter
 from quantised_models import save_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import State, extract_refused
 
 from dare_train import apply, diagnose, extract, merge
@@ -225,16 +225,6 @@ def test_nothing_covered_is_not_nothing_changed(
     assert f"it changes nothing: what it covers of {tuned} equals {base}" in caplog.text
 
 
-def adapter(folder: Path, tensors: State, **fields: Any) -> Path:
-    """As PEFT writes one."""
-    folder.mkdir()
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], **fields}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-    save_file(named, folder / "adapter_model.safetensors")
-    return folder
-
-
 def factors(size: float) -> State:
     module = "model.layers.0.self_attn.q_proj"
     return {f"{module}.lora_A.weight": torch.ones(2, 8), f"{module}.lora_B.weight": torch.full((8, 2), size)}
@@ -245,7 +235,7 @@ def test_an_adapter_that_changes_nothing_is_told(
     p: float, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for size in (0.0, 1.0):
-        tuned = adapter(tmp_path / f"adapter-{size}", factors(size))
+        tuned = save_adapter(tmp_path / f"adapter-{size}", factors(size))
         with caplog.at_level(logging.WARNING, "dare_train"):
             extract(base, tuned, tmp_path / f"package-{size}", p=p)
         assert ("it changes nothing" in caplog.text) is (size == 0)
@@ -256,7 +246,7 @@ def test_a_head_that_an_adapter_alone_has_is_told(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tensors = {**factors(1.0), "score.weight": torch.ones(3, 8)}
-    tuned = adapter(tmp_path / "adapter", tensors, modules_to_save=["score"], task_type="SEQ_CLS")
+    tuned = save_adapter(tmp_path / "adapter", tensors, modules_to_save=["score"], task_type="SEQ_CLS")
     with caplog.at_level(logging.WARNING, "dare_train"):
         extract(base, tuned, tmp_path / "package", p=0)
     assert f"score.weight: in {tuned} alone; config.json of the result is the base's" in caplog.text

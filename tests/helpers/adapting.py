@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dare_train.weights.files.checkpoint import Checkpoint
 from dare_train.weights.lora.lora_checkpoint import AdapterWeights, merge_adapter
@@ -40,6 +40,16 @@ def adapt(model: torch.nn.Module, folder: Path, **options: Any) -> PeftModel:
 def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def save_adapter(folder: Path, tensors: State, **fields: Any) -> Path:
+    """As PEFT writes one."""
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    return folder
 
 
 def seen(base: Path, adapter: Path) -> AdapterWeights:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapting import save_adapter
 from quantised_models import save_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dare_train import apply, extract, merge
 from dare_train.dtypes import DTYPES
@@ -37,16 +38,6 @@ def state(*, tied: bool, rows: int = 6, seed: int = 0) -> State:
     shapes |= {f"{layer}.{which}_layernorm.weight": (8,) for which in ("input", "post_attention")}
     shapes |= {} if tied else {HEAD: (rows, 8)}
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-def adapter(folder: Path, tensors: State, **fields: Any) -> Path:
-    """As PEFT writes one."""
-    folder.mkdir()
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], **fields}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    wrapped = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-    save_file(wrapped, folder / "adapter_model.safetensors")
-    return folder
 
 
 def factors(module: str, seed: int = 3, rows: int = 8) -> State:
@@ -91,7 +82,7 @@ def loaded(folder: Path) -> torch.nn.Module:
 def test_rows_that_an_adapter_brings_are_in_the_configuration(way: str, tmp_path: Path) -> None:
     base = save_model(state(tied=False), tmp_path / "base", {**LLAMA, "tie_word_embeddings": False})
     larger = {name: torch.cat([state(tied=False)[name], torch.ones(3, 8)]) for name in (EMBEDDING, HEAD)}
-    model = adapter(
+    model = save_adapter(
         tmp_path / "adapter", {**factors(QUERY), **larger}, modules_to_save=["embed_tokens", "lm_head"]
     )
     WAYS[way](base, model, tmp_path / "out")
@@ -108,10 +99,11 @@ def test_a_tied_head_that_was_trained_is_one_no_more(way: str, trained: str, tmp
         of_head = factors("lm_head", rows=6)
         a, b = (of_head[f"lm_head.lora_{which}.weight"].double() for which in "AB")
         expected = (embedding.double() + b @ a).float()
-        model = adapter(tmp_path / "adapter", {**factors(QUERY), **of_head})
+        model = save_adapter(tmp_path / "adapter", {**factors(QUERY), **of_head})
     else:
         expected = embedding * 2
-        model = adapter(tmp_path / "adapter", {**factors(QUERY), HEAD: expected}, modules_to_save=["lm_head"])
+        saved = {**factors(QUERY), HEAD: expected}
+        model = save_adapter(tmp_path / "adapter", saved, modules_to_save=["lm_head"])
     WAYS[way](base, model, tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
     found = loaded(tmp_path / "out")
@@ -125,7 +117,7 @@ def test_a_tied_embedding_that_was_trained_in_full_alone_leaves_the_head(way: st
     embedding = state(tied=True)[EMBEDDING]
     tensors = {**factors(QUERY), EMBEDDING: embedding * 2}
     WAYS[way](
-        base, adapter(tmp_path / "adapter", tensors, modules_to_save=["embed_tokens"]), tmp_path / "out"
+        base, save_adapter(tmp_path / "adapter", tensors, modules_to_save=["embed_tokens"]), tmp_path / "out"
     )
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
     found = loaded(tmp_path / "out")
@@ -144,7 +136,7 @@ def test_a_tied_embedding_with_factors_moves_its_head_and_that_is_told(
         f"{module}.lora_embedding_B": torch.ones(8, 2),
     }
     with caplog.at_level(logging.WARNING, "dare_train"):
-        WAYS[way](base, adapter(tmp_path / "adapter", of_embedding), tmp_path / "out")
+        WAYS[way](base, save_adapter(tmp_path / "adapter", of_embedding), tmp_path / "out")
     assert f"merged into {EMBEDDING}, and so into {HEAD}, which is tied to it" in caplog.text
     found = loaded(tmp_path / "out").get_output_embeddings().weight  # type: ignore[operator]
     assert torch.equal(found, state(tied=True)[EMBEDDING] + 2)
@@ -156,7 +148,7 @@ def test_an_embedding_that_was_trained_as_one_with_its_head_stays_so(way: str, t
     expected = state(tied=True)[EMBEDDING] * 2
     tensors = {**factors(QUERY), EMBEDDING: expected, HEAD: expected.clone()}
     fields = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
-    WAYS[way](base, adapter(tmp_path / "adapter", tensors, **fields), tmp_path / "out")
+    WAYS[way](base, save_adapter(tmp_path / "adapter", tensors, **fields), tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
     assert torch.equal(loaded(tmp_path / "out").get_output_embeddings().weight, expected)  # type: ignore[operator]
 
@@ -164,7 +156,7 @@ def test_an_embedding_that_was_trained_as_one_with_its_head_stays_so(way: str, t
 @pytest.mark.parametrize("way", WAYS)
 def test_a_head_that_stays_tied_stays_so(way: str, tmp_path: Path) -> None:
     base = save_model(state(tied=True), tmp_path / "base", {**LLAMA, "tie_word_embeddings": True})
-    WAYS[way](base, adapter(tmp_path / "adapter", factors(QUERY)), tmp_path / "out")
+    WAYS[way](base, save_adapter(tmp_path / "adapter", factors(QUERY)), tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
     assert HEAD not in load_file(tmp_path / "out/model.safetensors")
 
