@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapting import save_adapter
+from llama_tensors import LLAMA, QUERY, factors, state
 from quantised_models import save_model
 from safetensors.torch import load_file, save_file
-from test_configuration_of_results import LLAMA, QUERY, adapter, factors, state
 
 from dare_train import apply, apply_, extract, merge
 from dare_train.errors import CheckpointError, TensorMismatch
@@ -137,7 +138,7 @@ def test_an_adapter_of_another_base_is_told(
     said: str, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = save_model(state(tied=False), tmp_path / "base", LLAMA)
-    model = adapter(tmp_path / "adapter", factors(QUERY), base_model_name_or_path=said)
+    model = save_adapter(tmp_path / "adapter", factors(QUERY), base_model_name_or_path=said)
     with caplog.at_level(logging.WARNING, "dare_train"):
         merge(base, [model], tmp_path / "out")
         extract(base, model, tmp_path / "package")
@@ -147,7 +148,7 @@ def test_an_adapter_of_another_base_is_told(
 def test_a_package_that_changes_nothing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = save_model(state(tied=False), tmp_path / "base", LLAMA)
     nothing = {name: torch.zeros_like(t) if "_B." in name else t for name, t in factors(QUERY).items()}
-    model = adapter(tmp_path / "adapter", nothing)
+    model = save_adapter(tmp_path / "adapter", nothing)
     with caplog.at_level(logging.WARNING, "dare_train"):
         extract(base, model, tmp_path / "package", p=0)
     assert "package: it changes nothing: " in caplog.text
