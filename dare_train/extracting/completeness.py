@@ -58,18 +58,20 @@ def check_complete(
     return [f"{missing[0]}{count}: missing in {tuned.label}, so in the result, though {of} needs it"]
 
 
-def notes_on_new_modules(folder: Path | None, base: Weights, adapted: Weights) -> list[str]:
+def notes_on_new_modules(
+    folder: Path | None, base: Collection[str], adapted: Collection[str], label: str
+) -> list[str]:
     """A sentence on modules that only an adapter has, such as a classifier's head, where no configuration
     comes with it that has them.
     """
-    new = sorted(adapted.tensors.keys() - base.tensors.keys())
+    new = sorted({*adapted} - {*base})
     others = [name for name in new if name not in heads_in(new)]
     if not others or folder is None or (folder / CONFIG).exists():
         return []
     of = (
         "config.json of the result is the base's: name the class and the labels there that the adapter is for"
     )
-    return [f"{others[0]}: in {adapted.label} alone; {of}"]
+    return [f"{others[0]}: in {label} alone; {of}"]
 
 
 def _needed(config: Mapping[str, Any], held: Collection[str]) -> set[str]:

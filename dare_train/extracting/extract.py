@@ -248,7 +248,9 @@ def _task(
         aligned, prefix = meet(plain_base, tuned_weights, known=decided)
         notes += check_complete(tuned_folder, plain_base, aligned, tuned_weights, decided=decided)
     if isinstance(tuned_weights, AdapterWeights):
-        notes += notes_on_new_modules(tuned_folder, aligned, tuned_weights)
+        notes += notes_on_new_modules(
+            tuned_folder, aligned.tensors, tuned_weights.tensors, tuned_weights.label
+        )
     as_found = aligned.tensors
     if cast_base:
         aligned = cast_to(aligned, tuned_weights.tensors)

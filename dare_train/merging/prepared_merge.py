@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Union
 from ..config import unmatched
 from ..dtypes import DTYPES
 from ..errors import CheckpointError, ConfigError
+from ..extracting.completeness import notes_on_new_modules
 from ..extracting.patterns import notes_on_renaming
 from ..hub.download import locate
 from ..parallel.ranks import Ranks
@@ -25,7 +26,7 @@ from .methods.registry import Method, method_of
 from .models.added_tokens import Growth, Tokenizer, other_tokenizer
 from .models.chat_templates import check_template
 from .models.chosen_vocabulary import BASE, UNION, ChosenVocabulary, Wanted, on_one_vocabulary
-from .models.inputs import Input, PackageInput
+from .models.inputs import CheckpointInput, Input, PackageInput
 from .models.layers import layer_counts
 from .models.matching import Choices, fates
 from .models.naming import open_models, package_of
@@ -139,7 +140,7 @@ def prepared(
     return PreparedMerge(
         merged=merged, base=base, base_folder=folder, prefix=opening.prefix, growth=growth, chosen=chosen,
         numbers=placed.numbers,
-        notes=(*_in_vain(recipe, named, inputs), *_twice(inputs)),
+        notes=(*_in_vain(recipe, named, inputs), *_twice(inputs), *_without_configuration(named, inputs)),
         beside=tuple([*beside, chosen.folder] if chosen else beside),
     )  # fmt: skip
 
@@ -159,6 +160,13 @@ def _twice(inputs: Sequence[Input]) -> Iterator[str]:
     for label in dict.fromkeys(labels):
         if labels.count(label) > 1:
             yield f"{label}: given {labels.count(label)} times, so that it counts as often"
+
+
+def _without_configuration(base: Weights, inputs: Sequence[Input]) -> Iterator[str]:
+    """Modules that an adapter alone has."""
+    for model in inputs:
+        if isinstance(model, CheckpointInput):
+            yield from notes_on_new_modules(model.folder, base.tensors, model.tensors, model.label)
 
 
 def check_for_package(task: MergeTask, ready: PreparedMerge) -> None:

@@ -38,12 +38,18 @@ def in_place_of_absent(base: Path, tuned: Path) -> Iterator[tuple[str, str]]:
 
 
 def notes_on_absent(base: Path | None, tuned: Path | None) -> list[str]:
-    """A sentence where nothing can say that a file is absent."""
+    """A sentence for each file that nothing can say of that it is absent."""
     if base is None or tuned is None or not (tuned / _CONFIG).is_file():
         return []
-    if not _is_gone(_TOKENIZER, base, tuned):
-        return []
-    return [f"{_TOKENIZER}: that of {base} counts in the result: save the tokenizer of {tuned} with one"]
+    further = sorted(f"{_FURTHER}/{path.name}" for path in (base / _FURTHER).glob("*.jinja"))
+    remedies = {_TOKENIZER: f"save the tokenizer of {tuned} with one"} | dict.fromkeys(
+        further, "remove it from the result if nobody is to ask for it"
+    )
+    return [
+        f"{name}: that of {base} counts in the result: {remedy}"
+        for name, remedy in remedies.items()
+        if _is_gone(name, base, tuned)
+    ]
 
 
 def _templates(said: object) -> dict[str, str]:

@@ -242,13 +242,17 @@ def test_an_adapter_that_changes_nothing_is_told(
         caplog.clear()
 
 
+@pytest.mark.parametrize("command", ["extract", "merge"])
 def test_a_head_that_an_adapter_alone_has_is_told(
-    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    command: str, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tensors = {**factors(1.0), "score.weight": torch.ones(3, 8)}
     tuned = save_adapter(tmp_path / "adapter", tensors, modules_to_save=["score"], task_type="SEQ_CLS")
     with caplog.at_level(logging.WARNING, "dare_train"):
-        extract(base, tuned, tmp_path / "package", p=0)
+        if command == "extract":
+            extract(base, tuned, tmp_path / "out", p=0)
+        else:
+            merge(base, [tuned], tmp_path / "out")
     assert f"score.weight: in {tuned} alone; config.json of the result is the base's" in caplog.text
 
 

@@ -313,12 +313,16 @@ def test_older_files_of_a_tokenizer_do_not_contradict_its_newer_ones(eos: str, t
     assert found == {SPECIAL: {} if eos == "<end>" else json.loads(special), ADDED: {}}
 
 
-def test_a_tokenizer_json_that_the_tuned_model_lacks_is_told(
+def test_files_of_a_tokenizer_that_the_tuned_model_lacks_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base, tuned = save(base_state(), tmp_path / "base"), save(moved(base_state()), tmp_path / "tuned")
     tokenizer_files(base, {}, **{"tokenizer.json": "{}"})
     tokenizer_files(tuned, {}, **{"vocab.json": "{}"})
+    further = base / "additional_chat_templates"
+    further.mkdir()
+    (further / "rag.jinja").write_text("{{ documents }}")
     with caplog.at_level(logging.WARNING, "dare_train"):
         extract(base, tuned, tmp_path / "package", p=0)
-    assert f"tokenizer.json: that of {base} counts in the result" in caplog.text
+    for name in ("tokenizer.json", "additional_chat_templates/rag.jinja"):
+        assert f"{name}: that of {base} counts in the result" in caplog.text
