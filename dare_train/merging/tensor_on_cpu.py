@@ -156,7 +156,7 @@ class MergedTensor:
 
     def _combined(self, start: int, words: Words, coefficients: NDArray[np.float64]) -> Words:
         """One coefficient for each model: the arithmetic law."""
-        result = words = np.array(words)  # gathering from a map of a file would be slow
+        result = words = words if words.flags.owndata else words.copy()
         terms = [
             replace(term, factor=term.factor * float(factor))
             for delta, factor in zip(self._deltas, coefficients, strict=True)

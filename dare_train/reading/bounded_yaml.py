@@ -76,6 +76,17 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
             self._refuse(f"aliases that stand for more than {MOST_NODES:,} values", event)
         return node
 
+    def compose_mapping_node(self, anchor: Any) -> MappingNode:
+        """Of a key that is there twice, PyYAML would take the last value without a word."""
+        node: MappingNode = super().compose_mapping_node(anchor)
+        known: dict[tuple[str, str], Node] = {}
+        for key, value in node.value:
+            if isinstance(key, ScalarNode):
+                before = known.setdefault((key.tag, key.value), value)
+                if not _say_the_same(before, value):
+                    self._refuse(f"two values of {key.value!r}", key)
+        return node
+
     def _size(self, node: Node) -> int:
         if not isinstance(node, CollectionNode):
             return 1
@@ -96,6 +107,18 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
     def _refuse(self, problem: str, where: Any) -> None:
         raise yaml.constructor.ConstructorError(None, None, problem, where.start_mark)
+
+
+def _say_the_same(one: Node, other: Node) -> bool:
+    if one is other:
+        return True
+    if not isinstance(one, CollectionNode) or not isinstance(other, CollectionNode):
+        return bool((one.tag, one.value) == (other.tag, other.value))
+    if one.tag != other.tag or len(one.value) != len(other.value):
+        return False
+    pairs = isinstance(one, MappingNode)
+    sides = [[each for pair in node.value for each in pair] if pairs else node.value for node in (one, other)]
+    return all(map(_say_the_same, *sides))
 
 
 for _tag, _constructor in (("int", _Loader.construct_yaml_int), ("float", _Loader.construct_yaml_float)):

@@ -282,7 +282,7 @@ def test_studies_measure_by_tasks(base: Path, tuned: Path, tmp_path: Path) -> No
         "eval": "lm_eval:tasks/quiz.yaml", "max_length": 128, "dtype": "auto", **metric.setup
     }  # fmt: skip
     assert {point["p"]: point["metrics"] for point in points}[0.0] == expected
-    assert (tmp_path / "sweep/sweep-quiz/acc_norm.png").is_file()
+    assert (tmp_path / "sweep/sweep-quiz-acc_norm.png").is_file()
     done = dare_train("compare", "base", "tuned", "--out", "compare", *words, "--rank", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     _, *points = map(json.loads, (tmp_path / "compare/compare.jsonl").read_text().splitlines())

@@ -39,6 +39,27 @@ _MERGED = _levels("{k: v}", "{{<<: [{}]}}")
 
 
 @pytest.mark.parametrize(
+    ("first", "second", "one"),
+    [
+        ("0.5", "0.9", False),
+        ("0.5", "'0.5'", False),
+        ("[1, 2]", "[1, 2]", True),
+        ("[1, 2]", "[1, 2, 3]", False),
+        ("{a: 1}", "{a: 2}", False),
+        ("{a: 1}", "1", False),
+        ("ties", "'ties'", True),
+    ],
+)
+def test_a_key_has_one_value(first: str, second: str, one: bool) -> None:
+    text = f"models:\n- weight: {first}\n  weight: {second}\n"
+    if one:
+        assert documents(text) == [yaml.safe_load(text)]
+    else:
+        with pytest.raises(yaml.YAMLError, match="two values of 'weight'"):
+            documents(text)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (_BOMB, f"aliases that stand for more than {MOST_NODES:,} values"),
