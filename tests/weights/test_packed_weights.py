@@ -58,7 +58,7 @@ def scales_of(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def by_blocks(packed: torch.Tensor, state: Any) -> torch.Tensor:
-    """What `dequantize_4bit` is to give, and gives but on processors with AVX-512: there version 0.50 takes the
+    """What `dequantize_4bit` is to give, and gives but on processors with AVX-512: there version 0.50 takes
     wrong scales where rows are no whole number of blocks.
     """
     from bitsandbytes.functional import dequantize_blockwise
