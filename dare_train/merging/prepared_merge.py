@@ -7,17 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
-from ..config import unmatched
 from ..dtypes import DTYPES
 from ..errors import CheckpointError, ConfigError
 from ..extracting.completeness import notes_on_new_modules
-from ..extracting.patterns import notes_on_renaming
 from ..hub.download import locate
 from ..parallel.ranks import Ranks
 from ..parallel.threads import thread_share
 from ..weights.files.full_precision import check_full_precision
 from ..weights.files.module_folders import places_of
 from ..weights.protocol import Weights
+from .config.in_vain import said_in_vain
 from .config.merge_identity import place_in
 from .config.recipe import Recipe
 from .config.task import MergeTask
@@ -140,18 +139,16 @@ def prepared(
     return PreparedMerge(
         merged=merged, base=base, base_folder=folder, prefix=opening.prefix, growth=growth, chosen=chosen,
         numbers=placed.numbers,
-        notes=(*_in_vain(recipe, named, inputs), *_twice(inputs), *_without_configuration(named, inputs)),
+        notes=tuple(_notes(recipe, named, inputs)),
         beside=tuple([*beside, chosen.folder] if chosen else beside),
     )  # fmt: skip
 
 
-def _in_vain(recipe: Recipe, base: Weights, inputs: Sequence[Input]) -> Iterator[str]:
-    """Name patterns that match nothing, and parts of names that no model has."""
+def _notes(recipe: Recipe, base: Weights, inputs: Sequence[Input]) -> Iterator[str]:
     names = {*base.tensors, *(name for model in inputs for name in model.tensors)}
-    for option, patterns in (("exclude", recipe.exclude), ("take", tuple(recipe.take))):
-        for pattern in unmatched(patterns, names):
-            yield f"{option}: no tensor is called {pattern}: is it misspelt?"
-    yield from notes_on_renaming(recipe.rename, {name for model in inputs for name in model.names.values()})
+    yield from said_in_vain(recipe, names, {name for model in inputs for name in model.names.values()})
+    yield from _twice(inputs)
+    yield from _without_configuration(base, inputs)
 
 
 def _twice(inputs: Sequence[Input]) -> Iterator[str]:

@@ -30,6 +30,7 @@ from ..weights.files.module_folders import places_of
 from ..weights.fingerprint import Fingerprint, model_fingerprint, total
 from ..weights.heads import embeddings_in, heads_in
 from ..weights.protocol import SEGMENT, TensorInfo, runs
+from .config.in_vain import cases_in_vain
 from .config.stack import Stack, StackedLayers
 from .models.chat_templates import write_template
 from .models.layers import comes_before_layers, layer_of, stack_of, with_layers
@@ -126,7 +127,7 @@ def stack(what: Stack, out: Path, *, allow_nonfinite: bool = False, overwrite: b
         tensors=tensors,
         layers=len(numbers),
         fingerprint=model_fingerprint(rows),
-        notes=(*what.notes, *notes),
+        notes=(*what.notes, *dict.fromkeys(_in_vain(what, models)), *notes),
     )
 
 
@@ -145,6 +146,15 @@ def _sources(what: Stack, models: Mapping[str, Placed]) -> list[tuple[StackedLay
     if not found:
         raise ConfigError("slices", expected="at least one layer", found="none")
     return found
+
+
+def _in_vain(what: Stack, models: Mapping[str, Placed]) -> Iterator[str]:
+    """Sentences on filters that fit no tensor of any model that they are given for."""
+    given = {id(settings): settings for each in what.layers for settings in each.settings}
+    for key, settings in given.items():
+        users = {each.model for each in what.layers if key in map(id, each.settings)}
+        names = {name for model in users for name in models[model].tensors}
+        yield from cases_in_vain(settings, names, f" of {users.pop()!r}" if len(users) == 1 else "")
 
 
 def _copied(what: Stack, models: Mapping[str, Placed]) -> Iterator[tuple[str, _Copied]]:

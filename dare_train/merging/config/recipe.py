@@ -165,7 +165,7 @@ class Recipe:
 
     def unknown_parameters(self, known: Collection[str]) -> list[str]:
         """Names that settings are given for and that are not among `known`, sorted."""
-        return sorted({name for level in self._levels() for name in level.settings} - set(known))
+        return sorted({name for level in self.levels() for name in level.settings} - set(known))
 
     def check_parameters(self, known: Collection[Parameter]) -> None:
         """Refuses settings that the method would not see, and values that are not of their parameter's kind.
@@ -174,7 +174,7 @@ class Recipe:
             ConfigError: naming the first of them.
         """
         by_name = {parameter.name: parameter for parameter in known}
-        for level in self._levels():
+        for level in self.levels():
             for name, setting in level.settings.items():
                 where = f"{name}{level.where}"
                 if name not in by_name:
@@ -260,18 +260,17 @@ class Recipe:
             plain[BASE_LAYERS] = {"model": layers.base[0], "from": layers.base[1]}
         return plain
 
-    def _levels(self) -> Iterator[_Level]:
-        yield _Level(settings=self.parameters, where="", per_model=False)
+    def levels(self) -> Iterator[Level]:
+        """Everywhere where settings stand."""
+        yield Level(settings=self.parameters, where="", per_model=False)
         for model in self.models:
-            yield _Level(settings=model.parameters, where=f" of {model.model!r}", per_model=True)
+            yield Level(settings=model.parameters, where=f" of {model.model!r}", per_model=True)
         for layers in self.layers:
-            yield _Level(settings=layers.parameters, where=f" in {layers.label}", per_model=False)
+            yield Level(settings=layers.parameters, where=f" in {layers.label}", per_model=False)
             for model, settings in zip(self.models, layers.models, strict=True):
                 if settings is None:
                     continue
-                yield _Level(
-                    settings=settings, where=f" of {model.model!r} in {layers.label}", per_model=True
-                )
+                yield Level(settings=settings, where=f" of {model.model!r} in {layers.label}", per_model=True)
 
     def _check_tokenizer(self) -> None:
         if self.tokenizer is not None:
@@ -324,7 +323,7 @@ class Recipe:
             end = layers.last
 
     def _check_places(self) -> None:
-        for level in self._levels():
+        for level in self.levels():
             for name in _OF_THE_RECIPE:
                 if name in level.settings:
                     raise ConfigError(
@@ -335,7 +334,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Level:
+class Level:
     """Settings, and the words that tell where in a recipe they stand."""
 
     settings: Settings

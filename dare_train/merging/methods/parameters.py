@@ -79,8 +79,12 @@ class Case:
     value: Scalar | Gradient
     filter: str | None = None
 
+    @property
+    def matches_all(self) -> bool:
+        return self.filter is None or self.filter == "*"
+
     def matches(self, tensor: str) -> bool:
-        return self.filter is None or self.filter == "*" or self.filter in tensor
+        return self.filter is None or self.matches_all or self.filter in tensor
 
 
 Setting = Union[Scalar, Gradient, tuple[Case, ...]]
