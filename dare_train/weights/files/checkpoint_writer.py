@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...dtypes import Words
 from ...errors import TensorMismatch
+from ...parallel.synced import begin_to_sync
 from ..protocol import TensorInfo
 from .checkpoint import SINGLE, Checkpoint
 from .headers import METADATA
+
+_MUCH = 32 << 20
+"""Bytes of a file that lie in memory before the disk is to begin with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +95,7 @@ class CheckpointWriter:
         self._places: dict[str, tuple[int, int]] = {}
         # The kernel locks a file that is written to; waiting for that burns a processor.
         self._writing = threading.Lock()
+        self._in_memory: Counter[int] = Counter()
         self._descriptors: list[int] = []
         for file, tensors in layout.files.items():
             self._create(folder / file, tensors, join, prefix=layout.prefixes.get(file, ""))
@@ -125,6 +131,12 @@ class CheckpointWriter:
         descriptor, offset = self._places[name]
         with self._writing:
             _write_all(descriptor, memoryview(words.data).cast("B"), offset + start * words.itemsize)
+            self._in_memory[descriptor] += words.nbytes
+            much = self._in_memory[descriptor] >= _MUCH
+            if much:
+                self._in_memory[descriptor] = 0
+        if much:
+            begin_to_sync(descriptor)
 
     def close(self) -> None:
         while self._descriptors:
