@@ -29,7 +29,8 @@ class ModuleDeltas:
         aliases: names of tensors that are others' under another name, and whose.
 
     Raises:
-        TensorMismatch: a tuned tensor belongs to no module, or only a part of one is there.
+        TensorMismatch: a tuned tensor belongs to no module, has another shape than it, or only a part of one
+            is there.
     """
 
     def __init__(self, base: Weights, tuned: Weights, model: Any) -> None:
@@ -42,6 +43,7 @@ class ModuleDeltas:
             for source in place.sources:
                 self._places[source][file] = place
         self._check_known(modules.places, type(model).__name__)
+        self._check_shapes(modules.places)
         self.shapes = {
             source: modules.shapes[source] for source in self._places if self._has(self._tuned, source)
         }
@@ -54,6 +56,15 @@ class ModuleDeltas:
                 expected = f"a tensor of {kind}, as config.json says"
                 found = f"{info} in {self._tuned.label}"
                 raise TensorMismatch(name, expected=expected, found=found, remedy="ship it as a package")
+
+    def _check_shapes(self, places: Mapping[str, Place]) -> None:
+        for name, place in places.items():
+            info = self._tuned.tensors.get(name)
+            if info is not None and info.shape != place.shape:
+                expected = f"shape {list(place.shape)}, as config.json says"
+                found = f"{list(info.shape)} in {self._tuned.label}"
+                remedy = "write into config.json what the weights are"
+                raise TensorMismatch(name, expected=expected, found=found, remedy=remedy)
 
     def _has(self, weights: Weights, source: str) -> bool:
         """

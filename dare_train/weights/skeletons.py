@@ -46,7 +46,8 @@ def skeleton(config: Mapping[str, Any], name: str | None = None) -> Any:
     name = name or (named[0] if isinstance(named, list) and named else None)
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     configuration = getattr(kind, "config_class", None)
-    if kind is None or configuration is None or any(asks_for(config)):
+    known = kind is not None and configuration is not None and isinstance(config.get("model_type", ""), str)
+    if not known or any(asks_for(config)):
         return None
     try:
         with torch.device("meta"):
@@ -62,7 +63,8 @@ def class_for_task(task: str, config: Mapping[str, Any]) -> str | None:
     except ImportError:
         return None
     names = getattr(modeling_auto, f"{_MAPPINGS.get(task, '')}_MAPPING_NAMES", {})
-    found = names.get(config.get("model_type"))
+    model_type = config.get("model_type")
+    found = names.get(model_type) if isinstance(model_type, str) else None
     return found if isinstance(found, str) else None
 
 

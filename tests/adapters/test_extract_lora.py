@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapting import edit_config
 from commands import dare_train
 from low_rank_models import KINDS, Pair, pair
 from safetensors.torch import load_file
@@ -270,6 +271,15 @@ def test_rows_that_the_base_does_not_have_are_refused(tmp_path: Path) -> None:
     assert {*found.left_out} == {*both}
     assert 0 < found.error < 1
     models.adapted(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("rows", [63, 65])
+def test_a_configuration_of_other_shapes_than_the_weights_is_refused(rows: int, tmp_path: Path) -> None:
+    models = pair("llama", tmp_path)
+    edit_config(models.tuned, vocab_size=rows)
+    with pytest.raises(TensorMismatch) as caught:
+        extract_lora(models.base, models.tuned, tmp_path / "adapter", rank=2)
+    refusal(caught.value, TensorMismatch, f"shape [{rows}, 32], as config.json says", "[64, 32]")
 
 
 def test_nan_is_refused(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ _WITH_FRAMEWORKS = {
     "half a character in a text": _every("texts", ("set", "texts.json", 1, "half char")),
     "a text without a token": _every("texts", ("set", "texts.json", 1, "empty")),
     "architectures that are a number": _every("lora", ("at", "config.json", ["architectures"], 7)),
+    "a model type that is no text": _every("lora", ("at", "config.json", ["model_type"], {})),
+    "rows that the weights do not have": _every("lora", ("at", "config.json", ["vocab_size"], 1 << 31)),
 }
 _OTHERS: tuple[object, ...] = ([], 7, None, "x", deep(300))
 _TOKENS = ["model", "vocab", "a"]
