@@ -46,8 +46,9 @@ def skeleton(config: Mapping[str, Any], name: str | None = None) -> Any:
     name = name or (named[0] if isinstance(named, list) and named else None)
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     configuration = getattr(kind, "config_class", None)
-    known = kind is not None and configuration is not None and isinstance(config.get("model_type", ""), str)
-    if not known or any(asks_for(config)):
+    if kind is None or configuration is None or any(asks_for(config)):
+        return None
+    if not isinstance(config.get("model_type", ""), str):
         return None
     try:
         with torch.device("meta"):

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapting import edit_config
 from commands import dare_train
 from low_rank_models import KINDS, Pair, pair
 from safetensors.torch import load_file
@@ -276,7 +275,8 @@ def test_rows_that_the_base_does_not_have_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [63, 65])
 def test_a_configuration_of_other_shapes_than_the_weights_is_refused(rows: int, tmp_path: Path) -> None:
     models = pair("llama", tmp_path)
-    edit_config(models.tuned, vocab_size=rows)
+    config = models.tuned / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": rows}))
     with pytest.raises(TensorMismatch) as caught:
         extract_lora(models.base, models.tuned, tmp_path / "adapter", rank=2)
     refusal(caught.value, TensorMismatch, f"shape [{rows}, 32], as config.json says", "[64, 32]")
