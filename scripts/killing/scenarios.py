@@ -189,5 +189,8 @@ def of_records(inputs: Path) -> list[Scenario]:
 
 
 def litter(place: Path) -> list[str]:
-    """Hidden names anywhere below: nothing that is complete has one."""
-    return sorted(str(path.relative_to(place)) for path in place.rglob(".*"))
+    """Hidden names anywhere below: nothing that is complete has one. In a Trainer's checkpoints they are
+    safetensors', which writes beside first.
+    """
+    found = (path.relative_to(place) for path in place.rglob(".*"))
+    return sorted(str(path) for path in found if not path.parent.name.startswith("checkpoint-"))
