@@ -280,6 +280,7 @@ NOT_KNOWN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a rotation of int8": ("int8 zeros", {"transform_config": {"x": 1}}, {}),
     "a factor of inputs": ("torchao", {}, {"_weight_act_pre_scale": torch.ones(32)}),
     "zeros that are no integers": ("torchao", {}, {"_weight_zero_point": torch.ones(32, 1)}),
+    "integers that are none": ("awq gemm", {}, {"qweight": torch.ones(32, 4)}),
     "no state": ("bnb 4", {}, {"weight.quant_state.bitsandbytes__nf4": None}),
     "another state": ("bnb 4", {}, {"weight.quant_state.bitsandbytes__int4": torch.zeros(3).byte()}),
 }  # fmt: skip

@@ -176,7 +176,9 @@ def _known_awq(unit: Unit, tensors: Mapping[str, TensorInfo], said: Mapping[str,
 
 
 def _are_words(unit: Unit, tensors: Mapping[str, TensorInfo]) -> bool:
-    module = unit.packed.removesuffix("qweight")
+    module, leaf_of_packed = unit.packed.removesuffix("qweight"), unit.packed.rpartition(".")[2]
+    if leaf_of_packed != "qweight":  # it has no integers, and another of the parts has
+        return False
     infos = [tensors[f"{module}{leaf}"] for leaf in ("qweight", "qzeros", "scales")]
     *words, scales = infos
     matrices = all(len(info.shape) == 2 for info in infos)
