@@ -49,6 +49,11 @@ settings.load_profile("tests")
 MakeCheckpoint = Callable[..., Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Recipes first: they take longest, and a process that began one last would keep the others waiting."""
+    items.sort(key=lambda item: "recipes" not in item.path.parts)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def little_to_collect() -> None:
     """What modules have imported lives as long as the process. Each Trainer collects garbage when it begins
