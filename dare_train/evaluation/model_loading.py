@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 _Loaded = TypeVar("_Loaded")
 
 
+_SELDOM = "snowman \u2603"
+"""Some vocabularies have nothing that stands for it."""
+
+
 def load_model(folder: str, dtype: Any = "auto", *, trust_remote_code: bool = False) -> torch.nn.Module:
     """The model of a folder or a Hub id, of the class that its configuration names, on the CPU, not training.
 
@@ -69,6 +73,11 @@ def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(
             f"{folder}: model_max_length", expected="a number", found=brief(longest), remedy=remedy
         )
+    try:
+        tokenizer(_SELDOM)
+    except Exception as error:  # what a stranger's file makes it raise
+        expected = "a tokenizer that takes any text"
+        raise CheckpointError(folder, expected=expected, found=brief(error), remedy=remedy) from error
     return tokenizer
 
 

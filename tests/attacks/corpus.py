@@ -37,6 +37,10 @@ _WITH_FRAMEWORKS = {
     "a column without a name": _every("texts", ("u64", "texts.csv", 0, 0)),
     "half a character in a text": _every("texts", ("set", "texts.json", 1, "half char")),
     "a text without a token": _every("texts", ("set", "texts.json", 1, "empty")),
+    "a GGUF of a million layers": _every("gguf", ("u64", "tiny.gguf", 616, 1 << 20)),
+    "a tokenizer without a token for other words": _every(
+        "tokenizer", ("drop", "tokenizer.json", 273), ("drop", "tokenizer.json", 272)
+    ),
     "architectures that are a number": _every("lora", ("at", "config.json", ["architectures"], 7)),
     "a model type that is no text": _every("lora", ("at", "config.json", ["model_type"], {})),
     "rows that the weights do not have": _every("lora", ("at", "config.json", ["vocab_size"], 1 << 31)),

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import CheckpointError, ConfigError
 from ...parallel.staged_folder import staged_folder
+from ..skeletons import asks_for
 from .checkpoint import Checkpoint
 
 _MAGIC = b"GGUF"
@@ -73,6 +74,11 @@ def _loaded(path: Path) -> tuple[Any, Any]:
     kind = getattr(transformers, "GgufConfig", None)
     plain = {} if kind is None else {"quantization_config": kind(dequantize=True)}
     try:
+        config = transformers.AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
+        for name, value in asks_for(config.to_dict()):
+            raise ValueError(f"{name} {value}, more than models have")
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
