@@ -274,7 +274,7 @@ def _draw(axes: Sequence[Any], layers: Iterable[Row]) -> None:
     axes[1].bar(places, [layer.bits for layer in layers], color="#dd8452")
     drawn = [(place, layer.delta) for place, layer in zip(places, layers, strict=True) if layer.delta[1] > 0]
     low = [max(delta[0], delta[1] / 1000) for _, delta in drawn]
-    axes[2].vlines(
-        [place for place, _ in drawn], low, [delta[1] for _, delta in drawn], color="#55a868", linewidth=5
-    )
+    at = [place for place, _ in drawn]
+    axes[2].vlines(at, low, [delta[1] for _, delta in drawn], color="#55a868", linewidth=5)
+    axes[2].plot(at, low, "_", color="#55a868", markersize=9)  # where all sizes are one, a line has no length
     axes[2].set_yscale("log")

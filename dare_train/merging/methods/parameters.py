@@ -84,7 +84,7 @@ class Case:
         return self.filter is None or self.filter == "*"
 
     def matches(self, tensor: str) -> bool:
-        return self.filter is None or self.matches_all or self.filter in tensor
+        return self.matches_all or (self.filter or "") in tensor
 
 
 Setting = Union[Scalar, Gradient, tuple[Case, ...]]
