@@ -44,13 +44,18 @@ def json_of(
     expected: str = "a JSON object",
     error: type[DareError] = CheckpointError,
     remedy: str = FETCH_AGAIN,
+    keys_once: bool = False,
 ) -> Any:
-    """`json_in` of a text that was read; errors call it `where`."""
+    """`json_in` of a text that was read; errors call it `where`.
+
+    Args:
+        keys_once: an object that has a key twice is refused; else the last counts.
+    """
     values = values_at_most(raw)
     if values > MOST_VALUES:
         raise error(where, expected=f"at most {MOST_VALUES:,} values", found=f"{values:,}", remedy=remedy)
     try:
-        parsed = json.loads(raw)
+        parsed = json.loads(raw, object_pairs_hook=_keys_once if keys_once else None)
     except (ValueError, RecursionError) as problem:
         raise error(where, expected=expected, found=_flaw(problem), remedy=remedy) from problem
     return checked(parsed, kind, where=where, expected=expected, error=error, remedy=remedy)
@@ -92,14 +97,13 @@ def values_at_most(raw: bytes | str) -> int:
     return 1 + sum(int(cast("Any", raw).count(mark)) for mark in marks)
 
 
-_KINDS = {
-    list: "list",
-    str: "string",
-    int: "number",
-    float: "number",
-    bool: "truth value",
-    type(None): "null",
-}
+def _keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"{key!a} twice")
+        values[key] = value
+    return values
 
 
 def _flaw(problem: Exception) -> str:

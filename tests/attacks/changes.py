@@ -17,7 +17,8 @@ plain values, so that an input can be written down, made again and made smaller.
     ("recompress", row, place, bit)         a bit of a frame's content
 
 A place is any number: of those that there are, it is taken modulo. JSON is that of a manifest, an index, a
-configuration, or of a safetensors file's header.
+configuration, or of a safetensors file's header. A link leads to a file beside the folder, `OUTSIDE`, and
+nothing is written through it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from typing import Any
 Change = tuple[Any, ...]
 Parent = tuple[Any, Any]
 
+OUTSIDE = "outside"
+"""What a link leads to."""
 HALF = "\ud800"
 
 
@@ -49,7 +52,7 @@ VALUES: dict[str, Any] = {
     "half char": HALF,
     "[/x]": "[/x]",
     "escape": "\x1b[2J\x07", "turned": "a\u202eb", "line": "a\nb", "nul": "a\0b", "parts": "a." * 3000,
-    "up": "../x", "root": "/etc/passwd", "home": "~nosuchuser/x", "long": "x" * 300, "dollars": "$x_{$",
+    "up": "../x", "root": "/proc/version", "home": "~nosuchuser/x", "long": "x" * 300, "dollars": "$x_{$",
     "list": [], "object": {}, "deep": deep(200), "wide": [1 << 61] * 70, "pairs": {"a": {"b": ["c"]}},
     "print": "0" * 32, "digest": "f" * 64, "F64": "F64", "BF16": "BF16", "delta": "delta", "whole": "whole",
     "base": "base", "stored": "stored", "seeded": "seeded", "all": "all", "exact": "exact", "int4": "int4",
@@ -62,14 +65,16 @@ def apply_changes(folder: Path, changes: list[Change]) -> None:
     """Change the files in a folder; what cannot be done to them, since others have come before, is left."""
     for kind, file, *details in changes:
         path = folder / str(file)
-        if kind in _ON_BYTES and path.is_file():
+        if kind == "kind":
+            _replace(path, details[0], folder.absolute().parent / OUTSIDE)
+        elif path.is_symlink():
+            continue
+        elif kind in _ON_BYTES and path.is_file():
             path.write_bytes(_ON_BYTES[kind](path.read_bytes(), *details))
         elif kind in _ON_JSON and path.is_file():
             _change_json(path, _ON_JSON[kind], details)
         elif kind == "at":
             _set_at(path, *details)
-        elif kind == "kind":
-            _replace(path, details[0])
 
 
 def _bit(raw: bytes, place: int, bit: int) -> bytes:
@@ -94,7 +99,7 @@ def _u64(raw: bytes, place: int, number: int) -> bytes:
 _ON_BYTES: dict[str, Any] = {"bit": _bit, "cut": _cut, "put": _put, "u64": _u64}
 
 
-def _replace(path: Path, kind: str) -> None:
+def _replace(path: Path, kind: str, outside: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -105,7 +110,7 @@ def _replace(path: Path, kind: str) -> None:
     elif kind == "folder":
         path.mkdir()
     elif kind == "link":
-        path.symlink_to("/etc/passwd")
+        path.symlink_to(outside)
     elif kind == "round":
         path.symlink_to(path.name)
     elif kind == "empty":

@@ -19,7 +19,7 @@ import command_lines
 import format_reader
 import good_files
 import numpy as np
-from changes import Change, apply_changes
+from changes import OUTSIDE, Change, apply_changes
 from resealing import change_part, reseal
 from rich.console import Console
 
@@ -35,6 +35,8 @@ from dare_train.reports.package_tables import diagnosis_table, inspect_json, ins
 from dare_train.weights.lora.opening import open_weights
 
 _LONGEST_MESSAGE = 1000
+WRITTEN_OUTSIDE = b"of somebody else"
+"""What a link leads to holds this, before and after."""
 
 
 class Wrong(Exception):
@@ -75,13 +77,18 @@ def tried(given: Input, good: Path, place: Path) -> bool:
         Whether it was taken, rather than refused.
 
     Raises:
-        Wrong: it gave a wrong result, or an error that is none of the project's or cannot be read.
+        Wrong: it gave a wrong result, wrote through a link, or gave an error that is none of the project's or
+            cannot be read.
     """
     kind = KINDS[given.kind]
     try:
         build(given, good, place)
         action = kind.actions[given.action % len(kind.actions)]
-        action(place / kind.changed, good)
+        try:
+            action(place / kind.changed, good)
+        finally:
+            if (place / OUTSIDE).read_bytes() != WRITTEN_OUTSIDE:
+                raise Wrong("what a link leads to was written to")
     except DareError as error:
         _check_message(str(error))
         return False
@@ -94,6 +101,7 @@ def build(given: Input, good: Path, place: Path) -> None:
     """Write an input's files."""
     kind = KINDS[given.kind]
     place.mkdir()
+    (place / OUTSIDE).write_bytes(WRITTEN_OUTSIDE)
     shutil.copytree(good / kind.changed, place / kind.changed)
     folder = place / kind.changed
     if given.text is not None:

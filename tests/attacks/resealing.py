@@ -68,7 +68,7 @@ def _write_part(path: Path, table: np.ndarray, data: bytes) -> None:
 def reseal(folder: Path) -> None:
     """Make sizes, digests and fingerprints of sets right, as far as the manifest still says what they are."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         return
     try:
         manifest = json.loads(path.read_bytes())

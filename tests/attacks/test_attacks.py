@@ -6,10 +6,11 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from changes import OUTSIDE
 from corpus import CORPUS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judging import KINDS, Input, make_good, tried
+from judging import KINDS, WRITTEN_OUTSIDE, Input, build, make_good, tried
 from made_up import inputs
 
 
@@ -34,6 +35,23 @@ def test_inputs_of_a_kind(kind: str, good: Path, tmp_path: Path) -> None:
         tried(one, good, tmp_path / str(next(numbers)))
 
     try_one()
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_no_change_is_written_through_a_link(kind: str, good: Path, tmp_path: Path) -> None:
+    """Whoever runs this may write to more than an input's folder."""
+    for number, file in enumerate(KINDS[kind].files):
+        changes = (
+            ("kind", file, "link"),
+            ("cut", file, 3),
+            ("put", file, 1, "[", 9),
+            ("set", file, 0, "zero"),
+            ("at", file, [""], 1),
+        )
+        place = tmp_path / str(number)
+        build(Input(kind, changes), good, place)
+        assert (place / KINDS[kind].changed / file).is_symlink()
+        assert (place / OUTSIDE).read_bytes() == WRITTEN_OUTSIDE
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

@@ -67,8 +67,7 @@ _FETCH_AGAIN = "fetch the checkpoint again"
 
 
 class SafetensorsFile:
-    """One file, open as long as this is used. Its header is checked by the safetensors library before this
-    class looks at it.
+    """One file, open as long as this is used.
 
     `prefix` stands before the names that tensors have in the file.
     """

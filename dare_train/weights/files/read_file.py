@@ -69,16 +69,6 @@ class ReadFile:
         """Whether somebody has written to it since it was opened."""
         return self._state != _state(os.fstat(self.descriptor))
 
-    def check_same(self) -> None:
-        """What others have read at the path meanwhile is this file, as it was when it was opened.
-
-        Raises:
-            CheckpointError: somebody has put another one in its place, or written to it.
-        """
-        if self._state != _state(self.path.stat()):
-            remedy = "leave it alone while it is read, and run again"
-            raise CheckpointError(str(self.path), expected="one file", found="another now", remedy=remedy)
-
     def _failed(self, offset: int, found: str, *, expected: str = "") -> CheckpointError:
         remedy = "was it written over, or cut short, while it was read? Leave it alone, and run again"
         expected = expected or f"a byte at {offset:,}"
