@@ -210,6 +210,8 @@ def inspect(
     from ..package.reader import DeltaPackage
     from ..reports import package_tables as report
 
+    if plot is not None:
+        report.picture_format(plot)
     opened = DeltaPackage.open(package)
     show(report.inspect_json(opened) if as_json else report.inspect_table(opened, every_tensor=tensors))
     if plot is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -14,7 +13,7 @@ from ..config import Rescale, Rounding
 from ..dtypes import DTYPES
 from ..errors import PackageError
 from ..reading.plain_files import content, is_text
-from ..reading.structures import values_at_most
+from ..reading.structures import parsed_json, values_at_most
 from ..weights.fingerprint import Fingerprint
 from ..weights.protocol import LONGEST_NAME, MOST_DIMENSIONS, TensorInfo
 from .codec import FETCH_AGAIN, Encoding
@@ -58,7 +57,7 @@ def load(path: Path) -> Manifest:
     if values > MOST_VALUES:
         raise PackageError(where, expected=f"at most {MOST_VALUES:,} values", found=f"{values:,}")
     try:
-        data = json.loads(raw, object_pairs_hook=_each_key_once)
+        data = parsed_json(raw, keys_once=True)
     except (ValueError, RecursionError) as error:
         raise PackageError(where, expected="JSON", found=str(error), remedy=FETCH_AGAIN) from error
     if not isinstance(data, dict) or data.get("format") != "dare_train":
@@ -71,13 +70,6 @@ def load(path: Path) -> Manifest:
         raise PackageError(where, expected=expected, found=_brief(version), remedy="update dare_train")
     _check_digest(where, raw, data.get("digest"))
     return _manifest(_Fields(data, where))
-
-
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError(f"{_twice(name for name, _ in pairs)!r} given twice")
-    return fields
 
 
 def _twice(names: Iterable[str]) -> str | None:

@@ -14,6 +14,8 @@ LARGEST = 64 << 20
 """Bytes of a JSON file; four times the largest index and twice the largest tokenizer there are."""
 MOST_VALUES = 4_000_000
 """Of a JSON text: the largest tokenizers have half as many. Each takes at most some 250 bytes of memory."""
+_MAY_BE_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF_A_CHARACTER = "half a character in a text"
 
 _Structure = TypeVar("_Structure")
 
@@ -55,10 +57,36 @@ def json_of(
     if values > MOST_VALUES:
         raise error(where, expected=f"at most {MOST_VALUES:,} values", found=f"{values:,}", remedy=remedy)
     try:
-        parsed = json.loads(raw, object_pairs_hook=_keys_once if keys_once else None)
+        parsed = parsed_json(raw, keys_once=keys_once)
     except (ValueError, RecursionError) as problem:
         raise error(where, expected=expected, found=_flaw(problem), remedy=remedy) from problem
     return checked(parsed, kind, where=where, expected=expected, error=error, remedy=remedy)
+
+
+def parsed_json(raw: bytes | str, *, keys_once: bool = False) -> Any:
+    """The value of a JSON text, in which every text can be written as UTF-8.
+
+    Raises:
+        ValueError, RecursionError: it is none, has half a character somewhere, or is nested too deep; with
+            `keys_once`, an object has a key twice.
+    """
+    text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
+    value = json.loads(text, object_pairs_hook=_with_keys_once if keys_once else None)
+    if "\\u" in text and _MAY_BE_HALF.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as problem:
+            raise ValueError(_HALF_A_CHARACTER) from problem
+    return value
+
+
+def _with_keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise ValueError(f"{key!a} given twice")
+        fields[key] = value
+    return fields
 
 
 def checked(
@@ -84,7 +112,7 @@ def checked(
     try:
         return msgspec.convert(value, kind)
     except UnicodeEncodeError as problem:
-        raise error(where, expected=expected, found="half a character in a text", remedy=remedy) from problem
+        raise error(where, expected=expected, found=_HALF_A_CHARACTER, remedy=remedy) from problem
     except msgspec.ValidationError as problem:
         field, needed, found = _told(str(problem))
         name = f"{where}: {field}" if field else where
@@ -95,15 +123,6 @@ def values_at_most(raw: bytes | str) -> int:
     """A bound of how many values a JSON text has, without parsing it."""
     marks: tuple[Any, ...] = (b",", b"[", b"{") if isinstance(raw, bytes) else (",", "[", "{")
     return 1 + sum(int(cast("Any", raw).count(mark)) for mark in marks)
-
-
-def _keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ValueError(f"{key!a} twice")
-        values[key] = value
-    return values
 
 
 def _flaw(problem: Exception) -> str:

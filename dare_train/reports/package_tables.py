@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import ConfigError, printable
+from ..errors import ConfigError, brief, printable
 from ..package.manifest import LANDED, TensorRecord
 from ..package.reader import DeltaPackage
 from ..parallel.staged_file import staged_file
@@ -24,6 +24,7 @@ _PANELS = (
     ("bits", "bits per\nparameter"),
     ("delta", "|δ|\n(median to 99 %)"),
 )
+_PICTURES = ("png", "svg", "pdf", "jpg", "jpeg", "webp")
 
 _LONGEST = 200
 """Characters of a cell."""
@@ -228,13 +229,27 @@ def diagnosis_json(diagnosis: Diagnosis) -> dict[str, Any]:
     }
 
 
-def plot(package: DeltaPackage, path: Path) -> None:
-    """Draw density, bits per parameter and |δ| for each layer as a picture; the format follows the file's
-    ending.
+def picture_format(path: Path) -> str:
+    """By a picture's ending; without one it is a PNG.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        ConfigError: there is no such format, or a folder lies there.
     """
+    ending = path.suffix.removeprefix(".").lower() or "png"
+    if ending not in _PICTURES or path.is_dir():
+        found = f"the folder {path}" if path.is_dir() else brief(str(path))
+        expected = f"a file that ends in {', '.join(f'.{one}' for one in _PICTURES)}, or in nothing"
+        raise ConfigError("--plot", expected=expected, found=found)
+    return ending
+
+
+def plot(package: DeltaPackage, path: Path) -> None:
+    """Draw density, bits per parameter and |δ| for each layer as a picture: see `picture_format`.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or cannot draw such a file.
+    """
+    ending = picture_format(path)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -263,8 +278,8 @@ def plot(package: DeltaPackage, path: Path) -> None:
         f"{stats['density']:.1%} of the delta kept",
         parse_math=False,
     )
-    with staged_file(Path(path)) as file:
-        figure.savefig(file, dpi=150, format=Path(path).suffix.removeprefix(".") or "png")
+    with staged_file(path) as file:
+        figure.savefig(file, dpi=150, format=ending)
 
 
 def _draw(axes: Sequence[Any], layers: Iterable[Row]) -> None:

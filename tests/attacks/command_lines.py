@@ -25,8 +25,20 @@ _VALUES = [
     "linear", "slerp", "F32", "BF16", "int4", "exact", "nearest", "stochastic", "union", "norm", "cpu",
     "builtins:len", "json:nothing", ":", "a:", "base:0", "text=text", "label=", "dare", "dare,q", "user/name",
     "user/name@v1", "hf://user/name/x", "~nosuchuser/x", "../x", "x" * 300, "\x1b[2J", "[/x]", "a\nb",
-    "=", "-", "--", "--help", "--debug", "--nothing", "out/deeper", "\udcff",
+    "=", "-", "--", "--help", "--debug", "--nothing", "out/deeper", "\udcff", "x.png", "x.json", "1e9", "0x10",
+    "1e-400", "1_0", "١", "none", "auto", "{}", "[1,2]", "[0-9]+=0.5", "a.b=c", "F64", "bfloat16", "all",
+    "base/model.safetensors", "package/dare_config.json", "base/x.png",
 ]  # fmt: skip
+_GOOD = {
+    "extract": ["base", "tuned", "--out", "out"],
+    "apply": ["base", "package", "--out", "out"],
+    "inspect": ["package"],
+    "verify": ["package", "--base", "base"],
+    "diagnose": ["base", "tuned"],
+    "merge": ["base", "tuned", "package", "--out", "out"],
+    "lora": ["base", "tuned", "--rank", "2", "--out", "out"],
+}
+"""By commands, words that are all right: an option more or two say what is not."""
 
 
 def lines() -> st.SearchStrategy[str]:
@@ -41,9 +53,12 @@ def _of_command(name: str) -> st.SearchStrategy[list[str]]:
     places = st.lists(st.sampled_from(_NAMES), max_size=3) | st.lists(word, max_size=4)
     out = st.sampled_from(["out", "out", ""]).map(_to) | word.map(_to)
     options = given.map(lambda pairs: [word for pair in pairs for word in pair])
-    return st.tuples(places, out, options).map(
+    anything = st.tuples(places, out, options).map(
         lambda parts: [name, *(word for part in parts for word in part)]
     )
+    if name not in _GOOD:
+        return anything
+    return anything | options.map(lambda words: [name, *_GOOD[name], *words])
 
 
 def _to(folder: str) -> list[str]:

@@ -75,6 +75,7 @@ CORPUS: dict[str, tuple[Input, ...]] = {
     "half a character in an index": _every(
         "index", ("at", "model.safetensors.index.json", ["weight_map", "norm"], f"{HALF}.safetensors")
     ),
+    "half a character in a module's name": _every("modules", ("put", "modules.json", 140, HALF, 1)),
     "half a character in the bytes of a record": _every("record", ("put", "search.json", 150, HALF, 1)),
     "statistics of a tensor of another name": _every(
         "statistics", ("name", "fisher.safetensors", 180, "10^400")

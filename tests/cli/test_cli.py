@@ -104,6 +104,21 @@ def test_inspect_draws(package: Path, tmp_path: Path) -> None:
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", ["a.svg", "a.PDF", "a.jpg", "a.webp", "a"])
+def test_a_picture_is_of_the_kind_that_its_name_says(package: Path, tmp_path: Path, name: str) -> None:
+    assert run("inspect", package, "--plot", tmp_path / name).returncode == 0
+    begins = {"svg": b"<?xml", "PDF": b"%PDF", "jpg": b"\xff\xd8", "webp": b"RIFF", "a": b"\x89PNG"}
+    assert (tmp_path / name).read_bytes().startswith(begins[name.split(".")[-1]])
+
+
+@pytest.mark.parametrize("name", ["a.json", "dare_config.json", "a.0,5", "", "a.raw"])
+def test_another_kind_of_picture_is_refused_before_anything_is_said(package: Path, name: str) -> None:
+    done = run("inspect", package, "--plot", package / name)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--plot: expected a file that ends in .png, .svg, .pdf," in done.stderr
+    assert run("verify", package).returncode == 0
+
+
 def test_verify_with_and_without_a_base(pair: tuple[Path, Path], package: Path) -> None:
     assert "intact" in run("verify", package).stdout
     done = run("verify", package, "--base", pair[0])

@@ -55,6 +55,19 @@ def test_bytes_that_are_no_text(tmp_path: Path, raw: bytes) -> None:
         json_in(tmp_path / "x")
 
 
+@pytest.mark.parametrize("text", [r'{"a": ["\ud83d"]}', r'{"\uDC00": 1}', r'{"a": "\ud83d \ude00"}'])
+def test_half_a_character_is_refused_wherever_it_is(tmp_path: Path, text: str) -> None:
+    """It cannot be written into a file, nor be part of a name."""
+    (tmp_path / "x").write_text(text)
+    with pytest.raises(CheckpointError, match="x: expected a JSON object, found half a character in a text"):
+        json_in(tmp_path / "x")
+
+
+def test_characters_in_two_escapes_and_byte_order_marks_are_read(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"\xef\xbb\xbf" + rb'{"\ud83d\ude00": "\\ud800 \u00e9"}')
+    assert json_in(tmp_path / "x") == {"😀": r"\ud800 é"}
+
+
 @given(
     st.recursive(
         st.none() | st.text(max_size=3), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
