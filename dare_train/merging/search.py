@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, printable
+from ..errors import ConfigError, brief, printable
 from ..parallel.place_lock import kept
 from ..parallel.scratch_folder import scratch_beside
 from ..parallel.staged_folder import check_free, storage_errors
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 Metric = Callable[[str], float]
 """Called with the folder of a merged checkpoint; returns a number."""
 
+MOST_MERGES = 10_000
+"""Of a grid; all of its combinations are checked before the first."""
 _OF_THE_RECIPE = ("method", "rescale", "seed")
 
 
@@ -51,7 +53,7 @@ class Axis:
         """Read `name=low:high:step` or `name=value,value,...`.
 
         Raises:
-            ConfigError: it is neither.
+            ConfigError: it is neither, or has more than `MOST_MERGES` values.
         """
         name, equals, values = text.partition("=")
         name = "weight" + name.removeprefix("weights") if name.split(".")[0] == "weights" else name
@@ -69,8 +71,16 @@ def _range(text: str, values: str) -> dict[str, Any]:
         raise ConfigError("search", expected="NAME=LOW:HIGH:STEP, three numbers", found=repr(text)) from error
     if not (math.isfinite(low) and math.isfinite(high) and step > 0 and low <= high):
         raise ConfigError("search", expected="LOW at most HIGH, and a STEP above 0", found=repr(text))
-    count = int((high - low) / step + 1e-9) + 1
-    return {"values": tuple(round(low + place * step, 12) for place in range(count)), "step": step}
+    steps = (high - low) / step + 1e-9
+    if not steps < MOST_MERGES:
+        found = f"{brief(text)}, which are {steps + 1:,.0f}" if math.isfinite(steps) else brief(text)
+        raise ConfigError("search", expected=f"at most {MOST_MERGES:,} values", found=found)
+    return {"values": tuple(_plain(low + place * step) for place in range(int(steps) + 1)), "step": step}
+
+
+def _plain(number: float) -> float:
+    """Without what adding up steps leaves behind the twelfth digit."""
+    return float(f"{number:.12g}")
 
 
 def scalar(text: str) -> Scalar:
@@ -125,13 +135,12 @@ def search(
         told: called with each trial when it is done.
 
     Raises:
-        ConfigError: a setting is none of the method's, the metric gives no finite number, or Optuna is not
-            installed; and as `merge`.
+        ConfigError: a setting is none of the method's, the grid has more than `MOST_MERGES` combinations, the
+            metric gives no finite number, or Optuna is not installed; and as `merge`.
         OutputExists: `out` is taken, or somebody else is writing there; before the first trial.
     """
     out = Path(out)
-    for settings in _grid(axes):
-        _checked(task.recipe, settings)
+    _check_axes(task.recipe, axes, trials)
     with ExitStack() as stack:
         with storage_errors(out):
             stack.enter_context(kept(out))
@@ -189,6 +198,28 @@ def _told(best: Trial, count: int) -> str:
         f"the best of {count} merges: "
         f"{', '.join(f'{name}={value}' for name, value in best.settings.items())}; score {best.score:g}"
     )
+
+
+def _check_axes(recipe: Recipe, axes: Sequence[Axis], trials: int | None) -> None:
+    """Every combination can be merged, as far as there are not too many to look at them all."""
+    names = [axis.name for axis in axes]
+    if len({*names}) < len(names):
+        raise ConfigError("search", expected="each setting once", found=brief(names))
+    if trials is not None and trials < 1:
+        raise ConfigError("trials", expected="1 or more", found=str(trials))
+    merges = math.prod(len(axis.values) for axis in axes)
+    if merges <= MOST_MERGES:
+        combinations = _grid(axes)
+    elif trials is None:
+        remedy = "larger steps, or --trials N, which lets Optuna choose N of them"
+        raise ConfigError(
+            "search", expected=f"at most {MOST_MERGES:,} merges", found=f"{merges:,}", remedy=remedy
+        )
+    else:
+        first = {axis.name: axis.values[0] for axis in axes}
+        combinations = ({**first, axis.name: value} for axis in axes for value in axis.values)
+    for settings in combinations:
+        _checked(recipe, settings)
 
 
 def _grid(axes: Sequence[Axis]) -> Iterator[dict[str, Scalar]]:
@@ -267,7 +298,7 @@ def _asked(trial: Any, axis: Axis) -> Scalar:
         return trial.suggest_categorical(axis.name, list(axis.values))  # type: ignore[no-any-return]
     low = float(axis.values[0])
     high = float(axis.values[-1])
-    return round(float(trial.suggest_float(axis.name, low, high, step=axis.step)), 12)
+    return _plain(float(trial.suggest_float(axis.name, low, high, step=axis.step)))
 
 
 def metric_of(name: str) -> Callable[..., Any]:

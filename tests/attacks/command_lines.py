@@ -25,9 +25,9 @@ _VALUES = [
     "linear", "slerp", "F32", "BF16", "int4", "exact", "nearest", "stochastic", "union", "norm", "cpu",
     "builtins:len", "json:nothing", ":", "a:", "base:0", "text=text", "label=", "dare", "dare,q", "user/name",
     "user/name@v1", "hf://user/name/x", "~nosuchuser/x", "../x", "x" * 300, "\x1b[2J", "[/x]", "a\nb",
-    "=", "-", "--", "--help", "--debug", "--nothing", "out/deeper", "\udcff", "x.png", "x.json", "1e9", "0x10",
-    "1e-400", "1_0", "١", "none", "auto", "{}", "[1,2]", "[0-9]+=0.5", "a.b=c", "F64", "bfloat16", "all",
-    "base/model.safetensors", "package/dare_config.json", "base/x.png",
+    "=", "-", "--", "--help", "--debug", "--nothing", "out/deeper", "\udcff", "x.png", "x.json", "1e9",
+    "0x10", "1e-400", "1_0", "١", "none", "auto", "{}", "[1,2]", "[0-9]+=0.5", "a.b=c", "F64", "bfloat16",
+    "all", "base/model.safetensors", "package/dare_config.json", "base/x.png",
 ]  # fmt: skip
 _GOOD = {
     "extract": ["base", "tuned", "--out", "out"],

@@ -18,6 +18,7 @@ from merging import config_of, files_of, llama, save, state_of, sum_of, tuned, w
 from wandb_files import history, offline_run
 
 from dare_train import DeltaPackage, apply, extract, merge, save_statistics
+from dare_train.merging.search import Axis
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 METRICS = '''
@@ -395,6 +396,34 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert done.stderr.startswith("dare-train: ")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("weight=0:1:1e-12", "at most 10,000 values, found 'weight=0:1:1e-12', which are 1,000,000,000,001"),
+        ("weight=-1e308:1e308:1", "expected at most 10,000 values, found 'weight=-1e308:1e308:1'"),
+        ("weight=0:1:1e-320", "expected at most 10,000 values, found 'weight=0:1:1e-320'"),
+        ("weight=0:1:0.5 weight=1,2", "expected each setting once, found ['weight', 'weight']"),
+        (
+            "weight=0:1:0.001 weight.0=0:1:0.001",
+            "at most 10,000 merges, found 1,002,001; larger steps, or --trials N, which lets Optuna choose N",
+        ),
+        ("weight=1,2 --trials 0", "trials: expected 1 or more, found 0"),
+        ("weight=0:1:0.001 weight.0=0:1:0.001 weight.7=1 --trials 2", "a model's number from 0 to 0"),
+    ],
+)  # fmt: skip
+def test_a_search_without_end_is_refused_at_once(place: Path, tmp_path: Path, words: str, text: str) -> None:
+    options = ("--eval", "metrics:distance", "--out", tmp_path / "out")
+    done = run(place, "base", "one", *options, "--search", *words.split())
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert text in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_small_steps_are_kept_apart() -> None:
+    assert Axis.parse("weight=0:3e-13:1e-13").values == (0.0, 1e-13, 2e-13, 3e-13)
+    assert Axis.parse("weight=0.1:0.3:0.1").values == (0.1, 0.2, 0.3)
 
 
 def test_an_error_of_the_users_function_is_shown_whole(place: Path, tmp_path: Path) -> None:
