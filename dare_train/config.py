@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from numbers import Real
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Literal, Union, get_args
 
-from .errors import ConfigError
+from .errors import ConfigError, brief
 
 Rescale = Literal["paper", "none"]
 Values = Literal["auto", "exact", "rounded", "int8", "int4", "sign"]
@@ -23,6 +23,9 @@ Patterns = Union[str, Collection[str]]
 
 DRAW_RANGE = 1 << 16
 """Number of distinct draws of the mask generator."""
+
+MOST_MASKS = 10_000
+"""Of a figure: a hundredth of its spread over masks is left of the mean's."""
 
 
 def threshold_of(p: float) -> int:
@@ -42,6 +45,31 @@ def check_drop_rate(p: float, *, name: str = "p") -> float:
     if threshold_of(p) == DRAW_RANGE:
         raise ConfigError(name, expected=f"at most 1 - 2**-16 = {1 - 1 / DRAW_RANGE:.6f}", found=repr(p))
     return float(p)
+
+
+def check_count(name: str, count: int, *, at_most: int | None = None) -> int:
+    """`count` itself, when it is a whole number of at least 1.
+
+    Raises:
+        ConfigError: otherwise, or it is more than `at_most`.
+    """
+    number = isinstance(count, Integral) and not isinstance(count, bool)
+    if not number or count < 1 or (at_most is not None and count > at_most):
+        expected = "at least 1" if at_most is None else f"1 to {at_most:,}"
+        raise ConfigError(name, expected=expected, found=brief(count))
+    return int(count)
+
+
+def seeds_of(masks: int, first_seed: int = 0, *, name: str = "seeds") -> list[int]:
+    """The seeds of so many masks, from the first onwards.
+
+    Raises:
+        ConfigError: there are none or more than `MOST_MASKS`, or one is no seed.
+    """
+    count = check_count(name, masks, at_most=MOST_MASKS)
+    if not isinstance(first_seed, Integral) or not 0 <= first_seed <= (1 << 64) - count:
+        raise ConfigError("first_seed", expected="seeds in [0, 2**64)", found=brief(first_seed))
+    return [int(first_seed) + place for place in range(count)]
 
 
 @dataclass(frozen=True, kw_only=True)

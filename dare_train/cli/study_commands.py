@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from ..config import check_count
 from ..errors import CheckpointError, ConfigError, printable
 from .given_once import OnceCommand
 from .terminal import Base, Out, expect_models, progress_bar
@@ -92,7 +93,7 @@ def sweep(
     from ..studies.sweep import SWEEP_RATES, Sweep, planned
     from ..studies.sweep import sweep as run
 
-    _check_inputs(evaluate, data, column, dtype)
+    _check_inputs(evaluate, data, column, dtype, max_length, examples)
     rates = _numbers("--p", p) if p is not None else SWEEP_RATES
     names = variants.split(",")
     planned(rates, seeds, first_seed, names)
@@ -147,7 +148,7 @@ def inside(
     from ..evaluation.measurements import alone_in
     from ..studies.inside import inside as run
 
-    _check_inputs(None, data, column, dtype)
+    _check_inputs(None, data, column, dtype, max_length)
     rates = _numbers("--p", p)
     with alone_in(out):
         model = _loaded(tuned, dtype, trust_remote_code)
@@ -193,7 +194,7 @@ def compare(
     from ..studies.comparison import RANKS, RATES
     from ..studies.comparison import compare as run
 
-    _check_inputs(evaluate, data, column, dtype)
+    _check_inputs(evaluate, data, column, dtype, max_length, examples)
     rates = _numbers("--p", p) if p is not None else RATES
     ranks = [int(number) for number in _numbers("--rank", rank)] if rank is not None else RANKS
     with alone_in(out):
@@ -210,7 +211,14 @@ def compare(
         _publish(result, f"What the delta of {_labels([tuned])[0]} is worth in bytes", out, wandb)
 
 
-def _check_inputs(evaluate: str | None, data: Path | None, columns: Sequence[str], dtype: str) -> None:
+def _check_inputs(
+    evaluate: str | None,
+    data: Path | None,
+    columns: Sequence[str],
+    dtype: str,
+    max_length: int,
+    examples: int | None = None,
+) -> None:
     """What can be seen to be wrong before a model is loaded."""
     from ..evaluation.harness_text import HarnessText, harness_version, is_harness
 
@@ -221,6 +229,9 @@ def _check_inputs(evaluate: str | None, data: Path | None, columns: Sequence[str
     if is_harness(evaluate):
         HarnessText.of(evaluate)
         harness_version()
+    check_count("--max-length", max_length)
+    if examples is not None:
+        check_count("--examples", examples)
     if dtype not in _DTYPES:
         raise ConfigError("--dtype", expected=", ".join(_DTYPES), found=dtype)
     for pair in columns:

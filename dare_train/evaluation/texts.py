@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..config import check_count
 from ..errors import CheckpointError, ConfigError, brief, printable
 from ..reading.plain_files import is_text, opened, reason
 from ..reading.structures import checked
@@ -20,6 +21,8 @@ from ..reading.structures import checked
 Row = Mapping[str, Any]
 Batch = dict[str, torch.Tensor]
 
+LONGEST_TEXT = (1 << 31) - 1
+"""Tokens; what tokenizers can count."""
 _IGNORED = -100
 """The label that transformers' losses leave out."""
 
@@ -99,6 +102,8 @@ def load_texts(
         CheckpointError: the file cannot be read, or lacks a column.
         ConfigError: the model is neither, or does not know a label.
     """
+    if limit is not None:
+        check_count("examples", limit)
     rows = read_rows(path)[:limit]
     if not rows:
         raise CheckpointError(str(path), expected="at least one row", found="none")
@@ -129,6 +134,7 @@ def encode_rows(
     Raises:
         As `load_texts`.
     """
+    check_count("max_length", max_length, at_most=LONGEST_TEXT)
     names = {name: (columns or {}).get(name, name) for name in ("text", "label", "prompt")}
     classifies = type(model).__name__.endswith("ForSequenceClassification")
     if not classifies and not hasattr(model, "generate"):

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import check_drop_rate
+from ..config import check_count, check_drop_rate, seeds_of
 from ..dtypes import DTYPES, FloatArray, from_float, to_float
-from ..errors import ConfigError
 from ..evaluation.measurements import Evaluate, Journal, Key, Point, Progress, measured, samples
 from ..evaluation.swapped_model import SwappedModel
 from ..extracting.extract import extract
@@ -141,13 +140,14 @@ def compare(
         CheckpointError: `out` holds another model's or setup's points; and as `extract`.
     """
     rates = sorted({check_drop_rate(rate) for rate in p} - {0.0})
-    if seeds < 1 or any(rank < 1 for rank in ranks):
-        raise ConfigError("seeds and ranks", expected="at least 1", found=f"{seeds}, {list(ranks)}")
+    numbers = seeds_of(seeds, first_seed)
+    for rank in ranks:
+        check_count("ranks", rank)
     opened, opened_base = open_weights(tuned), open_weights(base)
     for weights in (opened_base, opened):
         check_full_precision(weights, purpose="of which less and less is kept", option=False)
     contest = _Contest(opened_base, opened, adapters)
-    wanted = [*_planned(rates, ranks, range(first_seed, first_seed + seeds)), *contest.adapters]
+    wanted = [*_planned(rates, ranks, numbers), *contest.adapters]
     swapped = SwappedModel(model)
     journal = Journal(
         Path(out) / "compare.jsonl",
@@ -163,7 +163,7 @@ def compare(
         **(setup or {}),
         "p": rates,
         "ranks": list(ranks),
-        "seeds": [first_seed + n for n in range(seeds)],
+        "seeds": numbers,
     }
     return Comparison(
         base=weights_fingerprint(opened_base), tuned=weights_fingerprint(opened),
@@ -172,7 +172,7 @@ def compare(
     )  # fmt: skip
 
 
-def _planned(rates: Sequence[float], ranks: Sequence[int], seeds: range) -> Iterator[Key]:
+def _planned(rates: Sequence[float], ranks: Sequence[int], seeds: Sequence[int]) -> Iterator[Key]:
     yield "dense", 0.0, 0
     yield "base", 1.0, 0
     for name in _VALUES:

@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from ..config import DRAW_RANGE, check_drop_rate
-from ..errors import ConfigError
+from ..config import DRAW_RANGE, check_count, check_drop_rate, seeds_of
+from ..errors import ConfigError, brief
 from ..evaluation.measurements import Evaluate, Journal, Key, Point, Progress, measured, samples
 from ..evaluation.swapped_model import SwappedModel
 from ..merging.methods.parameters import Case
@@ -226,12 +226,10 @@ def spread(weights: Mapping[str, float], sizes: Mapping[str, int], density: floa
 
 
 def _check(tolerance: float, seeds: int, steps: int) -> None:
-    if not 0 < tolerance < 1 or seeds < 1 or steps < 1:
-        raise ConfigError(
-            "tolerance, seeds and steps",
-            expected="a share in (0, 1), and at least 1",
-            found=f"{tolerance}, {seeds}, {steps}",
-        )
+    if not 0 < tolerance < 1:
+        raise ConfigError("tolerance", expected="a share in (0, 1)", found=brief(tolerance))
+    seeds_of(seeds)
+    check_count("steps", steps)
 
 
 def _bisected(

@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from transformers.pytorch_utils import Conv1D
 
-from ..config import check_drop_rate
+from ..config import check_count, check_drop_rate, seeds_of
 from ..dtypes import to_float
-from ..errors import ConfigError
+from ..errors import ConfigError, brief
 from ..evaluation.linear_layers import Batch, linear_layers, watch_inputs
 from ..evaluation.measurements import Progress
 from ..evaluation.swapped_model import SwappedModel
@@ -137,17 +137,15 @@ def inside(
         CheckpointError, TensorMismatch: the base cannot be read, or has nothing in common with the model.
     """
     rates = sorted({check_drop_rate(rate) for rate in p} - {0.0})
-    if not rates or seeds < 1 or masks < 1 or tokens < 1:
-        raise ConfigError(
-            "p, seeds, masks and tokens",
-            expected="rates above 0, and at least 1 of each",
-            found=f"{p}, {seeds}, {masks}, {tokens}",
-        )
+    if not rates:
+        raise ConfigError("p", expected="a drop rate above 0", found=brief([*p]))
+    numbers = seeds_of(seeds, first_seed)
+    of_means = seeds_of(masks, first_seed, name="masks")
+    check_count("tokens", tokens)
     base_weights = open_weights(base)
     check_full_precision(base_weights, purpose="of which elements can be dropped", option=False)
     swapped = SwappedModel(model)
     looked_at = enough_of(batches, tokens)
-    numbers = [first_seed + n for n in range(seeds)]
     diagnosis = diagnose(base_weights, swapped.own_weights, cast_base=True)
     steps = _Steps(len(SIMILAR) * len(rates) * seeds + len(diagnosis.layers), progress)
     aligned = cast_to(
@@ -158,7 +156,7 @@ def inside(
         rates=rates,
         seeds=numbers,
         mean_p=rates[max(len(rates) - 2, 0)],
-        masks=range(first_seed, first_seed + masks),
+        masks=of_means,
     )
     similarity = _similarity(swapped, base_weights, looked_at, chosen, steps)
     layers, means = _layer_errors(
@@ -179,7 +177,7 @@ class _Chosen:
     rates: Sequence[float]
     seeds: Sequence[int]
     mean_p: float
-    masks: range
+    masks: Sequence[int]
 
 
 class _Steps:

@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ..config import check_drop_rate
-from ..errors import ConfigError
+from ..config import check_drop_rate, seeds_of
+from ..errors import ConfigError, brief
 from ..evaluation.linear_layers import batch_size
 from ..evaluation.measurements import Evaluate, Journal, Key, Point, Progress, measured, samples
 from ..evaluation.swapped_model import SwappedModel
@@ -176,7 +176,7 @@ def sweep(
     full_setup = {
         **(setup or {}),
         "p": sorted({*p}),
-        "seeds": [first_seed + n for n in range(seeds)],
+        "seeds": seeds_of(seeds, first_seed),
         "variants": list(dict.fromkeys(variants)),
     }
     return Sweep(
@@ -191,22 +191,23 @@ def planned(p: Sequence[float], seeds: int, first_seed: int, variants: Sequence[
     Raises:
         ConfigError: a value is out of range.
     """
-    if seeds < 1:
-        raise ConfigError("seeds", expected="at least 1", found=repr(seeds))
+    numbers = seeds_of(seeds, first_seed)
     for name in variants:
         if name not in DROP_VARIANTS:
             raise ConfigError("variants", expected=f"one of {', '.join(DROP_VARIANTS)}", found=repr(name))
     rates = sorted({check_drop_rate(rate) for rate in p})
-    if not rates or not variants:
-        raise ConfigError("p" if not rates else "variants", expected="at least one", found="none")
+    if not any(rates):
+        raise ConfigError("p", expected="a drop rate above 0", found=brief([*p]))
+    if not variants:
+        raise ConfigError("variants", expected="at least one", found="none")
     return [
         ("dense", 0.0, 0),
         ("base", 1.0, 0),
         *(
-            (name, rate, first_seed + n)
+            (name, rate, number)
             for name in dict.fromkeys(variants)
             for rate in rates
-            for n in range(seeds if DROP_VARIANTS[name].seeded else 1)
+            for number in (numbers if DROP_VARIANTS[name].seeded else numbers[:1])
             if rate > 0
         ),
     ]

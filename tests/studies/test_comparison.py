@@ -180,9 +180,13 @@ def test_rivals_are_beaten_by_packages_of_no_more_bytes() -> None:
 
 def test_what_means_nothing_is_refused(base: Path, tmp_path: Path) -> None:
     model = tuned_model(base, dtype=torch.bfloat16)
-    with pytest.raises(ConfigError) as caught:
-        compare(model, base, model, lambda model: 0.0, out=tmp_path / "out", ranks=[0])
-    refusal(caught.value, ConfigError, "seeds and ranks: expected at least 1, found 5, [0]")
+    for options, text in (
+        (dict(ranks=[0]), "ranks: expected at least 1, found 0"),
+        (dict(seeds=10**20), "seeds: expected 1 to 10,000, found 10000000000"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            compare(model, base, model, lambda model: 0.0, out=tmp_path / "out", **options)
+        refusal(caught.value, ConfigError, text)
 
 
 def test_the_command_measures_once(base: Path, tmp_path: Path) -> None:

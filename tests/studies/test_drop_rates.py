@@ -237,8 +237,10 @@ def test_what_means_nothing_is_refused(base: Path, tmp_path: Path, search: Any) 
         ),
         (
             dict(evaluate=lambda _: 1.0, steps=0),
-            "tolerance, seeds and steps: expected a share in (0, 1), and at least 1, found 0.05, 3, 0",
+            "steps: expected at least 1, found 0",
         ),
+        (dict(evaluate=lambda _: 1.0, seeds=0), "seeds: expected 1 to 10,000, found 0"),
+        (dict(evaluate=lambda _: 1.0, tolerance=1), "tolerance: expected a share in (0, 1), found 1"),
         (dict(evaluate=lambda _: 1.0, metric="f1"), "metric: expected one of metric, found f1"),
     ):
         with pytest.raises(ConfigError) as caught:

@@ -221,13 +221,19 @@ def test_weights_on_disk_are_the_models_or_refused(base: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (dict(seeds=0), "seeds: expected at least 1, found 0"),
+        (dict(seeds=0), "seeds: expected 1 to 10,000, found 0"),
+        (dict(seeds=10**20), "seeds: expected 1 to 10,000, found 10000000000"),
+        (
+            dict(seeds=2, first_seed=(1 << 64) - 1),
+            "first_seed: expected seeds in [0, 2**64), found 1844674407",
+        ),
         (
             dict(variants=["dear"]),
             "variants: expected one of dare, drop_only, magnitude, weights, norm, q, found 'dear'",
         ),
         (dict(variants=[]), "variants: expected at least one"),
-        (dict(p=[]), "p: expected at least one"),
+        (dict(p=[]), "p: expected a drop rate above 0, found []"),
+        (dict(p=[0]), "p: expected a drop rate above 0, found [0]"),
         (dict(p=[1.0]), "p: expected a number in [0, 1), found 1.0"),
         (
             dict(variants=["q"]),
@@ -452,6 +458,9 @@ def test_the_command_takes_several_models_of_one_base(base: Path, tmp_path: Path
             2,
             "--column: expected text=, label= or prompt= and the name of a column, found txt=a",
         ),
+        (("--data", "t.txt", "--max-length", "-1"), 2, "--max-length: expected at least 1, found -1"),
+        (("--data", "t.txt", "--examples", "-5"), 2, "--examples: expected at least 1, found -5"),
+        (("--data", "t.txt", "--seeds", "9" * 20), 2, f"seeds: expected 1 to 10,000, found {'9' * 20}"),
         (("--data", "t.txt", "--p", "many"), 2, "--p: expected numbers with commas between them, found many"),
     ],
 )
