@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 import typer
 
 from ..config import check_count
-from ..errors import CheckpointError, ConfigError, printable
+from ..errors import CheckpointError, ConfigError, brief, printable
 from .given_once import OnceCommand
 from .terminal import Base, Out, expect_models, progress_bar
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+_Number = TypeVar("_Number", int, float)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Model = Annotated[str, typer.Argument(metavar="TUNED", help="Folder or Hub id of the fine-tuned model.")]
@@ -94,7 +95,7 @@ def sweep(
     from ..studies.sweep import sweep as run
 
     _check_inputs(evaluate, data, column, dtype, max_length, examples)
-    rates = _numbers("--p", p) if p is not None else SWEEP_RATES
+    rates = _numbers("--p", p, float) if p is not None else SWEEP_RATES
     names = variants.split(",")
     planned(rates, seeds, first_seed, names)
     labels = _labels(tuned)
@@ -149,7 +150,7 @@ def inside(
     from ..studies.inside import inside as run
 
     _check_inputs(None, data, column, dtype, max_length)
-    rates = _numbers("--p", p)
+    rates = _numbers("--p", p, float)
     with alone_in(out):
         model = _loaded(tuned, dtype, trust_remote_code)
         texts = _texts(model, tuned, data, column, max_length, None, trust_remote_code, labels=False)
@@ -195,8 +196,8 @@ def compare(
     from ..studies.comparison import compare as run
 
     _check_inputs(evaluate, data, column, dtype, max_length, examples)
-    rates = _numbers("--p", p) if p is not None else RATES
-    ranks = [int(number) for number in _numbers("--rank", rank)] if rank is not None else RANKS
+    rates = _numbers("--p", p, float) if p is not None else RATES
+    ranks = _numbers("--rank", rank, int) if rank is not None else RANKS
     with alone_in(out):
         model = _loaded(tuned, dtype, trust_remote_code)
         metric, _ = _metric(model, tuned, evaluate, data, column, max_length, examples, trust_remote_code)
@@ -343,8 +344,9 @@ def _labels(folders: Sequence[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(names)]
 
 
-def _numbers(option: str, text: str) -> list[float]:
+def _numbers(option: str, text: str, kind: Callable[[str], _Number]) -> list[_Number]:
     try:
-        return [float(word) for word in text.split(",")]
+        return [kind(word) for word in text.split(",")]
     except ValueError as error:
-        raise ConfigError(option, expected="numbers with commas between them", found=text) from error
+        expected = f"{'whole ' * (kind is int)}numbers with commas between them"
+        raise ConfigError(option, expected=expected, found=brief(text)) from error

@@ -189,6 +189,18 @@ def test_what_means_nothing_is_refused(base: Path, tmp_path: Path) -> None:
         refusal(caught.value, ConfigError, text)
 
 
+@pytest.mark.parametrize("rank", ["1.5", "nan", "inf", "1,", "9" * 5000])
+def test_a_rank_that_is_no_whole_number_is_refused(tmp_path: Path, rank: str) -> None:
+    (tmp_path / "t.txt").write_text("one\n")
+    words = ("compare", "base", "tuned", "--data", "t.txt", "--rank", rank, "--out", "out")
+    done = dare_train(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "dare-train: --rank: expected whole numbers with commas between them, found "
+    )
+    assert len(done.stderr) < 300
+
+
 def test_the_command_measures_once(base: Path, tmp_path: Path) -> None:
     tuned_model(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "tuned")
     Words.save(tmp_path / "tuned")

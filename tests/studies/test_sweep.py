@@ -461,7 +461,11 @@ def test_the_command_takes_several_models_of_one_base(base: Path, tmp_path: Path
         (("--data", "t.txt", "--max-length", "-1"), 2, "--max-length: expected at least 1, found -1"),
         (("--data", "t.txt", "--examples", "-5"), 2, "--examples: expected at least 1, found -5"),
         (("--data", "t.txt", "--seeds", "9" * 20), 2, f"seeds: expected 1 to 10,000, found {'9' * 20}"),
-        (("--data", "t.txt", "--p", "many"), 2, "--p: expected numbers with commas between them, found many"),
+        (
+            ("--data", "t.txt", "--p", "many"),
+            2,
+            "--p: expected numbers with commas between them, found 'many'",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(
