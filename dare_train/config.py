@@ -47,17 +47,28 @@ def check_drop_rate(p: float, *, name: str = "p") -> float:
     return float(p)
 
 
-def check_count(name: str, count: int, *, at_most: int | None = None) -> int:
-    """`count` itself, when it is a whole number of at least 1.
+def check_count(name: str, count: int, *, at_least: int = 1, at_most: int | None = None) -> int:
+    """`count` itself, when it is a whole number in a range.
 
     Raises:
-        ConfigError: otherwise, or it is more than `at_most`.
+        ConfigError: otherwise.
     """
     number = isinstance(count, Integral) and not isinstance(count, bool)
-    if not number or count < 1 or (at_most is not None and count > at_most):
-        expected = "at least 1" if at_most is None else f"1 to {at_most:,}"
+    if not number or count < at_least or (at_most is not None and count > at_most):
+        expected = f"at least {at_least}" if at_most is None else f"{at_least} to {at_most:,}"
         raise ConfigError(name, expected=expected, found=brief(count))
     return int(count)
+
+
+def check_seed(seed: int, *, name: str = "seed") -> int:
+    """`seed` itself, when it is one.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 1 << 64:
+        raise ConfigError(name, expected="an integer in [0, 2**64)", found=brief(seed))
+    return int(seed)
 
 
 def seeds_of(masks: int, first_seed: int = 0, *, name: str = "seeds") -> list[int]:
@@ -67,9 +78,9 @@ def seeds_of(masks: int, first_seed: int = 0, *, name: str = "seeds") -> list[in
         ConfigError: there are none or more than `MOST_MASKS`, or one is no seed.
     """
     count = check_count(name, masks, at_most=MOST_MASKS)
-    if not isinstance(first_seed, Integral) or not 0 <= first_seed <= (1 << 64) - count:
-        raise ConfigError("first_seed", expected="seeds in [0, 2**64)", found=brief(first_seed))
-    return [int(first_seed) + place for place in range(count)]
+    first = check_seed(first_seed, name="first_seed")
+    check_seed(first + count - 1, name="first_seed + seeds - 1")
+    return [first + place for place in range(count)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +145,7 @@ class DareConfig:
         object.__setattr__(self, "_rates", MappingProxyType(rates))
         for name in ("include", "exclude", "whole"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 64:
-            raise ConfigError("seed", expected="an integer in [0, 2**64)", found=repr(self.seed))
+        check_seed(self.seed)
         _check_choice("rescale", self.rescale, get_args(Rescale))
         _check_choice("values", self.values, get_args(Values))
         if self.dtype is not None:

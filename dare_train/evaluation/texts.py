@@ -115,6 +115,7 @@ def load_texts(
 
 def batched(rows: Sequence[dict[str, Any]], tokenizer: Any, *, batch_size: int = 64) -> list[Batch]:
     """Encoded rows in batches, those of similar length together, padded."""
+    check_count("batch_size", batch_size)
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     return [_padded(ordered[start : start + batch_size], pad) for start in range(0, len(ordered), batch_size)]

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,13 +22,15 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..applying.in_place import applied, apply_
-from ..config import check_drop_rate
-from ..errors import ConfigError
+from ..config import check_count, check_drop_rate, check_seed
+from ..errors import ConfigError, brief
 from ..evaluation.measurements import Evaluate, MeasurementRecord, alone_with, numbers
 from ..evaluation.model_loading import load_model
 from ..extracting.extract import extract
 from ..kernels import philox
+from ..merging.config.task import OF_RUNNING, task_of
 from ..merging.merge import merge
+from ..merging.methods.registry import method_of
 from ..merging.statistics.fisher_and_gram import collect_fisher
 from ..package.masks import MASK_DOMAIN, generator_of, key_of
 from ..package.reader import DeltaPackage
@@ -49,6 +52,11 @@ the weights of its own, and no other.
 
 _CHAINED = ("sequential", "dare", "replay", "ewc")
 _DRAWS = 1 << 16
+_LONGEST_NAME = 100
+_OF_THE_RUN = ("base", "joint")
+"""What is measured under these names is no task."""
+_OWN = ", own"
+"""Behind a task's name: measured on itself alone."""
 
 MakeTrainer = Callable[[torch.nn.Module, Path, Sequence[TrainerCallback]], Trainer]
 """Makes a task's Trainer: of the model, with the folder as its `output_dir`, and with the callbacks besides
@@ -67,6 +75,12 @@ class ContinualTask:
     setup: Mapping[str, Any] = field(default_factory=dict)
     """What training and evaluation depend on, such as a learning rate: a folder with results of another setup
     is refused."""
+
+    def __post_init__(self) -> None:
+        plain = isinstance(self.name, str) and self.name.isprintable() and not {*"/\\"} & {*self.name}
+        if not plain or self.name in ("", ".", "..") or len(self.name) > _LONGEST_NAME:
+            expected = f"a name that a folder can have, of at most {_LONGEST_NAME} characters"
+            raise ConfigError("task", expected=expected, found=brief(self.name))
 
 
 class ContinualRun:
@@ -128,12 +142,16 @@ class ContinualRun:
                 expected=f"one for each of {', '.join(task.name for task in tasks)}",
                 found=str(dict(weights)),
             )
-        if replay < 1 or examples < 1 or strength < 0:
-            raise ConfigError(
-                "replay, examples and strength",
-                expected="positive numbers",
-                found=f"{replay}, {examples}, {strength}",
-            )
+        for task in tasks:
+            if task.name in _OF_THE_RUN or task.name.endswith(_OWN):
+                expected = f"no task called {' or '.join(_OF_THE_RUN)}, or with {_OWN!r} at its end"
+                raise ConfigError("tasks", expected=expected, found=brief(task.name))
+        check_count("replay", replay)
+        check_count("examples", examples)
+        if not 0 <= strength < inf:
+            raise ConfigError("strength", expected="a number from 0", found=brief(strength))
+        check_seed(seed)
+        check_seed(seed + len(tasks) - 1, name="seed of the last task")
         self.base = base
         self.tasks = tuple(tasks)
         self.out = Path(out)
@@ -147,6 +165,22 @@ class ContinualRun:
         self._replay = replay
         self._strength = strength
         self._examples = examples
+        if strategy == "merge":
+            self._check_merges()
+
+    def _check_merges(self) -> None:
+        """Before anything is learnt: after each task, all so far are merged."""
+        method = method_of(self._method)
+        least, most = method.models
+        if least > 1 or (most is not None and most < len(self.tasks)):
+            expected = f"a method for 1 to {len(self.tasks)} models"
+            raise ConfigError("method", expected=expected, found=self._method)
+        names = [task.name for task in self.tasks]
+        weights = [*self._weights.values()] if self._weights is not None else None
+        options = {name: value for name, value in self._settings.items() if name not in OF_RUNNING}
+        task_of(self.base, names, method=self._method, weights=weights, **options).recipe.check_parameters(
+            method.parameters
+        )
 
     def run(self) -> Continual:
         """Learn what is not learnt yet, and measure every task after each.
@@ -167,7 +201,7 @@ class ContinualRun:
             after.append(self._row(record, task.name, self.at(number), self.tasks))
             states.append(self.state(number))
         with_own = [
-            self._row(record, f"{task.name}, own", self.at(number), [task])[0]
+            self._row(record, f"{task.name}{_OWN}", self.at(number), [task])[0]
             for number, task in enumerate(self.tasks)
         ]
         return Continual(

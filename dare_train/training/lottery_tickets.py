@@ -13,15 +13,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from ..applying.in_place import apply_
-from ..config import DRAW_RANGE
-from ..errors import ConfigError
+from ..config import DRAW_RANGE, check_count, check_seed
+from ..errors import ConfigError, brief
 from ..evaluation.measurements import MeasurementRecord, alone_with, numbers
 from ..evaluation.model_loading import load_model
 from ..extracting.extract import extract
@@ -123,10 +123,17 @@ class TicketSearch:
         seed: int = 0,
         load: Callable[[str], torch.nn.Module] = load_model,
     ) -> None:
-        if levels < 1 or not 0 < share < 1 or rewind < 0 or (every is not None and every < 1):
-            expected = "positive numbers, and a share in (0, 1)"
-            given = f"{levels}, {share}, {rewind}, {every}"
-            raise ConfigError("levels, share, rewind and every", expected=expected, found=given)
+        check_count("levels", levels)
+        check_count("rewind", rewind, at_least=0)
+        if every is not None:
+            check_count("every", every)
+        check_seed(seed)
+        if not 0 < share < 1:
+            raise ConfigError("share", expected="a number in (0, 1)", found=brief(share))
+        if scope not in get_args(Scope):
+            raise ConfigError("scope", expected=f"one of {', '.join(get_args(Scope))}", found=brief(scope))
+        if transfer is not None and not isinstance(transfer, TicketSearch):
+            raise ConfigError("transfer", expected="another TicketSearch", found=brief(transfer))
         if (1 - share) ** levels * DRAW_RANGE < 1:
             raise ConfigError(
                 "levels", expected="a density of at least 2⁻¹⁶ in the end", found=f"{levels} of share {share}"

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import check_drop_rate, threshold_of
+from ..config import check_drop_rate, check_seed, threshold_of
 from ..dtypes import FloatArray, to_float
 from ..errors import ConfigError, PackageError, TensorMismatch
 from ..package.manifest import TensorRecord
@@ -213,6 +213,7 @@ def _kept_of(package: DeltaPackage, record: TensorRecord) -> Bits:
 def at_random(like: WeightsLike, *, density: float, seed: int = 0) -> Masks:
     """DARE's masks: those of a package of p = 1 - density and this seed."""
     rate = check_drop_rate(1 - density, name="1 - density")
+    check_seed(seed)
     masks = {}
     for name, info in open_weights(like).tensors.items():
         if info.dtype.can_be_delta:
@@ -228,6 +229,7 @@ def at_random(like: WeightsLike, *, density: float, seed: int = 0) -> Masks:
 
 def shuffled(masks: Masks, *, seed: int = 0) -> Masks:
     """As many elements of each tensor as the masks keep there, anywhere in it."""
+    check_seed(seed)
     return Masks(
         {
             name: generator_of(seed, name).permutation(mask.reshape(-1)).reshape(mask.shape)

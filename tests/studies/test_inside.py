@@ -142,7 +142,7 @@ def test_the_report_says_what_was_found(base: Path, tmp_path: Path) -> None:
         (dict(masks=0), "masks: expected 1 to 10,000, found 0"),
         (dict(masks=10**30), "masks: expected 1 to 10,000, found 1000000000"),
         (dict(seeds=10_001), "seeds: expected 1 to 10,000, found 10001"),
-        (dict(first_seed=-1), "first_seed: expected seeds in [0, 2**64), found -1"),
+        (dict(first_seed=-1), "first_seed: expected an integer in [0, 2**64), found -1"),
         (dict(tokens=0), "tokens: expected at least 1, found 0"),
         (dict(batches=[]), "batches: expected at least one, found none"),
         (dict(batches=[{"labels": 3}]), "batches: expected tensors [batch, seq], found ['labels']"),

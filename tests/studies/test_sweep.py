@@ -225,7 +225,7 @@ def test_weights_on_disk_are_the_models_or_refused(base: Path, tmp_path: Path) -
         (dict(seeds=10**20), "seeds: expected 1 to 10,000, found 10000000000"),
         (
             dict(seeds=2, first_seed=(1 << 64) - 1),
-            "first_seed: expected seeds in [0, 2**64), found 1844674407",
+            "first_seed + seeds - 1: expected an integer in [0, 2**64), found 1844674407",
         ),
         (
             dict(variants=["dear"]),

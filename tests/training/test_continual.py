@@ -292,7 +292,23 @@ def test_the_report_has_a_heat_map_for_each_strategy(tmp_path: Path) -> None:
         (dict(tasks=[]), "tasks: expected at least one, with names of their own, found []"),
         (dict(tasks=[task(0), task(0)]), "tasks: expected at least one, with names of their own"),
         (dict(p=1.0), "p: expected a number in [0, 1)"),
-        (dict(replay=0), "replay, examples and strength: expected positive numbers"),
+        (dict(replay=0), "replay: expected at least 1, found 0"),
+        (dict(examples=1.5), "examples: expected at least 1, found 1.5"),
+        (dict(strength=float("nan")), "strength: expected a number from 0, found nan"),
+        (dict(seed=-1), "seed: expected an integer in [0, 2**64), found -1"),
+        (
+            dict(tasks=[replace(task(0), name="base")]),
+            "tasks: expected no task called base or joint, or with",
+        ),
+        (
+            dict(tasks=[replace(task(0), name="a, own")]),
+            "tasks: expected no task called base or joint, or with",
+        ),
+        (dict(strategy="merge", method="hope"), "method: expected one of "),
+        (dict(strategy="merge", method="slerp"), "method: expected a method for 1 to 1 models, found slerp"),
+        (dict(strategy="merge", settings={"densty": 0.5}), "densty: expected a parameter of task_arithmetic"),
+        (dict(strategy="merge", settings={"rescale": "all"}), "rescale: expected"),
+        (dict(strategy="merge", weights={"0": "many"}), "weight"),
     ],
 )
 def test_what_means_nothing_is_refused(tmp_path: Path, options: dict[str, Any], text: str) -> None:
@@ -300,6 +316,14 @@ def test_what_means_nothing_is_refused(tmp_path: Path, options: dict[str, Any], 
     with pytest.raises(ConfigError) as caught:
         ContinualRun("base", **given)
     refusal(caught.value, ConfigError, text)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a\\b", "a\nb", "x" * 101, 7])
+def test_a_task_has_the_name_of_a_folder(name: Any) -> None:
+    with pytest.raises(
+        ConfigError, match="task: expected a name that a folder can have, of at most 100 char"
+    ):
+        replace(task(0), name=name)
 
 
 def test_another_run_in_the_same_folder_is_refused(base: str, whole: Wholes) -> None:

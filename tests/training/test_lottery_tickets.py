@@ -215,8 +215,19 @@ def test_what_means_nothing_is_refused(base: str, tmp_path: Path) -> None:
     refusal(
         caught.value,
         ConfigError,
-        "levels, share, rewind and every: expected positive numbers, and a share in (0, 1)",
+        "share: expected a number in (0, 1), found 1.0",
     )
+    for options, text in (
+        (dict(levels=1.5), "levels: expected at least 1, found 1.5"),
+        (dict(rewind=-1), "rewind: expected at least 0, found -1"),
+        (dict(every=0), "every: expected at least 1, found 0"),
+        (dict(seed=-1), "seed: expected an integer in [0, 2**64), found -1"),
+        (dict(scope="modell"), "scope: expected one of tensor, model, found 'modell'"),
+        (dict(transfer="other"), "transfer: expected another TicketSearch, found 'other'"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            TicketSearch(base, task(1), out=tmp_path, **options)
+        refusal(caught.value, ConfigError, text)
     with pytest.raises(ConfigError) as caught:
         TicketSearch(base, task(1), out=tmp_path, levels=20)
     refusal(

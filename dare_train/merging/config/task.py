@@ -16,6 +16,9 @@ from .checks import check_choice
 from .recipe import Recipe
 from .recipe_parts import Model
 
+OF_RUNNING = ("package", "allow_nonfinite", "allow_unchanged", "overwrite", "device", "progress", "ranks")
+"""Arguments of `merge` that are none of its task."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeTask:
