@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,7 +71,7 @@ def _is_same(one: DeltaPackage, other: DeltaPackage) -> bool:
 
 
 def _checked(weights: Sequence[float], count: int) -> list[float]:
-    if isinstance(weights, str) or not hasattr(weights, "__iter__"):
+    if isinstance(weights, (str, bytes, Mapping)) or not hasattr(weights, "__iter__"):
         raise ConfigError("weights", expected="a list of numbers", found=repr(weights))
     given = list(weights)
     if not all(isinstance(weight, (int, float, np.floating, np.integer)) for weight in given):

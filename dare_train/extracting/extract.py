@@ -17,6 +17,7 @@ from ..config import DareConfig, Patterns, Rescale, Rounding, Target, Values
 from ..dtypes import Words, to_float
 from ..errors import ConfigError, NonFiniteDelta
 from ..kernels import cpu
+from ..kernels.backends import checked as check_kernels
 from ..package.companion_files import carry_files, left_behind
 from ..package.manifest import Manifest
 from ..package.reader import DeltaPackage, read_back
@@ -233,6 +234,7 @@ def _task(
     def decided(name: str) -> bool:
         return _is_decided(name, config)
 
+    check_kernels(kernels, "kernels")
     tuned_weights = open_weights(tuned, kernels=kernels, dequantize=dequantize)
     plain_base = open_weights(base, kernels=kernels, dequantize=dequantize)
     tuned_folder, plain_tuned = _folder_of(tuned_weights), isinstance(tuned_weights, Dequantised)

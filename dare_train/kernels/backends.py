@@ -10,7 +10,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
+from ..errors import ConfigError, brief
 
 if TYPE_CHECKING:
     import torch
@@ -40,9 +40,9 @@ def checked(asked: str | None, name: str) -> str | None:
     """
     if asked is None:
         return None
-    choice = _OLDER_NAMES.get(asked, asked)
+    choice = _OLDER_NAMES.get(asked, asked) if isinstance(asked, str) else None
     if choice not in CHOICES:
-        raise ConfigError(name, expected=f"one of {', '.join(CHOICES)}", found=repr(asked))
+        raise ConfigError(name, expected=f"one of {', '.join(CHOICES)}", found=brief(asked))
     return choice
 
 

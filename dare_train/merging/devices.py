@@ -86,7 +86,7 @@ class Devices:
 def _opened(given: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=given).device
-    except (RuntimeError, AssertionError) as error:  # which of them depends on how torch was built
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # how torch was built decides
         problem = str(error).partition("\n")[0]
         raise ConfigError(
             "device", expected="one that torch has here, such as cpu or cuda", found=f"{given}: {problem}"

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from ..errors import OutputExists
+from ..reading.plain_files import instead_of_file
 from .litter import clear, hidden_name, remove
 from .place_lock import locked
 from .staged_folder import storage_errors
@@ -19,9 +21,12 @@ def staged_file(path: Path) -> Iterator[BinaryIO]:
     folder is made if need be.
 
     Raises:
-        OutputExists: somebody else is writing there.
+        OutputExists: somebody else is writing there, or something else than a file is there: a device that
+            root names would be gone.
         StorageError: it cannot be written; `path` is as it was.
     """
+    if found := instead_of_file(path):
+        raise OutputExists(str(path), expected="a file there, or nothing", found=found)
     with storage_errors(path), _beside(path) as alone:
         clear(path, alone=alone)
         beside = hidden_name(path, "partial")

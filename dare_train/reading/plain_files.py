@@ -42,11 +42,24 @@ def regular(
         raise error(where, expected=expected, found="no such file", remedy=remedy) from problem
     except (OSError, ValueError) as problem:  # ValueError: no file can have such a name
         raise error(where, expected=expected, found=reason(problem), remedy=remedy) from problem
-    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-    if kind != stat.S_IFREG:
+    found = _instead(os.fstat(descriptor))
+    if found is not None:
         os.close(descriptor)
-        raise error(where, expected=expected, found=_KINDS.get(kind, "something else"), remedy=remedy)
+        raise error(where, expected=expected, found=found, remedy=remedy)
     return descriptor
+
+
+def instead_of_file(path: Path) -> str | None:
+    """What lies at a place, where it is neither a regular file, nor a link to one, nor nothing."""
+    try:
+        return _instead(path.stat())
+    except (OSError, ValueError):
+        return None
+
+
+def _instead(found: os.stat_result) -> str | None:
+    kind = stat.S_IFMT(found.st_mode)
+    return None if kind == stat.S_IFREG else _KINDS.get(kind, "something else")
 
 
 @contextmanager

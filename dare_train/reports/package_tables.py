@@ -16,6 +16,7 @@ from ..errors import ConfigError, brief, printable
 from ..package.manifest import LANDED, TensorRecord
 from ..package.reader import DeltaPackage
 from ..parallel.staged_file import staged_file
+from ..reading.plain_files import instead_of_file
 from ..studies.diagnosis import DROP_RATES, PAPER_MAGNITUDES, TOLERANCE, Diagnosis
 from ..weights.layer_names import kind_of, layer_of, natural
 
@@ -233,11 +234,12 @@ def picture_format(path: Path) -> str:
     """By a picture's ending; without one it is a PNG.
 
     Raises:
-        ConfigError: there is no such format, or a folder lies there.
+        ConfigError: there is no such format, or no picture can lie there.
     """
     ending = path.suffix.removeprefix(".").lower() or "png"
-    if ending not in _PICTURES or path.is_dir():
-        found = f"the folder {path}" if path.is_dir() else brief(str(path))
+    instead = instead_of_file(path)
+    if ending not in _PICTURES or instead:
+        found = f"{instead}: {path}" if instead else brief(str(path))
         expected = f"a file that ends in {', '.join(f'.{one}' for one in _PICTURES)}, or in nothing"
         raise ConfigError("--plot", expected=expected, found=found)
     return ending

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -313,6 +314,20 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 
 
 # An output takes nothing away that is read.
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    """Who runs as root could lose /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "folder").mkdir()
+    for name, found in (("pipe", "a pipe"), ("link", "a pipe"), ("folder", "a folder")):
+        with pytest.raises(OutputExists, match=f"{name}: expected a file there, or nothing, found {found}"):
+            write_whole(tmp_path / name, b"x")
+    (tmp_path / "broken").symlink_to("nothing")
+    write_whole(tmp_path / "broken", b"x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "folder", "link", "pipe"]
+    assert stat.S_ISFIFO((tmp_path / "link").stat().st_mode)
 
 
 def test_an_output_may_lie_in_an_input_but_not_hold_one(tmp_path: Path) -> None:

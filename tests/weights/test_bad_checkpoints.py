@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ def test_a_place_where_nothing_is_is_refused(package: DeltaPackage, tmp_path: Pa
     with pytest.raises(CheckpointError) as caught:
         apply(where, package, tmp_path / "results" / "out")
     refusal(caught.value, CheckpointError, where.split("\0")[0][:20], "expected a folder or a Hub id")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(package: DeltaPackage, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    apply_refused(
+        tmp_path / "pipe", package, CheckpointError, "pipe: expected a folder or a file, found a pipe"
+    )
+
+
+def test_kernels_that_do_not_exist_are_refused_of_weights_without_torch_too(tmp_path: Path) -> None:
+    arrays = {"a": np.ones(3, np.float32)}
+    with pytest.raises(ConfigError, match="kernels: expected one of torch, cpu, cuda, found 'trition'"):
+        extract(arrays, arrays, tmp_path / "package", kernels="trition")
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 100, -1])

@@ -14,7 +14,7 @@ import numpy as np
 from ...dtypes import Words
 from ...errors import CheckpointError, brief
 from ...hub.download import locate
-from ...reading.plain_files import is_text
+from ...reading.plain_files import instead_of_file, is_text
 from ...reading.structures import checked, json_in
 from ..wrapper_names import without_wrappers, wrappers_in
 from .config_file import CONFIG, read_config
@@ -150,6 +150,8 @@ class Checkpoint:
         """
         path = locate(where)
         if not path.is_dir():
+            if found := instead_of_file(path):
+                raise CheckpointError(str(path), expected="a folder or a file", found=found)
             if path.suffix != ".safetensors":
                 raise _not_safetensors(path)
             single = path.name if path.name.startswith(DIFFUSERS) else SINGLE
