@@ -24,6 +24,7 @@ Patterns = Union[str, Collection[str]]
 DRAW_RANGE = 1 << 16
 """Number of distinct draws of the mask generator."""
 
+_LONGEST_NAME = 100
 MOST_MASKS = 10_000
 """Of a figure: a hundredth of its spread over masks is left of the mean's."""
 
@@ -81,6 +82,19 @@ def seeds_of(masks: int, first_seed: int = 0, *, name: str = "seeds") -> list[in
     first = check_seed(first_seed, name="first_seed")
     check_seed(first + count - 1, name="first_seed + seeds - 1")
     return [first + place for place in range(count)]
+
+
+def check_folder_name(argument: str, name: str) -> str:
+    """`name` itself, when a folder in another one can be called so.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    plain = isinstance(name, str) and name.isprintable() and not {*"/\\"} & {*name}
+    if not plain or name in ("", ".", "..") or len(name) > _LONGEST_NAME:
+        expected = f"the name of a folder, of at most {_LONGEST_NAME} characters"
+        raise ConfigError(argument, expected=expected, found=brief(name))
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, Union, get_args
 
-from ..config import Source
+from ..config import Source, check_count, check_folder_name
 from ..errors import ConfigError
 from ..evaluation.harness_text import HarnessText, harness_version, is_harness
 
@@ -51,8 +50,8 @@ def check_options(
     if keep_best and keep is None:
         remedy = "without keep, all packages stay"
         raise ConfigError("keep_best", expected="False without keep", found=repr(keep_best), remedy=remedy)
-    if keep is not None and (not isinstance(keep, int) or keep < 1):
-        raise ConfigError("keep", expected="a positive number of packages", found=repr(keep))
+    if keep is not None:
+        check_count("keep", keep)
     if incremental and keep is not None:
         raise ConfigError(
             "keep",
@@ -67,8 +66,7 @@ def check_options(
             found=repr(values),
             remedy="links of a chain are exact",
         )
-    if not name or Path(name).name != name:
-        raise ConfigError("name", expected="the name of a folder", found=repr(name))
+    check_folder_name("name", name)
 
 
 def check_evaluate(evaluate: object) -> None:

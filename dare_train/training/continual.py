@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..applying.in_place import applied, apply_
-from ..config import check_count, check_drop_rate, check_seed
+from ..config import check_count, check_drop_rate, check_folder_name, check_seed
 from ..errors import ConfigError, brief
 from ..evaluation.measurements import Evaluate, MeasurementRecord, alone_with, numbers
 from ..evaluation.model_loading import load_model
@@ -52,7 +52,6 @@ the weights of its own, and no other.
 
 _CHAINED = ("sequential", "dare", "replay", "ewc")
 _DRAWS = 1 << 16
-_LONGEST_NAME = 100
 _OF_THE_RUN = ("base", "joint")
 """What is measured under these names is no task."""
 _OWN = ", own"
@@ -77,10 +76,7 @@ class ContinualTask:
     is refused."""
 
     def __post_init__(self) -> None:
-        plain = isinstance(self.name, str) and self.name.isprintable() and not {*"/\\"} & {*self.name}
-        if not plain or self.name in ("", ".", "..") or len(self.name) > _LONGEST_NAME:
-            expected = f"a name that a folder can have, of at most {_LONGEST_NAME} characters"
-            raise ConfigError("task", expected=expected, found=brief(self.name))
+        check_folder_name("task", self.name)
 
 
 class ContinualRun:

@@ -113,8 +113,14 @@ def test_one_document_is_no_series(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             [linear("a", name="x"), linear("b", name="x")],
             "name: expected another for each merge, found two merges called 'x'",
         ),
-        ([linear("a", name="../x"), linear("b")], "name: expected the name of a folder, found '../x'"),
-        ([linear("a", name=5), linear("b")], "name: expected the name of a folder, found 5"),
+        (
+            [linear("a", name="../x"), linear("b")],
+            "name: expected the name of a folder, of at most 100 characters, found '../x'",
+        ),
+        (
+            [linear("a", name=5), linear("b")],
+            "name: expected the name of a folder, of at most 100 characters, found 5",
+        ),
         (
             [linear("y", name="x"), linear("x", name="y"), linear("a")],
             "name: expected merges that need one another in an order, found",

@@ -320,9 +320,7 @@ def test_what_means_nothing_is_refused(tmp_path: Path, options: dict[str, Any], 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "a\\b", "a\nb", "x" * 101, 7])
 def test_a_task_has_the_name_of_a_folder(name: Any) -> None:
-    with pytest.raises(
-        ConfigError, match="task: expected a name that a folder can have, of at most 100 char"
-    ):
+    with pytest.raises(ConfigError, match="task: expected the name of a folder, of at most 100 characters"):
         replace(task(0), name=name)
 
 

@@ -8,6 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
+from ...config import check_folder_name
 from ...errors import ConfigError, brief
 from .yaml_parts import documents_of
 
@@ -61,9 +62,8 @@ def _by_name(documents: Sequence[object]) -> dict[str, dict[str, Any]]:
         if not isinstance(document, dict):
             raise ConfigError("the configuration", expected="a merge in each document", found=brief(document))
         name = document.get("name", "")
-        if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
-            expected = "the name of a folder"
-            raise ConfigError("name", expected=expected, found=brief(name), remedy="leave slashes out")
+        if name != "":
+            check_folder_name("name", name)
         if name in found:
             said = f"two merges called {name!r}" if name else "two merges without one"
             remedy = "give each its own; the one for --out may do without"

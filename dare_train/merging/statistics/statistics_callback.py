@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...config import check_folder_name
 from ...errors import ConfigError
 from ...evaluation import wandb_run
 from ...evaluation.linear_layers import Batch, examples_of, has_two_sequences, named_places
@@ -61,11 +62,9 @@ class StatisticsCallback(TrainerCallback):  # type: ignore[misc]
                 "kinds", expected=f"some of {', '.join(get_args(StatisticsKind))}", found=repr(kinds)
             )
         check_options(examples or 0, labels)
-        if not name or Path(name).name != name:
-            raise ConfigError("name", expected="the name of a folder", found=repr(name))
         self.examples = examples
         self.labels = labels
-        self.name = name
+        self.name = check_folder_name("name", name)
         self.files: dict[StatisticsKind, Path] = {}
         self.seconds = 0.0
 
