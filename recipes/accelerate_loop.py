@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from counting import save_tiny_model, sequences
+from option_types import count, drop_rate
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -112,11 +113,11 @@ def parse() -> argparse.Namespace:
         default=Path("runs/accelerate_loop"),
         help="where everything goes (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=40, help="steps in all (default: %(default)s)")
+    parser.add_argument("--steps", type=count, default=40, help="steps in all (default: %(default)s)")
     parser.add_argument(
-        "--every", type=int, default=20, help="steps from one package to the next (default: %(default)s)"
+        "--every", type=count, default=20, help="steps from one package to the next (default: %(default)s)"
     )
-    parser.add_argument("--p", type=float, default=0.9, help="drop rate (default: %(default)s)")
+    parser.add_argument("--p", type=drop_rate, default=0.9, help="drop rate (default: %(default)s)")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in the output folder"
     )

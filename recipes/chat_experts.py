@@ -33,6 +33,7 @@ from chat_answers import encoded, held_out
 from chat_training import Stage, common_arguments, of_task, setup_of, stage_of, supervise
 from choice_questions import Choice, choice_questions
 from inputs import usual
+from option_types import count, positive
 from quickstart import console, say
 from record import Record
 from rich.markdown import Markdown
@@ -130,10 +131,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     usually = f"by default {' '.join(PUBLIC)}; without data {' '.join(STANDARD)}"
     add("--tasks", nargs="+", metavar="TASK", help=usually)
     add("--kept", nargs="*", metavar="QUESTIONS", help="data sets with choices, or files of them")
-    add("--kept-questions", type=int, default=100, metavar="N", help="of each (default: %(default)s)")
-    add("--asked", type=int, default=32, metavar="N", help="questions to answer (default: %(default)s)")
+    add("--kept-questions", type=count, default=100, metavar="N", help="of each (default: %(default)s)")
+    add("--asked", type=count, default=32, metavar="N", help="questions to answer (default: %(default)s)")
     add("--methods", nargs="+", default=METHODS, choices=[*MERGE_METHODS], metavar="METHOD")
-    add("--learning-rate", type=float, default=1e-4, help="(default: %(default)s)")
+    add("--learning-rate", type=positive, default=1e-4, help="(default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> None:

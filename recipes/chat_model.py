@@ -26,6 +26,7 @@ import chat_study
 from chat_answers import held_out
 from chat_tasks import usual_task
 from chat_training import Asked, Stage, common_arguments, headed, prepared, supervise
+from option_types import drop_rate, positive
 from quickstart import console, say
 from rich.table import Table
 from rich.text import Text
@@ -70,8 +71,8 @@ def parse() -> argparse.Namespace:
         help="a name, a file, a folder or a Hub id; by default banking77 with --data, else exceptions",
     )
     add("--full", action="store_true", help="go on with chat_study.py and chat_experts.py")
-    add("--p", type=float, default=0.9, help="drop rate (default: %(default)s)")
-    add("--learning-rate", type=float, default=1e-4, help="(default: %(default)s)")
+    add("--p", type=drop_rate, default=0.9, help="drop rate (default: %(default)s)")
+    add("--learning-rate", type=positive, default=1e-4, help="(default: %(default)s)")
     options = parser.parse_args()
     options.task = options.task or usual_task(options.data)
     return options

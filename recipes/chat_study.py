@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from chat_answers import held_out
 from chat_training import Stage, common_arguments, headed, of_task, prepared, setup_of, supervise
+from option_types import count
 from peft import LoraConfig, PeftModel
 from quickstart import console, say
 from record import Record
@@ -179,7 +180,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--trainings", nargs="+", default=names, choices=names, metavar="WAY", help=" ".join(names))
     add(
         "--training-seeds",
-        type=int,
+        type=count,
         default=3,
         metavar="N",
         help="trainings of the first task in the first way, for a band (default: %(default)s)",

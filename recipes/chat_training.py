@@ -29,6 +29,7 @@ from chat_models import CACHE, DEFAULT, chat_model
 from chat_tasks import ChatTask, chat_task
 from choice_questions import Choice
 from inputs import data_arguments
+from option_types import count, seed
 from peft import LoraConfig
 from rich.table import Table
 from standard_library import Row, Split
@@ -139,11 +140,11 @@ def common_arguments(parser: argparse.ArgumentParser, *, out: str, steps: int) -
         default=CACHE,
         help="where the default goes without a Hub (default: %(default)s)",
     )
-    add("--steps", type=int, default=steps, help="of training (default: %(default)s)")
-    add("--batch-size", type=int, default=16, help="(default: %(default)s)")
-    add("--max-length", type=int, default=48, help="tokens of question and answer (default: %(default)s)")
-    add("--examples", type=int, default=96, help="held-out questions (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of training and mask (default: %(default)s)")
+    add("--steps", type=count, default=steps, help="of training (default: %(default)s)")
+    add("--batch-size", type=count, default=16, help="(default: %(default)s)")
+    add("--max-length", type=count, default=48, help="tokens of question and answer (default: %(default)s)")
+    add("--examples", type=count, default=96, help="held-out questions (default: %(default)s)")
+    add("--seed", type=seed, default=0, help="of training and mask (default: %(default)s)")
     add(
         "--run-code",
         action="store_true",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from counting import save_tiny_model, sequences
+from option_types import count, drop_rate
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from dare_train import DareCallback, apply
@@ -89,8 +90,8 @@ def parse() -> argparse.Namespace:
         default=Path("runs/deepspeed_zero3"),
         help="where everything goes (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
-    parser.add_argument("--p", type=float, default=0.9, help="drop rate (default: %(default)s)")
+    parser.add_argument("--steps", type=count, default=20, help="(default: %(default)s)")
+    parser.add_argument("--p", type=drop_rate, default=0.9, help="drop rate (default: %(default)s)")
     parser.add_argument("--local_rank", help="given by the deepspeed launcher, and known already")
     return parser.parse_args()
 

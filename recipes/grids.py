@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from option_types import count, positive
 from quickstart import console, say
 from rich.markdown import Markdown
 
@@ -80,9 +81,9 @@ def parse() -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     add = parser.add_argument
-    add("--elements", type=int, default=1 << 20, help="(default: %(default)s)")
-    add("--masks", type=int, default=20, help="at each drop rate (default: %(default)s)")
-    add("--size", type=float, default=0.2, help="of deltas, in steps of the grid (default: %(default)s)")
+    add("--elements", type=count, default=1 << 20, help="(default: %(default)s)")
+    add("--masks", type=count, default=20, help="at each drop rate (default: %(default)s)")
+    add("--size", type=positive, default=0.2, help="of deltas, in steps of the grid (default: %(default)s)")
     add("--out", type=Path, default=Path("runs/grids"), help="(default: %(default)s)")
     return parser.parse_args()
 

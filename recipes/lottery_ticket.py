@@ -22,6 +22,7 @@ import public_data
 import standard_library
 from continual_tasks import as_task, in_float32
 from inputs import short, spoken, usual
+from option_types import count
 from pretrain_decoder import base_decoder
 from quickstart import console, say
 from rich.markdown import Markdown
@@ -97,7 +98,7 @@ def parse() -> argparse.Namespace:
         "--transfer", metavar="TASK", help="another task, whose tickets are tried on this one"
     )
     parser.add_argument(
-        "--searches", type=int, metavar="N", help="from seeds of their own, for a confidence band"
+        "--searches", type=count, metavar="N", help="from seeds of their own, for a confidence band"
     )
     options = parser.parse_args()
     options.searches = options.searches or (3 if options.full else 1)

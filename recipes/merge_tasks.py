@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from inputs import Rows, Split, Splits, data_arguments, labelled, short, usual
+from option_types import count, drop_rate, positive, seed
 from quickstart import Examples, TimeIsUp, carried_model, console, encode, say
 from rich.table import Table
 from studies import LABELLED
@@ -139,21 +140,21 @@ def parse() -> argparse.Namespace:
     add("--tasks", nargs="+", metavar="TASK", help=f"some of {LABELLED}; files, folders or Hub ids")
     add("--full", action="store_true", help="more of everything, as in docs/results.md")
     add("--methods", nargs="+", choices=choices, metavar="METHOD", help=f"some of {', '.join(choices)}")
-    add("--p", type=float, default=0.9, help="drop rate (default: %(default)s)")
-    add("--steps", type=int, help="of fine-tuning, for each task")
+    add("--p", type=drop_rate, default=0.9, help="drop rate (default: %(default)s)")
+    add("--steps", type=count, help="of fine-tuning, for each task")
     add(
         "--seconds",
-        type=float,
+        type=positive,
         default=120,
         help="fine-tuning for a task ends after so many (default: %(default)s)",
     )
-    add("--batch-size", type=int, help="of fine-tuning")
-    add("--learning-rate", type=float, default=2e-4, help="(default: %(default)s)")
-    add("--max-length", type=int, default=64, help="tokens of a text (default: %(default)s)")
-    add("--statistics", type=int, help="training examples for Fisher merging and RegMean")
-    add("--validation", type=int, help="examples of each task that choose lambda")
-    add("--test", type=int, help="examples of each task that the table is about")
-    add("--seed", type=int, default=0, help="of training and of DARE's masks (default: %(default)s)")
+    add("--batch-size", type=count, help="of fine-tuning")
+    add("--learning-rate", type=positive, default=2e-4, help="(default: %(default)s)")
+    add("--max-length", type=count, default=64, help="tokens of a text (default: %(default)s)")
+    add("--statistics", type=count, help="training examples for Fisher merging and RegMean")
+    add("--validation", type=count, help="examples of each task that choose lambda")
+    add("--test", type=count, help="examples of each task that the table is about")
+    add("--seed", type=seed, default=0, help="of training and of DARE's masks (default: %(default)s)")
     add("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
     for name, value in (FULL if options.full else SMALL).items():

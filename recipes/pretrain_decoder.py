@@ -26,6 +26,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from inputs import VARIABLE, data_arguments, documents
+from option_types import seed
 from quickstart import TimeIsUp, say
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -104,7 +105,7 @@ def parse() -> argparse.Namespace:
         help=f"some of {', '.join(public_data.PLAIN)}; files, folders or Hub ids",
     )
     add("--full", action="store_true", help="the larger model, of public texts")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed, default=0)
     return parser.parse_args()
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from option_types import count, drop_rate, positive, seed
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -140,15 +141,15 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", default="label")
-    parser.add_argument("--p", type=float, default=0.9, help="drop rate")
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--p", type=drop_rate, default=0.9, help="drop rate")
+    parser.add_argument("--steps", type=count, default=250)
     parser.add_argument(
-        "--seconds", type=float, default=120, help="training ends after so many, whatever the steps"
+        "--seconds", type=positive, default=120, help="training ends after so many, whatever the steps"
     )
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--max-length", type=int, default=64, help="tokens")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=count, default=16)
+    parser.add_argument("--learning-rate", type=positive, default=2e-4)
+    parser.add_argument("--max-length", type=count, default=64, help="tokens")
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     parser.add_argument(
         "--evaluate",

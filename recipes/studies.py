@@ -11,6 +11,7 @@ from typing import Any
 import public_data
 import standard_library
 from inputs import data_arguments, usual
+from option_types import count, positive
 from quickstart import carried_model, console, say
 from rich.markdown import Markdown
 from transformers import AutoTokenizer
@@ -88,13 +89,13 @@ def common_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
         action="store_true",
         help="the public data sets, as in docs/results.md, instead of a small trial",
     )
-    add("--steps", type=int, help="of fine-tuning, for each task")
-    add("--batch-size", type=int, help="of an encoder's fine-tuning")
-    add("--seeds", type=int, help="masks at each drop rate")
-    add("--examples", type=int, help="held-out texts of each task that the figures are about")
-    add("--lora", type=int, nargs="*", metavar="RANK", help="of the adapters that are trained beside it")
-    add("--adapters", type=int, metavar="N", help="trained of each of these ranks, for a confidence band")
-    add("--learning-rate", type=float, help="of fine-tuning; adapters have ten times as much")
+    add("--steps", type=count, help="of fine-tuning, for each task")
+    add("--batch-size", type=count, help="of an encoder's fine-tuning")
+    add("--seeds", type=count, help="masks at each drop rate")
+    add("--examples", type=count, help="held-out texts of each task that the figures are about")
+    add("--lora", type=count, nargs="*", metavar="RANK", help="of the adapters that are trained beside it")
+    add("--adapters", type=count, metavar="N", help="trained of each of these ranks, for a confidence band")
+    add("--learning-rate", type=positive, help="of fine-tuning; adapters have ten times as much")
 
 
 def encoder_options(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from inputs import labelled, short
+from option_types import count, density
 from quickstart import console, say
 from rich.markdown import Markdown
 from studies import Extent, common_arguments, encoder_options, extent, quiet
@@ -111,13 +112,13 @@ def parse() -> argparse.Namespace:
     common_arguments(parser, out="runs/subnetworks")
     parser.add_argument(
         "--trainings",
-        type=int,
+        type=count,
         default=2,
         metavar="N",
         help="of each task, from seeds of their own (default: %(default)s)",
     )
     parser.add_argument(
-        "--density", type=float, default=0.1, help="of the masks that are compared (default: %(default)s)"
+        "--density", type=density, default=0.1, help="of the masks that are compared (default: %(default)s)"
     )
     options = encoder_options(parser)
     options.steps = options.steps or (None if options.full else 12)
