@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, Optional, cast
 import typer
 
 from ..errors import ConfigError, DareError, printable
+from ..kernels.backends import asked_for
 from . import adapter_commands as adapters
 from . import merge_command as merging
 from . import moe_command as moe
@@ -352,6 +353,7 @@ def main() -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when it is imported
     try:
+        asked_for()
         app(prog_name="dare-train")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0

@@ -201,7 +201,7 @@ class MergedTensor:
         """Every model's delta after dropping, [n, words.size], and the elements that some model moves, where
         they are few.
         """
-        rows = np.zeros((len(self._deltas), words.size), self.info.dtype.compute)
+        rows = np.empty((len(self._deltas), words.size), self.info.dtype.compute)
         moved: list[NDArray[np.int64] | None] = []
         for row, delta in zip(rows, self._deltas, strict=True):
             if delta.plain:
@@ -209,6 +209,7 @@ class MergedTensor:
                 moved.append(None)
             else:
                 terms = delta.terms(start, words)
+                row[:] = 0
                 dense(terms, words, self.info.dtype, row)
                 moved += [term.positions for term in terms]
         return rows, _few(moved, words.size)

@@ -119,6 +119,17 @@ def test_another_kind_of_picture_is_refused_before_anything_is_said(package: Pat
     assert run("verify", package).returncode == 0
 
 
+def test_kernels_of_no_name_are_refused_by_every_command(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DARE_TRAIN_KERNELS", "trition")
+    done = run("verify", package)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr == "dare-train: DARE_TRAIN_KERNELS: expected one of torch, cpu, cuda, found 'trition'\n"
+    )
+
+
 def test_verify_with_and_without_a_base(pair: tuple[Path, Path], package: Path) -> None:
     assert "intact" in run("verify", package).stdout
     done = run("verify", package, "--base", pair[0])
