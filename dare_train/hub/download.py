@@ -72,7 +72,7 @@ def fetch(place: HubId, *, patterns: Sequence[str] | None = None, local_only: bo
         found = snapshot_download(
             place.repo, revision=place.revision, allow_patterns=wanted, local_files_only=local_only
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, UnicodeEncodeError) as error:
         found = "no such folder here, and no such repository in the cache or on the Hub"
         if place.revision is not None:
             at = f"revision {place.revision!r} of {place.repo}"

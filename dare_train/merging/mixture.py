@@ -12,6 +12,7 @@ from typing import Any, Union
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config import check_seed
 from ..dtypes import DTYPES, DType, Words, cast, code_named, from_float, to_float
 from ..errors import CheckpointError, TensorMismatch
 from ..package.companion_files import copy_companions
@@ -89,11 +90,12 @@ def mixture_of_experts(
         overwrite: replace a folder that is already there.
 
     Raises:
-        ConfigError: the configuration is wrong, or there is no architecture for it.
+        ConfigError: the configuration or the seed is wrong, or there is no architecture for it.
         CheckpointError: a model cannot be read, or is quantised.
         TensorMismatch: models differ in shapes, or have tensors that the result cannot have.
         NonFiniteDelta, OutputExists, StorageError.
     """
+    check_seed(seed)
     recipe = read_experts(Path(config), allow_same=allow_same)
     names = [recipe.base, *(expert.model for expert in (*recipe.experts, *recipe.shared))]
     models = {name: open_checkpoint(name) for name in dict.fromkeys(names)}

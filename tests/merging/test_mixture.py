@@ -308,6 +308,12 @@ def test_what_cannot_be_made_is_refused(case: str, dense: Path) -> None:
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("seed", [-1, 1 << 64, 0.5])
+def test_a_seed_that_is_none_is_refused(seed: Any, dense: Path) -> None:
+    with pytest.raises(ConfigError, match=r"seed: expected an integer in \[0, 2\*\*64\), found"):
+        mixture_of_experts(recipe(), "out", seed=seed)
+
+
 def test_models_that_do_not_fit_are_refused(dense: Path) -> None:
     made("llama")
     state = load_file("two/model.safetensors")

@@ -230,6 +230,8 @@ def test_what_follows_an_at_is_a_revision_of_the_hubs(tmp_path: Path, command: C
     assert "found a revision of a folder here; give package itself" in command("inspect", "package@v1").stderr
     told = command("inspect", "me/none@v1").stderr
     assert "found no folder here, and no revision 'v1' of me/none in the cache or on the Hub" in told
+    told = command("inspect", "me/none@\udcff").stderr
+    assert "no revision '\\udcff' of me/none in the cache" in told
 
 
 def test_push_from_python(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

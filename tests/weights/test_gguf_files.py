@@ -75,6 +75,12 @@ def test_what_is_no_gguf_is_refused(tmp_path: Path) -> None:
     dequantize_refused(tmp_path, CheckpointError, f"{tmp_path}: expected a GGUF file, found a folder")
 
 
+def test_a_folder_that_transformers_cannot_write_to_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    with pytest.raises(ConfigError, match=r"out: expected a path that is UTF-8, found .*\\udcff"):
+        dequantize(tmp_path / "tiny.gguf", tmp_path / "out\udcff")
+
+
 def test_an_architecture_that_transformers_does_not_know(tmp_path: Path) -> None:
     write_gguf(tmp_path / "new.gguf", architecture="brontosaurus")
     dequantize_refused(

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, brief
 from ...parallel.staged_folder import staged_folder
+from ...reading.plain_files import is_text
 from ..skeletons import asks_for
 from .checkpoint import Checkpoint
 
@@ -35,7 +36,7 @@ def dequantize(
     Raises:
         CheckpointError: there is no such file, it is no GGUF, transformers cannot read it, or it holds a part
             of the weights.
-        ConfigError: the library `gguf` is not installed.
+        ConfigError: the library `gguf` is not installed, or transformers cannot write to `out`.
         OutputExists: `out` exists.
     """
     path = Path(file)
@@ -44,6 +45,8 @@ def dequantize(
         raise ConfigError(
             "dequantize", expected="the library gguf", found="not installed", remedy="pip install gguf"
         )
+    if not is_text(os.fspath(out)):
+        raise ConfigError("out", expected="a path that is UTF-8", found=brief(os.fspath(out)))
     with staged_folder(Path(out), overwrite=overwrite, inputs=[path], read_back=Checkpoint.open) as folder:
         model, tokenizer = _loaded(path)
         model.save_pretrained(folder)
