@@ -66,7 +66,7 @@ def _patterns(name: str, words: Words) -> Words:
 
 
 def _moments(name: str, words: Words) -> list[str | int]:
-    return [int(word) if word.isdecimal() else word for word in words]
+    return [int(word) if word.isascii() and word.isdecimal() and len(word) < 20 else word for word in words]
 
 
 OPTIONS: Mapping[str, Callable[[str, Words], Any]] = {

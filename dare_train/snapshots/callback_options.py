@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, Union, get_args
 
 from ..config import Source, check_count, check_folder_name
-from ..errors import ConfigError
+from ..errors import ConfigError, brief
 from ..evaluation.harness_text import HarnessText, harness_version, is_harness
 
 When = Union[str, int]
@@ -18,7 +18,7 @@ _EVENTS = ("save", "epoch", "end")
 
 def schedule(when: When | Sequence[When]) -> tuple[frozenset[str], int | None]:
     """Events and step interval."""
-    given = [when] if isinstance(when, (str, int)) else list(when)
+    given = list(when) if isinstance(when, Collection) and not isinstance(when, (str, bytes)) else [when]
     numbers = [item for item in given if isinstance(item, int) and not isinstance(item, bool)]
     events = [item for item in given if isinstance(item, str)]
     unknown = [item for item in given if item not in _EVENTS and item not in numbers]
@@ -26,7 +26,7 @@ def schedule(when: When | Sequence[When]) -> tuple[frozenset[str], int | None]:
         raise ConfigError(
             "when",
             expected='"save", "epoch", "end", a number of steps, or several of these',
-            found=repr(when),
+            found=brief(when),
         )
     return frozenset(events), numbers[0] if numbers else None
 

@@ -271,6 +271,8 @@ def test_unknown_engines_are_refused_when_training_begins(
         ({"when": "sometimes"}, "when: expected"),
         ({"when": []}, "when: expected"),
         ({"when": 0}, "when: expected"),
+        ({"when": None}, "when: expected"),
+        ({"when": 1.5}, "when: expected"),
         ({"when": True}, "when: expected"),
         ({"keep": 0}, "keep: expected at least 1, found 0"),
         ({"keep": 2, "incremental": True}, "a chain needs all of its packages"),
