@@ -15,8 +15,8 @@ _WIDTH = 8.0
 _HEIGHT = 5.4
 _CAPTION_WIDTH = 130
 _LEVELS = (":", "-.")
-_APART = 1.1
-"""How much larger a place on a logarithmic axis is that has a tick of its own."""
+_LABEL = 0.06
+"""Share of an axis that a tick's number takes."""
 _FEW = 12
 _MANY = 24
 """Rows of a heat map that fit."""
@@ -113,18 +113,26 @@ def _colour(axis: Any, chart: HeatMap) -> None:
 
 
 def _mark_places(axis: Any, chart: Chart) -> None:
-    """Ticks of the x axis: names, or the few places that were measured where they are far apart."""
+    """Ticks of the x axis: names; whole numbers where all places are; on a logarithmic axis the few places
+    that were measured, as far as their numbers do not touch.
+    """
     if chart.ticks:
         long = max(map(len, chart.ticks)) > 4 and len(chart.ticks) > 6
         names = [*map(_shown, chart.ticks)]
         size = "x-small" if long else "small"
         axis.set_xticks(range(len(names)), names, fontsize=size, **_AS_IT_IS)
         axis.tick_params(axis="x", rotation=90 if long else 0)
+        return
+    measured = sorted({x for curve in chart.curves for x in curve.x if x > 0 or not chart.log_x})
+    if not chart.log_x:
+        if all(float(x).is_integer() for x in measured):
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        return
     places: list[float] = []
-    for x in sorted({x for curve in chart.curves for x in curve.x}):
-        if not places or x > _APART * places[-1]:
+    for x in measured:
+        if not places or x > places[-1] * (measured[-1] / measured[0]) ** _LABEL:
             places.append(x)
-    if chart.log_x and len(places) <= _FEW:
+    if len(places) <= _FEW:
         axis.set_xticks(places, [f"{place:.3g}" for place in places])
         axis.set_xticks([], minor=True)
 

@@ -28,7 +28,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .8rem; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-th { border-bottom-width: 2px; }
+th { border-bottom-width: 2px; white-space: normal; vertical-align: bottom; }
 .note { color: var(--soft); font-size: .92rem; }
 pre { background: var(--card); padding: 1rem; overflow-x: auto; font-size: .85rem; }
 summary { cursor: pointer; }

@@ -11,14 +11,17 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from wandb_files import history, offline_run
 
 from dare_train.evaluation.wandb_run import studying
+from dare_train.reports import drawing
 from dare_train.reports.document import Chart, Curve, Study, Table
 from dare_train.reports.drawing import png
 from dare_train.reports.page import html
@@ -93,6 +96,41 @@ def test_charts_of_every_kind_are_drawn(change: dict[str, object]) -> None:
     chart = study().charts[0]
     fields = {**{name: getattr(chart, name) for name in chart.__dataclass_fields__}, **change}
     assert png(Chart(**fields)) != png(chart)
+
+
+def ticks_of(chart: Chart) -> list[tuple[str, float, float]]:
+    """What stands at the x axis, and from where to where, left to right."""
+    figure = Figure(figsize=(8.0, 5.4), layout="constrained")
+    axis = figure.subplots()
+    drawing._fill(axis, chart)
+    figure.draw_without_rendering()
+    labels = [label for label in axis.get_xticklabels() if label.get_text()]
+    boxes = [label.get_window_extent() for label in labels]
+    return [(label.get_text(), box.x0, box.x1) for label, box in zip(labels, boxes, strict=True)]
+
+
+def chart_of(*places: float, log_x: bool) -> Chart:
+    curve = Curve(label="one", x=places, y=tuple(range(len(places))))
+    return Chart(name="one", title="", caption="", x="x", y="y", curves=(curve,), log_x=log_x)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        (1.22, 1.74, 2.16, 4.01, 4.05, 4.31, 4.46, 5.98, 6.95, 7.82, 7.95, 18.7, 19.8, 32.0),
+        (0.00123, 0.00124, 0.0999, 0.1, 0.101, 1.0, 10.0, 11.0, 12.0, 13.0, 1000.0),
+        (1.0, 1.01, 1.02, 1.3),
+    ],
+)
+def test_numbers_at_a_logarithmic_axis_do_not_touch(places: tuple[float, ...]) -> None:
+    found = ticks_of(chart_of(*places, log_x=True))
+    assert found[0][0] == f"{places[0]:.3g}"
+    assert all(end + 2 < begin for (_, _, end), (_, begin, _) in pairwise(found)), found
+
+
+def test_whole_numbers_have_whole_ticks() -> None:
+    assert {text for text, _, _ in ticks_of(chart_of(0, 1, 2, log_x=False))} >= {"0", "1", "2"}
+    assert "0.6" in {text for text, _, _ in ticks_of(chart_of(0.5, 1, 1.5, log_x=False))}
 
 
 def test_the_page_holds_everything_and_asks_for_nothing(tmp_path: Path) -> None:
