@@ -181,7 +181,8 @@ def test_rivals_are_beaten_by_packages_of_no_more_bytes() -> None:
 def test_what_means_nothing_is_refused(base: Path, tmp_path: Path) -> None:
     model = tuned_model(base, dtype=torch.bfloat16)
     for options, text in (
-        (dict(ranks=[0]), "ranks: expected at least 1, found 0"),
+        (dict(ranks=[0]), "ranks: expected 1 to 1,048,576, found 0"),
+        (dict(ranks=[10**400]), "ranks: expected 1 to 1,048,576, found a huge number"),
         (dict(seeds=10**20), "seeds: expected 1 to 10,000, found 10000000000"),
     ):
         with pytest.raises(ConfigError) as caught:
