@@ -71,7 +71,7 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 
 @inlined
-def _block_draws(key, block, domain, out, at):
+def block_draws(key, block, domain, out, at):
     """The 8,192 draws of one block from `at` on, planar: word w of counter j is draws 2w*1024+j (low half)
     and (2w+1)*1024+j.
     """
@@ -101,9 +101,9 @@ def _draws(key, start, domain, out, buffer):
         offset = np.int64(index % np.uint64(BLOCK))
         take = min(BLOCK - offset, out.size - done)
         if take == BLOCK:
-            _block_draws(key, index // np.uint64(BLOCK), domain, out, np.uint64(done))
+            block_draws(key, index // np.uint64(BLOCK), domain, out, np.uint64(done))
         else:
-            _block_draws(key, index // np.uint64(BLOCK), domain, buffer, np.uint64(0))
+            block_draws(key, index // np.uint64(BLOCK), domain, buffer, np.uint64(0))
             for i in range(take):
                 out[done + i] = buffer[offset + i]
         done += take
@@ -159,7 +159,7 @@ def _kept_positions(key, start, count, threshold, out, buffer, flags, words) -> 
         index = start + np.uint64(done)
         offset = np.int64(index % np.uint64(BLOCK))
         take = min(BLOCK - offset, count - done)
-        _block_draws(key, index // np.uint64(BLOCK), np.uint64(0), buffer, np.uint64(0))
+        block_draws(key, index // np.uint64(BLOCK), np.uint64(0), buffer, np.uint64(0))
         for i in range(BLOCK):
             flags[i] = np.uint8(buffer[i] >= threshold)
         for i in range(offset):

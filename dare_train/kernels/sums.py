@@ -17,7 +17,7 @@ _U16 = np.uint32(16)
 _ONE = np.uint32(1)
 _NAN = np.uint32(0x7FC0)
 _CANONICAL = np.float32(np.nan)
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
+MAGNITUDE = np.uint32(0x7FFFFFFF)
 _AT_A_TIME = 2048
 
 NAN_SIZE = np.uint32(0x7F800001)
@@ -26,12 +26,12 @@ smallest one's."""
 
 
 @inlined
-def _widened(word):
+def widened(word):
     return np.uint32(np.uint32(word) << _U16).view(np.float32)
 
 
 @inlined
-def _narrowed(value):
+def narrowed(value):
     bits = np.float32(value).view(np.uint32)
     rounded = (bits + _HALF + ((bits >> _U16) & _ONE)) >> _U16
     return np.uint16(_NAN if value != value else rounded)
@@ -40,7 +40,7 @@ def _narrowed(value):
 @inlined
 def _sum(total, base, tuned, factor):
     """Of a word that moves; every NaN with the same bits."""
-    sum_ = np.float32(total + np.float32(factor * np.float32(_widened(tuned) - _widened(base))))
+    sum_ = np.float32(total + np.float32(factor * np.float32(widened(tuned) - widened(base))))
     sum_ = _CANONICAL if sum_ != sum_ else sum_
     return sum_ if base != tuned else total
 
@@ -48,7 +48,7 @@ def _sum(total, base, tuned, factor):
 @kernel
 def _widen_bf16(words, out):
     for i in range(words.size):
-        out[i] = _widened(words[i])
+        out[i] = widened(words[i])
 
 
 @kernel
@@ -74,7 +74,7 @@ def _count_movers(base, tuned, positions, movers):
 def _round_moved_bf16(words, total):
     for i in range(words.size):
         same = np.uint32(np.uint32(words[i]) << _U16) == np.float32(total[i]).view(np.uint32)
-        words[i] = words[i] if same else _narrowed(total[i])
+        words[i] = words[i] if same else narrowed(total[i])
 
 
 @kernel
@@ -89,7 +89,7 @@ def _put_alone(words, positions, base, tuned, movers):
 def _deltas_bf16(base, tuned, factor, out):
     zero = np.float32(0)
     for i in range(base.size):
-        delta = np.float32(factor * np.float32(_widened(tuned[i]) - _widened(base[i])))
+        delta = np.float32(factor * np.float32(widened(tuned[i]) - widened(base[i])))
         out[i] = delta if base[i] != tuned[i] else zero
 
 
@@ -98,8 +98,7 @@ def _sizes_bf16(base, tuned, factor, out):
     zero = np.uint32(0)
     for i in range(base.size):
         bits = (
-            np.float32(factor * np.float32(_widened(tuned[i]) - _widened(base[i]))).view(np.uint32)
-            & _MAGNITUDE
+            np.float32(factor * np.float32(widened(tuned[i]) - widened(base[i]))).view(np.uint32) & MAGNITUDE
         )
         bits = bits if bits < NAN_SIZE else NAN_SIZE
         out[i] = bits if base[i] != tuned[i] else zero
@@ -109,7 +108,7 @@ def _sizes_bf16(base, tuned, factor, out):
 def _keep_sizes(row, least, most):
     zero = np.float32(0)
     for i in range(row.size):
-        bits = np.float32(row[i]).view(np.uint32) & _MAGNITUDE
+        bits = np.float32(row[i]).view(np.uint32) & MAGNITUDE
         row[i] = row[i] if (bits >= least) & ((bits < most) | (bits >= NAN_SIZE)) else zero
 
 
@@ -125,7 +124,7 @@ def _keep(row, flags):
 def _masked_deltas_bf16(base, tuned, draws, threshold, factor, out):
     zero = np.float32(0)
     for i in range(base.size):
-        delta = np.float32(factor * np.float32(_widened(tuned[i]) - _widened(base[i])))
+        delta = np.float32(factor * np.float32(widened(tuned[i]) - widened(base[i])))
         out[i] = delta if (draws[i] >= threshold) & (base[i] != tuned[i]) else zero
 
 
@@ -177,7 +176,7 @@ def _ties(rows, weights, normalize, out, sums, total, counts):
 def _moved_bf16(base, delta, out):
     for i in range(base.size):
         d = delta[i]
-        out[i] = base[i] if d == np.float32(0.0) else _narrowed(np.float32(_widened(base[i]) + d))
+        out[i] = base[i] if d == np.float32(0.0) else narrowed(np.float32(widened(base[i]) + d))
 
 
 @kernel

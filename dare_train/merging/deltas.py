@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import DType, FloatArray, Words
 from ..kernels import cpu, sums
+from ..kernels.ties_of_two import Cut
 from ..package.arithmetic import Term
 from ..weights.protocol import TensorInfo
 from .methods import dropping as drops
@@ -120,6 +121,16 @@ class ModelDelta:
             sums.masked_deltas_bf16(words, tuned, draws, self.rate.threshold, self.rate_factor, row)
         if self._trims:
             self._trim_row(start, row)
+
+    def cut(self, start: int) -> Cut | None:
+        """What `fill` drops of a run, where it is `plain`; None where the border of what is trimmed lies in
+        it.
+        """
+        least, most = self.keep.least(start), self.outliers.least(start)
+        if least is None or most is None:
+            return None
+        key, threshold = (self.rate.key, self.rate.threshold) if self.rate is not None else (0, 0)
+        return Cut(key, threshold, self.rate_factor, least, most)
 
     # DARE
 

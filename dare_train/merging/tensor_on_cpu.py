@@ -14,6 +14,7 @@ from ..dtypes import DType, FloatArray, Words, cast, from_float, to_float
 from ..errors import ConfigError
 from ..kernels import cpu, sums
 from ..kernels.rounding import land
+from ..kernels.ties_of_two import Cut, ties_of_two_bf16
 from ..package.arithmetic import Term, combine, unrounded
 from ..package.landing import drawn
 from ..weights.protocol import TensorInfo, Weights
@@ -69,6 +70,13 @@ class MergedTensor:
             ModelDelta.of(member, self._walk, drops=method.drops, rescale=rescale) for member in members
         ]
         self._coefficients = self._of_the_tensor()
+        self._at_once = (
+            method.function is elements.ties
+            and self.info.dtype == out
+            and landing_key is None
+            and len(members) == 2
+            and all(delta.plain for delta in self._deltas)
+        )
         self._pass = pass_over(method, self._walk, self._rows, settings)
 
     @property
@@ -189,6 +197,10 @@ class MergedTensor:
     # Methods that work element by element
 
     def _of_elements(self, start: int, words: Words) -> Words:
+        if self._at_once:
+            cuts = [cut for delta in self._deltas if (cut := delta.cut(start)) is not None]
+            if len(cuts) == len(self._deltas):
+                return self._ties_at_once(start, words, cuts)
         rows, at = self._filled(start, words)
         if at is None:
             return self._moved(start, words, self._called(rows, start, words, slice(None)))
@@ -196,6 +208,18 @@ class MergedTensor:
         delta = self._called(rows[:, at], start, words, at)
         cpu.put(result, at, self._moved(start, cpu.take(words, at), delta, at))
         return result
+
+    def _ties_at_once(self, start: int, words: Words, cuts: Sequence[Cut]) -> Words:
+        """What the steps below give, to the bit."""
+        return ties_of_two_bf16(
+            words,
+            [member.input.words(self._walk.name, start, words.size) for member in self._members],
+            start,
+            cuts,
+            self._weights.astype(np.float32),
+            normalize=bool(self._settings["normalize"]),
+            scale=float(self._settings.get("lambda", 1.0)),
+        )
 
     def _filled(self, start: int, words: Words) -> tuple[FloatArray, NDArray[np.int64] | None]:
         """Every model's delta after dropping, [n, words.size], and the elements that some model moves, where

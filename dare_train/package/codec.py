@@ -5,6 +5,7 @@ docs/format.md §4 specifies the content of a frame; the functions here follow i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import log2
@@ -52,10 +53,20 @@ def group_length(threshold: int) -> int:
     return 1 << max(7, round(7 - log2(kept_per_element)))
 
 
+class _Zstd(threading.local):
+    """Contexts that a thread uses again: making one takes longer than a small frame does."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True)
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_zstd = _Zstd()
+
+
 def compress(content: Content) -> bytes:
     """One zstd frame with its content size. Blocks end at the cuts: each group has its own Huffman table."""
-    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True)
-    stream = compressor.compressobj(size=len(content.data))
+    stream = _zstd.compressor.compressobj(size=len(content.data))
     view = memoryview(content.data)
     frame = []
     done = 0
@@ -78,7 +89,7 @@ def decompress(frame: memoryview, size: int, *, name: str) -> bytes:
         if declared != size:
             expected = f"a frame of {size} bytes"
             raise PackageError(name, expected=expected, found=f"one of {declared}", remedy=FETCH_AGAIN)
-        content = zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
+        content = _zstd.decompressor.decompress(frame, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         expected = "an intact zstd frame"
         raise PackageError(name, expected=expected, found=str(error), remedy=FETCH_AGAIN) from error

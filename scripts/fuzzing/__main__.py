@@ -54,8 +54,11 @@ class Campaign:
         """One processor's share, until the time is over."""
         place = self.place / str(number)
         place.mkdir()
-        while time.monotonic() < self.until:
-            self._process(place, next(self.turns))
+        try:
+            while time.monotonic() < self.until:
+                self._process(place, next(self.turns))
+        finally:
+            self.until = 0.0  # where this one failed, the others need not go on
 
     def _process(self, place: Path, kind: str) -> None:
         """A process, and the batches that it is given; where it dies, what it died of is a failure."""
@@ -83,6 +86,8 @@ class Campaign:
                 if not answer:
                     code = process.wait()
                     output_tail = said.read_text(errors="replace")[-300:]
+                    if not last.exists():
+                        raise RuntimeError(f"no input was tried: {code}: {output_tail}")
                     self._keep(last.read_text(), f"the process died: {code}: {output_tail}")
                     break
                 self._note(json.loads(answer))

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from torch_words import as_tensor, words_of
 
 from dare_train.dtypes import DTYPES, FloatArray, Words
-from dare_train.kernels import cpu, sums
+from dare_train.kernels import cpu, philox, sums
+from dare_train.kernels.numba_cache import Part
+from dare_train.kernels.ties_of_two import Cut, ties_of_two_bf16
 from dare_train.merging.methods import elementwise as elements
 from dare_train.merging.methods.registry import MERGE_METHODS
 
@@ -28,7 +30,9 @@ def test_every_public_function_is_tested_here() -> None:
     public = {
         name
         for name, thing in vars(sums).items()
-        if getattr(thing, "__module__", "") == sums.__name__ and not name.startswith("_")
+        if getattr(thing, "__module__", "") == sums.__name__
+        and not name.startswith("_")
+        and not isinstance(thing, Part)
     }
     assert public == {
         "add_at_bf16", "count_movers", "round_moved_bf16", "put_alone", "deltas_bf16", "masked_deltas_bf16",
@@ -311,6 +315,51 @@ def test_compiled_ties_is_ties_on_a_long_run(normalize: bool) -> None:
 def test_compiled_ties_is_ties_of_one_value(normalize: bool, value: float) -> None:
     for count in range(1, 6):
         check_ties(np.full((count, 7), value, np.float32), np.ones(count, np.float32), normalize)
+
+
+def step_by_step(
+    base: Words, models: list[Words], start: int, cuts: list[Cut], weights: NDArray[np.float32],
+    *, normalize: bool, scale: float,
+) -> Words:  # fmt: skip
+    rows = np.empty((2, base.size), np.float32)
+    for row, tuned, cut in zip(rows, models, cuts, strict=True):
+        draws = philox.draws(cut.key, start, base.size, 0)
+        sums.masked_deltas_bf16(base, tuned, draws, cut.threshold, cut.factor, row)
+        sums.keep_sizes(row, cut.least, cut.most)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return sums.moved_bf16(base, sums.ties(rows, weights, normalize=normalize) * np.float32(scale))
+
+
+CUTS = st.builds(
+    Cut,
+    key=st.integers(0, 2**64 - 1),
+    threshold=THRESHOLDS,
+    factor=FACTORS,
+    least=st.just(np.uint32(0)) | BITS.map(np.uint32),
+    most=st.just(np.uint32(0xFFFFFFFF)) | BITS.map(np.uint32),
+)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@given(
+    seed=SEEDS,
+    size=SIZES,
+    start=st.sampled_from([0, 1, 8191, 8192, 3 * 8192 + 5, 2**40 + 7]),
+    cuts=st.lists(CUTS, min_size=2, max_size=2),
+    scale=st.sampled_from([1.0, 0.3, 0.0, -2.0]),
+)
+def test_ties_of_two_is_what_its_steps_give(
+    normalize: bool, seed: int, size: int, start: int, cuts: list[Cut], scale: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    base = random_words(BF16, size, seed)
+    models = [tuned_from(base, seed + number) for number in range(2)]
+    weights = rng.choice(np.array([1.0, 0.3, 0.5, 2.0, 0.0, -1.0], np.float32), 2)
+    found, expected = (
+        function(base, models, start, cuts, weights, normalize=normalize, scale=scale)
+        for function in (ties_of_two_bf16, step_by_step)
+    )
+    assert np.array_equal(found, expected)
 
 
 def test_only_functions_of_the_table_have_compiled_twins() -> None:
