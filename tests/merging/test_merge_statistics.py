@@ -30,7 +30,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dare_train.errors import CheckpointError, ConfigError, StorageError
+from dare_train.errors import CheckpointError, ConfigError, OutputExists, StorageError
 from dare_train.evaluation import linear_layers as layers
 from dare_train.merging.statistics.fisher_and_gram import collect_fisher, collect_gram
 from dare_train.merging.statistics.statistics_file import StatisticsFile, save_statistics, statistics_path
@@ -511,9 +511,10 @@ def test_an_older_file_is_replaced_and_a_failure_keeps_it(tmp_path: Path) -> Non
 def test_a_place_where_no_file_can_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "file/f", tmp_path / "folder"):
-        with pytest.raises(StorageError, match="nothing was left behind"):
-            save_statistics(path, "fisher", arrays(), examples=1)
+    with pytest.raises(StorageError, match="nothing was left behind"):
+        save_statistics(tmp_path / "file/f", "fisher", arrays(), examples=1)
+    with pytest.raises(OutputExists, match="folder: expected a file there, or nothing, found a folder"):
+        save_statistics(tmp_path / "folder", "fisher", arrays(), examples=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 

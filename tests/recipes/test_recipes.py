@@ -396,6 +396,7 @@ def test_recipes_are_all_here() -> None:
         "counting.py",
         "grids.py",
         "merge_tasks.py",
+        "option_types.py",
         "accelerate_loop.py",
         "deepspeed_zero3.py",
         "deepspeed_zero3.json",

@@ -67,7 +67,7 @@ def save_statistics(
 
     Raises:
         ConfigError: `kind` or `examples` is wrong, or a tensor is not float32.
-        StorageError: the disk is full.
+        StorageError, OutputExists: the disk is full; something else than a file is there.
     """
     _check_kind(kind)
     if not isinstance(examples, int) or isinstance(examples, bool) or examples < 1:
