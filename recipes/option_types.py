@@ -7,8 +7,7 @@ from __future__ import annotations
 from argparse import ArgumentTypeError
 from math import inf
 
-from dare_train.config import check_drop_rate
-from dare_train.errors import ConfigError
+from dare_train import DareConfig, DareError
 
 
 def count(text: str) -> int:
@@ -35,10 +34,12 @@ def positive(text: str) -> float:
 
 
 def drop_rate(text: str) -> float:
+    rate = float(text)
     try:
-        return check_drop_rate(float(text))
-    except ConfigError as error:
+        DareConfig(p=rate)
+    except DareError as error:
         raise ArgumentTypeError(str(error).removeprefix("p: ")) from error
+    return rate
 
 
 def density(text: str) -> float:

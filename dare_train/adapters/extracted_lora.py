@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import Patterns, matches, unmatched
+from ..config import Patterns, check_count, matches, unmatched
 from ..dtypes import DTYPES, Words
 from ..errors import CheckpointError, ConfigError, brief
 from ..parallel.staged_folder import staged_folder, storage_errors
@@ -166,8 +166,8 @@ def _check_options(rank: int | None, error: float | None, dtype: str) -> None:
     if (rank is None) == (error is None):
         found = "neither" if rank is None else "both"
         raise ConfigError("rank, error", expected="one of them", found=found)
-    if rank is not None and rank < 1:
-        raise ConfigError("rank", expected="at least 1", found=str(rank))
+    if rank is not None:
+        check_count("rank", rank)
     if error is not None and not 0 < error < 1:
         raise ConfigError("error", expected="a share between 0 and 1", found=str(error))
     if dtype not in _DTYPES:

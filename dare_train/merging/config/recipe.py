@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from ...config import Rounding
+from ...config import Rounding, check_seed
 from ...dtypes import DTYPE_NAMES
 from ...errors import ConfigError
 from ..methods.parameters import (
@@ -111,8 +111,7 @@ class Recipe:
             remedy = "merge_method: passthrough copies a model" if "+" in self.base else ""
             raise ConfigError("models", expected="at least one besides the base", found="none", remedy=remedy)
         check_choice("rescale", self.rescale, RESCALES)
-        if not is_integer(self.seed) or not 0 <= self.seed < 1 << 64:
-            raise ConfigError("seed", expected="an integer in [0, 2**64)", found=repr(self.seed))
+        check_seed(self.seed)
         if self.out_dtype is not None:
             check_choice("out_dtype", self.out_dtype, tuple(DTYPE_NAMES))
         check_choice("rounding", self.rounding, get_args(Rounding))
